@@ -1,0 +1,86 @@
+"""Child processes: started on given cores in a session of their own, measured through /proc, and ended with everything they started."""
+
+import os
+import signal
+import socket
+import subprocess
+import time
+
+TICK = os.sysconf("SC_CLK_TCK")
+PAGE = os.sysconf("SC_PAGE_SIZE")
+CORES = sorted(os.sched_getaffinity(0))
+PROXY_CORES = CORES[:1]
+# Load generator and upstream share what the proxy does not use; on a machine with one core they share that one.
+LOAD_CORES = CORES[1:] or CORES
+
+
+def pinned(command, cores):
+    return ["taskset", "--cpu-list", ",".join(map(str, cores)), *map(str, command)]
+
+
+def free_ports(count):
+    """Ports of the loopback address that nobody uses now. All are held until the last is known, so they differ."""
+    holders = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [holder.getsockname()[1] for holder in holders]
+    for holder in holders:
+        holder.close()
+    return ports
+
+
+class Daemon:
+    """A server under measurement, or beside it. Use it in a `with`: leaving the block ends the whole session."""
+
+    def __init__(self, command, cores, log):
+        self.log = log
+        with open(log, "wb") as output:
+            self.process = subprocess.Popen(
+                pinned(command, cores), stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.stop()
+
+    def stop(self):
+        for sign in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                os.killpg(self.process.pid, sign)
+                self.process.wait(timeout=3)
+            except (ProcessLookupError, subprocess.TimeoutExpired):
+                pass
+        self.process.poll()
+
+    def wait_for(self, port):
+        """Returns when something accepts on the port; raises with the end of the log when the process ends or ten seconds pass."""
+        end = time.monotonic() + 10
+        while time.monotonic() < end and self.process.poll() is None:
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                return
+            except OSError:
+                time.sleep(0.02)
+        with open(self.log, encoding="utf-8", errors="replace") as log:
+            raise RuntimeError(f"nothing listens on port {port}; its log ends with:\n{log.read()[-2000:]}")
+
+    def cpu_seconds(self):
+        """User and system time of every process of the session, to the clock tick (10 ms on most machines)."""
+        return sum(int(fields[11]) + int(fields[12]) for fields in self._stats()) / TICK
+
+    def resident_mib(self):
+        """Resident pages of every process of the session; what two of them share is counted twice."""
+        return sum(int(fields[21]) for fields in self._stats()) * PAGE / 2**20
+
+    def _stats(self):
+        """The fields of /proc/PID/stat from the third on. The second is a name in brackets, which may contain anything."""
+        for entry in os.scandir("/proc"):
+            if not entry.name.isdigit():
+                continue
+            try:
+                with open(f"/proc/{entry.name}/stat", encoding="utf-8", errors="replace") as stat:
+                    fields = stat.read().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if int(fields[3]) == self.process.pid:
+                yield fields

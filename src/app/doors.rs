@@ -1,0 +1,149 @@
+//! Which listeners are open, and what changes when the policy does: a listener that did not change is not touched.
+
+use std::net::{SocketAddr, TcpListener};
+use std::sync::Arc;
+
+use tokio::sync::mpsc;
+
+use crate::app::StartError;
+use crate::listener::tls::Certificates;
+use crate::net::socket;
+use crate::policy::model::Listener;
+
+/// What a worker is told.
+pub(super) enum Command {
+    /// Accept from one more listener.
+    Open(Box<Opening>),
+    /// Accept no more from the listener with this number.
+    Close(u64),
+}
+
+/// One worker's share of a listener that opens.
+pub(super) struct Opening {
+    /// Unique among all that this process ever opens.
+    pub number: u64,
+    /// The socket.
+    pub listener: TcpListener,
+    /// Its values.
+    pub values: Listener,
+    /// Its certificates.
+    pub certificates: Option<Arc<Certificates>>,
+}
+
+/// One open listener.
+struct Door {
+    number: u64,
+    values: Listener,
+    address: SocketAddr,
+    certificates: Option<Arc<Certificates>>,
+}
+
+/// All open listeners, and the way to the workers that accept from them.
+pub(super) struct Doors {
+    workers: usize,
+    senders: Vec<mpsc::Sender<Command>>,
+    open: Vec<Door>,
+    next: u64,
+}
+
+/// What has to be opened and closed for another policy. The sockets are open already; dropping it closes them.
+pub(super) struct Plan {
+    open: Vec<(Door, Vec<TcpListener>)>,
+    close: Vec<u64>,
+}
+
+impl Doors {
+    /// No listener yet, for so many workers.
+    pub(super) fn new(workers: usize) -> Self {
+        Self { workers, senders: Vec::new(), open: Vec::new(), next: 0 }
+    }
+
+    /// Adds the way to one worker.
+    pub(super) fn add_worker(&mut self, sender: mpsc::Sender<Command>) {
+        self.senders.push(sender);
+    }
+
+    /// Works out what has to change, and opens the new sockets.
+    ///
+    /// # Errors
+    /// If one cannot be opened; nothing has changed then.
+    pub(super) fn plan(&mut self, wanted: &[Listener]) -> Result<Plan, StartError> {
+        let close = self
+            .open
+            .iter()
+            .filter(|door| !wanted.iter().any(|values| door.serves(values)))
+            .map(|door| door.number)
+            .collect();
+        let mut open = Vec::new();
+        for values in wanted {
+            if self.open.iter().any(|door| door.serves(values)) {
+                continue;
+            }
+            let certificates = values.tls.as_ref().map(Certificates::load).transpose()?;
+            // An address that we have open ourselves, under another name or other certificates, is no conflict.
+            let ours = self.open.iter().any(|door| door.values.bind == values.bind);
+            let sockets = socket::listen(values.bind, self.workers, !ours)
+                .and_then(|sockets| sockets[0].local_addr().map(|address| (sockets, address)));
+            let (sockets, address) = sockets.map_err(|source| StartError::Listen {
+                name: values.name.clone(),
+                bind: values.bind,
+                source,
+            })?;
+            self.next += 1;
+            let door = Door { number: self.next, values: values.clone(), address, certificates };
+            open.push((door, sockets));
+        }
+        Ok(Plan { open, close })
+    }
+
+    /// Tells the workers.
+    pub(super) fn carry_out(&mut self, plan: Plan) {
+        for (door, sockets) in plan.open {
+            tracing::info!(listener = door.values.name, address = %door.address, "listening");
+            for (sender, listener) in self.senders.iter().zip(sockets) {
+                let opening = Opening {
+                    number: door.number,
+                    listener,
+                    values: door.values.clone(),
+                    certificates: door.certificates.clone(),
+                };
+                tell(sender, Command::Open(Box::new(opening)));
+            }
+            self.open.push(door);
+        }
+        for number in plan.close {
+            if let Some(position) = self.open.iter().position(|door| door.number == number) {
+                let door = self.open.swap_remove(position);
+                tracing::info!(listener = door.values.name, address = %door.address, "closed");
+            }
+            for sender in &self.senders {
+                tell(sender, Command::Close(number));
+            }
+        }
+    }
+
+    /// Names and addresses, with the ports that were really taken.
+    pub(super) fn addresses(&self) -> Vec<(String, SocketAddr)> {
+        self.open.iter().map(|door| (door.values.name.clone(), door.address)).collect()
+    }
+
+    /// The certificates of all listeners.
+    pub(super) fn certificates(&self) -> Vec<Arc<Certificates>> {
+        self.open.iter().filter_map(|door| door.certificates.clone()).collect()
+    }
+}
+
+impl Door {
+    /// True if this open listener is what the values ask for. Time limits and targets are read per connection or request.
+    fn serves(&self, values: &Listener) -> bool {
+        self.values.name == values.name && self.values.bind == values.bind && self.values.tls == values.tls
+    }
+}
+
+fn tell(worker: &mpsc::Sender<Command>, command: Command) {
+    // The queue holds far more commands than reloads can make before a worker takes them; a worker that is gone
+    // is on its way down with the whole process.
+    if worker.try_send(command).is_err() {
+        tracing::error!("a worker does not take commands");
+    }
+}

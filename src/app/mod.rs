@@ -1,0 +1,186 @@
+//! Level 7: builds the parts, starts them, and takes them down again; the only module that knows all of them.
+//!
+//! Threads: one for each worker (the data path), one for control (discovery, files, reloads), one for the admin
+//! door, one that writes the access log. They share the policy snapshot, the drain switch and the telemetry.
+
+mod control;
+mod doors;
+mod inside;
+mod worker;
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+
+use crate::admin::{self, AdminServer, PolicyError};
+use crate::config::Settings;
+use crate::net::certificates::CertificateError;
+use crate::net::socket;
+use crate::policy::model::Model;
+use crate::policy::snapshot::Snapshot;
+use crate::runtime::drain::{Drain, Phase, Signal};
+use crate::telemetry::{Sink, Telemetry};
+use crate::upstream::discovery::Discovery;
+
+use doors::Doors;
+
+/// Why a policy did not come into force, or the process did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// A listener's address is not to be had.
+    #[error("listener {name}: cannot listen on {bind}: {source}")]
+    Listen {
+        /// The listener.
+        name: String,
+        /// Its address.
+        bind: SocketAddr,
+        /// What the system says.
+        source: io::Error,
+    },
+    /// Certificates cannot be used.
+    #[error("certificates: {0}")]
+    Certificates(#[from] CertificateError),
+    /// The admin door's address is not to be had.
+    #[error("the admin door cannot listen on {address}: {source}; choose another with --admin")]
+    Admin {
+        /// The address.
+        address: SocketAddr,
+        /// What the system says.
+        source: io::Error,
+    },
+    /// A thread could not be started.
+    #[error("no thread: {0}")]
+    Thread(#[source] io::Error),
+}
+
+/// What the threads share.
+struct Shared {
+    settings: Settings,
+    telemetry: Arc<Telemetry>,
+    policy: Arc<ArcSwap<Snapshot>>,
+    drain: Drain,
+    discovery: Discovery,
+    doors: Mutex<Doors>,
+    last_error: Mutex<Option<PolicyError>>,
+}
+
+/// A running hopguard.
+pub struct App {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<io::Result<()>>>,
+    /// Closed when the last worker has ended.
+    workers: mpsc::Receiver<()>,
+    admin: AdminServer,
+}
+
+impl App {
+    /// Starts with a checked policy. With `settings.policy` set, changes of those files are followed.
+    ///
+    /// # Errors
+    /// If an address is taken, certificates cannot be used, or the system gives no thread. Nothing runs then.
+    pub fn start(settings: Settings, model: Model, sink: Sink) -> Result<Self, StartError> {
+        let telemetry = Telemetry::new(sink);
+        let (discovery, requests) = Discovery::new();
+        let begun = tokio::time::Instant::now();
+        control::configure_log(&telemetry, &model);
+        let follow = |cluster: &_| discovery.follow(cluster);
+        let snapshot = Snapshot::compile(model, &settings.service, None, &telemetry.hops, follow)?;
+        let admin_listener = socket::listen_alone(settings.admin)
+            .map_err(|source| StartError::Admin { address: settings.admin, source })?;
+        let mut doors = Doors::new(settings.workers);
+        let plan = doors.plan(&snapshot.listeners)?;
+        let hash = snapshot.hash.clone();
+        let shared = Arc::new(Shared {
+            telemetry,
+            policy: Arc::new(ArcSwap::from_pointee(snapshot)),
+            drain: Drain::default(),
+            discovery,
+            doors: Mutex::new(doors),
+            last_error: Mutex::default(),
+            settings,
+        });
+        let (alive, workers) = mpsc::channel(1);
+        let mut threads = Vec::new();
+        for number in 0..shared.settings.workers {
+            threads.push(worker::start(&shared, number, alive.clone()).map_err(StartError::Thread)?);
+        }
+        threads.push(control::start(&shared, requests).map_err(StartError::Thread)?);
+        shared.telemetry.process.workers.set(i64::try_from(shared.settings.workers).unwrap_or(i64::MAX));
+        shared.telemetry.policy_loaded(&hash, begun.elapsed());
+        shared.doors().carry_out(plan);
+        let inside = Arc::new(inside::Window::new(&shared));
+        let admin = admin::spawn(admin_listener, inside, Arc::clone(&shared.telemetry))
+            .map_err(StartError::Thread)?;
+        Ok(Self { shared, threads, workers, admin })
+    }
+
+    /// The listeners' names and addresses, with the ports that were really taken.
+    pub fn listeners(&self) -> Vec<(String, SocketAddr)> {
+        self.shared.doors().addresses()
+    }
+
+    /// Where the admin door is.
+    pub fn admin(&self) -> SocketAddr {
+        self.admin.address()
+    }
+
+    /// What is counted and logged.
+    pub fn telemetry(&self) -> &Arc<Telemetry> {
+        &self.shared.telemetry
+    }
+
+    /// Puts another checked policy into force, as a changed file would.
+    ///
+    /// # Errors
+    /// As for [`App::start`]; the old policy stays in force then.
+    pub fn replace(&self, model: Model) -> Result<(), StartError> {
+        control::replace(&self.shared, model)
+    }
+
+    /// Follows the way down, which the admin door can begin too.
+    pub fn drain(&self) -> Signal {
+        self.shared.drain.signal()
+    }
+
+    /// Begins the way down: not ready any more, callers are told to go elsewhere, but still served.
+    pub fn leave(&self) {
+        self.shared.leave();
+    }
+
+    /// Ends the way down: accepts nothing new, lets what is in flight finish for at most `grace`, then stops all threads.
+    ///
+    /// Returns false if something was cut off.
+    pub async fn stop(mut self, grace: Duration) -> bool {
+        self.shared.leave();
+        self.shared.drain.advance(Phase::Closing);
+        let all_done = timeout(grace, self.workers.recv()).await.is_ok();
+        self.admin.stop();
+        self.shared.telemetry.access_log.flush(Duration::from_secs(1));
+        if all_done {
+            for thread in self.threads {
+                // A thread that panicked has said so already.
+                let _ended = thread.join();
+            }
+        }
+        all_done
+    }
+}
+
+impl Shared {
+    fn doors(&self) -> std::sync::MutexGuard<'_, Doors> {
+        self.doors.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn leave(&self) {
+        if self.drain.advance(Phase::Leaving) {
+            self.telemetry.process.draining.set(1);
+            tracing::info!("draining: not ready any more; callers are told to go elsewhere");
+        }
+    }
+}

@@ -1,0 +1,106 @@
+//! Certificates, keys and roots from PEM files, made into rustls settings.
+//!
+//! Every error names the file. Settings are built anew when files change; connections keep what they began with.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::{ClientConfig, RootCertStore, ServerConfig};
+
+/// The protocols offered over TLS, the better one first.
+const ALPN: [&[u8]; 2] = [b"h2", b"http/1.1"];
+
+/// Why certificates could not be used.
+#[derive(Debug, thiserror::Error)]
+pub enum CertificateError {
+    /// A file could not be read, or holds no such thing.
+    #[error("cannot read {what} from {path}: {source}", path = path.display())]
+    Read {
+        /// What was looked for.
+        what: &'static str,
+        /// Where.
+        path: PathBuf,
+        /// Why not.
+        source: rustls::pki_types::pem::Error,
+    },
+    /// The file holds no certificate.
+    #[error("{path} holds no certificate", path = .0.display())]
+    Empty(PathBuf),
+    /// Key and certificate do not belong together, or a certificate is malformed.
+    #[error("{path} cannot be used: {source}", path = path.display())]
+    Unusable {
+        /// The certificate's file.
+        path: PathBuf,
+        /// What rustls says.
+        source: rustls::Error,
+    },
+    /// The system has no roots.
+    #[error("the system has no root certificates; give `tls.ca` in the policy")]
+    NoRoots,
+}
+
+/// Settings for a listener: the certificate chain with its key, `h2` and `http/1.1` offered.
+pub fn server(certificate: &Path, key: &Path) -> Result<Arc<ServerConfig>, CertificateError> {
+    let chain = chain(certificate)?;
+    let key_der = PrivateKeyDer::from_pem_file(key)
+        .map_err(|source| CertificateError::Read { what: "a private key", path: key.into(), source })?;
+    let unusable = |source| CertificateError::Unusable { path: certificate.into(), source };
+    let mut config = ServerConfig::builder_with_provider(provider())
+        .with_safe_default_protocol_versions()
+        .map_err(unusable)?
+        .with_no_client_auth()
+        .with_single_cert(chain, key_der)
+        .map_err(unusable)?;
+    config.alpn_protocols = ALPN.iter().map(|name| name.to_vec()).collect();
+    Ok(Arc::new(config))
+}
+
+/// Settings for calls to an upstream: roots from `ca`, else the system's; `h2` is offered when `http2` is wanted.
+pub fn client(ca: Option<&Path>, http1: bool, http2: bool) -> Result<Arc<ClientConfig>, CertificateError> {
+    let mut roots = RootCertStore::empty();
+    match ca {
+        Some(path) => {
+            for certificate in chain(path)? {
+                roots
+                    .add(certificate)
+                    .map_err(|source| CertificateError::Unusable { path: path.into(), source })?;
+            }
+        }
+        None => {
+            roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+            if roots.is_empty() {
+                return Err(CertificateError::NoRoots);
+            }
+        }
+    }
+    let mut config = ClientConfig::builder_with_provider(provider())
+        .with_safe_default_protocol_versions()
+        .map_err(|source| CertificateError::Unusable { path: ca.unwrap_or(Path::new("system roots")).into(), source })?
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    config.alpn_protocols = ALPN
+        .iter()
+        .zip([http2, http1])
+        .filter(|(_, wanted)| *wanted)
+        .map(|(name, _)| name.to_vec())
+        .collect();
+    Ok(Arc::new(config))
+}
+
+fn chain(path: &Path) -> Result<Vec<CertificateDer<'static>>, CertificateError> {
+    let read = |source| CertificateError::Read { what: "certificates", path: path.into(), source };
+    let chain: Vec<_> = CertificateDer::pem_file_iter(path)
+        .map_err(read)?
+        .collect::<Result<_, _>>()
+        .map_err(read)?;
+    if chain.is_empty() {
+        return Err(CertificateError::Empty(path.into()));
+    }
+    Ok(chain)
+}
+
+fn provider() -> Arc<rustls::crypto::CryptoProvider> {
+    Arc::new(rustls::crypto::aws_lc_rs::default_provider())
+}

@@ -1,0 +1,229 @@
+//! What has passed through one exchange so far, in both directions.
+//!
+//! One `Flow` per exchange, shared on one thread by the caller's body, the answer's body and the timer
+//! that judges them: it says when a byte last moved, whether the caller has finished sending, how many
+//! gRPC messages went each way, and by when the exchange has to be over.
+
+use std::cell::{Cell, RefCell};
+use std::task::{Context, Poll, Waker};
+
+use tokio::time::Instant;
+
+/// Where a gRPC message stream stands: bytes of the five-byte prefix seen, and payload bytes still to come.
+#[derive(Clone, Copy, Default)]
+struct Framing {
+    prefix: u8,
+    length: u32,
+    rest: u32,
+    messages: u32,
+}
+
+impl Framing {
+    /// Counts the messages that begin in `chunk`.
+    fn take(&mut self, mut chunk: &[u8]) {
+        while let Some((&byte, after)) = chunk.split_first() {
+            if self.rest > 0 {
+                let skip = chunk.len().min(self.rest as usize);
+                self.rest -= u32::try_from(skip).unwrap_or(self.rest);
+                chunk = &chunk[skip..];
+                continue;
+            }
+            if self.prefix > 0 {
+                self.length = (self.length << 8) | u32::from(byte);
+            }
+            self.prefix += 1;
+            if self.prefix == 5 {
+                self.messages = self.messages.saturating_add(1);
+                *self = Self { rest: self.length, messages: self.messages, ..Self::default() };
+            }
+            chunk = after;
+        }
+    }
+}
+
+/// One direction of an exchange.
+#[derive(Default)]
+pub struct Direction {
+    bytes: Cell<u64>,
+    framing: Cell<Framing>,
+    ended: Cell<bool>,
+    failed: Cell<bool>,
+}
+
+impl Direction {
+    /// Body bytes that have passed.
+    pub fn bytes(&self) -> u64 {
+        self.bytes.get()
+    }
+
+    /// Adds bytes that passed outside of a body, in a tunnel.
+    pub fn add(&self, bytes: u64) {
+        self.bytes.set(self.bytes.get() + bytes);
+    }
+
+    /// gRPC messages that have begun; zero for anything that is not gRPC.
+    pub fn messages(&self) -> u32 {
+        self.framing.get().messages
+    }
+
+    /// True once the last byte and the trailers have passed.
+    pub fn ended(&self) -> bool {
+        self.ended.get()
+    }
+
+    /// True if the sender broke off.
+    pub fn failed(&self) -> bool {
+        self.failed.get()
+    }
+
+    /// Notes the end of the body.
+    pub fn end(&self) {
+        self.ended.set(true);
+    }
+
+    /// Notes that the sender broke off.
+    pub fn fail(&self) {
+        self.failed.set(true);
+    }
+}
+
+/// One exchange, both directions.
+pub struct Flow {
+    /// From the caller to the upstream.
+    pub request: Direction,
+    /// From the upstream to the caller.
+    pub response: Direction,
+    grpc: Cell<bool>,
+    last: Cell<Instant>,
+    cut_at: Cell<Option<Instant>>,
+    was_cut: Cell<bool>,
+    starved: Cell<bool>,
+    held: Cell<bool>,
+    holder: RefCell<Option<Waker>>,
+}
+
+impl Flow {
+    /// An exchange that begins now.
+    pub fn new(now: Instant) -> Self {
+        Self {
+            request: Direction::default(),
+            response: Direction::default(),
+            grpc: Cell::new(false),
+            last: Cell::new(now),
+            cut_at: Cell::new(None),
+            was_cut: Cell::new(false),
+            starved: Cell::new(false),
+            held: Cell::new(false),
+            holder: RefCell::new(None),
+        }
+    }
+
+    /// From here on the bodies are read as gRPC messages.
+    pub fn count_messages(&self) {
+        self.grpc.set(true);
+    }
+
+    /// Notes body bytes that passed in one direction at `now`.
+    pub fn passed(&self, direction: &Direction, chunk: &[u8], now: Instant) {
+        direction.bytes.set(direction.bytes.get() + chunk.len() as u64);
+        self.last.set(now);
+        if self.grpc.get() {
+            let mut framing = direction.framing.get();
+            framing.take(chunk);
+            direction.framing.set(framing);
+        }
+    }
+
+    /// When a body byte last moved in either direction; at first, when the exchange began.
+    pub fn last(&self) -> Instant {
+        self.last.get()
+    }
+
+    /// Notes whether the upstream could take more of the caller's body than the caller has sent.
+    pub fn starve(&self, starved: bool) {
+        self.starved.set(starved);
+    }
+
+    /// True if the upstream waits for the rest of the caller's body.
+    pub fn is_starved(&self) -> bool {
+        self.starved.get() && !self.request.ended()
+    }
+
+    /// Holds the caller's body back (it waits for `100 Continue`) until [`Flow::release`].
+    pub fn hold(&self) {
+        self.held.set(true);
+    }
+
+    /// True while the caller's body is held back.
+    pub fn is_held(&self) -> bool {
+        self.held.get()
+    }
+
+    /// Lets a held body go.
+    pub fn release(&self) {
+        if self.held.replace(false)
+            && let Some(waker) = self.holder.borrow_mut().take()
+        {
+            waker.wake();
+        }
+    }
+
+    /// Ready when the body is not held back.
+    pub fn poll_released(&self, cx: &mut Context<'_>) -> Poll<()> {
+        if !self.held.get() {
+            return Poll::Ready(());
+        }
+        *self.holder.borrow_mut() = Some(cx.waker().clone());
+        Poll::Pending
+    }
+
+    /// Sets or clears the time at which the answer has to be cut although nobody asks for its next byte.
+    ///
+    /// Set while an answer's body is on its way: a caller that stops reading also stops
+    /// polling the body and with it the body's own timer.
+    pub fn cut_at(&self, at: Option<Instant>) {
+        self.cut_at.set(at);
+    }
+
+    /// When the answer has to be cut; `None` while no answer is under way.
+    pub fn cut_time(&self) -> Option<Instant> {
+        self.cut_at.get()
+    }
+
+    /// Notes that the answer was cut because the caller did not take it.
+    pub fn cut(&self) {
+        self.was_cut.set(true);
+    }
+
+    /// True if the answer was cut because the caller did not take it.
+    pub fn was_cut(&self) -> bool {
+        self.was_cut.get()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn messages(chunks: &[&[u8]]) -> u32 {
+        let mut framing = Framing::default();
+        for chunk in chunks {
+            framing.take(chunk);
+        }
+        framing.messages
+    }
+
+    #[test]
+    fn grpc_messages_are_counted_however_they_are_cut() {
+        let one: &[u8] = &[0, 0, 0, 0, 3, b'a', b'b', b'c'];
+        let two = [one, one].concat();
+        assert_eq!(messages(&[one]), 1);
+        assert_eq!(messages(&[&two]), 2);
+        assert_eq!(messages(&[&two[..3], &two[3..9], &two[9..12], &two[12..]]), 2);
+        for cut in 0..two.len() {
+            assert_eq!(messages(&[&two[..cut], &two[cut..]]), 2, "cut at {cut}");
+        }
+        assert_eq!(messages(&[&[0, 0, 0, 0, 0], &[1, 0, 0, 0, 0]]), 2);
+        assert_eq!(messages(&[&[0, 0, 0, 0]]), 0);
+    }
+}

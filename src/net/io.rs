@@ -1,0 +1,198 @@
+//! One byte stream: a TCP socket, or anything else that reads and writes (TLS, a pipe in a test).
+//!
+//! Bytes that were read too early (protocol detection, an upgrade) are handed out again first.
+//! It counts reads and writes, so that whoever serves the connection can tell a silent peer from a busy one.
+
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::task::{Context, Poll};
+
+use bytes::{Buf, Bytes};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
+
+/// Any stream that is not a bare TCP socket.
+pub trait Stream: AsyncRead + AsyncWrite + Unpin + Send {}
+impl<T: AsyncRead + AsyncWrite + Unpin + Send> Stream for T {}
+
+enum Kind {
+    /// The common case, without a virtual call.
+    Tcp(TcpStream),
+    Boxed(Box<dyn Stream>),
+}
+
+/// How often a stream was read from and written to with success; shared with whoever watches it.
+#[derive(Default)]
+pub struct Activity {
+    reads: AtomicU64,
+    writes: AtomicU64,
+}
+
+impl Activity {
+    /// Reads that brought at least one byte, since the stream was made.
+    pub fn reads(&self) -> u64 {
+        self.reads.load(Relaxed)
+    }
+
+    /// Reads and writes that moved at least one byte, since the stream was made.
+    pub fn total(&self) -> u64 {
+        self.reads.load(Relaxed) + self.writes.load(Relaxed)
+    }
+}
+
+/// One byte stream.
+pub struct Io {
+    prefix: Bytes,
+    kind: Kind,
+    activity: Arc<Activity>,
+}
+
+impl Io {
+    /// Wraps a TCP socket.
+    pub fn tcp(stream: TcpStream) -> Self {
+        Self::new(Kind::Tcp(stream))
+    }
+
+    /// Wraps any other stream: TLS, or memory in a test.
+    pub fn boxed(stream: impl Stream + 'static) -> Self {
+        Self::new(Kind::Boxed(Box::new(stream)))
+    }
+
+    fn new(kind: Kind) -> Self {
+        Self {
+            prefix: Bytes::new(),
+            kind,
+            activity: Arc::default(),
+        }
+    }
+
+    /// The same stream, which first yields `prefix` again.
+    #[must_use]
+    pub fn with_prefix(mut self, prefix: Bytes) -> Self {
+        self.prefix = prefix;
+        self
+    }
+
+    /// The counters of this stream; they live on after it.
+    pub fn activity(&self) -> Arc<Activity> {
+        Arc::clone(&self.activity)
+    }
+}
+
+impl AsyncRead for Io {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let this = &mut *self;
+        if this.prefix.has_remaining() {
+            let take = this.prefix.len().min(buf.remaining());
+            buf.put_slice(&this.prefix.split_to(take));
+            bump(&this.activity.reads);
+            return Poll::Ready(Ok(()));
+        }
+        let before = buf.filled().len();
+        let polled = match &mut this.kind {
+            Kind::Tcp(stream) => Pin::new(stream).poll_read(cx, buf),
+            Kind::Boxed(stream) => Pin::new(stream).poll_read(cx, buf),
+        };
+        if buf.filled().len() > before {
+            bump(&this.activity.reads);
+        }
+        polled
+    }
+}
+
+impl AsyncWrite for Io {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        let this = &mut *self;
+        let polled = match &mut this.kind {
+            Kind::Tcp(stream) => Pin::new(stream).poll_write(cx, buf),
+            Kind::Boxed(stream) => Pin::new(stream).poll_write(cx, buf),
+        };
+        this.wrote(polled)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let this = &mut *self;
+        let polled = match &mut this.kind {
+            Kind::Tcp(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
+            Kind::Boxed(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
+        };
+        this.wrote(polled)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        match &self.kind {
+            Kind::Tcp(stream) => stream.is_write_vectored(),
+            Kind::Boxed(stream) => stream.is_write_vectored(),
+        }
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match &mut self.kind {
+            Kind::Tcp(stream) => Pin::new(stream).poll_flush(cx),
+            Kind::Boxed(stream) => Pin::new(stream).poll_flush(cx),
+        }
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match &mut self.kind {
+            Kind::Tcp(stream) => Pin::new(stream).poll_shutdown(cx),
+            Kind::Boxed(stream) => Pin::new(stream).poll_shutdown(cx),
+        }
+    }
+}
+
+impl Io {
+    fn wrote(&self, polled: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+        if matches!(polled, Poll::Ready(Ok(n)) if n > 0) {
+            bump(&self.activity.writes);
+        }
+        polled
+    }
+}
+
+/// One thread writes, so that a load and a store are enough.
+fn bump(counter: &AtomicU64) {
+    counter.store(counter.load(Relaxed).wrapping_add(1), Relaxed);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    #[tokio::test]
+    async fn a_prefix_is_read_again_before_the_stream_itself() {
+        let (ours, mut theirs) = tokio::io::duplex(64);
+        let mut io = Io::boxed(ours).with_prefix(Bytes::from_static(b"GET "));
+        theirs.write_all(b"/ HTTP/1.1").await.unwrap();
+        drop(theirs);
+        let mut all = String::new();
+        io.read_to_string(&mut all).await.unwrap();
+        assert_eq!(all, "GET / HTTP/1.1");
+    }
+
+    #[tokio::test]
+    async fn only_moved_bytes_count_as_activity() {
+        let (ours, theirs) = tokio::io::duplex(64);
+        let mut io = Io::boxed(ours);
+        let activity = io.activity();
+        io.write_all(b"x").await.unwrap();
+        drop(theirs);
+        assert_eq!(io.read(&mut [0; 8]).await.unwrap(), 0);
+        assert_eq!((activity.reads(), activity.total()), (0, 1));
+    }
+}

@@ -1,0 +1,54 @@
+//! Trailers: which of them may pass to the next hop.
+//!
+//! Fields that frame, route, authorise or describe the body mean nothing, or something dangerous, after it
+//! (RFC 9110, 6.5.1); connection-level ones end with the connection that they came over (RFC 9110, 7.6.1).
+
+use http::header::{self, HeaderMap, HeaderName};
+
+/// Names that never pass in trailers.
+const BANNED: [HeaderName; 20] = [
+    header::AUTHORIZATION,
+    header::CACHE_CONTROL,
+    header::CONNECTION,
+    header::CONTENT_ENCODING,
+    header::CONTENT_LENGTH,
+    header::CONTENT_RANGE,
+    header::CONTENT_TYPE,
+    header::EXPECT,
+    header::HOST,
+    HeaderName::from_static("keep-alive"),
+    header::MAX_FORWARDS,
+    header::PROXY_AUTHENTICATE,
+    header::PROXY_AUTHORIZATION,
+    HeaderName::from_static("proxy-connection"),
+    header::SET_COOKIE,
+    header::TE,
+    header::TRAILER,
+    header::TRANSFER_ENCODING,
+    header::UPGRADE,
+    header::WWW_AUTHENTICATE,
+];
+
+/// Takes out what may not pass: the banned names, and `named`, the ones that the message's `Connection` field lists.
+pub fn clean(trailers: &mut HeaderMap, named: &[HeaderName]) {
+    for name in BANNED.iter().chain(named) {
+        trailers.remove(name);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn framing_and_named_fields_go_and_the_rest_stays() {
+        let mut trailers = HeaderMap::new();
+        for name in ["grpc-status", "x-sum", "content-length", "host", "x-hop"] {
+            trailers.insert(HeaderName::from_static(name), "1".parse().unwrap());
+        }
+        clean(&mut trailers, &[HeaderName::from_static("x-hop")]);
+        let mut left: Vec<_> = trailers.keys().map(HeaderName::as_str).collect();
+        left.sort_unstable();
+        assert_eq!(left, ["grpc-status", "x-sum"]);
+    }
+}

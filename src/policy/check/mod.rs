@@ -1,0 +1,242 @@
+//! From the shapes of all files to one checked model, or to everything that is wrong with them.
+//!
+//! A check never stops: it reports, puts something harmless in the place, and goes on. Whether a model may be used is
+//! decided by whether anything was reported. What can only be judged with all files at hand (names, hosts, who is
+//! reached by whom) is judged last, and not at all when a file could not be read.
+
+mod destination;
+mod listener;
+mod route;
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use super::model::{AccessLog, Listener, LogMode, Model, Target};
+use super::spec::{AccessLogSpec, DefaultsSpec, PolicySpec};
+use crate::problems::{At, Origin};
+use crate::rules::limits::Limits;
+use crate::rules::timeouts::Timeouts;
+use crate::upstream::spec::Connections;
+
+/// One file, read.
+pub struct Document<'a> {
+    /// Its folder: paths in it are relative to that.
+    pub folder: &'a Path,
+    /// What it says.
+    pub spec: PolicySpec,
+    /// Where it says so.
+    pub at: At<'a>,
+}
+
+/// What a destination begins with.
+#[derive(Clone)]
+struct Layer {
+    timeouts: Timeouts,
+    limits: Limits,
+    connections: Connections,
+}
+
+/// Checks all files together. `is_complete` says that no file is missing here because it could not be read.
+///
+/// The result is to be used only if nothing was reported.
+pub fn check(documents: &[Document<'_>], files: Vec<Arc<str>>, is_complete: bool) -> Model {
+    let head = head(documents);
+    let mut destinations = Vec::new();
+    let mut names = Names::default();
+    for document in documents {
+        let list = document.at.key("destinations");
+        for (index, spec) in document.spec.destinations.iter().flatten().enumerate() {
+            let at = list.index(index);
+            destinations.push(destination::check(spec, &head.layer, document.folder, &at));
+            names.claim("destination", spec.name.as_deref(), &at.key("name"));
+        }
+    }
+    destination::check_hosts(documents);
+    let mut model = Model {
+        service: head.service,
+        access_log: head.access_log,
+        listeners: Vec::new(),
+        destinations,
+        hash: 0,
+        files,
+    };
+    check_listeners(documents, &mut model, is_complete);
+    // A `to` that leads nowhere was meant for one of the destinations.
+    let is_lost = |listener: &Listener| matches!(listener.target, Target::To(at) if at >= model.destinations.len());
+    if is_complete && !model.listeners.iter().any(is_lost) {
+        check_reached(documents, &model);
+    }
+    model.hash = model.content_hash();
+    model
+}
+
+struct Head {
+    service: Option<String>,
+    access_log: AccessLog,
+    layer: Layer,
+}
+
+/// What may stand in one file only.
+fn head(documents: &[Document<'_>]) -> Head {
+    let mut layer =
+        Layer { timeouts: Timeouts::built_in(), limits: Limits::built_in(), connections: Connections::built_in() };
+    let (mut service, mut access_log) = (None, AccessLog::default());
+    let mut seen: HashMap<&str, Origin> = HashMap::new();
+    for Document { spec, at, .. } in documents {
+        at.missing("apiVersion", "write `apiVersion: hopguard.dev/v1alpha1`");
+        at.missing("kind", "write `kind: Policy`");
+        for key in ["service", "accessLog", "defaults"] {
+            let at = at.key(key);
+            if !at.is_given() {
+                continue;
+            }
+            match seen.get(key) {
+                Some(first) => at.report(format!("`{key}` is set already at {first}"), "write it in one file only"),
+                None => drop(seen.insert(key, at.origin())),
+            }
+        }
+        if let Some(name) = &spec.service {
+            check_name(name, &at.key("service"));
+            service = Some(name.clone());
+        }
+        if let Some(spec) = &spec.access_log {
+            access_log = check_access_log(spec, &at.key("accessLog"));
+        }
+        if let Some(spec) = &spec.defaults {
+            layer = check_defaults(spec, &layer, &at.key("defaults"));
+        }
+    }
+    Head { service, access_log, layer }
+}
+
+fn check_defaults(spec: &DefaultsSpec, below: &Layer, at: &At<'_>) -> Layer {
+    let mut layer = below.clone();
+    if let Some(timeouts) = &spec.timeouts {
+        layer.timeouts = timeouts.check(&below.timeouts, &at.key("timeouts"));
+    }
+    if let Some(limits) = &spec.limits {
+        layer.limits = limits.check(&below.limits, &at.key("limits"));
+    }
+    if let Some(connections) = &spec.connections {
+        layer.connections = connections.check(&below.connections, &at.key("connections"));
+    }
+    layer
+}
+
+fn check_access_log(spec: &AccessLogSpec, at: &At<'_>) -> AccessLog {
+    let built_in = AccessLog::default();
+    let mode = spec.mode.unwrap_or(built_in.mode);
+    if spec.ratio.is_some() && mode != LogMode::Sampled && !(spec.mode.is_none() && at.key("mode").is_given()) {
+        at.key("ratio").report("`ratio` has no effect without `mode: sampled`", "set the mode, or remove the ratio");
+    }
+    let ratio = spec.ratio.map_or(built_in.ratio, |ratio| ratio.0);
+    AccessLog { mode, format: spec.format.unwrap_or(built_in.format), ratio }
+}
+
+/// A destination as a listener's `to` looks for it.
+struct Known<'a> {
+    name: &'a str,
+    /// Also when they were refused.
+    has_endpoints: bool,
+    origin: Origin,
+}
+
+fn known<'a>(documents: &'a [Document<'_>]) -> Vec<Known<'a>> {
+    let mut known = Vec::new();
+    for document in documents {
+        let list = document.at.key("destinations");
+        for (index, spec) in document.spec.destinations.iter().flatten().enumerate() {
+            let at = list.index(index);
+            let has_endpoints = at.key("endpoints").is_given();
+            known.push(Known { name: spec.name.as_deref().unwrap_or_default(), has_endpoints, origin: at.origin() });
+        }
+    }
+    known
+}
+
+fn check_listeners(documents: &[Document<'_>], model: &mut Model, is_complete: bool) {
+    let known = known(documents);
+    // A destination whose name could not be read may be the one that is meant.
+    let is_complete = is_complete && known.iter().all(|destination| !destination.name.is_empty());
+    let (mut names, mut binds) = (Names::default(), HashMap::new());
+    for document in documents {
+        let list = document.at.key("listeners");
+        for (index, spec) in document.spec.listeners.iter().flatten().enumerate() {
+            let at = list.index(index);
+            let listener = listener::check(spec, &known, is_complete, document.folder, &at);
+            names.claim("listener", spec.name.as_deref(), &at.key("name"));
+            // Port 0 is a new port each time.
+            if let Some(bind) = spec.bind.filter(|bind| bind.0.port() != 0) {
+                let bind_at = at.key("bind");
+                match binds.get(&bind.0) {
+                    Some(first) => bind_at.report(
+                        format!("`{}` is taken already by the listener at {first}", bind.0),
+                        "choose another address or port",
+                    ),
+                    None => drop(binds.insert(bind.0, bind_at.origin())),
+                }
+            }
+            model.listeners.push(listener);
+        }
+    }
+}
+
+/// A destination without hosts that no listener sends to would stand there without any effect.
+fn check_reached(documents: &[Document<'_>], model: &Model) {
+    let mut at_destination = 0;
+    for document in documents {
+        let list = document.at.key("destinations");
+        for index in 0..document.spec.destinations.as_ref().map_or(0, Vec::len) {
+            let (at, destination) = (list.index(index), &model.destinations[at_destination]);
+            let is_target = model.listeners.iter().any(|l| l.target == Target::To(at_destination));
+            if !is_target && !at.key("hosts").is_given() && !destination.name.is_empty() {
+                at.key("name").report(
+                    format!("destination `{}` can never be reached", destination.name),
+                    "give it `hosts`, or name it in the `to` of a listener",
+                );
+            }
+            at_destination += 1;
+        }
+    }
+}
+
+/// Names that must be unique.
+#[derive(Default)]
+struct Names<'a>(HashMap<&'a str, Origin>);
+
+impl<'a> Names<'a> {
+    fn claim(&mut self, kind: &str, name: Option<&'a str>, at: &At<'_>) {
+        let Some(name) = name else { return };
+        match self.0.get(name) {
+            Some(first) => {
+                at.report(format!("another {kind} is named `{name}` already, at {first}"), "choose another name");
+            }
+            None => drop(self.0.insert(name, at.origin())),
+        }
+    }
+}
+
+/// Names become metric labels and parts of header values: 1 to 63 letters, digits, `-`, `_` or `.`.
+fn check_name(name: &str, at: &At<'_>) {
+    let is_good = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.');
+    if !(1..=63).contains(&name.len()) || !name.bytes().all(is_good) {
+        at.report(format!("`{name}` is no good name"), "write 1 to 63 letters, digits, `-`, `_` or `.`");
+    }
+}
+
+/// The checked name of an entry; empty, and reported, where there is none.
+fn required_name(name: Option<&String>, at: &At<'_>) -> String {
+    at.missing("name", "give it a name, unique among its like");
+    let Some(name) = name else { return String::new() };
+    check_name(name, &at.key("name"));
+    name.clone()
+}
+
+/// A list that is there but empty says less than it seems to.
+fn check_not_empty<T>(list: Option<&Vec<T>>, meaning: &str, at: &At<'_>) {
+    // What was refused was there.
+    if list.is_some_and(Vec::is_empty) && at.size() == 0 {
+        at.report("the list is empty", format!("fill it, or remove the line: {meaning}"));
+    }
+}

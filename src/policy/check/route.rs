@@ -1,0 +1,217 @@
+//! The check of a destination's routes: each by itself, then whether each can ever be found.
+
+use std::collections::{BTreeMap, HashMap};
+
+use http::Method;
+use http::header::{HeaderName, HeaderValue};
+
+use super::{Names, check_not_empty, required_name};
+use crate::policy::index::{Segment, parse_template, precedence};
+use crate::policy::model::{DEFAULT_ROUTE, Path, Route, RouteMatch};
+use crate::policy::spec::{MatchSpec, RouteSpec};
+use crate::problems::{At, Fault, Origin};
+use crate::rules::timeouts::Timeouts;
+use crate::upstream::spec::Protocol;
+
+/// Checks all routes of a destination and adds the implicit last one.
+pub(super) fn check_all(specs: &[RouteSpec], protocol: Protocol, base: &Timeouts, at: &At<'_>) -> Vec<Route> {
+    let mut names = Names::default();
+    let mut routes = Vec::with_capacity(specs.len() + 1);
+    for (index, spec) in specs.iter().enumerate() {
+        let at = at.index(index);
+        routes.push(check(spec, protocol, base, &at));
+        if spec.name.as_deref() == Some(DEFAULT_ROUTE) {
+            let hint = "it stands for all calls that no route takes: choose another name";
+            at.key("name").report("the name `default` is taken", hint);
+        }
+        names.claim("route of this destination", spec.name.as_deref(), &at.key("name"));
+    }
+    check_matchable(specs, &routes, at);
+    routes.push(Route {
+        name: DEFAULT_ROUTE.into(),
+        matches: RouteMatch::default(),
+        timeouts: base.clone(),
+        stream: false,
+        origin: Origin::BuiltIn,
+    });
+    routes
+}
+
+fn check(spec: &RouteSpec, protocol: Protocol, base: &Timeouts, at: &At<'_>) -> Route {
+    let matches_at = at.key("match");
+    let timeouts = match &spec.timeouts {
+        Some(spec) => spec.check(base, &at.key("timeouts")),
+        None => base.clone(),
+    };
+    Route {
+        name: required_name(spec.name.as_ref(), at),
+        matches: spec.r#match.as_ref().map_or_else(RouteMatch::default, |spec| matches(spec, protocol, &matches_at)),
+        timeouts,
+        stream: spec.stream.unwrap_or(false),
+        origin: at.origin(),
+    }
+}
+
+fn matches(spec: &MatchSpec, protocol: Protocol, at: &At<'_>) -> RouteMatch {
+    let methods = methods(spec, &at.key("methods"));
+    let path = match (&spec.path, &spec.grpc) {
+        (Some(_), Some(_)) => {
+            at.key("grpc").report("`path` and `grpc` stand together", "a gRPC method is a path: remove one of the two");
+            Path::Any
+        }
+        (Some(template), None) => template_path(template, &at.key("path")),
+        (None, Some(name)) => grpc_path(name, &methods, protocol, &at.key("grpc")),
+        (None, None) => Path::Any,
+    };
+    RouteMatch { methods, path, headers: headers(spec, &at.key("headers")) }
+}
+
+fn methods(spec: &MatchSpec, at: &At<'_>) -> Vec<Method> {
+    check_not_empty(spec.methods.as_ref(), "without methods, all match", at);
+    let mut methods: Vec<Method> = Vec::new();
+    for (index, text) in spec.methods.iter().flatten().enumerate() {
+        let at = at.index(index);
+        match Method::from_bytes(text.as_bytes()) {
+            Ok(_) if text.bytes().any(|b| b.is_ascii_lowercase()) => {
+                at.report(
+                    format!("`{text}` never matches"),
+                    format!("methods are upper case: write `{}`", text.to_uppercase()),
+                );
+            }
+            Ok(method) if methods.contains(&method) => {
+                at.report(format!("`{text}` stands twice"), "remove one of the two");
+            }
+            Ok(method) => methods.push(method),
+            Err(_) => at.report(format!("`{text}` is no method"), "write a method like GET or POST"),
+        }
+    }
+    methods.sort_by(|a, b| a.as_str().cmp(b.as_str()));
+    methods
+}
+
+fn headers(spec: &MatchSpec, at: &At<'_>) -> Vec<(HeaderName, HeaderValue)> {
+    let mut headers: Vec<(HeaderName, HeaderValue)> = Vec::new();
+    for (name, value) in spec.headers.iter().flatten() {
+        let at = at.key(name);
+        let Ok(field) = HeaderName::from_bytes(name.as_bytes()) else {
+            at.report_key(Fault::new(format!("`{name}` is no header name"), "write a name like `x-tenant`"));
+            continue;
+        };
+        if headers.iter().any(|(other, _)| *other == field) {
+            let hint = "header names have no case: remove one of the two";
+            at.report_key(Fault::new(format!("header `{field}` stands twice"), hint));
+        }
+        match HeaderValue::from_str(value) {
+            Ok(_) if value.trim() != value => {
+                at.report(format!("`{value}` never matches"), "remove the blanks around the value");
+            }
+            Ok(value) => headers.push((field, value)),
+            Err(_) => at.report("not a header value", "write printable ASCII characters"),
+        }
+    }
+    headers.sort_by(|a, b| a.0.as_str().cmp(b.0.as_str()));
+    headers
+}
+
+fn template_path(template: &str, at: &At<'_>) -> Path {
+    match parse_template(template) {
+        Ok(_) => Path::Template(template.to_owned()),
+        Err(fault) => {
+            at.report_fault(fault);
+            Path::Any
+        }
+    }
+}
+
+fn grpc_path(name: &str, methods: &[Method], protocol: Protocol, at: &At<'_>) -> Path {
+    let is_name = |name: &str| {
+        let mut bytes = name.bytes();
+        bytes.next().is_some_and(|b| b.is_ascii_alphabetic() || b == b'_')
+            && bytes.all(|b| b.is_ascii_alphanumeric() || b == b'_')
+    };
+    let is_service = |name: &str| name.split('.').all(is_name);
+    if !methods.is_empty() && !methods.contains(&Method::POST) {
+        at.report("`grpc` never matches with these methods", "gRPC calls are POST: remove `methods`");
+    }
+    if protocol == Protocol::Http1 {
+        at.report("`grpc` never works with `protocol: http1`", "gRPC needs HTTP/2: write `protocol: auto` or `http2`");
+    }
+    match name.split_once('/') {
+        None if is_service(name) => Path::GrpcService(name.to_owned()),
+        Some((service, method)) if is_service(service) && is_name(method) => {
+            Path::GrpcMethod { service: service.to_owned(), method: method.to_owned() }
+        }
+        _ => {
+            let hint = match name.strip_prefix('/') {
+                Some(bare) => format!("write `{bare}`"),
+                None => "write `package.Service/Method`, or `package.Service` for all its methods".into(),
+            };
+            at.report(format!("`{name}` is no gRPC method or service"), hint);
+            Path::Any
+        }
+    }
+}
+
+/// What decides where a route is looked for: two routes with the same are tried one after the other.
+#[derive(PartialEq, Eq, Hash)]
+struct Place<'a> {
+    shape: Option<Vec<Segment>>,
+    grpc: Option<&'a Path>,
+    headers: &'a [(HeaderName, HeaderValue)],
+}
+
+impl<'a> Place<'a> {
+    fn of(matches: &'a RouteMatch) -> Self {
+        let (shape, grpc) = match &matches.path {
+            Path::Any => (None, None),
+            Path::Template(template) => (parse_template(template).ok(), None),
+            path @ (Path::GrpcMethod { .. } | Path::GrpcService(_)) => (None, Some(path)),
+        };
+        Self { shape, grpc, headers: &matches.headers }
+    }
+}
+
+/// Reports each route whose calls are all taken by routes that are tried before it.
+fn check_matchable(specs: &[RouteSpec], routes: &[Route], at: &At<'_>) {
+    let mut order: Vec<usize> = (0..routes.len()).collect();
+    order.sort_by_cached_key(|index| precedence(&routes[*index].matches));
+    let mut taken: HashMap<Place<'_>, Vec<&Route>> = HashMap::new();
+    for index in order {
+        let (route, match_at) = (&routes[index], at.index(index));
+        let match_at = match_at.key("match");
+        // What was refused above stands here without its conditions, and would seem to equal others.
+        if !is_whole(&specs[index], route, &match_at) {
+            continue;
+        }
+        let before = taken.entry(Place::of(&route.matches)).or_default();
+        let takes = |other: &Route, method: &Method| other.matches.methods.contains(method);
+        let all = |other: &&&Route| other.matches.methods.is_empty() == route.matches.methods.is_empty();
+        let is_covered = match route.matches.methods.as_slice() {
+            [] => before.iter().any(|other| other.matches.methods.is_empty()),
+            methods => methods.iter().all(|method| before.iter().any(|other| takes(other, method))),
+        };
+        if let Some(other) = before.iter().find(all).filter(|_| is_covered) {
+            match_at.report(
+                format!("route `{}` can never match: `{}` ({}) takes its calls", route.name, other.name, other.origin),
+                "remove one of the two, or make their matches differ",
+            );
+        }
+        before.push(route);
+    }
+}
+
+/// Whether the route's match is all that the file says.
+fn is_whole(spec: &RouteSpec, route: &Route, at: &At<'_>) -> bool {
+    let Some(spec) = &spec.r#match else { return !at.is_given() };
+    let path_is_whole = match route.matches.path {
+        Path::Any => !at.key("path").is_given() && !at.key("grpc").is_given(),
+        Path::Template(_) | Path::GrpcMethod { .. } | Path::GrpcService(_) => true,
+    };
+    let is_whole = |key, read: Option<usize>, kept| {
+        let at = at.key(key);
+        at.is_given() == read.is_some() && at.size() == read.unwrap_or(0) && kept == at.size()
+    };
+    path_is_whole
+        && is_whole("methods", spec.methods.as_ref().map(Vec::len), route.matches.methods.len())
+        && is_whole("headers", spec.headers.as_ref().map(BTreeMap::len), route.matches.headers.len())
+}

@@ -1,0 +1,221 @@
+//! What holds for one call: which listener, destination and route it meets, and every effective value with its line.
+
+use std::fmt;
+use std::time::Duration;
+
+use http::header::{CONTENT_TYPE, HeaderMap, HeaderValue};
+use http::{Method, Uri};
+
+use super::index::{HostIndex, RouteIndex};
+use super::model::{Destination, Listener, Model, Route, Target};
+use crate::problems::{Origin, Set};
+use crate::rules::duration;
+
+/// What one call meets. Shows as a table for people.
+#[derive(Debug)]
+pub struct Explanation<'a> {
+    /// Those through which the call can come; empty when no listener leads to the destination.
+    pub listeners: Vec<&'a Listener>,
+    /// Where it goes.
+    pub destination: &'a Destination,
+    /// How it is treated.
+    pub route: &'a Route,
+}
+
+/// Why there is nothing to explain.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum ExplainError {
+    /// No method, or not one that HTTP allows.
+    #[error("`{0}` is no method; write one like GET, or GRPC for a gRPC call")]
+    BadMethod(String),
+    /// Neither `http://HOST/PATH` nor `/PATH`.
+    #[error("`{0}` is no URL; write one like http://payment/orders/1, or only the path")]
+    BadUrl(String),
+    /// The policy leads such a call nowhere.
+    #[error("no destination: {0}")]
+    NoDestination(String),
+}
+
+/// A call to explain: `GRPC` as method stands for a POST with the content type of gRPC.
+#[derive(Debug)]
+pub struct Call {
+    method: Method,
+    uri: Uri,
+    headers: HeaderMap,
+}
+
+impl Call {
+    /// Reads method and URL; a URL without scheme and host is a path, one without scheme an authority.
+    ///
+    /// # Errors
+    /// What is no method or no URL.
+    pub fn parse(method: &str, url: &str, mut headers: HeaderMap) -> Result<Self, ExplainError> {
+        let method = if method.eq_ignore_ascii_case("GRPC") {
+            headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+            Method::POST
+        } else {
+            let upper = method.to_ascii_uppercase();
+            Method::from_bytes(upper.as_bytes()).map_err(|_| ExplainError::BadMethod(method.to_owned()))?
+        };
+        let full = if url.starts_with('/') || url.contains("://") { url.to_owned() } else { format!("http://{url}") };
+        let uri: Uri = full.parse().map_err(|_| ExplainError::BadUrl(url.to_owned()))?;
+        Ok(Self { method, uri, headers })
+    }
+}
+
+/// Explains a call. A bare path is explained for each listener with `to`.
+///
+/// # Errors
+/// That the policy leads the call nowhere.
+pub fn explain<'a>(model: &'a Model, call: &Call) -> Result<Vec<Explanation<'a>>, ExplainError> {
+    let targets = targets(model, call)?;
+    let explanations = targets.into_iter().map(|Reached { destination, listeners }| {
+        let destination = &model.destinations[destination];
+        let routes = RouteIndex::new(&destination.routes);
+        let route = &destination.routes[routes.find(&call.method, call.uri.path(), &call.headers)];
+        Explanation { listeners, destination, route }
+    });
+    Ok(explanations.collect())
+}
+
+/// A destination, and the listeners through which a call gets there.
+struct Reached<'a> {
+    destination: usize,
+    listeners: Vec<&'a Listener>,
+}
+
+fn targets<'a>(model: &'a Model, call: &Call) -> Result<Vec<Reached<'a>>, ExplainError> {
+    let fixed = |listener: &'a Listener| match listener.target {
+        Target::To(destination) => Some(Reached { destination, listeners: vec![listener] }),
+        Target::Forward => None,
+    };
+    let Some(host) = call.uri.host() else {
+        let all: Vec<_> = model.listeners.iter().filter_map(fixed).collect();
+        return match all.is_empty() {
+            true => {
+                Err(ExplainError::NoDestination("a path alone needs a listener with `to`; write the host too".into()))
+            }
+            false => Ok(all),
+        };
+    };
+    // Who writes the address of a listener asks for what stands behind it.
+    let port = call.uri.port_u16();
+    let is_here = |l: &&Listener| {
+        let same_address = host == l.bind.ip().to_string() || host == "localhost" || host.starts_with("127.");
+        same_address && port == Some(l.bind.port())
+    };
+    if let Some(found) = model.listeners.iter().filter(is_here).find_map(fixed) {
+        return Ok(vec![found]);
+    }
+    let at = HostIndex::new(&model.destinations)
+        .find(host)
+        .ok_or_else(|| ExplainError::NoDestination(format!("no destination has the host `{host}`")))?;
+    let leads_there = |l: &&Listener| l.target == Target::Forward || l.target == Target::To(at);
+    Ok(vec![Reached { destination: at, listeners: model.listeners.iter().filter(leads_there).collect() }])
+}
+
+/// One line of an explanation.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Row {
+    /// What it is, like `timeouts.connect`.
+    pub name: String,
+    /// What holds.
+    pub value: String,
+    /// Who said so: `built in`, a line of a file, or nothing for what follows from other rows.
+    pub origin: String,
+}
+
+impl Row {
+    fn new(name: impl Into<String>, value: impl Into<String>, origin: &Origin) -> Self {
+        Self { name: name.into(), value: value.into(), origin: origin.to_string() }
+    }
+
+    fn bare(name: &str, value: impl Into<String>) -> Self {
+        Self { name: name.into(), value: value.into(), origin: String::new() }
+    }
+
+    fn time(name: &str, value: &Set<Duration>) -> Self {
+        Self::new(name, duration::format(value.value), &value.origin)
+    }
+
+    fn count(name: &str, value: &Set<u32>) -> Self {
+        Self::new(name, value.value.to_string(), &value.origin)
+    }
+}
+
+impl Explanation<'_> {
+    /// What the call meets: listeners, destination, route, and what is behind them.
+    pub fn way(&self) -> Vec<Row> {
+        let Self { listeners, destination, route } = self;
+        let mut rows: Vec<Row> = listeners.iter().map(|l| listener_row(l)).collect();
+        if rows.is_empty() {
+            rows.push(Row::bare("listener", "none leads here"));
+        }
+        rows.push(Row::new("destination", &destination.name, &destination.origin));
+        rows.push(Row::new("route", format!("{} ({})", route.name, route.matches), &route.origin));
+        let life = if route.stream { "stream: idle and maxDuration hold" } else { "unary: request holds" };
+        rows.push(Row::bare("life", life));
+        let endpoints: Vec<String> = destination.endpoints.iter().map(ToString::to_string).collect();
+        let there = if endpoints.is_empty() { "where the caller was going".into() } else { endpoints.join(", ") };
+        rows.push(Row::bare("endpoints", there));
+        rows.push(Row::bare("protocol", destination.protocol.to_string()));
+        if let Some(tls) = &destination.tls {
+            let name = tls.server_name.as_deref().unwrap_or("the request's host");
+            let roots = tls.ca.as_ref().map_or_else(|| "the system's roots".into(), |ca| ca.display().to_string());
+            rows.push(Row::bare("tls", format!("for {name}, trusting {roots}")));
+        }
+        rows
+    }
+
+    /// Every effective value.
+    pub fn values(&self) -> Vec<Row> {
+        let Self { listeners, destination, route } = self;
+        let (Destination { limits, connections, .. }, timeouts) = (destination, &route.timeouts);
+        let mut rows = vec![
+            Row::time("timeouts.connect", &timeouts.connect),
+            Row::time("timeouts.request", &timeouts.request),
+            match &timeouts.per_try {
+                Some(per_try) => Row::time("timeouts.perTry", per_try),
+                None => Row::new("timeouts.perTry", "none: request holds", &Origin::BuiltIn),
+            },
+            Row::time("timeouts.idle", &timeouts.idle),
+            Row::time("timeouts.maxDuration", &timeouts.max_duration),
+            Row::count("limits.inFlight", &limits.in_flight),
+            Row::count("limits.queue", &limits.queue),
+            Row::time("limits.queueTimeout", &limits.queue_timeout),
+            Row::time("connections.idle", &connections.idle),
+            Row::count("connections.maxIdle", &connections.max_idle),
+        ];
+        for l in listeners {
+            rows.push(Row::time(&format!("{}: timeouts.headers", l.name), &l.headers_timeout));
+            rows.push(Row::time(&format!("{}: timeouts.idle", l.name), &l.idle));
+            rows.push(Row::count(&format!("{}: maxHeaderSize", l.name), &l.max_header_size));
+        }
+        rows
+    }
+}
+
+fn listener_row(l: &Listener) -> Row {
+    let target = if l.target == Target::Forward { "forward" } else { "to" };
+    let tls = if l.tls.is_some() { ", TLS" } else { "" };
+    Row::new("listener", format!("{} ({target}, {}, {}{tls})", l.name, l.direction, l.bind), &l.origin)
+}
+
+impl fmt::Display for Explanation<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (way, values) = (self.way(), self.values());
+        let widest = |of: fn(&Row) -> usize, most: usize| {
+            way.iter().chain(&values).map(of).filter(|width| *width <= most).max().unwrap_or_default()
+        };
+        let name_width = widest(|row| row.name.chars().count(), 40);
+        let value_width = widest(|row| if row.origin.is_empty() { 0 } else { row.value.chars().count() }, 60);
+        for (index, Row { name, value, origin }) in way.iter().chain(&values).enumerate() {
+            if index == way.len() {
+                writeln!(f)?;
+            }
+            let line = format!("{name:<name_width$}  {value:<value_width$}  {origin}");
+            writeln!(f, "{}", line.trim_end())?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,190 @@
+//! Reads a policy from a file, or from a directory of files, into a checked model.
+//!
+//! All problems of all files come out together, a file that cannot be read among them. A directory's files are those
+//! that end in `.yaml` or `.yml`, in the order of their names; folders and names that begin with a dot are skipped, so
+//! that a mounted ConfigMap (whose files are links through `..data`) is read once.
+
+use std::cell::RefCell;
+use std::fmt;
+use std::fs::{self, File};
+use std::hash::Hasher;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::check::{Document, check};
+use super::model::{Fnv, Model};
+use super::spec::PolicySpec;
+use super::tree::{self, Node};
+use crate::problems::{At, Place, Problem, Problems, Sources};
+
+/// A larger file is refused: etcd, and so a ConfigMap, ends here too.
+const LARGEST: u64 = 1 << 20;
+
+/// Why there is no model.
+#[derive(Debug, Clone)]
+pub struct LoadError {
+    /// What is wrong, in reading order; never empty.
+    pub problems: Problems,
+    /// The texts, to show the problems in.
+    pub sources: Sources,
+}
+
+/// The short form, for a log line.
+impl fmt::Display for LoadError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.problems.fmt(f)
+    }
+}
+
+impl std::error::Error for LoadError {}
+
+impl LoadError {
+    /// Every problem with its line of source marked.
+    pub fn render(&self, colour: bool) -> String {
+        self.problems.render(&self.sources, colour)
+    }
+}
+
+/// Loads a file or a directory.
+///
+/// # Errors
+/// Everything that is wrong with it.
+pub fn load(path: &Path) -> Result<Model, LoadError> {
+    let mut problems = Problems::default();
+    let mut texts = Vec::new();
+    match files(path) {
+        Ok(files) if files.is_empty() => {
+            let hint = Some("a policy is a file that ends in .yaml or .yml".to_owned());
+            problems.push(of_file(path, "the directory has no policy in it".into(), hint));
+        }
+        Ok(files) => {
+            for file in files {
+                match read(&file) {
+                    Ok(text) => texts.push((file, text)),
+                    Err(message) => problems.push(of_file(&file, message, None)),
+                }
+            }
+        }
+        Err(error) => problems.push(of_file(path, format!("cannot be read: {error}"), None)),
+    }
+    build(texts, problems)
+}
+
+/// Loads one policy from a text; relative paths in it are relative to the current directory.
+///
+/// # Errors
+/// Everything that is wrong with it.
+pub fn load_str(name: &str, yaml: &str) -> Result<Model, LoadError> {
+    build(vec![(PathBuf::from(name), yaml.to_owned())], Problems::default())
+}
+
+/// A number that is another one whenever a file's name or content is, also when something cannot be read: the cheap
+/// way to see that nothing changed.
+pub fn fingerprint(path: &Path) -> u64 {
+    let mut state = Fnv(0xcbf2_9ce4_8422_2325);
+    for file in files(path).unwrap_or_default() {
+        state.write(file.as_os_str().as_encoded_bytes());
+        state.write_u8(0);
+        match read(&file) {
+            Ok(text) => state.write(text.as_bytes()),
+            Err(message) => state.write(message.as_bytes()),
+        }
+        state.write_u8(0);
+    }
+    state.finish()
+}
+
+fn files(path: &Path) -> io::Result<Vec<PathBuf>> {
+    if !fs::metadata(path)?.is_dir() {
+        return Ok(vec![path.to_owned()]);
+    }
+    let mut files = Vec::new();
+    for entry in fs::read_dir(path)? {
+        let file = entry?.path();
+        let is_hidden = file.file_name().is_none_or(|name| name.as_encoded_bytes().starts_with(b"."));
+        let is_yaml = file.extension().is_some_and(|extension| extension == "yaml" || extension == "yml");
+        if is_yaml && !is_hidden && !file.is_dir() {
+            files.push(file);
+        }
+    }
+    files.sort();
+    Ok(files)
+}
+
+fn read(path: &Path) -> Result<String, String> {
+    let cannot = |error: io::Error| format!("cannot be read: {error}");
+    let file = File::open(path).map_err(cannot)?;
+    // A pipe or a device would block, or never end.
+    if !file.metadata().map_err(cannot)?.is_file() {
+        return Err("is not a file".into());
+    }
+    let mut bytes = Vec::new();
+    file.take(LARGEST + 1).read_to_end(&mut bytes).map_err(cannot)?;
+    if bytes.len() as u64 > LARGEST {
+        return Err(format!("is larger than {} MiB", LARGEST >> 20));
+    }
+    String::from_utf8(bytes).map_err(|error| format!("is not UTF-8 from byte {} on", error.utf8_error().valid_up_to()))
+}
+
+fn of_file(path: &Path, message: String, hint: Option<String>) -> Problem {
+    Problem { file: name(path), place: Place::default(), path: String::new(), message, hint }
+}
+
+fn name(path: &Path) -> Arc<str> {
+    path.display().to_string().into()
+}
+
+struct Parsed {
+    name: Arc<str>,
+    folder: PathBuf,
+    tree: Node,
+}
+
+fn build(texts: Vec<(PathBuf, String)>, mut problems: Problems) -> Result<Model, LoadError> {
+    let mut sources = Sources::default();
+    let mut parsed = Vec::new();
+    for (path, text) in texts {
+        match parse(&path, &text) {
+            Ok(file) => parsed.push(file),
+            Err(problem) => problems.push(problem),
+        }
+        sources.add(name(&path), text);
+    }
+    let is_complete = problems.is_empty();
+    let problems = RefCell::new(problems);
+    let model = read_and_check(&parsed, &sources, is_complete, &problems);
+    let mut problems = problems.into_inner();
+    if problems.is_empty() {
+        return Ok(model);
+    }
+    problems.sort();
+    Err(LoadError { problems, sources })
+}
+
+fn parse(path: &Path, text: &str) -> Result<Parsed, Problem> {
+    let hint = "a policy begins with `apiVersion: hopguard.dev/v1alpha1` and `kind: Policy`";
+    match tree::parse(text) {
+        Ok(tree) if tree.is_empty() => Err(of_file(path, "the file is empty".into(), Some(hint.into()))),
+        Ok(tree) => {
+            let folder = path.parent().unwrap_or(Path::new(""));
+            let folder = std::path::absolute(folder).unwrap_or_else(|_| folder.to_owned());
+            Ok(Parsed { name: name(path), folder, tree })
+        }
+        Err((fault, place)) => {
+            Err(Problem { file: name(path), place, path: String::new(), message: fault.message, hint: fault.hint })
+        }
+    }
+}
+
+fn read_and_check(parsed: &[Parsed], sources: &Sources, is_complete: bool, problems: &RefCell<Problems>) -> Model {
+    let mut documents = Vec::new();
+    for Parsed { name, folder, tree } in parsed {
+        let at = At::root(name, tree, problems);
+        if let Some(spec) = tree.read::<PolicySpec>(&at) {
+            documents.push(Document { folder, spec, at });
+        }
+    }
+    let is_complete = is_complete && documents.len() == parsed.len();
+    check(&documents, sources.files().cloned().collect(), is_complete)
+}

@@ -1,0 +1,207 @@
+//! Says when to look at files again, because they may have changed.
+//!
+//! It watches folders, not files: an editor replaces a file by renaming another over it, and a ConfigMap mount swaps
+//! the link `..data`; a watch on the file itself sees the first of these and none after. It looks every five seconds
+//! too, because some mounts send no events, and a folder that was removed and made again needs a new watch. Whether
+//! anything did change is for the reader to compare.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use notify::{RecommendedWatcher, RecursiveMode, Watcher};
+use tokio::sync::Notify;
+use tokio::time::{Instant, sleep, timeout_at};
+
+/// Several events of one change come together.
+const SETTLE: Duration = Duration::from_millis(100);
+/// How often to look without an event.
+const LOOK: Duration = Duration::from_secs(5);
+/// The same where the system gives us no events, so that a change is still seen within a second.
+const LOOK_BLIND: Duration = Duration::from_millis(900);
+
+/// A watch over files and directories, which need not exist.
+pub struct Watch {
+    paths: Vec<PathBuf>,
+    watcher: Option<RecommendedWatcher>,
+    armed: BTreeSet<PathBuf>,
+    event: Arc<Notify>,
+    next_look: Instant,
+}
+
+impl Watch {
+    /// Watches these paths from now on. Must be called on a runtime whose timer is on.
+    ///
+    /// Where the system refuses to watch (its number of watches is used up, say), the files are looked at every second.
+    pub fn new(paths: impl IntoIterator<Item = PathBuf>) -> Self {
+        let event = Arc::new(Notify::new());
+        let waker = Arc::clone(&event);
+        let watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
+            // Reading a file is an event as well, and our own reader must not wake itself.
+            if !event.is_ok_and(|event| event.kind.is_access()) {
+                waker.notify_one();
+            }
+        });
+        let paths = paths.into_iter().map(|path| std::path::absolute(&path).unwrap_or(path)).collect();
+        let mut watch = Self { paths, watcher: watcher.ok(), armed: BTreeSet::new(), event, next_look: Instant::now() };
+        watch.arm();
+        watch
+    }
+
+    /// Waits until the files may have changed: a tenth of a second after an event, or when five seconds passed.
+    ///
+    /// Nothing is lost when the future is dropped: the next call returns for the same event.
+    pub async fn changed(&mut self) {
+        if timeout_at(self.next_look, self.event.notified()).await.is_ok() {
+            // Kept until the wait is over, so that a dropped future leaves the event behind.
+            self.event.notify_one();
+            sleep(SETTLE).await;
+            timeout_at(Instant::now(), self.event.notified()).await.ok();
+            self.arm();
+        } else {
+            self.disarm();
+            self.arm();
+        }
+    }
+
+    /// Watches the folders that are there now and are not watched yet.
+    fn arm(&mut self) {
+        let look = if self.watcher.is_some() { LOOK } else { LOOK_BLIND };
+        self.next_look = Instant::now() + look;
+        let folders: BTreeSet<PathBuf> = self.paths.iter().flat_map(|path| folders(path)).collect();
+        let Some(watcher) = &mut self.watcher else { return };
+        for gone in self.armed.difference(&folders) {
+            // It may be gone from the disk too, which ended the watch.
+            watcher.unwatch(gone).ok();
+        }
+        self.armed.retain(|folder| folders.contains(folder));
+        for folder in folders {
+            if !self.armed.contains(&folder) && watcher.watch(&folder, RecursiveMode::NonRecursive).is_ok() {
+                self.armed.insert(folder);
+            }
+        }
+        if self.armed.is_empty() {
+            self.next_look = Instant::now() + LOOK_BLIND;
+        }
+    }
+
+    /// Forgets all watches: one on a folder that was removed is dead, and does not say so.
+    fn disarm(&mut self) {
+        if let Some(watcher) = &mut self.watcher {
+            for folder in &self.armed {
+                watcher.unwatch(folder).ok();
+            }
+        }
+        self.armed.clear();
+    }
+}
+
+/// The folder that a path is in, the path itself if it is one, and the folder of the file that a link leads to.
+fn folders(path: &Path) -> Vec<PathBuf> {
+    let mut folders: Vec<PathBuf> = path.parent().map(Path::to_owned).into_iter().collect();
+    if path.is_dir() {
+        folders.push(path.to_owned());
+    } else if let Ok(target) = path.canonicalize() {
+        folders.extend(target.parent().map(Path::to_owned));
+    }
+    folders
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    /// Far below the five seconds after which it looks anyway, far above what an event takes.
+    const SOON: Duration = Duration::from_secs(2);
+
+    async fn is_seen(watch: &mut Watch) -> bool {
+        tokio::time::timeout(SOON, watch.changed()).await.is_ok()
+    }
+
+    #[tokio::test]
+    async fn an_edited_a_replaced_and_a_new_file_are_seen() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("policy.yaml");
+        fs::write(&file, "a").unwrap();
+        let mut watch = Watch::new([file.clone()]);
+        fs::write(&file, "b").unwrap();
+        assert!(is_seen(&mut watch).await, "edited");
+        for round in 0..3 {
+            let other = folder.path().join("policy.yaml.new");
+            fs::write(&other, "c").unwrap();
+            fs::rename(&other, &file).unwrap();
+            assert!(is_seen(&mut watch).await, "replaced {round}");
+        }
+        fs::remove_file(&file).unwrap();
+        assert!(is_seen(&mut watch).await, "removed");
+        fs::write(&file, "d").unwrap();
+        assert!(is_seen(&mut watch).await, "back again");
+    }
+
+    #[tokio::test]
+    async fn every_swap_of_a_config_map_is_seen() {
+        let folder = tempfile::tempdir().unwrap();
+        let mount = folder.path();
+        let version = |n: u32| {
+            let data = mount.join(format!("..{n}"));
+            fs::create_dir(&data).unwrap();
+            fs::write(data.join("policy.yaml"), n.to_string()).unwrap();
+            symlink(format!("..{n}"), mount.join("..data_tmp")).unwrap();
+            fs::rename(mount.join("..data_tmp"), mount.join("..data")).unwrap();
+        };
+        version(0);
+        symlink("..data/policy.yaml", mount.join("policy.yaml")).unwrap();
+        let mut of_file = Watch::new([mount.join("policy.yaml")]);
+        let mut of_folder = Watch::new([mount.to_owned()]);
+        for n in 1..4 {
+            version(n);
+            fs::remove_dir_all(mount.join(format!("..{}", n - 1))).unwrap();
+            let (by_file, by_folder) = tokio::join!(is_seen(&mut of_file), is_seen(&mut of_folder));
+            assert!(by_file && by_folder, "swap {n}");
+            assert_eq!(fs::read_to_string(mount.join("policy.yaml")).unwrap(), n.to_string());
+        }
+    }
+
+    #[tokio::test]
+    async fn a_folder_that_vanished_and_came_back_is_watched_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let inner = folder.path().join("inner");
+        let file = inner.join("policy.yaml");
+        fs::create_dir(&inner).unwrap();
+        fs::write(&file, "a").unwrap();
+        let mut watch = Watch::new([file.clone()]);
+        fs::remove_dir_all(&inner).unwrap();
+        assert!(is_seen(&mut watch).await, "removed");
+        fs::create_dir(&inner).unwrap();
+        fs::write(&file, "b").unwrap();
+        // Its events went with it: this one may have to wait for the next look.
+        assert!(tokio::time::timeout(LOOK * 2, watch.changed()).await.is_ok(), "back again");
+        fs::write(&file, "c").unwrap();
+        assert!(tokio::time::timeout(LOOK * 2, watch.changed()).await.is_ok(), "edited");
+    }
+
+    #[tokio::test]
+    async fn an_event_outlives_a_call_that_was_dropped() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("policy.yaml");
+        let mut watch = Watch::new([file.clone()]);
+        fs::write(&file, "a").unwrap();
+        tokio::time::timeout(Duration::from_millis(50), watch.changed()).await.ok();
+        assert!(is_seen(&mut watch).await);
+    }
+
+    #[tokio::test]
+    async fn reading_a_file_is_no_change() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("policy.yaml");
+        fs::write(&file, "a").unwrap();
+        let mut watch = Watch::new([file.clone()]);
+        fs::read(&file).unwrap();
+        fs::read_dir(folder.path()).unwrap().count();
+        assert!(tokio::time::timeout(Duration::from_millis(300), watch.changed()).await.is_err());
+    }
+}

@@ -1,0 +1,507 @@
+//! What is wrong with a document, and where: problems, the cursor that finds their place, and their rendering.
+//!
+//! A check walks a document with an [`At`]. Whatever it reports lands in one [`Problems`] with file, line, column, byte
+//! range and path, so that all problems of all files come out together. The only file that uses annotate-snippets.
+//! It knows no document format: a parsed document shows itself through [`Spot`].
+
+use std::borrow::Cow;
+use std::cell::RefCell;
+use std::fmt;
+use std::ops::Range;
+use std::sync::Arc;
+
+use annotate_snippets::{AnnotationKind, Level, Renderer, Snippet};
+
+/// More problems than this are counted, not kept: nobody reads further, and a hostile file must not fill the memory.
+const KEPT: usize = 200;
+
+/// Where an effective value comes from. Shows as `built in` or `policy.yaml:12`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Origin {
+    /// hopguard's own default.
+    BuiltIn,
+    /// Written in a document.
+    At {
+        /// The file's name as the user gave it.
+        file: Arc<str>,
+        /// Counted from 1.
+        line: u32,
+    },
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::BuiltIn => f.write_str("built in"),
+            Self::At { file, line } => write!(f, "{file}:{line}"),
+        }
+    }
+}
+
+/// An effective value and where it comes from.
+///
+/// Equality and hash look at the value only: a value that moved to another line is unchanged, and what depends on it
+/// (a limit's counters, a pool) must not be rebuilt for it.
+#[derive(Debug, Clone)]
+pub struct Set<T> {
+    /// The value in force.
+    pub value: T,
+    /// Who said so.
+    pub origin: Origin,
+}
+
+impl<T> Set<T> {
+    /// A value that no document changed.
+    pub const fn built_in(value: T) -> Self {
+        Self { value, origin: Origin::BuiltIn }
+    }
+}
+
+impl<T: PartialEq> PartialEq for Set<T> {
+    fn eq(&self, other: &Self) -> bool {
+        self.value == other.value
+    }
+}
+
+impl<T: Eq> Eq for Set<T> {}
+
+impl<T: std::hash::Hash> std::hash::Hash for Set<T> {
+    fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
+        self.value.hash(state);
+    }
+}
+
+/// Why a single value was refused, before its place is known: what is wrong, and what to write instead.
+///
+/// Shows as the message, then the hint on a line of its own. A document reader relies on that form to tell the two
+/// apart again, because a serde error carries nothing but text.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Fault {
+    /// What is wrong; one line.
+    pub message: String,
+    /// What to write; one line.
+    pub hint: Option<String>,
+}
+
+impl Fault {
+    /// A fault with a hint.
+    pub fn new(message: impl Into<String>, hint: impl Into<String>) -> Self {
+        Self { message: message.into(), hint: Some(hint.into()) }
+    }
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)?;
+        self.hint.as_ref().map_or(Ok(()), |hint| write!(f, "\n{hint}"))
+    }
+}
+
+impl std::error::Error for Fault {}
+
+/// A piece of a document's text.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Place {
+    /// Bytes from the start of the document.
+    pub span: Range<usize>,
+    /// Counted from 1; 0 where a whole file is meant.
+    pub line: u32,
+    /// Counted from 1, in characters; 0 where a whole file is meant.
+    pub column: u32,
+}
+
+/// What a step down in a document leads to.
+#[derive(Clone, Copy)]
+pub struct Found<'a> {
+    /// The key's place, for an entry of a mapping.
+    pub key: Option<&'a Place>,
+    /// The index in the text, for an element of a list.
+    pub index: usize,
+    /// What is there.
+    pub spot: &'a dyn Spot,
+}
+
+/// A node of a parsed document, as far as a cursor must know it.
+pub trait Spot {
+    /// An entry of a mapping. Also finds one that the reader refused.
+    fn entry(&self, key: &str) -> Option<Found<'_>>;
+    /// The element that stands at this index among those that the reader accepted.
+    fn item(&self, index: usize) -> Option<Found<'_>>;
+    /// How many elements or entries the text has here, those that the reader refused included; 0 for a single value.
+    fn size(&self) -> usize;
+    /// Where the node stands.
+    fn place(&self) -> &Place;
+    /// Whether the node is a single value, and so can be marked as a whole.
+    fn is_scalar(&self) -> bool;
+}
+
+/// One thing that is wrong.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Problem {
+    /// The file's name as the user gave it.
+    pub file: Arc<str>,
+    /// Line, column and bytes; line 0 where the file as a whole is meant.
+    pub place: Place,
+    /// Where in the document, like `destinations[2].timeouts.request`; empty where the file as a whole is meant.
+    pub path: String,
+    /// What is wrong and what is allowed; one line.
+    pub message: String,
+    /// What to write instead; one line.
+    pub hint: Option<String>,
+}
+
+/// The texts that problems point into, by file name.
+#[derive(Debug, Clone, Default)]
+pub struct Sources(Vec<Source>);
+
+#[derive(Debug, Clone)]
+struct Source {
+    file: Arc<str>,
+    text: String,
+}
+
+impl Sources {
+    /// Keeps a file's text for rendering.
+    pub fn add(&mut self, file: Arc<str>, text: String) {
+        self.0.push(Source { file, text });
+    }
+
+    /// The text of a file; empty for a file that could not be read.
+    pub fn text(&self, file: &str) -> &str {
+        self.0.iter().find(|source| &*source.file == file).map_or("", |source| &source.text)
+    }
+
+    /// The files, in the order in which they were read.
+    pub fn files(&self) -> impl Iterator<Item = &Arc<str>> {
+        self.0.iter().map(|source| &source.file)
+    }
+}
+
+/// All that is wrong, over all files.
+#[derive(Debug, Clone, Default)]
+pub struct Problems {
+    kept: Vec<Problem>,
+    more: usize,
+}
+
+impl Problems {
+    /// Adds one, or only counts it when there are very many already.
+    pub fn push(&mut self, problem: Problem) {
+        if self.kept.len() < KEPT {
+            self.kept.push(problem);
+        } else {
+            self.more += 1;
+        }
+    }
+
+    /// Whether nothing is wrong.
+    pub fn is_empty(&self) -> bool {
+        self.kept.is_empty()
+    }
+
+    /// How many there are, those that were only counted included.
+    pub fn len(&self) -> usize {
+        self.kept.len() + self.more
+    }
+
+    /// Those that were kept: in reading order after [`Problems::sort`].
+    pub fn iter(&self) -> impl Iterator<Item = &Problem> {
+        self.kept.iter()
+    }
+
+    /// Brings them into reading order: file by file, top to bottom.
+    pub fn sort(&mut self) {
+        self.kept.sort_by(|a, b| {
+            let key = |p: &Problem| (p.place.line, p.place.column);
+            a.file.cmp(&b.file).then_with(|| key(a).cmp(&key(b)))
+        });
+    }
+
+    /// Each problem with its line of source, the value marked, and the hint; as rustc prints its own.
+    pub fn render(&self, sources: &Sources, colour: bool) -> String {
+        let renderer = if colour { Renderer::styled() } else { Renderer::plain() };
+        let mut out = String::new();
+        for problem in &self.kept {
+            out.push_str(&problem.render(sources.text(&problem.file), &renderer));
+            out.push_str("\n\n");
+        }
+        if self.more > 0 {
+            out.push_str(&format!("and {} more\n", self.more));
+        }
+        out
+    }
+
+    /// One JSON object a line: `file`, `line`, `column`, `path`, `message`, and `hint` (or null).
+    pub fn to_json(&self) -> String {
+        let line = |p: &Problem| {
+            let object = serde_json::json!({
+                "file": &*p.file, "line": p.place.line, "column": p.place.column,
+                "path": p.path, "message": p.message, "hint": p.hint,
+            });
+            format!("{object}\n")
+        };
+        self.kept.iter().map(line).collect()
+    }
+}
+
+/// The short form, for a log line: place and message of the first, and how many more there are.
+impl fmt::Display for Problems {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Some(first) = self.kept.first() else { return f.write_str("no problems") };
+        write!(f, "{first}")?;
+        match self.len() - 1 {
+            0 => Ok(()),
+            more => write!(f, " (and {more} more)"),
+        }
+    }
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.place.line {
+            0 => write!(f, "{}: {}", self.file, self.message),
+            line => write!(f, "{}:{line}:{}: {}", self.file, self.place.column, self.message),
+        }
+    }
+}
+
+impl Problem {
+    fn render(&self, text: &str, renderer: &Renderer) -> String {
+        let (message, file) = (printable(&self.message), printable(&self.file));
+        let hint = self.hint.as_deref().map(printable);
+        let title = match self.place.line {
+            0 => Level::ERROR.primary_title(format!("{file}: {message}")),
+            _ => Level::ERROR.primary_title(message),
+        };
+        let help = hint.map(|hint| Level::HELP.message(hint));
+        if self.place.line == 0 {
+            return renderer.render(&[match help {
+                Some(help) => title.element(help),
+                None => annotate_snippets::Group::with_title(title),
+            }]);
+        }
+        let snippet = Snippet::source(text).path(file).annotation(AnnotationKind::Primary.span(self.marked(text)));
+        let group = title.element(snippet);
+        renderer.render(&[match help {
+            Some(help) => group.element(help),
+            None => group,
+        }])
+    }
+
+    /// The bytes to mark: the first line of the place, and always within the text, whatever the parser said.
+    fn marked(&self, text: &str) -> Range<usize> {
+        let mut start = self.place.span.start.min(text.len());
+        while !text.is_char_boundary(start) {
+            start -= 1;
+        }
+        let line = text[start..].split('\n').next().unwrap_or_default().trim_end();
+        let end = self.place.span.end.clamp(start, start + line.len());
+        let end = (end..=start + line.len()).find(|&at| text.is_char_boundary(at)).unwrap_or(start);
+        start..end
+    }
+}
+
+/// A document's words go to a terminal: control characters in them must not.
+fn printable(text: &str) -> Cow<'_, str> {
+    if text.chars().any(char::is_control) { Cow::Owned(text.escape_debug().to_string()) } else { Cow::Borrowed(text) }
+}
+
+#[derive(Clone, Copy)]
+enum Step<'a> {
+    Root,
+    Key(&'a str),
+    Index(usize),
+}
+
+/// A cursor in a document: knows the path that a check has walked, finds places, and takes reports.
+///
+/// A step to what is not in the document is fine: the cursor then stands at the nearest parent that is.
+#[derive(Clone, Copy)]
+pub struct At<'a> {
+    file: &'a Arc<str>,
+    problems: &'a RefCell<Problems>,
+    parent: Option<&'a At<'a>>,
+    step: Step<'a>,
+    key: Option<&'a Place>,
+    spot: Option<&'a dyn Spot>,
+}
+
+impl<'a> At<'a> {
+    /// A cursor at the top of a document.
+    pub fn root(file: &'a Arc<str>, spot: &'a dyn Spot, problems: &'a RefCell<Problems>) -> Self {
+        Self { file, problems, parent: None, step: Step::Root, key: None, spot: Some(spot) }
+    }
+
+    /// The value behind a key.
+    pub fn key(&'a self, key: &'a str) -> At<'a> {
+        self.step(Step::Key(key), self.spot.and_then(|spot| spot.entry(key)))
+    }
+
+    /// An element of a list; the index is that of the list as it was read, the path shows that of the text.
+    pub fn index(&'a self, index: usize) -> At<'a> {
+        let found = self.spot.and_then(|spot| spot.item(index));
+        self.step(Step::Index(found.map_or(index, |found| found.index)), found)
+    }
+
+    /// A step that the caller has found himself: to `key`, or without one to the element of a list.
+    pub fn found(&'a self, key: Option<&'a str>, found: Found<'a>) -> At<'a> {
+        self.step(key.map_or(Step::Index(found.index), Step::Key), Some(found))
+    }
+
+    fn step(&'a self, step: Step<'a>, found: Option<Found<'a>>) -> At<'a> {
+        let (key, spot) = (found.and_then(|found| found.key), found.map(|found| found.spot));
+        At { parent: Some(self), step, key, spot, ..*self }
+    }
+
+    /// Whether the document says anything here, be it good or already refused.
+    pub fn is_given(&self) -> bool {
+        self.spot.is_some()
+    }
+
+    /// How many elements or entries the document has here, good or refused.
+    pub fn size(&self) -> usize {
+        self.spot.map_or(0, Spot::size)
+    }
+
+    /// The value itself where it is a single one, else its key, else its first line, else the nearest parent.
+    pub fn place(&self) -> &'a Place {
+        match (self.spot, self.key, self.parent) {
+            (Some(spot), _, _) if spot.is_scalar() => spot.place(),
+            (_, Some(key), _) => key,
+            (Some(spot), None, _) => spot.place(),
+            (None, None, Some(parent)) => parent.place(),
+            (None, None, None) => const { &Place { span: 0..0, line: 0, column: 0 } },
+        }
+    }
+
+    /// File and line of this place.
+    pub fn origin(&self) -> Origin {
+        Origin::At { file: Arc::clone(self.file), line: self.place().line }
+    }
+
+    /// A value that was written here.
+    pub fn set<T>(&self, value: T) -> Set<T> {
+        Set { value, origin: self.origin() }
+    }
+
+    /// Reports a problem with what stands here.
+    pub fn report(&self, message: impl Into<String>, hint: impl Into<String>) {
+        self.push(self.place(), message.into(), Some(hint.into()));
+    }
+
+    /// Reports a fault of the value that stands here.
+    pub fn report_fault(&self, fault: Fault) {
+        self.push(self.place(), fault.message, fault.hint);
+    }
+
+    /// Reports a fault of the key, not of its value.
+    pub fn report_key(&self, fault: Fault) {
+        self.push(self.key.unwrap_or_else(|| self.place()), fault.message, fault.hint);
+    }
+
+    /// Reports that an entry is not here. Says nothing when the entry is here but was refused already.
+    pub fn missing(&'a self, key: &'a str, hint: impl Into<String>) {
+        if !self.key(key).is_given() {
+            self.report(format!("`{key}` is missing"), hint);
+        }
+    }
+
+    /// The path walked so far, like `destinations[2].timeouts.request`.
+    pub fn path(&self) -> String {
+        let mut path = self.parent.map_or_else(String::new, At::path);
+        match self.step {
+            Step::Root => {}
+            Step::Key(key) if path.is_empty() => path.push_str(key),
+            Step::Key(key) => path.push_str(&format!(".{key}")),
+            Step::Index(index) => path.push_str(&format!("[{index}]")),
+        }
+        path
+    }
+
+    /// How many problems were reported so far, by whichever cursor of this check.
+    pub fn reported(&self) -> usize {
+        self.problems.borrow().len()
+    }
+
+    fn push(&self, place: &Place, message: String, hint: Option<String>) {
+        let (file, path, place) = (Arc::clone(self.file), self.path(), place.clone());
+        self.problems.borrow_mut().push(Problem { file, place, path, message, hint });
+    }
+}
+
+/// The candidate nearest to a word that was mistyped, if any is near enough to be meant.
+pub fn near_miss<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    let word = word.to_lowercase();
+    // A third of the letters may differ; of two letters none, or every short name would be near every other.
+    let allowed = |length: usize| (length / 3).max(usize::from(length > 2));
+    candidates
+        .into_iter()
+        .map(|candidate| (strsim::damerau_levenshtein(&word, &candidate.to_lowercase()), candidate))
+        .filter(|(distance, candidate)| *distance <= allowed(candidate.chars().count().max(word.chars().count())))
+        .min_by_key(|(distance, _)| *distance)
+        .map(|(_, candidate)| candidate)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn problem(message: &str, span: Range<usize>, line: u32) -> Problem {
+        let place = Place { span, line, column: 1 };
+        Problem { file: "p.yaml".into(), place, path: String::new(), message: message.into(), hint: None }
+    }
+
+    #[test]
+    fn only_near_words_are_taken_for_a_slip() {
+        let words = ["request", "perTry", "connect", "to"];
+        let table = [
+            ("requests", Some("request")),
+            ("reqeust", Some("request")),
+            ("per_try", Some("perTry")),
+            ("CONNECT", Some("connect")),
+            ("ot", None),
+            ("retries", None),
+            ("", None),
+        ];
+        for (word, wanted) in table {
+            assert_eq!(near_miss(word, words), wanted, "{word}");
+        }
+    }
+
+    #[test]
+    fn a_place_outside_the_text_or_inside_a_character_is_no_panic() {
+        let mut sources = Sources::default();
+        sources.add("p.yaml".into(), "a: ä\nb: 1\n".into());
+        for span in [0..1, 4..5, 3..400, 900..901, 0..0] {
+            let mut problems = Problems::default();
+            problems.push(problem("wrong", span, 1));
+            assert!(problems.render(&sources, true).contains("wrong"));
+        }
+    }
+
+    #[test]
+    fn a_terminal_sees_no_control_characters_of_a_document() {
+        let mut problems = Problems::default();
+        problems.push(problem("unknown field `\u{1b}[2J`", 0..1, 1));
+        let shown = problems.render(&Sources::default(), false);
+        assert!(!shown.contains('\u{1b}'), "{shown}");
+    }
+
+    #[test]
+    fn very_many_problems_are_counted() {
+        let mut problems = Problems::default();
+        for _ in 0..KEPT + 7 {
+            problems.push(problem("wrong", 0..1, 1));
+        }
+        assert_eq!((problems.len(), problems.iter().count()), (KEPT + 7, KEPT));
+        assert!(problems.render(&Sources::default(), false).ends_with("and 7 more\n"));
+    }
+
+    #[test]
+    fn a_value_that_only_moved_is_unchanged() {
+        let at = |line| Set { value: 1, origin: Origin::At { file: "p.yaml".into(), line } };
+        assert_eq!(at(1), at(2));
+        assert_eq!(at(1), Set::built_in(1));
+        assert_eq!(at(12).origin.to_string(), "p.yaml:12");
+    }
+}

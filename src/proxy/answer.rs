@@ -1,0 +1,182 @@
+//! The head of an answer on its way back: the upstream's, made fit for the caller, or one of our own.
+
+use std::future::poll_fn;
+use std::rc::Rc;
+use std::task::Poll;
+
+use bytes::Bytes;
+use http::header::HeaderName;
+use http::request::Parts;
+use http::{HeaderValue, Method, Response, StatusCode, Version, header};
+use hyper::body::Incoming;
+use hyper::upgrade::OnUpgrade;
+use hyper_util::rt::TokioIo;
+use tokio::time::Instant;
+
+use crate::net::io::Io;
+use crate::proxy::body::ResponseBody;
+use crate::proxy::fields::{self, Present};
+use crate::proxy::grpc::{self, Code};
+use crate::proxy::live::Live;
+use crate::proxy::refusal::{Kind, Refusal};
+use crate::proxy::tunnel::Handoff;
+use crate::runtime::tasks;
+
+/// What the pipeline comes to.
+pub enum Reply {
+    /// The upstream's answer; its body is still to come.
+    Upstream(Response<Incoming>),
+    /// An answer of our own that is no refusal.
+    Own(Response<ResponseBody>),
+    /// Once the answer is sent, the caller's connection is joined with this stream.
+    Tunnel(Response<ResponseBody>, Io),
+}
+
+/// Hands the reply to hyper; whatever the exchange still holds goes with its body.
+pub async fn hand_over(
+    mut live: Box<Live>,
+    reply: Result<Reply, Refusal>,
+    version: Version,
+) -> Response<ResponseBody> {
+    let close = version <= Version::HTTP_11 && (version < Version::HTTP_11 || live.worker.is_leaving());
+    let mut answer = match reply {
+        Ok(Reply::Upstream(answer)) => {
+            live.record.head(Instant::now(), answer.status());
+            let (head, incoming) = answer.into_parts();
+            let mut parts = Some((incoming, live));
+            let body = poll_fn(|cx| {
+                let body = parts.take().map(|(incoming, live)| ResponseBody::upstream(incoming, live, cx));
+                body.map_or(Poll::Pending, Poll::Ready)
+            })
+            .await;
+            Response::from_parts(head, body)
+        }
+        Ok(Reply::Own(answer)) => {
+            live.record.head(Instant::now(), answer.status());
+            live.record.complete();
+            answer
+        }
+        Ok(Reply::Tunnel(mut answer, upstream)) => {
+            live.record.head(Instant::now(), answer.status());
+            let later = answer.extensions_mut().remove::<OnUpgrade>();
+            let caller = Rc::clone(&live.caller);
+            let handoff = Handoff { upstream, live };
+            match later {
+                Some(later) => join_later(later, handoff),
+                None => caller.hand_off(handoff),
+            }
+            return answer;
+        }
+        Err(refusal) => refuse(&mut live, &refusal),
+    };
+    if close {
+        // A proxy keeps no connection with an HTTP/1.0 caller (RFC 9112, 9.3), and none while it is leaving.
+        answer.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
+    answer
+}
+
+/// Over HTTP/2 the caller's side of a tunnel is one stream, which hyper hands out after the answer.
+fn join_later(later: OnUpgrade, handoff: Handoff) {
+    tasks::spawn(async move {
+        if let Ok(stream) = later.await {
+            handoff.join(Io::boxed(TokioIo::new(stream))).await;
+        }
+    });
+}
+
+fn refuse(live: &mut Live, refusal: &Refusal) -> Response<ResponseBody> {
+    live.record.refuse(refusal.record());
+    let is_grpc = live.patience.grpc;
+    let answer = refusal.answer(is_grpc, live.record.tries(), ResponseBody::whole);
+    if is_grpc {
+        let message = answer.headers().get(grpc::MESSAGE).cloned();
+        live.record.grpc(refusal.grpc().0 as u32, message);
+    }
+    live.record.head(Instant::now(), answer.status());
+    live.record.complete();
+    answer
+}
+
+/// Makes the head of an upstream's answer fit for the caller.
+///
+/// # Errors
+/// An answer that cannot be passed on without being read in two ways.
+pub fn from_upstream(live: &mut Live, mut answer: Response<Incoming>) -> Result<Reply, Refusal> {
+    let present = Present::scan(answer.headers());
+    let malformed = |what: &'static str| Err(Refusal::plain(Kind::UpstreamProtocol, what));
+    if present.codings > 0 && present.lengths > 0 {
+        return malformed("the answer has both Content-Length and Transfer-Encoding (RFC 9112, 6.3)");
+    }
+    if !fields::only_chunked(answer.headers(), &present) {
+        return malformed("the answer's transfer coding is not chunked (RFC 9112, 6.1)");
+    }
+    let version = answer.version();
+    let status = answer.status();
+    // Each hop says its own version, never the one it received (RFC 9112, 2.3).
+    *answer.version_mut() = Version::HTTP_11;
+    let fields = answer.headers_mut();
+    let said = fields::strip(fields, &present);
+    live.named = said.named;
+    live.keep_alive = said.keep_alive;
+    if status == StatusCode::NO_CONTENT {
+        fields.remove(header::CONTENT_LENGTH);
+    } else {
+        fields::one_length(fields, &present);
+    }
+    live.caller.door.via.add(fields, version);
+    fields::forget(answer.extensions_mut());
+    if live.patience.grpc {
+        return Ok(grpc_answer(live, answer));
+    }
+    if is_event_stream(answer.headers().get(header::CONTENT_TYPE)) {
+        live.patience.stream = true;
+    }
+    Ok(Reply::Upstream(answer))
+}
+
+/// A gRPC caller cannot read an answer that is not gRPC; it gets the status that the HTTP status stands for.
+fn grpc_answer(live: &mut Live, answer: Response<Incoming>) -> Reply {
+    let fields = answer.headers();
+    if let Some((code, message)) = grpc::read_status(fields) {
+        live.record.grpc(code, message);
+        return Reply::Upstream(answer);
+    }
+    if crate::policy::index::is_grpc(fields) {
+        return Reply::Upstream(answer);
+    }
+    let status = answer.status();
+    let code = Code::of_http(status);
+    let message = format!("the upstream answered with HTTP status {} and no gRPC status", status.as_u16());
+    let translated = grpc::trailers_only(code, &message, ResponseBody::empty());
+    live.record.grpc(code as u32, translated.headers().get(grpc::MESSAGE).cloned());
+    Reply::Own(translated)
+}
+
+fn is_event_stream(kind: Option<&HeaderValue>) -> bool {
+    kind.is_some_and(|kind| {
+        let kind = kind.as_bytes();
+        kind.get(..17).is_some_and(|start| start.eq_ignore_ascii_case(b"text/event-stream"))
+    })
+}
+
+/// Answers OPTIONS and TRACE that may go no further, else counts the hop (RFC 9110, 7.6.2).
+pub fn as_final_recipient(head: &mut Parts) -> Option<Reply> {
+    const MAX_FORWARDS: HeaderName = header::MAX_FORWARDS;
+    if head.method != Method::OPTIONS && head.method != Method::TRACE {
+        return None;
+    }
+    let left: u32 = head.headers.get(MAX_FORWARDS)?.to_str().ok()?.parse().ok()?;
+    if left > 0 {
+        head.headers.insert(MAX_FORWARDS, HeaderValue::from(left - 1));
+        return None;
+    }
+    let status = if head.method == Method::OPTIONS { StatusCode::OK } else { StatusCode::METHOD_NOT_ALLOWED };
+    let mut answer = Response::new(ResponseBody::whole(Bytes::new()));
+    *answer.status_mut() = status;
+    answer.headers_mut().insert(
+        header::ALLOW,
+        HeaderValue::from_static("GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"),
+    );
+    Some(Reply::Own(answer))
+}

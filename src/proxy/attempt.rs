@@ -1,0 +1,337 @@
+//! One try at one endpoint: pick, connect or borrow a connection, send, wait for the head of the answer.
+//!
+//! A request that a pooled connection hands back unsent goes out over the next one: nobody has seen it.
+
+use std::error::Error;
+use std::future::poll_fn;
+use std::pin::pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use http::{Request, Response, Uri, Version, header};
+use hyper::body::Incoming;
+use hyper::client::conn::TrySendError;
+use tokio::time::Instant;
+
+use crate::net::body::RequestBody;
+use crate::net::io::Io;
+use crate::proxy::live::Live;
+use crate::proxy::patience::Verdict;
+use crate::proxy::refusal::{Kind, Refusal};
+use crate::telemetry::Connection;
+use crate::upstream::connect::ConnectError;
+use crate::upstream::endpoint::Endpoint;
+use crate::upstream::pool::{Carrier, Lease, Pool, Want};
+use crate::upstream::spec::Protocol;
+
+/// Connections that may hand a request back unsent before we give up.
+const UNSENT: usize = 3;
+
+/// How long a caller's body waits for `100 Continue` before it is sent all the same (RFC 9110, 10.1.1).
+const CONTINUE_AFTER: Duration = Duration::from_secs(1);
+
+/// Sends a request and returns the head of its answer; the connection stays in `live`.
+///
+/// # Errors
+/// The refusal that the caller gets instead.
+pub async fn send(
+    live: &mut Live,
+    pool: &Rc<Pool>,
+    mut request: Request<RequestBody>,
+    switching: bool,
+) -> Result<Response<Incoming>, Refusal> {
+    // Only HTTP/1.1 has a way to switch a whole connection to another protocol.
+    let want = if switching { Want::Http1 } else { want(pool, live.patience.grpc) };
+    for _ in 0..UNSENT {
+        let lease = obtain(live, pool, want).await?;
+        let begun = Instant::now();
+        live.patience.try_began = begun;
+        let address = lease.endpoint.address.socket;
+        let connection = match lease.reused {
+            true => Connection::Reused { age: begun.saturating_duration_since(lease.born) },
+            false => Connection::New,
+        };
+        live.record.via(address, connection);
+        match exchange(live, lease, request).await? {
+            Sent::Answered(answer) => {
+                let now = Instant::now();
+                live.record.upstream_waited(now.saturating_duration_since(begun));
+                return Ok(answer);
+            }
+            Sent::Unsent(back) => request = back,
+        }
+    }
+    Err(Refusal::plain(Kind::UpstreamReset, "every connection was closed before the request could be sent"))
+}
+
+fn want(pool: &Pool, grpc: bool) -> Want {
+    match (pool.cluster.identity.protocol, &pool.cluster.identity.tls) {
+        (Protocol::Http1, _) => Want::Http1,
+        (Protocol::Http2, _) => Want::Http2,
+        (Protocol::Auto, Some(_)) => Want::Either,
+        (Protocol::Auto, None) if grpc => Want::Http2,
+        (Protocol::Auto, None) => Want::Http1,
+    }
+}
+
+/// A connection: a pooled one, else a new one within `timeouts.connect`.
+async fn obtain(live: &mut Live, pool: &Rc<Pool>, want: Want) -> Result<Lease, Refusal> {
+    let began = Instant::now();
+    let until = (began + live.route().timeouts.connect.value)
+        .min(live.patience.began + live.route().timeouts.request.value);
+    let endpoint = within(live, until, pool.pick()).await?.map_err(|error| refused(&error))?;
+    if let Some(lease) = pool.lend(&endpoint, want).await {
+        return Ok(lease);
+    }
+    live.record.towards(endpoint.address.socket);
+    let opened = within(live, until, pool.open(&endpoint, want)).await;
+    let now = Instant::now();
+    live.record.connected(now.saturating_duration_since(began));
+    match opened {
+        Ok(Ok(lease)) => Ok(lease),
+        Ok(Err(error)) => {
+            endpoint.load.failed(began.elapsed(), now);
+            Err(refused(&error))
+        }
+        Err(refusal) => {
+            endpoint.load.failed(began.elapsed(), now);
+            endpoint.refused();
+            Err(refusal)
+        }
+    }
+}
+
+/// The future's output, or the refusal that no connection in time demands.
+async fn within<F: Future>(live: &mut Live, until: Instant, future: F) -> Result<F::Output, Refusal> {
+    live.timer.limit(until, future).await.ok_or_else(|| {
+        let limit = &live.route().timeouts.connect;
+        Refusal::timed(Kind::ConnectTimeout, "timeouts.connect", limit, "no connection in time")
+    })
+}
+
+/// A stream to an endpoint of the pool with nothing sent on it yet.
+///
+/// # Errors
+/// If there is none within `timeouts.connect`.
+pub async fn bare_stream(live: &mut Live, pool: &Rc<Pool>) -> Result<Io, Refusal> {
+    let began = Instant::now();
+    let until = began + live.route().timeouts.connect.value;
+    let endpoint = within(live, until, pool.pick()).await?.map_err(|error| refused(&error))?;
+    live.record.towards(endpoint.address.socket);
+    let opened = within(live, until, pool.bare_stream(&endpoint)).await;
+    live.record.connected(began.elapsed());
+    let stream = opened?.map_err(|error| refused(&error))?;
+    live.record.via(endpoint.address.socket, Connection::New);
+    Ok(stream)
+}
+
+fn refused(error: &ConnectError) -> Refusal {
+    let kind = match error {
+        ConnectError::Network(_) => Kind::ConnectFailed,
+        ConnectError::Tls(_) => Kind::TlsFailed,
+        ConnectError::Handshake(_) => Kind::UpstreamProtocol,
+        ConnectError::NoAddress(_) => Kind::DnsFailed,
+    };
+    Refusal::plain(kind, error.to_string())
+}
+
+enum Sent {
+    Answered(Response<Incoming>),
+    Unsent(Request<RequestBody>),
+}
+
+/// Sends over one connection and waits for the head, judged by the route's time limits.
+async fn exchange(
+    live: &mut Live,
+    mut lease: Lease,
+    mut request: Request<RequestBody>,
+) -> Result<Sent, Refusal> {
+    let endpoint = Rc::clone(&lease.endpoint);
+    let goes_on = hold_for_continue(live, &mut lease, &mut request);
+    let began = live.patience.try_began;
+    let mut wait = Wait { live, goes_on, held_until: began + CONTINUE_AFTER };
+    wait.look_at(began)?;
+    let answer = match lease.carrier() {
+        Some(Carrier::Http1(connection)) => {
+            for_http1(&mut request);
+            let mut answer = pin!(connection.send(request));
+            poll_fn(|cx| {
+                // The connection has no task of its own: this is what moves it.
+                let _over = connection.drive(cx);
+                if wait.released() {
+                    let _over = connection.drive(cx);
+                }
+                let polled = answer.as_mut().poll(cx);
+                wait.poll(cx, polled)
+            })
+            .await
+        }
+        Some(Carrier::Http2(connection)) => {
+            for_http2(&mut request, &endpoint, wait.live);
+            let mut answer = pin!(connection.send(request));
+            poll_fn(|cx| {
+                let polled = answer.as_mut().poll(cx);
+                wait.poll(cx, polled)
+            })
+            .await
+        }
+        None => return Err(Refusal::plain(Kind::UpstreamReset, "the connection is gone")),
+    };
+    let now = Instant::now();
+    let took = now.saturating_duration_since(began);
+    match answer {
+        Ok(Ok(answer)) => {
+            if answer.status().is_server_error() {
+                endpoint.load.failed(took, now);
+            } else {
+                endpoint.load.answered(took, now);
+            }
+            live.lease = Some(lease);
+            Ok(Sent::Answered(answer))
+        }
+        Ok(Err(mut error)) => {
+            if let Some(back) = error.take_message() {
+                return Ok(Sent::Unsent(back));
+            }
+            endpoint.load.failed(took, now);
+            Err(broken(live, lease.reused, error.error()))
+        }
+        Err(refusal) => {
+            if refusal.kind != Kind::CallerTimeout {
+                endpoint.load.failed(took, now);
+            }
+            Err(refusal)
+        }
+    }
+}
+
+/// What the wait for the head looks at each time it is woken.
+struct Wait<'a> {
+    live: &'a mut Live,
+    goes_on: Option<Arc<AtomicBool>>,
+    held_until: Instant,
+}
+
+type Answer = Result<Response<Incoming>, TrySendError<Request<RequestBody>>>;
+
+impl Wait<'_> {
+    /// True once, when the upstream has asked for the body.
+    fn released(&mut self) -> bool {
+        let asked = self.goes_on.as_ref().is_some_and(|flag| flag.load(Relaxed));
+        if asked {
+            self.goes_on = None;
+            self.live.flow.release();
+        }
+        asked
+    }
+
+    fn poll(&mut self, cx: &mut Context<'_>, answer: Poll<Answer>) -> Poll<Result<Answer, Refusal>> {
+        if let Poll::Ready(answer) = answer {
+            return Poll::Ready(Ok(answer));
+        }
+        while self.live.timer.poll(cx).is_ready() {
+            if let Err(refusal) = self.look_at(Instant::now()) {
+                return Poll::Ready(Err(refusal));
+            }
+        }
+        Poll::Pending
+    }
+
+    /// Judges the exchange at `now` and sets the timer to the next look.
+    fn look_at(&mut self, now: Instant) -> Result<(), Refusal> {
+        let live = &mut *self.live;
+        match live.patience.judge(now, &live.route().timeouts, &live.flow) {
+            Verdict::Over(refusal) => Err(refusal),
+            Verdict::Wait(at) => {
+                let held = live.flow.is_held();
+                if held && now >= self.held_until {
+                    live.flow.release();
+                }
+                let at = if held && now < self.held_until { at.min(self.held_until) } else { at };
+                live.timer.set(at);
+                Ok(())
+            }
+        }
+    }
+}
+
+/// Holds the caller's body back while the upstream has not asked for it (RFC 9110, 10.1.1).
+fn hold_for_continue(
+    live: &Live,
+    lease: &mut Lease,
+    request: &mut Request<RequestBody>,
+) -> Option<Arc<AtomicBool>> {
+    if !request.headers().contains_key(header::EXPECT) {
+        return None;
+    }
+    if !matches!(lease.carrier(), Some(Carrier::Http1(_))) {
+        // hyper does not report a 1xx that comes over HTTP/2, so there is nothing to wait for.
+        request.headers_mut().remove(header::EXPECT);
+        return None;
+    }
+    live.flow.hold();
+    let flag = Arc::new(AtomicBool::new(false));
+    let asked = Arc::clone(&flag);
+    hyper::ext::on_informational(request, move |answer| {
+        if answer.status() == http::StatusCode::CONTINUE {
+            asked.store(true, Relaxed);
+        }
+    });
+    Some(flag)
+}
+
+/// Origin-form, as every request to a server that is not a proxy (RFC 9112, 3.2.1).
+fn for_http1(request: &mut Request<RequestBody>) {
+    *request.version_mut() = Version::HTTP_11;
+    if request.uri().authority().is_some() {
+        let mut parts = std::mem::take(request.uri_mut()).into_parts();
+        parts.scheme = None;
+        parts.authority = None;
+        if parts.path_and_query.is_none() {
+            parts.path_and_query = Some(http::uri::PathAndQuery::from_static("/"));
+        }
+        *request.uri_mut() = Uri::from_parts(parts).unwrap_or_default();
+    }
+    let trailers = request.headers().contains_key(header::TE);
+    if trailers {
+        request.headers_mut().insert(header::CONNECTION, http::HeaderValue::from_static("te"));
+    }
+}
+
+/// Control data in the target, no Host field (RFC 9113, 8.3.1).
+fn for_http2(request: &mut Request<RequestBody>, endpoint: &Endpoint, live: &Live) {
+    *request.version_mut() = Version::HTTP_2;
+    let host = request.headers_mut().remove(header::HOST);
+    let mut parts = std::mem::take(request.uri_mut()).into_parts();
+    let encrypted = live.destination_values().tls.is_some();
+    parts.scheme = Some(if encrypted { http::uri::Scheme::HTTPS } else { http::uri::Scheme::HTTP });
+    parts.authority = host
+        .filter(|host| !host.is_empty())
+        .and_then(|host| http::uri::Authority::from_maybe_shared(bytes::Bytes::copy_from_slice(host.as_bytes())).ok())
+        .or_else(|| endpoint.address.socket.to_string().parse().ok());
+    if parts.path_and_query.is_none() {
+        parts.path_and_query = Some(http::uri::PathAndQuery::from_static("/"));
+    }
+    *request.uri_mut() = Uri::from_parts(parts).unwrap_or_default();
+}
+
+/// Says what a broken connection means.
+fn broken(live: &Live, reused: bool, error: &hyper::Error) -> Refusal {
+    if live.flow.request.failed() {
+        return Refusal::plain(Kind::BadRequest, "the request's body broke off or is malformed");
+    }
+    let mut cause = error.to_string();
+    let mut source = error.source();
+    while let Some(inner) = source {
+        cause = format!("{cause}: {inner}");
+        source = inner.source();
+    }
+    if error.is_parse() || error.is_parse_status() {
+        return Refusal::plain(Kind::UpstreamProtocol, format!("the answer cannot be read: {cause}"));
+    }
+    let over = if reused { "a kept-alive connection" } else { "a new connection" };
+    Refusal::plain(Kind::UpstreamReset, format!("the upstream broke off before its answer, over {over}: {cause}"))
+}

@@ -1,0 +1,228 @@
+//! The answer's body on its way to the caller; the exchange ends with it.
+//!
+//! Nothing is buffered: a chunk is read from the upstream when the caller can take it. Over HTTP/1.1 the body also
+//! moves the upstream connection, which has no task of its own. When time is over or the upstream breaks off, a
+//! gRPC caller gets trailers with a status, and any other caller sees the body cut, never a shorter whole.
+
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body::{Body, Frame, SizeHint};
+use hyper::body::Incoming;
+use tokio::time::Instant;
+
+use crate::net::trailers;
+use crate::proxy::grpc::{self, Code};
+use crate::proxy::live::Live;
+use crate::proxy::patience::Verdict;
+use crate::proxy::refusal::Refusal;
+use crate::upstream::pool::Carrier;
+
+/// Why a body ends before its end.
+#[derive(Debug, thiserror::Error)]
+pub enum Cut {
+    /// The upstream broke off.
+    #[error("the upstream broke off: {0}")]
+    Upstream(#[source] hyper::Error),
+    /// A time limit.
+    #[error("{0}")]
+    Refused(String),
+}
+
+/// The body of an answer.
+pub struct ResponseBody {
+    source: Source,
+    /// Present until the exchange is over.
+    live: Option<Box<Live>>,
+}
+
+enum Source {
+    Empty,
+    Whole(Bytes),
+    Upstream(Incoming),
+}
+
+impl ResponseBody {
+    /// No body; `live`, if given, has ended well.
+    pub fn empty() -> Self {
+        Self { source: Source::Empty, live: None }
+    }
+
+    /// A body of our own.
+    pub fn whole(bytes: Bytes) -> Self {
+        if bytes.is_empty() { Self::empty() } else { Self { source: Source::Whole(bytes), live: None } }
+    }
+
+    /// The body of an upstream's answer. Ends the exchange at once if there is nothing to come.
+    pub fn upstream(incoming: Incoming, mut live: Box<Live>, cx: &mut Context<'_>) -> Self {
+        live.patience.answered = true;
+        if incoming.is_end_stream() {
+            finish(live, cx);
+            return Self::empty();
+        }
+        let mut body = Self { source: Source::Upstream(incoming), live: Some(live) };
+        body.mark_cut();
+        body
+    }
+
+    /// Takes the chunk or the trailers that came; `last` if nothing comes after them.
+    fn take(&mut self, mut frame: Frame<Bytes>, last: bool, cx: &mut Context<'_>) -> Frame<Bytes> {
+        let Some(live) = &mut self.live else { return frame };
+        if let Some(chunk) = frame.data_ref() {
+            live.flow.passed(&live.flow.response, chunk, Instant::now());
+        }
+        if let Some(fields) = frame.trailers_mut() {
+            trailers::clean(fields, &live.named);
+            if let Some((code, message)) = grpc::read_status(fields) {
+                live.record.grpc(code, message);
+            }
+        }
+        if last { self.end(cx) } else { self.mark_cut() }
+        frame
+    }
+
+    /// Says when the answer is to be cut if the caller does not take it.
+    fn mark_cut(&mut self) {
+        let Some(live) = &self.live else { return };
+        let limits = &live.route().timeouts;
+        let unary = !live.patience.stream && !live.patience.grpc;
+        let at = if unary { live.patience.began + limits.request.value } else { live.flow.last() + limits.idle.value };
+        live.flow.cut_at(Some(at));
+    }
+
+    fn end(&mut self, cx: &mut Context<'_>) {
+        self.source = Source::Empty;
+        if let Some(live) = self.live.take() {
+            finish(live, cx);
+        }
+    }
+
+    /// Ends the exchange early: with a status for gRPC, by cutting the body otherwise.
+    fn break_off(&mut self, code: Code, message: &str, cut: Cut) -> Poll<Option<Result<Frame<Bytes>, Cut>>> {
+        self.source = Source::Empty;
+        let live = self.live.take();
+        let grpc = live.as_ref().is_some_and(|live| live.patience.grpc);
+        if let Some(mut live) = live {
+            live.flow.cut_at(None);
+            live.record.complete();
+        }
+        Poll::Ready(Some(if grpc { Ok(Frame::trailers(grpc::status_fields(code, message))) } else { Err(cut) }))
+    }
+
+    fn broken(&mut self, error: hyper::Error) -> Poll<Option<Result<Frame<Bytes>, Cut>>> {
+        if let Some(live) = &mut self.live {
+            live.record.upstream_cut();
+            if live.patience.grpc {
+                live.record.grpc(Code::Unavailable as u32, None);
+            }
+        }
+        let message = format!("hopguard upstream_cut: the upstream broke off its answer: {error}");
+        self.break_off(Code::Unavailable, &message, Cut::Upstream(error))
+    }
+
+    fn refuse(&mut self, refusal: &Refusal) -> Poll<Option<Result<Frame<Bytes>, Cut>>> {
+        let (code, message) = refusal.grpc();
+        if let Some(live) = &mut self.live {
+            live.record.refuse(refusal.record());
+            if live.patience.grpc {
+                live.record.grpc(code as u32, None);
+            }
+        }
+        self.break_off(code, &message, Cut::Refused(refusal.sentence()))
+    }
+
+    /// Judges the exchange whenever its timer rings.
+    fn poll_patience(&mut self, cx: &mut Context<'_>) -> Poll<Refusal> {
+        let Some(live) = &mut self.live else { return Poll::Pending };
+        loop {
+            let now = Instant::now();
+            match live.patience.judge(now, &live.route().timeouts, &live.flow) {
+                Verdict::Over(refusal) => return Poll::Ready(refusal),
+                Verdict::Wait(at) => live.timer.set(at),
+            }
+            if live.timer.poll(cx).is_pending() {
+                return Poll::Pending;
+            }
+        }
+    }
+}
+
+/// Ends an exchange whose answer is complete; its connection goes back to the pool if it can take another request.
+fn finish(mut live: Box<Live>, cx: &mut Context<'_>) {
+    live.flow.cut_at(None);
+    live.flow.response.end();
+    live.record.complete();
+    let Some(lease) = live.lease.take() else { return };
+    if !live.flow.request.ended() {
+        // The caller is still sending what nobody will read: the connection has no clean end.
+        return;
+    }
+    let keep = &live.destination_values().connections;
+    let announced = live.keep_alive.map(|seconds| Duration::from_secs(seconds.into()));
+    lease.give_back(cx, keep.idle.value, keep.max_idle.value as usize, announced);
+    live.worker.upstreams.note_idle();
+}
+
+impl Body for ResponseBody {
+    type Data = Bytes;
+    type Error = Cut;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Cut>>> {
+        let this = &mut *self;
+        // Once for what is there, once more after the connection has been moved.
+        for moved in [false, true] {
+            let incoming = match &mut this.source {
+                Source::Empty => return Poll::Ready(None),
+                Source::Whole(bytes) => {
+                    let bytes = std::mem::take(bytes);
+                    this.source = Source::Empty;
+                    return Poll::Ready(Some(Ok(Frame::data(bytes))));
+                }
+                Source::Upstream(incoming) => incoming,
+            };
+            match Pin::new(&mut *incoming).poll_frame(cx) {
+                Poll::Ready(Some(Ok(frame))) => {
+                    let last = incoming.is_end_stream();
+                    return Poll::Ready(Some(Ok(this.take(frame, last, cx))));
+                }
+                Poll::Ready(Some(Err(error))) => return this.broken(error),
+                Poll::Ready(None) => {
+                    this.end(cx);
+                    return Poll::Ready(None);
+                }
+                Poll::Pending if !moved => this.move_connection(cx),
+                Poll::Pending => {}
+            }
+        }
+        match this.poll_patience(cx) {
+            Poll::Ready(refusal) => this.refuse(&refusal),
+            Poll::Pending => Poll::Pending,
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        matches!(self.source, Source::Empty)
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match &self.source {
+            Source::Empty => SizeHint::with_exact(0),
+            Source::Whole(bytes) => SizeHint::with_exact(bytes.len() as u64),
+            Source::Upstream(incoming) => incoming.size_hint(),
+        }
+    }
+}
+
+impl ResponseBody {
+    fn move_connection(&mut self, cx: &mut Context<'_>) {
+        let lease = self.live.as_mut().and_then(|live| live.lease.as_mut());
+        if let Some(Carrier::Http1(connection)) = lease.and_then(|lease| lease.carrier()) {
+            let _over = connection.drive(cx);
+        }
+    }
+}

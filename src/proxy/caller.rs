@@ -1,0 +1,99 @@
+//! One caller's connection, as the exchanges on it see it, and the door that it came through.
+
+use std::cell::{Cell, RefCell};
+use std::net::SocketAddr;
+use std::rc::Rc;
+
+use crate::net::flow::Flow;
+use crate::policy::model::Listener;
+use crate::policy::snapshot::Snapshot;
+use crate::proxy::fields::Via;
+use crate::proxy::refusal::{Kind, Refusal};
+use crate::proxy::tunnel::Handoff;
+
+/// A listener as one worker has it open.
+pub struct Door {
+    /// Its values when it was opened. What may change later is read from the policy of each request.
+    pub values: Listener,
+    /// What it writes into `Via`.
+    pub via: Via,
+}
+
+impl Door {
+    /// The listener's values in `policy`.
+    ///
+    /// # Errors
+    /// If that policy does not have it any more: its last connections end.
+    pub fn listener<'a>(&self, policy: &'a Snapshot) -> Result<&'a Listener, Refusal> {
+        let same = |one: &&Listener| one.bind == self.values.bind && one.name == self.values.name;
+        policy.listeners.iter().find(same).ok_or_else(|| {
+            Refusal::plain(Kind::Draining, "the policy does not have this listener any more")
+        })
+    }
+}
+
+/// One caller's connection.
+pub struct Caller {
+    /// Where it came in.
+    pub door: Rc<Door>,
+    /// Who called.
+    pub peer: SocketAddr,
+    begun: Cell<u64>,
+    over: Cell<u64>,
+    newest: RefCell<Option<Rc<Flow>>>,
+    handoff: RefCell<Option<Handoff>>,
+}
+
+impl Caller {
+    /// A connection without an exchange.
+    pub fn new(door: Rc<Door>, peer: SocketAddr) -> Rc<Self> {
+        Rc::new(Self {
+            door,
+            peer,
+            begun: Cell::new(0),
+            over: Cell::new(0),
+            newest: RefCell::new(None),
+            handoff: RefCell::new(None),
+        })
+    }
+
+    /// Notes an exchange that begins.
+    pub fn begin(&self) {
+        self.begun.set(self.begun.get() + 1);
+    }
+
+    /// Notes an exchange that is over.
+    pub fn finish(&self) {
+        self.over.set(self.over.get() + 1);
+    }
+
+    /// True while an exchange is under way.
+    pub fn is_busy(&self) -> bool {
+        self.begun.get() > self.over.get()
+    }
+
+    /// Keeps the flow of the exchange that begins now; over HTTP/1 it is the only one.
+    pub fn keep(&self, flow: Rc<Flow>) {
+        *self.newest.borrow_mut() = Some(flow);
+    }
+
+    /// The flow of the exchange that began last.
+    pub fn newest(&self) -> Option<Rc<Flow>> {
+        self.newest.borrow().clone()
+    }
+
+    /// Takes that flow away.
+    pub fn take_newest(&self) -> Option<Rc<Flow>> {
+        self.newest.borrow_mut().take()
+    }
+
+    /// Leaves a stream to be joined with this connection once its HTTP part is over.
+    pub fn hand_off(&self, handoff: Handoff) {
+        *self.handoff.borrow_mut() = Some(handoff);
+    }
+
+    /// The stream that was left.
+    pub fn take_handoff(&self) -> Option<Handoff> {
+        self.handoff.borrow_mut().take()
+    }
+}

@@ -1,0 +1,157 @@
+//! What one exchange holds while it is under way: its record, its place in flight, its connection, its timer.
+//!
+//! It travels with the request, then with the answer's body; dropping it, at whatever point, gives
+//! everything back and writes the record.
+
+use std::rc::Rc;
+
+use http::header::HeaderName;
+use http::{HeaderValue, Request, header};
+use tokio::time::Instant;
+
+use crate::net::flow::Flow;
+use crate::policy::model::{self, Direction};
+use crate::proxy::patience::Patience;
+use crate::proxy::refusal::{Kind, Refusal};
+use crate::proxy::caller::Caller;
+use crate::proxy::worker::{View, Worker};
+use crate::rules::gate::Pass;
+use crate::runtime::timer::Timer;
+use crate::telemetry::{Exchange, Protocol, RequestLine};
+use crate::upstream::pool::{Lease, Pool};
+
+/// One exchange under way.
+pub struct Live {
+    /// What will be said about it.
+    pub record: Exchange,
+    /// What has passed so far.
+    pub flow: Rc<Flow>,
+    /// What it is waited for.
+    pub patience: Patience,
+    /// The worker that it runs on.
+    pub worker: Rc<Worker>,
+    /// The policy that it began with.
+    pub view: Rc<View>,
+    /// The connection that it came over.
+    pub caller: Rc<Caller>,
+    /// Its timer.
+    pub timer: Timer,
+    /// The upstream connection, from the moment there is one.
+    pub lease: Option<Lease>,
+    /// Fields that the answer's `Connection` named; they may not pass as trailers.
+    pub named: Vec<HeaderName>,
+    /// What the upstream said about keeping its connection, in seconds.
+    pub keep_alive: Option<u32>,
+    destination: usize,
+    route: usize,
+    place: Option<(Pass, Rc<Pool>)>,
+}
+
+const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
+
+impl Live {
+    /// An exchange whose head is complete at `now`. The destination is set later, before anything asks for it.
+    pub fn begin<B>(
+        worker: &Rc<Worker>,
+        caller: &Rc<Caller>,
+        flow: Rc<Flow>,
+        request: &Request<B>,
+        now: Instant,
+    ) -> Box<Self> {
+        let view = worker.view();
+        let grpc = crate::policy::index::is_grpc(request.headers());
+        let protocol = match request.version() {
+            _ if grpc => Protocol::Grpc,
+            http::Version::HTTP_2 => Protocol::Http2,
+            _ => Protocol::Http1,
+        };
+        if grpc {
+            flow.count_messages();
+        }
+        let hop = view.policy.unrouted(caller.door.values.direction);
+        let line = request_line(caller, request);
+        caller.begin();
+        Box::new(Self {
+            record: Exchange::begin(Rc::clone(&worker.shard), now, hop, protocol, line),
+            flow,
+            patience: Patience { began: now, try_began: now, answered: false, stream: false, grpc },
+            timer: worker.timers.at(now + crate::rules::timeouts::Timeouts::built_in().request.value),
+            worker: Rc::clone(worker),
+            view,
+            caller: Rc::clone(caller),
+            lease: None,
+            named: Vec::new(),
+            keep_alive: None,
+            destination: usize::MAX,
+            route: 0,
+            place: None,
+        })
+    }
+
+    /// Names the destination and the route that the request meets.
+    pub fn met(&mut self, destination: usize, route: usize, direction: Direction) {
+        self.destination = destination;
+        self.route = route;
+        let hops = &self.worker.shard.telemetry().hops;
+        self.record.set_hop(self.view.policy.hop(hops, destination, route, direction));
+        self.patience.stream = self.view.destination(destination).values.routes[route].stream;
+    }
+
+    /// The position of the destination.
+    pub fn destination(&self) -> usize {
+        self.destination
+    }
+
+    /// The values of the destination.
+    pub fn destination_values(&self) -> &model::Destination {
+        &self.view.destination(self.destination).values
+    }
+
+    /// The values of the route.
+    pub fn route(&self) -> &model::Route {
+        &self.destination_values().routes[self.route]
+    }
+
+    /// Takes up the place in flight, which is given back at the end.
+    pub fn hold(&mut self, pass: Pass, pool: Rc<Pool>) {
+        pool.metrics.in_flight.increment();
+        self.place = Some((pass, pool));
+    }
+}
+
+fn request_line<B>(caller: &Caller, request: &Request<B>) -> RequestLine {
+    let fields = request.headers();
+    RequestLine {
+        method: request.method().clone(),
+        uri: request.uri().clone(),
+        host: fields.get(header::HOST).cloned(),
+        caller: Some(caller.peer),
+        traceparent: fields.get(TRACEPARENT).cloned(),
+    }
+}
+
+/// A request of which nothing is known but that it could not be read.
+pub fn unread(caller: &Caller) -> RequestLine {
+    RequestLine {
+        method: http::Method::from_bytes(b"-").unwrap_or_default(),
+        uri: http::Uri::from_static("*"),
+        host: None::<HeaderValue>,
+        caller: Some(caller.peer),
+        traceparent: None,
+    }
+}
+
+impl Drop for Live {
+    fn drop(&mut self) {
+        self.record.bytes_in = self.flow.request.bytes();
+        self.record.bytes_out = self.flow.response.bytes();
+        if self.flow.was_cut() {
+            let refusal = Refusal::plain(Kind::CallerTimeout, "the caller stopped reading the answer");
+            self.record.refuse(refusal.record());
+        }
+        if let Some((_, pool)) = &self.place {
+            pool.metrics.in_flight.decrement();
+        }
+        self.caller.finish();
+    }
+}

@@ -1,0 +1,23 @@
+//! Level 5: the path of one request.
+//!
+//! In the order in which a request meets them: `serve` (hyper), [`pipeline`] (which rule comes when),
+//! `target` and `fields` (what may pass), `attempt` (one try at one endpoint), `body` (the answer on its way),
+//! `refusal` (what we say instead), `grpc`, `upgrade`. `worker` is what all of one worker's requests share and
+//! `live` what one request holds.
+
+pub mod answer;
+pub mod attempt;
+pub mod body;
+pub mod caller;
+pub mod fields;
+pub mod grpc;
+pub mod live;
+pub mod patience;
+pub mod pipeline;
+pub mod refusal;
+pub mod serve;
+pub mod target;
+pub mod tunnel;
+pub mod upgrade;
+pub mod watch;
+pub mod worker;

@@ -1,0 +1,199 @@
+//! How long one exchange is waited for: which time limit ends it, and when to look again.
+//!
+//! A unary call lives by `request`. A stream lives by `idle` and `maxDuration`. A route may say that it streams;
+//! Server-Sent Events say so by their content type; a gRPC call shows it when `request` is over: a unary one has
+//! sent one message and ended by then, so a call whose caller is still sending, or that has already
+//! got an answer message and no trailers, is a stream.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::net::flow::Flow;
+use crate::problems::Set;
+use crate::proxy::refusal::{Kind, Refusal};
+use crate::rules::timeouts::Timeouts;
+
+/// What has been seen of an exchange when it is judged.
+#[derive(Debug, Clone, Copy)]
+pub struct Patience {
+    /// When the request's head was complete.
+    pub began: Instant,
+    /// When the present try began.
+    pub try_began: Instant,
+    /// The head of the answer is there.
+    pub answered: bool,
+    /// The route or the answer says that this is a stream.
+    pub stream: bool,
+    /// It is a gRPC call.
+    pub grpc: bool,
+}
+
+/// What to do.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// Look again then; until then nothing can be over.
+    Wait(Instant),
+    /// End it.
+    Over(Refusal),
+}
+
+impl Patience {
+    /// Judges the exchange at `now`.
+    pub fn judge(&self, now: Instant, limits: &Timeouts, flow: &Flow) -> Verdict {
+        let request_at = self.began + limits.request.value;
+        let streams = (self.stream && self.answered) || (now >= request_at && self.shows_a_stream(flow));
+        let mut next = self.began + limits.max_duration.value;
+        if streams {
+            if now >= next {
+                return over(Kind::MaxDuration, "timeouts.maxDuration", &limits.max_duration, "the stream lived too long");
+            }
+        } else {
+            if now >= request_at {
+                return Verdict::Over(self.too_late(limits, flow));
+            }
+            next = request_at;
+        }
+        if self.answered || streams {
+            let idle_at = flow.last() + limits.idle.value;
+            if now >= idle_at {
+                return over(Kind::IdleTimeout, "timeouts.idle", &limits.idle, "no byte in either direction");
+            }
+            next = next.min(idle_at);
+        } else if let Some(per_try) = &limits.per_try {
+            let try_at = self.try_began + per_try.value;
+            if now >= try_at && !flow.is_starved() {
+                return over(Kind::PerTryTimeout, "timeouts.perTry", per_try, "no answer within one try");
+            }
+            next = if now >= try_at { next } else { next.min(try_at) };
+        }
+        Verdict::Wait(next)
+    }
+
+    fn shows_a_stream(&self, flow: &Flow) -> bool {
+        self.grpc && (!flow.request.ended() || flow.request.messages() > 1 || flow.response.messages() > 0)
+    }
+
+    fn too_late(&self, limits: &Timeouts, flow: &Flow) -> Refusal {
+        let (kind, detail) = if flow.is_starved() {
+            (Kind::CallerTimeout, "the caller's body did not come in time")
+        } else if self.answered {
+            (Kind::RequestTimeout, "the answer did not end in time")
+        } else {
+            (Kind::RequestTimeout, "no answer in time")
+        };
+        Refusal::timed(kind, "timeouts.request", &limits.request, detail)
+    }
+}
+
+fn over(kind: Kind, name: &'static str, limit: &Set<Duration>, detail: &'static str) -> Verdict {
+    Verdict::Over(Refusal::timed(kind, name, limit, detail))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn limits() -> Timeouts {
+        let mut limits = Timeouts::built_in();
+        limits.request.value = Duration::from_secs(2);
+        limits.idle.value = Duration::from_secs(60);
+        limits.max_duration.value = Duration::from_secs(3600);
+        limits
+    }
+
+    fn patience(now: Instant) -> Patience {
+        Patience { began: now, try_began: now, answered: false, stream: false, grpc: false }
+    }
+
+    fn kind(verdict: Verdict) -> Option<Kind> {
+        match verdict {
+            Verdict::Wait(_) => None,
+            Verdict::Over(refusal) => Some(refusal.kind),
+        }
+    }
+
+    const fn secs(seconds: u64) -> Duration {
+        Duration::from_secs(seconds)
+    }
+
+    #[test]
+    fn a_unary_call_ends_at_request_answered_or_not() {
+        let now = Instant::now();
+        let flow = Flow::new(now);
+        flow.request.end();
+        for answered in [false, true] {
+            let patience = Patience { answered, ..patience(now) };
+            assert_eq!(patience.judge(now + secs(1), &limits(), &flow), Verdict::Wait(now + secs(2)));
+            assert_eq!(kind(patience.judge(now + secs(2), &limits(), &flow)), Some(Kind::RequestTimeout));
+        }
+    }
+
+    #[test]
+    fn a_slow_caller_is_blamed_for_its_own_body() {
+        let now = Instant::now();
+        let flow = Flow::new(now);
+        flow.starve(true);
+        assert_eq!(kind(patience(now).judge(now + secs(2), &limits(), &flow)), Some(Kind::CallerTimeout));
+        flow.starve(false);
+        assert_eq!(kind(patience(now).judge(now + secs(2), &limits(), &flow)), Some(Kind::RequestTimeout));
+    }
+
+    #[test]
+    fn one_try_has_its_own_limit_until_the_answer_begins() {
+        let now = Instant::now();
+        let flow = Flow::new(now);
+        flow.request.end();
+        let mut limits = limits();
+        limits.per_try = Some(Set::built_in(secs(1)));
+        let mut patience = patience(now);
+        assert_eq!(patience.judge(now, &limits, &flow), Verdict::Wait(now + secs(1)));
+        assert_eq!(kind(patience.judge(now + secs(1), &limits, &flow)), Some(Kind::PerTryTimeout));
+        patience.answered = true;
+        assert_eq!(patience.judge(now + secs(1), &limits, &flow), Verdict::Wait(now + secs(2)));
+    }
+
+    #[test]
+    fn a_declared_stream_lives_by_idle_and_max_duration_once_it_is_answered() {
+        let now = Instant::now();
+        let flow = Flow::new(now);
+        flow.request.end();
+        let silent = Patience { stream: true, ..patience(now) };
+        assert_eq!(kind(silent.judge(now + secs(2), &limits(), &flow)), Some(Kind::RequestTimeout));
+        let open = Patience { answered: true, ..silent };
+        assert_eq!(open.judge(now + secs(59), &limits(), &flow), Verdict::Wait(now + secs(60)));
+        assert_eq!(kind(open.judge(now + secs(60), &limits(), &flow)), Some(Kind::IdleTimeout));
+        flow.passed(&flow.response, b"data", now + secs(3590));
+        assert_eq!(open.judge(now + secs(3599), &limits(), &flow), Verdict::Wait(now + secs(3600)));
+        assert_eq!(kind(open.judge(now + secs(3600), &limits(), &flow)), Some(Kind::MaxDuration));
+    }
+
+    #[test]
+    fn a_grpc_call_is_taken_for_a_stream_only_when_it_shows_itself_as_one() {
+        let one = [0, 0, 0, 0, 1, 7];
+        type Passed = (u32, u32, bool);
+        let table: [(Passed, Option<Kind>); 5] = [
+            ((1, 0, true), Some(Kind::RequestTimeout)),
+            ((1, 0, false), None),
+            ((1, 1, true), None),
+            ((2, 0, true), None),
+            ((0, 0, true), Some(Kind::RequestTimeout)),
+        ];
+        for ((sent, received, ended), expected) in table {
+            let now = Instant::now();
+            let flow = Flow::new(now);
+            flow.count_messages();
+            for _ in 0..sent {
+                flow.passed(&flow.request, &one, now);
+            }
+            for _ in 0..received {
+                flow.passed(&flow.response, &one, now);
+            }
+            if ended {
+                flow.request.end();
+            }
+            let patience = Patience { grpc: true, answered: received > 0, ..patience(now) };
+            assert_eq!(kind(patience.judge(now + secs(2), &limits(), &flow)), expected, "{sent} {received} {ended}");
+        }
+    }
+}

@@ -1,0 +1,218 @@
+//! The life of a request, in the order in which it happens: open this file to see what hopguard does.
+
+use std::convert::Infallible;
+use std::rc::Rc;
+
+use http::request::Parts;
+use http::{HeaderValue, Method, Request, Response, StatusCode, Version, header};
+use hyper::body::Incoming;
+use tokio::time::Instant;
+
+use crate::net::body::RequestBody;
+use crate::net::flow::Flow;
+use crate::policy::model::{Listener, Target as Towards};
+use crate::proxy::answer::{self, Reply};
+use crate::proxy::attempt;
+use crate::proxy::body::ResponseBody;
+use crate::proxy::fields::{self, Present};
+use crate::proxy::live::Live;
+use crate::proxy::refusal::{Kind, Refusal};
+use crate::proxy::caller::Caller;
+use crate::proxy::target::Target;
+use crate::proxy::upgrade;
+use crate::proxy::worker::Worker;
+use crate::rules::gate::QueueFull;
+use crate::upstream::pool::Pool;
+
+/// What a caller gets: an answer, always.
+pub type Answer = Result<Response<ResponseBody>, Infallible>;
+
+/// One request, from its head to the head of its answer; the answer's body carries the exchange on.
+pub async fn call(
+    worker: Rc<Worker>,
+    caller: Rc<Caller>,
+    flow: Rc<Flow>,
+    request: Request<Incoming>,
+) -> Answer {
+    let version = request.version();
+    let mut live = Live::begin(&worker, &caller, flow, &request, Instant::now());
+    let reply = run(&mut live, request).await;
+    Ok(answer::hand_over(live, reply, version).await)
+}
+
+async fn run(live: &mut Live, request: Request<Incoming>) -> Result<Reply, Refusal> {
+    let (mut head, body) = request.into_parts();
+    let present = Present::scan(&head.headers);
+    let view = Rc::clone(&live.view);
+    let listener = live.caller.door.listener(&view.policy)?;
+
+    // What may not be passed on at all.
+    check_size(&head, &present, listener)?;
+    check_framing(&head, &present)?;
+    check_expectation(&mut head, &present)?;
+    let target = Target::read(&head.method, &head.uri, head.version, &head.headers)
+        .map_err(|error| Refusal::plain(Kind::BadRequest, error.to_string()))?;
+    if present.via && live.caller.door.via.is_loop(&head.headers) {
+        return Err(Refusal::plain(Kind::LoopDetected, "this listener has seen the request ten times"));
+    }
+
+    // Where it goes, and which rules it meets.
+    let position = choose(&view.policy, listener, &target)?;
+    let destination = view.destination(position);
+    let route = destination.index.find(&head.method, head.uri.path(), &head.headers);
+    live.met(position, route, listener.direction);
+    let pool = pool(live, &target)?;
+    if head.method == Method::CONNECT {
+        return upgrade::connect(live, listener, &pool, head).await;
+    }
+    if let Some(reply) = answer::as_final_recipient(&mut head) {
+        return Ok(reply);
+    }
+
+    // A place in flight, for as long as the exchange lasts.
+    enter(live, &pool).await?;
+
+    // What it looks like on the next hop.
+    let switch = upgrade::wanted(&head, &present);
+    let said = fields::strip(&mut head.headers, &present);
+    if said.trailers {
+        head.headers.insert(header::TE, HeaderValue::from_static("trailers"));
+    }
+    fields::join_cookies(&mut head.headers, &present);
+    name_host(&mut head, &target, &pool);
+    live.caller.door.via.add(&mut head.headers, head.version);
+    fields::forget(&mut head.extensions);
+    let body = RequestBody::caller(body, Rc::clone(&live.flow), said.named);
+    let mut request = Request::from_parts(head, body);
+    if let Some(protocol) = &switch {
+        upgrade::ask(request.headers_mut(), protocol);
+    }
+
+    // One try. The answer is judged, and its body carries the exchange on.
+    live.record.attempt(1, 1);
+    let answer = attempt::send(live, &pool, request, switch.is_some()).await?;
+    if answer.status() == StatusCode::SWITCHING_PROTOCOLS {
+        return upgrade::switch(live, answer, switch).await;
+    }
+    answer::from_upstream(live, answer)
+}
+
+fn check_size(head: &Parts, present: &Present, listener: &Listener) -> Result<(), Refusal> {
+    let limit = &listener.max_header_size;
+    if present.size <= limit.value as usize {
+        return Ok(());
+    }
+    let longest = Present::longest(&head.headers)
+        .map_or_else(String::new, |(name, size)| format!("; the longest field is {name} with {size} bytes"));
+    let detail = format!("the header section has {} bytes{longest}", present.size);
+    Err(Refusal::counted(Kind::HeaderTooLarge, "maxHeaderSize", limit, detail))
+}
+
+/// hyper has refused what it cannot frame; this refuses what it could, but the next hop might read otherwise (RFC 9112, 6).
+fn check_framing(head: &Parts, present: &Present) -> Result<(), Refusal> {
+    if present.codings > 0 && present.lengths > 0 {
+        return Err(Refusal::plain(Kind::BadRequest, "both Content-Length and Transfer-Encoding (RFC 9112, 6.1)"));
+    }
+    if present.codings > 1 {
+        return Err(Refusal::plain(Kind::BadRequest, "more than one Transfer-Encoding (RFC 9112, 6.1)"));
+    }
+    if !fields::only_chunked(&head.headers, present) {
+        return Err(Refusal::plain(Kind::UnknownCoding, "the transfer coding is not chunked (RFC 9112, 6.1)"));
+    }
+    Ok(())
+}
+
+fn check_expectation(head: &mut Parts, present: &Present) -> Result<(), Refusal> {
+    if !present.expect {
+        return Ok(());
+    }
+    if head.version < Version::HTTP_11 {
+        head.headers.remove(header::EXPECT);
+        return Ok(());
+    }
+    let mut all = head.headers.get_all(header::EXPECT).iter();
+    if all.all(|value| value.as_bytes().eq_ignore_ascii_case(b"100-continue")) {
+        return Ok(());
+    }
+    Err(Refusal::plain(Kind::UnknownExpectation, "only 100-continue can be expected (RFC 9110, 10.1.1)"))
+}
+
+/// The destination: the listener's own, or the one that the target's host belongs to.
+fn choose(
+    policy: &crate::policy::snapshot::Snapshot,
+    listener: &Listener,
+    target: &Target,
+) -> Result<usize, Refusal> {
+    match listener.target {
+        Towards::To(position) => Ok(position),
+        Towards::Forward => policy.hosts.find(target.bare_host()).ok_or_else(|| {
+            let host = target.host();
+            Refusal::plain(Kind::NoDestination, format!(
+                "the policy has no destination with the host {host:?}; add it to `hosts`, or a destination with the host \"*\""
+            ))
+        }),
+    }
+}
+
+/// The pool of the destination, or of the place where the caller was going.
+fn pool(live: &Live, target: &Target) -> Result<Rc<Pool>, Refusal> {
+    let position = live.destination();
+    let upstreams = &live.worker.upstreams;
+    let values = live.destination_values();
+    if !values.endpoints.is_empty() {
+        return Ok(Rc::clone(live.view.pool(position, upstreams)));
+    }
+    if target.host().is_empty() {
+        return Err(Refusal::plain(Kind::NoRoute, "the destination has no endpoints and the request names no host"));
+    }
+    let port = target.port.unwrap_or(if values.tls.is_some() { 443 } else { 80 });
+    let parent = &live.view.destination(position).cluster;
+    upstreams
+        .place(parent, target.host(), port)
+        .map_err(|error| Refusal::plain(Kind::TlsFailed, error.to_string()))
+}
+
+/// A place in flight: at once, or after a turn in the queue.
+async fn enter(live: &mut Live, pool: &Rc<Pool>) -> Result<(), Refusal> {
+    let view = Rc::clone(&live.view);
+    let destination = view.destination(live.destination());
+    let limits = &destination.values.limits;
+    if let Some(pass) = destination.gate.try_enter(limits.in_flight.value) {
+        live.hold(pass, Rc::clone(pool));
+        return Ok(());
+    }
+    let began = Instant::now();
+    let queue = destination.gate.enter(limits.in_flight.value, limits.queue.value);
+    let waiting = pool.metrics.queued.hold();
+    let entered = live.timer.limit(began + limits.queue_timeout.value, queue).await;
+    drop(waiting);
+    live.record.queued(began.elapsed());
+    match entered {
+        Some(Ok(pass)) => {
+            live.hold(pass, Rc::clone(pool));
+            Ok(())
+        }
+        Some(Err(QueueFull)) => Err(Refusal::counted(
+            Kind::QueueFull,
+            "limits.queue",
+            &limits.queue,
+            format!("{} calls are in flight and the queue is full", limits.in_flight.value),
+        )),
+        None => Err(Refusal::timed(
+            Kind::QueueTimeout,
+            "limits.queueTimeout",
+            &limits.queue_timeout,
+            format!("{} calls were in flight for too long", limits.in_flight.value),
+        )),
+    }
+}
+
+/// Exactly one Host field: what the caller asked for, or the destination's own name if it asked for none.
+fn name_host(head: &mut Parts, target: &Target, pool: &Pool) {
+    let host = if target.host().is_empty() && head.version == Version::HTTP_10 {
+        HeaderValue::from_str(&pool.cluster.identity.host).unwrap_or_else(|_| target.authority().clone())
+    } else {
+        target.authority().clone()
+    };
+    head.headers.insert(header::HOST, host);
+}

@@ -1,0 +1,215 @@
+//! One caller's connection, served by hyper until it ends.
+//!
+//! hyper speaks HTTP; this file adds what it does not do: a time limit for slow heads and for silent connections that
+//! costs nothing per request, an end for callers that stop reading, the drain, the hand-over to a tunnel,
+//! and a close that does not destroy the last answer.
+
+use std::future::poll_fn;
+use std::pin::{Pin, pin};
+use std::rc::Rc;
+use std::task::Poll;
+use std::time::Duration;
+
+use http::Request;
+use hyper::body::Incoming;
+use hyper::server::conn::{http1, http2};
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::time::{Instant, timeout};
+
+use crate::net::flow::Flow;
+use crate::net::io::Io;
+use crate::proxy::caller::Caller;
+use crate::proxy::live;
+use crate::proxy::pipeline::{self, Answer};
+use crate::proxy::refusal::{Kind, Refusal};
+use crate::proxy::watch::{End, Watch};
+use crate::proxy::worker::Worker;
+use crate::runtime::drain::Phase;
+use crate::runtime::tasks;
+use crate::telemetry::{Exchange, Protocol};
+
+/// The longest header section that hyper reads at all, in bytes; a policy cannot allow more.
+const HEAD_BUFFER: usize = 400 * 1024;
+
+/// How much a caller may send ahead on one HTTP/2 stream, and on one connection, in bytes.
+const STREAM_WINDOW: u32 = 256 * 1024;
+const CONNECTION_WINDOW: u32 = 1024 * 1024;
+
+/// HTTP/2 streams that a caller may have open on one connection.
+const STREAMS: u32 = 256;
+
+/// A connection with streams on it is asked for a sign of life this often, and closed without one.
+const PING_EVERY: Duration = Duration::from_secs(30);
+const PING_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// How long, and for how many bytes, a closed connection is still read, so that the caller gets the last answer and
+/// not a reset (RFC 9112, 9.6).
+const LINGER: Duration = Duration::from_secs(1);
+const LINGER_BYTES: usize = 256 * 1024;
+
+/// Serves one HTTP/1 connection.
+pub async fn http1(worker: Rc<Worker>, caller: Rc<Caller>, io: Io) {
+    let member = worker.crowd.join();
+    let mut watch = Watch::new(&worker, &caller, io.activity());
+    // Boxed, because only then hyper lets go of the stream without closing it.
+    let service = service_fn(|request| Box::pin(begin(&worker, &caller, request)));
+    let mut connection = http1::Builder::new()
+        .max_buf_size(HEAD_BUFFER)
+        .serve_connection(TokioIo::new(io), service);
+    let mut closing = false;
+    let end = poll_fn(|cx| {
+        loop {
+            if let Poll::Ready(done) = connection.poll_without_shutdown(cx) {
+                return Poll::Ready(End::Over(done));
+            }
+            if closing || member.phase(cx) < Phase::Closing {
+                return watch.poll(cx, &caller);
+            }
+            closing = true;
+            Pin::new(&mut connection).graceful_shutdown();
+        }
+    })
+    .await;
+    let parts = connection.into_parts();
+    let stream = parts.io.into_inner();
+    match end {
+        End::Over(Ok(())) => match caller.take_handoff() {
+            Some(handoff) => handoff.join(stream.with_prefix(parts.read_buf)).await,
+            None => close(stream).await,
+        },
+        End::Over(Err(error)) => {
+            if error.is_parse() {
+                record_unread(&worker, &caller, &Refusal::plain(Kind::BadRequest, error.to_string()));
+            }
+            close(stream).await;
+        }
+        End::SlowHead(refusal) => {
+            record_unread(&worker, &caller, &refusal);
+            too_slow(stream, &refusal).await;
+        }
+        End::Silent => close(stream).await,
+        End::Cut => {}
+    }
+}
+
+/// Serves one HTTP/2 connection.
+pub async fn http2(worker: Rc<Worker>, caller: Rc<Caller>, io: Io) {
+    let member = worker.crowd.join();
+    let mut watch = Watch::new(&worker, &caller, io.activity());
+    let streams = Streams { worker: Rc::clone(&worker), caller: Rc::clone(&caller) };
+    let service = service_fn(|request| begin(&worker, &caller, request));
+    let largest = caller.door.values.max_header_size.value;
+    let mut connection = pin!(
+        http2::Builder::new(streams)
+            .timer(TokioTimer::new())
+            .initial_stream_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(CONNECTION_WINDOW)
+            .max_concurrent_streams(STREAMS)
+            // Half as much again, so that most sections that are too long still get an answer that names the field.
+            .max_header_list_size(largest + largest / 2)
+            .keep_alive_interval(PING_EVERY)
+            .keep_alive_timeout(PING_TIMEOUT)
+            .serve_connection(TokioIo::new(io), service)
+    );
+    let mut closing = false;
+    poll_fn(|cx| {
+        loop {
+            if connection.as_mut().poll(cx).is_ready() {
+                return Poll::Ready(());
+            }
+            if closing {
+                return Poll::Pending;
+            }
+            closing = member.phase(cx) >= Phase::Closing || watch.poll_silence(cx, &caller).is_ready();
+            if !closing {
+                return Poll::Pending;
+            }
+            connection.as_mut().graceful_shutdown();
+        }
+    })
+    .await;
+}
+
+fn begin(worker: &Rc<Worker>, caller: &Rc<Caller>, request: Request<Incoming>) -> impl Future<Output = Answer> + use<> {
+    let flow = Rc::new(Flow::new(Instant::now()));
+    caller.keep(Rc::clone(&flow));
+    pipeline::call(Rc::clone(worker), Rc::clone(caller), flow, request)
+}
+
+/// Runs the streams of one HTTP/2 connection, each as a task that ends when its caller does not take the answer.
+#[derive(Clone)]
+struct Streams {
+    worker: Rc<Worker>,
+    caller: Rc<Caller>,
+}
+
+impl<F> hyper::rt::Executor<F> for Streams
+where
+    F: Future + 'static,
+{
+    fn execute(&self, stream: F) {
+        // hyper calls the service, which keeps the flow, just before it hands the stream to the executor.
+        let flow = self.caller.take_newest();
+        let timers = self.worker.timers.clone();
+        tasks::spawn(async move {
+            let mut stream = pin!(stream);
+            let mut timer = None;
+            poll_fn(|cx| {
+                if stream.as_mut().poll(cx).is_ready() {
+                    return Poll::Ready(());
+                }
+                let Some(flow) = &flow else { return Poll::Pending };
+                Watch::poll_cut(cx, flow, &timers, &mut timer)
+            })
+            .await;
+        });
+    }
+}
+
+/// Writes the record of a request that never became one.
+fn record_unread(worker: &Rc<Worker>, caller: &Caller, refusal: &Refusal) {
+    let hop = worker.view().policy.unrouted(caller.door.values.direction);
+    let now = Instant::now();
+    let line = live::unread(caller);
+    let mut record = Exchange::begin(Rc::clone(&worker.shard), now, hop, Protocol::Http1, line);
+    record.refuse(refusal.record());
+    record.head(now, refusal.status());
+    record.complete();
+}
+
+/// Answers a head that did not come in time.
+async fn too_slow(mut stream: Io, refusal: &Refusal) {
+    let answer = refusal.answer(false, (0, 0), |document| document);
+    let mut text = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\n".to_vec();
+    for (name, value) in answer.headers() {
+        text.extend_from_slice(name.as_str().as_bytes());
+        text.extend_from_slice(b": ");
+        text.extend_from_slice(value.as_bytes());
+        text.extend_from_slice(b"\r\n");
+    }
+    text.extend_from_slice(format!("content-length: {}\r\n\r\n", answer.body().len()).as_bytes());
+    text.extend_from_slice(answer.body());
+    if timeout(LINGER, stream.write_all(&text)).await.is_ok_and(|wrote| wrote.is_ok()) {
+        close(stream).await;
+    }
+}
+
+/// Says that nothing more is coming, then reads on for a moment before the stream is dropped.
+async fn close(mut stream: Io) {
+    let linger = async {
+        stream.shutdown().await?;
+        let mut buffer = [0; 1024];
+        let mut read = 0;
+        while read < LINGER_BYTES {
+            match stream.read(&mut buffer).await? {
+                0 => break,
+                count => read += count,
+            }
+        }
+        std::io::Result::Ok(())
+    };
+    // Whatever goes wrong here, the connection is over.
+    let _over = timeout(LINGER, linger).await;
+}

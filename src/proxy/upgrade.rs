@@ -1,0 +1,97 @@
+//! Connections that stop being HTTP: WebSocket upgrades and CONNECT.
+//!
+//! Both ends agree on a new protocol, the answer is sent, and then `serve` gets the two bare streams and copies
+//! bytes. Only `websocket` is upgraded to; any other offer is left out, as a server may (RFC 9110, 7.8).
+
+use std::future::poll_fn;
+use std::rc::Rc;
+
+use http::header::HeaderMap;
+use http::request::Parts;
+use http::{HeaderValue, Method, Response, Version, header};
+use hyper::body::Incoming;
+use hyper::upgrade::OnUpgrade;
+
+use crate::policy::model::{Listener, Target as Towards};
+use crate::proxy::answer::Reply;
+use crate::proxy::attempt;
+use crate::proxy::body::ResponseBody;
+use crate::proxy::fields::{self, Present};
+use crate::proxy::live::Live;
+use crate::proxy::refusal::{Kind, Refusal};
+use crate::telemetry::Protocol;
+use crate::upstream::pool::Pool;
+
+const WEBSOCKET: HeaderValue = HeaderValue::from_static("websocket");
+
+/// The protocol that the request wants to switch to, if it is one that we pass on.
+pub fn wanted(head: &Parts, present: &Present) -> Option<HeaderValue> {
+    let offered = present.upgrade
+        && head.version == Version::HTTP_11
+        && head.method == Method::GET
+        && fields::lists(&head.headers, &header::CONNECTION, "upgrade")
+        && fields::lists(&head.headers, &header::UPGRADE, "websocket");
+    offered.then_some(WEBSOCKET)
+}
+
+/// Says again, to the next hop, that the connection may be switched.
+pub fn ask(fields: &mut HeaderMap, protocol: &HeaderValue) {
+    fields.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
+    fields.insert(header::UPGRADE, protocol.clone());
+}
+
+/// The upstream has switched: takes its stream, and prepares the caller's to follow.
+///
+/// # Errors
+/// If nobody asked for it, or for another protocol.
+pub async fn switch(
+    live: &mut Live,
+    mut answer: Response<Incoming>,
+    asked: Option<HeaderValue>,
+) -> Result<Reply, Refusal> {
+    let unasked = || Refusal::plain(Kind::UpstreamProtocol, "the upstream switched to a protocol that nobody asked for");
+    let protocol = asked.ok_or_else(unasked)?;
+    if !fields::lists(answer.headers(), &header::UPGRADE, "websocket") {
+        return Err(unasked());
+    }
+    let present = Present::scan(answer.headers());
+    let version = answer.version();
+    fields::strip(answer.headers_mut(), &present);
+    answer.headers_mut().remove(header::CONTENT_LENGTH);
+    live.caller.door.via.add(answer.headers_mut(), version);
+    ask(answer.headers_mut(), &protocol);
+    fields::forget(answer.extensions_mut());
+    let connection = live.lease.take().and_then(crate::upstream::pool::Lease::into_http1);
+    let mut connection = connection.ok_or_else(unasked)?;
+    // hyper hands the stream out when it has seen the end of the HTTP part.
+    poll_fn(|cx| connection.drive(cx)).await;
+    let (upstream, early) = connection.into_stream();
+    live.record.set_protocol(Protocol::WebSocket);
+    let (head, _no_body) = answer.into_parts();
+    Ok(Reply::Tunnel(Response::from_parts(head, ResponseBody::empty()), upstream.with_prefix(early)))
+}
+
+/// CONNECT: a stream to the destination, without HTTP on it.
+///
+/// # Errors
+/// If the listener is no forward proxy, or the destination cannot be reached.
+pub async fn connect(
+    live: &mut Live,
+    listener: &Listener,
+    pool: &Rc<Pool>,
+    mut head: Parts,
+) -> Result<Reply, Refusal> {
+    if listener.target != Towards::Forward {
+        return Err(Refusal::plain(Kind::ConnectDenied, "this listener leads to one destination and forwards to no other"));
+    }
+    live.record.set_protocol(Protocol::Tunnel);
+    live.record.attempt(1, 1);
+    let upstream = attempt::bare_stream(live, pool).await?;
+    let mut answer = Response::new(ResponseBody::empty());
+    if head.version == Version::HTTP_2
+        && let Some(later) = head.extensions.remove::<OnUpgrade>()
+    {
+        answer.extensions_mut().insert(later);
+    }
+    Ok(Reply::Tunnel(answer, upstream))
+}

@@ -1,0 +1,158 @@
+//! Watches a caller's connection for what no exchange sees: heads that come too slowly, silence between requests,
+//! and callers that stop reading their answer.
+//!
+//! The usual request arrives in one piece and is answered at once; for it no timer is set at all.
+
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::net::flow::Flow;
+use crate::net::io::Activity;
+use crate::problems::Set;
+use crate::proxy::caller::Caller;
+use crate::proxy::refusal::{Kind, Refusal};
+use crate::proxy::worker::Worker;
+use crate::runtime::timer::{Timer, Timers};
+
+/// How a connection came to its end.
+pub enum End {
+    /// hyper is done with it.
+    Over(hyper::Result<()>),
+    /// A head did not come in time.
+    SlowHead(Refusal),
+    /// No request for too long.
+    Silent,
+    /// The caller did not take its answer.
+    Cut,
+}
+
+enum State {
+    /// An exchange is under way, and has time limits of its own.
+    Busy,
+    /// No byte of the next request has come; so many reads had been made when that began.
+    Idle { since: Instant, reads: u64 },
+    /// Some bytes of a head have come.
+    Head { since: Instant },
+}
+
+/// The watch over one connection.
+pub struct Watch {
+    activity: Arc<Activity>,
+    headers: Set<Duration>,
+    idle: Duration,
+    state: State,
+    timer: Timer,
+    rings: Instant,
+}
+
+impl Watch {
+    /// Begins when the first bytes are there.
+    pub fn new(worker: &Worker, caller: &Caller, activity: Arc<Activity>) -> Self {
+        let now = Instant::now();
+        let view = worker.view();
+        let values = caller.door.listener(&view.policy).unwrap_or(&caller.door.values);
+        let headers = values.headers_timeout.clone();
+        let rings = now + headers.value;
+        Self {
+            activity,
+            idle: values.idle.value,
+            state: State::Head { since: now },
+            timer: worker.timers.at(rings),
+            rings,
+            headers,
+        }
+    }
+
+    /// Looks after an HTTP/1 connection that hyper is waiting on.
+    pub fn poll(&mut self, cx: &mut Context<'_>, caller: &Caller) -> Poll<End> {
+        if caller.is_busy() {
+            self.state = State::Busy;
+            let Some(flow) = caller.newest() else { return Poll::Pending };
+            let Some(at) = flow.cut_time() else { return Poll::Pending };
+            return match self.ring(cx, at) {
+                Poll::Ready(()) => {
+                    flow.cut();
+                    Poll::Ready(End::Cut)
+                }
+                Poll::Pending => Poll::Pending,
+            };
+        }
+        self.next_state();
+        match self.state {
+            State::Busy => Poll::Pending,
+            State::Idle { since, .. } => self.ring(cx, since + self.idle).map(|()| End::Silent),
+            State::Head { since } => self.ring(cx, since + self.headers.value).map(|()| {
+                let detail = "the head of a request did not come in time";
+                End::SlowHead(Refusal::timed(Kind::CallerTimeout, "timeouts.headers", &self.headers, detail))
+            }),
+        }
+    }
+
+    /// Ready when an HTTP/2 connection has had no stream for too long.
+    pub fn poll_silence(&mut self, cx: &mut Context<'_>, caller: &Caller) -> Poll<()> {
+        match (caller.is_busy(), &self.state) {
+            (true, _) => {
+                self.state = State::Busy;
+                Poll::Pending
+            }
+            (false, State::Idle { since, .. }) => {
+                let at = *since + self.idle;
+                self.ring(cx, at)
+            }
+            (false, State::Busy | State::Head { .. }) => {
+                let since = Instant::now();
+                self.state = State::Idle { since, reads: 0 };
+                self.ring(cx, since + self.idle)
+            }
+        }
+    }
+
+    fn next_state(&mut self) {
+        let reads = self.activity.reads();
+        self.state = match self.state {
+            State::Busy => State::Idle { since: Instant::now(), reads },
+            State::Idle { reads: before, .. } if reads != before => State::Head { since: Instant::now() },
+            State::Idle { since, reads } => State::Idle { since, reads },
+            State::Head { since } => State::Head { since },
+        };
+    }
+
+    /// Ready at `at`. A timer that rings earlier is left alone and set on when it has rung.
+    fn ring(&mut self, cx: &mut Context<'_>, at: Instant) -> Poll<()> {
+        if at < self.rings {
+            self.rings = at;
+            self.timer.set(at);
+        }
+        while self.timer.poll(cx).is_ready() {
+            if Instant::now() >= at {
+                return Poll::Ready(());
+            }
+            self.rings = at;
+            self.timer.set(at);
+        }
+        Poll::Pending
+    }
+
+    /// Ready when the answer of one HTTP/2 stream is under way and its caller has not taken it in time.
+    pub fn poll_cut(
+        cx: &mut Context<'_>,
+        flow: &Rc<Flow>,
+        timers: &Timers,
+        timer: &mut Option<Timer>,
+    ) -> Poll<()> {
+        let Some(at) = flow.cut_time() else { return Poll::Pending };
+        let timer = timer.get_or_insert_with(|| timers.at(at));
+        timer.set(at);
+        match timer.poll(cx) {
+            Poll::Ready(()) => {
+                flow.cut();
+                Poll::Ready(())
+            }
+            Poll::Pending => Poll::Pending,
+        }
+    }
+}

@@ -1,0 +1,98 @@
+//! Timeouts: how long a call may take, in all and in its parts. Each has a value; none can be switched off.
+//!
+//! Layers stand over each other: built in, `defaults`, destination, route. What one layer writes replaces that field
+//! of the layer below and brings its own line along.
+
+use std::time::Duration;
+
+use schemars::JsonSchema;
+use serde::Deserialize;
+
+use super::duration::{self, Span};
+use crate::problems::{At, Origin, Set};
+
+/// `timeouts:` of `defaults`, of a destination or of a route.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase", expecting = "a mapping of timeouts")]
+pub struct TimeoutsSpec {
+    /// Until a connection to the upstream stands, TLS included. Default 250ms.
+    pub connect: Option<Span>,
+    /// The whole call: all tries and waits together, to the end of the answer. Default 2s.
+    pub request: Option<Span>,
+    /// One try, within `request`. Default: as long as `request` allows.
+    pub per_try: Option<Span>,
+    /// No byte in either direction. Default 60s.
+    pub idle: Option<Span>,
+    /// The longest life of a stream, which `request` does not end. Default 1h.
+    pub max_duration: Option<Span>,
+}
+
+/// The timeouts of a route, each with its value.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Timeouts {
+    /// Until a connection to the upstream stands, TLS included; never longer than `request`.
+    pub connect: Set<Duration>,
+    /// All tries and waits together.
+    pub request: Set<Duration>,
+    /// One try; never longer than `request`.
+    pub per_try: Option<Set<Duration>>,
+    /// No byte in either direction.
+    pub idle: Set<Duration>,
+    /// The longest life of a stream.
+    pub max_duration: Set<Duration>,
+}
+
+impl Timeouts {
+    /// What holds where no policy says otherwise.
+    pub const fn built_in() -> Self {
+        Self {
+            connect: Set::built_in(Duration::from_millis(250)),
+            request: Set::built_in(Duration::from_secs(2)),
+            per_try: None,
+            idle: Set::built_in(Duration::from_secs(60)),
+            max_duration: Set::built_in(Duration::from_secs(3600)),
+        }
+    }
+}
+
+impl TimeoutsSpec {
+    /// Lays this layer over another. Reports a part that is longer than the whole, in the layer that makes it so.
+    pub fn check(&self, base: &Timeouts, at: &At<'_>) -> Timeouts {
+        let over = |key: &str, spec: Option<Span>, below: &Set<Duration>| {
+            spec.map_or_else(|| below.clone(), |span| at.key(key).set(span.0))
+        };
+        let mut timeouts = Timeouts {
+            connect: over("connect", self.connect, &base.connect),
+            request: over("request", self.request, &base.request),
+            per_try: self.per_try.map(|span| at.key("perTry").set(span.0)).or_else(|| base.per_try.clone()),
+            idle: over("idle", self.idle, &base.idle),
+            max_duration: over("maxDuration", self.max_duration, &base.max_duration),
+        };
+        // Who asks for 200ms in all must not be told about a 250ms that he never wrote.
+        if timeouts.connect.origin == Origin::BuiltIn && timeouts.connect.value > timeouts.request.value {
+            timeouts.connect = timeouts.request.clone();
+        }
+        let request_is_new = self.request.is_some();
+        if self.connect.is_some() || request_is_new {
+            report_longer(at, "connect", self.connect.is_some(), &timeouts.connect, &timeouts.request);
+        }
+        if let Some(per_try) = timeouts.per_try.as_ref().filter(|_| self.per_try.is_some() || request_is_new) {
+            report_longer(at, "perTry", self.per_try.is_some(), per_try, &timeouts.request);
+        }
+        timeouts
+    }
+}
+
+fn report_longer(at: &At<'_>, part: &str, part_is_here: bool, value: &Set<Duration>, request: &Set<Duration>) {
+    if value.value <= request.value {
+        return;
+    }
+    let (long, short) = (duration::format(value.value), duration::format(request.value));
+    if part_is_here {
+        let message = format!("`{part}` {long} is longer than `request` {short} ({})", request.origin);
+        at.key(part).report(message, format!("at most {short}, or a longer `request`"));
+    } else {
+        let message = format!("`request` {short} is shorter than `{part}` {long} ({})", value.origin);
+        at.key("request").report(message, format!("at least {long}, or a shorter `{part}` here"));
+    }
+}

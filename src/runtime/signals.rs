@@ -1,0 +1,38 @@
+//! The signals that a container runtime or a person at a terminal sends.
+
+use std::io;
+
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+/// Which signal came.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ended {
+    /// SIGTERM: an orchestrator asks; callers may still be on their way here.
+    Terminate,
+    /// SIGINT, Ctrl-C: a person asks; nobody else is coming.
+    Interrupt,
+}
+
+/// Listens from its making on, so that no signal is missed.
+pub struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    /// Begins to listen. Fails if the system does not allow it.
+    pub fn listen() -> io::Result<Self> {
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+        })
+    }
+
+    /// Returns at the next signal.
+    pub async fn next(&mut self) -> Ended {
+        tokio::select! {
+            _ = self.terminate.recv() => Ended::Terminate,
+            _ = self.interrupt.recv() => Ended::Interrupt,
+        }
+    }
+}

@@ -1,0 +1,23 @@
+//! One OS thread with a single-threaded runtime.
+
+use std::io;
+use std::thread::JoinHandle;
+
+use tokio::runtime::{Builder, LocalOptions};
+
+/// Starts a thread called `name` that runs `main` to its end; tasks that are left then are dropped.
+///
+/// Fails if the system gives no thread. A runtime that cannot be built ends the thread with that error.
+pub fn spawn<M, F>(name: &str, main: M) -> io::Result<JoinHandle<io::Result<()>>>
+where
+    M: FnOnce() -> F + Send + 'static,
+    F: Future<Output = ()>,
+{
+    std::thread::Builder::new().name(name.to_owned()).spawn(move || {
+        let runtime = Builder::new_current_thread()
+            .enable_all()
+            .build_local(LocalOptions::default())?;
+        runtime.block_on(main());
+        Ok(())
+    })
+}

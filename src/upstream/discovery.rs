@@ -1,0 +1,304 @@
+//! Keeps the addresses of clusters fresh: asks for each name again when its answer's time to live is over.
+//!
+//! Runs on one thread for the whole process, so that workers share one resolver and one cache. A time to live is
+//! kept between a floor and a ceiling; a name that does not exist is asked for again soon, because at start-up
+//! it often comes into being a moment later; when the resolver fails, the old addresses stay.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::Duration;
+
+use hickory_resolver::TokioResolver;
+use tokio::sync::mpsc;
+use tokio::time::{Instant, sleep};
+
+use crate::net::certificates::CertificateError;
+use crate::runtime::tasks;
+use crate::upstream::cluster::{Address, Cluster, Identity};
+use crate::upstream::spec::Endpoint;
+
+/// An answer is believed for at least and at most so long.
+pub const TTL_FLOOR: Duration = Duration::from_secs(1);
+/// See [`TTL_FLOOR`].
+pub const TTL_CEILING: Duration = Duration::from_secs(60);
+
+/// A failure is tried again after the first, then after twice that, and so on up to the second.
+const RETRY_FIRST: Duration = Duration::from_millis(250);
+const RETRY_MOST: Duration = Duration::from_secs(5);
+
+/// Clusters that wait for their discovery to begin.
+const QUEUE: usize = 1024;
+
+/// Destinations without endpoints may lead to so many different places before the ones nobody uses are forgotten.
+const PLACES: usize = 4096;
+
+/// What a resolver said.
+pub struct Resolved {
+    /// The addresses, which may be none.
+    pub addresses: Vec<IpAddr>,
+    /// How long to believe it.
+    pub ttl: Duration,
+}
+
+/// Asks for names; the seam for tests.
+pub trait Resolve {
+    /// The addresses of `name`, or what went wrong, in words.
+    fn resolve(&self, name: &str) -> impl Future<Output = Result<Resolved, String>>;
+}
+
+/// The system's resolver settings, asked by hickory.
+pub struct SystemResolver(TokioResolver);
+
+impl SystemResolver {
+    /// Reads the system's settings. Fails if they cannot be read.
+    pub fn new() -> Result<Self, String> {
+        let mut builder = TokioResolver::builder_tokio().map_err(|error| error.to_string())?;
+        let options = builder.options_mut();
+        options.timeout = Duration::from_secs(2);
+        options.attempts = 2;
+        // Discovery itself decides when to ask again; a cache behind it would only answer with what is old.
+        options.cache_size = 0;
+        builder.build().map(Self).map_err(|error| error.to_string())
+    }
+}
+
+impl Resolve for SystemResolver {
+    async fn resolve(&self, name: &str) -> Result<Resolved, String> {
+        let answer = self.0.lookup_ip(name).await.map_err(|error| error.to_string())?;
+        let ttl = answer.valid_until().saturating_duration_since(Instant::now().into_std());
+        Ok(Resolved { addresses: answer.iter().collect(), ttl })
+    }
+}
+
+/// The way to discovery from everywhere else.
+#[derive(Clone)]
+pub struct Discovery {
+    begin: mpsc::Sender<Weak<Cluster>>,
+    places: Arc<Mutex<HashMap<(u64, String, u16), Weak<Cluster>>>>,
+}
+
+/// What [`run`] works through.
+pub type Requests = mpsc::Receiver<Weak<Cluster>>;
+
+impl Discovery {
+    /// A handle, and the requests that it makes.
+    pub fn new() -> (Self, Requests) {
+        let (begin, requests) = mpsc::channel(QUEUE);
+        (Self { begin, places: Arc::default() }, requests)
+    }
+
+    /// Keeps a cluster's addresses fresh for as long as somebody holds it.
+    pub fn follow(&self, cluster: &Arc<Cluster>) {
+        if cluster.names().next().is_none() {
+            return;
+        }
+        if self.begin.try_send(Arc::downgrade(cluster)).is_err() {
+            cluster.publish(Vec::new(), Some("too many names wait to be resolved".to_owned()));
+        }
+    }
+
+    /// The cluster for one place that callers of an endpoint-less destination want to reach.
+    ///
+    /// All workers get the same one. Fails if its certificates cannot be used.
+    pub fn place(
+        &self,
+        parent: &Cluster,
+        host: &str,
+        port: u16,
+    ) -> Result<Arc<Cluster>, CertificateError> {
+        let key = (parent.id, host.to_owned(), port);
+        let mut places = self.places.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = places.get(&key).and_then(Weak::upgrade) {
+            return Ok(known);
+        }
+        if places.len() >= PLACES {
+            places.retain(|_, place| place.strong_count() > 0);
+        }
+        let bare = host.trim_start_matches('[').trim_end_matches(']');
+        let endpoint = match bare.parse::<IpAddr>() {
+            Ok(ip) => Endpoint::Address(SocketAddr::new(ip, port)),
+            Err(_) => Endpoint::Dns { name: host.to_owned(), port },
+        };
+        let cluster = Cluster::new(Identity {
+            endpoints: vec![endpoint],
+            host: bare.into(),
+            ..parent.identity.clone()
+        })?;
+        places.insert(key, Arc::downgrade(&cluster));
+        drop(places);
+        self.follow(&cluster);
+        Ok(cluster)
+    }
+}
+
+/// Begins discovery for each cluster that is asked for, until all handles are gone.
+pub async fn run<R: Resolve + 'static>(resolver: R, mut requests: Requests) {
+    let resolver = std::rc::Rc::new(resolver);
+    while let Some(cluster) = requests.recv().await {
+        let resolver = std::rc::Rc::clone(&resolver);
+        tasks::spawn(async move { keep_fresh(&*resolver, cluster).await });
+    }
+}
+
+/// Resolves all names of a cluster again and again, until nobody holds the cluster any more.
+async fn keep_fresh(resolver: &impl Resolve, cluster: Weak<Cluster>) {
+    let mut known: HashMap<(String, u16), Vec<IpAddr>> = HashMap::new();
+    let mut retry = RETRY_FIRST;
+    while let Some(alive) = cluster.upgrade() {
+        let names: Vec<_> = alive.names().map(|(name, port)| (name.to_owned(), port)).collect();
+        let mut wait = TTL_CEILING;
+        let mut problem = None;
+        for key in &names {
+            match resolver.resolve(&key.0).await {
+                Ok(answer) => {
+                    wait = wait.min(answer.ttl.max(TTL_FLOOR));
+                    known.insert(key.clone(), answer.addresses);
+                }
+                Err(error) => problem = Some(format!("{}: {error}", key.0)),
+            }
+        }
+        if problem.is_some() {
+            wait = wait.min(retry);
+            retry = (retry * 2).min(RETRY_MOST);
+        } else {
+            retry = RETRY_FIRST;
+        }
+        report(&alive, problem.as_deref());
+        alive.publish(addresses(&alive, &names, &known), problem);
+        drop(alive);
+        sleep(wait).await;
+    }
+}
+
+fn addresses(
+    cluster: &Cluster,
+    names: &[(String, u16)],
+    known: &HashMap<(String, u16), Vec<IpAddr>>,
+) -> Vec<Address> {
+    let wanted = cluster.identity.tls.as_ref().and_then(|tls| tls.server_name.as_deref());
+    names
+        .iter()
+        .filter_map(|key| known.get(key).map(|ips| (key, ips)))
+        .flat_map(|((name, port), ips)| {
+            let server_name: Arc<str> = wanted.unwrap_or(name.trim_end_matches('.')).into();
+            ips.iter().map(move |ip| Address {
+                socket: SocketAddr::new(*ip, *port),
+                server_name: Arc::clone(&server_name),
+            })
+        })
+        .collect()
+}
+
+/// One log line when resolving begins to fail, and one when it works again.
+fn report(cluster: &Cluster, problem: Option<&str>) {
+    let before = cluster.addresses();
+    let destination = &*cluster.identity.name;
+    match (before.problem.as_deref(), problem) {
+        (None, Some(problem)) => tracing::warn!(
+            destination, problem, kept = before.list.len(),
+            "a name cannot be resolved; the addresses known so far stay"
+        ),
+        (Some(_), None) => tracing::info!(destination, "all names are resolved again"),
+        _ => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::upstream::spec::Protocol;
+    use std::cell::RefCell;
+    use std::rc::Rc;
+
+    type Script = Vec<Result<(&'static str, u64), &'static str>>;
+
+    /// Answers from a script, the last entry for ever; notes when it was asked.
+    #[derive(Clone)]
+    struct Scripted {
+        answers: Rc<RefCell<Script>>,
+        asked: Rc<RefCell<Vec<Duration>>>,
+        begun: Instant,
+    }
+
+    impl Resolve for Scripted {
+        async fn resolve(&self, _name: &str) -> Result<Resolved, String> {
+            self.asked.borrow_mut().push(self.begun.elapsed());
+            let mut answers = self.answers.borrow_mut();
+            let answer = if answers.len() > 1 { answers.remove(0) } else { answers[0] };
+            answer.map_err(str::to_owned).map(|(ip, ttl)| Resolved {
+                addresses: vec![ip.parse().unwrap()],
+                ttl: Duration::from_secs(ttl),
+            })
+        }
+    }
+
+    fn cluster() -> Arc<Cluster> {
+        Cluster::new(Identity {
+            name: "shop".into(),
+            endpoints: vec![Endpoint::Dns { name: "shop.test".into(), port: 80 }],
+            protocol: Protocol::Auto,
+            tls: None,
+            host: "shop".into(),
+        })
+        .unwrap()
+    }
+
+    /// Runs discovery over a script for some virtual seconds: when it asked, and the addresses at the end.
+    async fn play(answers: Script, seconds: u64) -> (Vec<Duration>, Arc<Addresses>) {
+        let resolver = Scripted {
+            answers: Rc::new(RefCell::new(answers)),
+            asked: Rc::default(),
+            begun: Instant::now(),
+        };
+        let cluster = cluster();
+        let asked = Rc::clone(&resolver.asked);
+        let work = keep_fresh(&resolver, Arc::downgrade(&cluster));
+        assert!(tokio::time::timeout(Duration::from_secs(seconds), work).await.is_err());
+        let asked = asked.borrow().clone();
+        (asked, cluster.addresses())
+    }
+
+    use crate::upstream::cluster::Addresses;
+
+    #[tokio::test(start_paused = true)]
+    async fn the_time_to_live_is_honoured_between_floor_and_ceiling() {
+        for (ttl, every) in [(0, TTL_FLOOR), (7, Duration::from_secs(7)), (86_400, TTL_CEILING)] {
+            let (asked, _) = play(vec![Ok(("10.0.0.1", ttl))], every.as_secs() * 3).await;
+            let gaps: Vec<_> = asked.windows(2).map(|pair| (pair[1] - pair[0]).as_secs()).collect();
+            assert!(!gaps.is_empty() && gaps.iter().all(|gap| *gap == every.as_secs()), "{ttl}: {gaps:?}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn old_addresses_stay_while_the_resolver_fails() {
+        let (asked, addresses) =
+            play(vec![Ok(("10.0.0.1", 5)), Err("SERVFAIL"), Err("SERVFAIL")], 20).await;
+        assert_eq!(addresses.list[0].socket.to_string(), "10.0.0.1:80");
+        assert_eq!(addresses.problem.as_deref(), Some("shop.test: SERVFAIL"));
+        assert_eq!(asked[2] - asked[1], RETRY_FIRST);
+        assert!(asked.windows(2).all(|pair| pair[1] - pair[0] <= RETRY_MOST));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_name_that_comes_into_being_is_found_soon() {
+        let (asked, addresses) = play(vec![Err("NXDOMAIN"), Ok(("10.0.0.9", 30))], 2).await;
+        assert_eq!(asked.len(), 2);
+        assert!(asked[1] <= Duration::from_secs(1));
+        assert_eq!((addresses.list.len(), addresses.problem.as_deref()), (1, None));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_cluster_that_nobody_holds_is_not_asked_for_any_more() {
+        let cluster = cluster();
+        let weak = Arc::downgrade(&cluster);
+        drop(cluster);
+        let resolver = Scripted {
+            answers: Rc::new(RefCell::new(vec![Ok(("10.0.0.1", 1))])),
+            asked: Rc::default(),
+            begun: Instant::now(),
+        };
+        keep_fresh(&resolver, weak).await;
+        assert!(resolver.asked.borrow().is_empty());
+    }
+}

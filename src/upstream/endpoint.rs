@@ -1,0 +1,192 @@
+//! One endpoint as one worker sees it: its load, its idle HTTP/1.1 connections, its shared HTTP/2 ones.
+//!
+//! Idle connections are kept last in, first out, so that a few stay warm and the rest can go. How long one is kept
+//! is the smallest of the policy's `connections.idle`, what the upstream announced (`Keep-Alive: timeout=`), and
+//! what its closes have taught: an upstream that closes idle connections after five seconds gets none
+//! that is older than four.
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use std::task::Context;
+use std::time::Duration;
+
+use tokio::sync::Notify;
+use tokio::time::Instant;
+
+use crate::telemetry::DestinationMetrics;
+use crate::upstream::balance::Load;
+use crate::upstream::cluster::Address;
+use crate::upstream::http1::Http1;
+use crate::upstream::http2::Http2;
+
+/// An HTTP/2 connection that nobody has used for so long is closed.
+const HTTP2_IDLE: Duration = Duration::from_secs(60);
+
+/// A close sooner than this teaches nothing: it is a restart, or an upstream that keeps nothing alive.
+const SHORTEST_LESSON: Duration = Duration::from_millis(100);
+
+/// How long a lesson holds; a restart, too, closes connections that are idle.
+const LESSON_HOLDS: Duration = Duration::from_secs(60);
+
+/// One endpoint of one worker's pool.
+pub struct Endpoint {
+    /// Where it is.
+    pub address: Address,
+    /// How busy and how slow it is.
+    pub load: Load,
+    idle: RefCell<Vec<Idle>>,
+    shared: RefCell<Vec<Rc<Http2>>>,
+    lesson: Cell<Option<Lesson>>,
+    /// True while somebody opens an HTTP/2 connection that others may share.
+    pub opening: Cell<bool>,
+    /// Rung when that has succeeded or failed.
+    pub opened: Notify,
+    /// True if TLS agreed on HTTP/1.1 the last time; then nobody waits for a connection to share.
+    pub chose_http1: Cell<bool>,
+    metrics: DestinationMetrics,
+}
+
+struct Idle {
+    connection: Box<Http1>,
+    until: Instant,
+}
+
+#[derive(Clone, Copy)]
+struct Lesson {
+    longest: Duration,
+    forget: Instant,
+}
+
+impl Endpoint {
+    /// An endpoint that nobody has called yet.
+    pub fn new(address: Address, metrics: DestinationMetrics, now: Instant) -> Rc<Self> {
+        Rc::new(Self {
+            address,
+            load: Load::new(now),
+            idle: RefCell::default(),
+            shared: RefCell::default(),
+            lesson: Cell::new(None),
+            opening: Cell::new(false),
+            opened: Notify::new(),
+            chose_http1: Cell::new(false),
+            metrics,
+        })
+    }
+
+    /// The connection used last, if there is one that is still good.
+    pub fn take_idle(&self, cx: &mut Context<'_>, now: Instant) -> Option<Box<Http1>> {
+        loop {
+            let mut next = self.idle.borrow_mut().pop()?;
+            self.metrics.idle.decrement();
+            if next.connection.is_fresh(cx) && now < next.until {
+                return Some(next.connection);
+            }
+            self.discard(next, now);
+        }
+    }
+
+    /// Takes a connection back after its answer ended. `announced` is what its `Keep-Alive` field said.
+    pub fn put_idle(
+        &self,
+        mut connection: Box<Http1>,
+        keep: Duration,
+        most: usize,
+        announced: Option<Duration>,
+        now: Instant,
+    ) {
+        let mut keep = keep;
+        if let Some(announced) = announced {
+            keep = keep.min(announced.mul_f32(0.9));
+        }
+        if let Some(lesson) = self.lesson.get()
+            && now < lesson.forget
+        {
+            keep = keep.min(lesson.longest);
+        }
+        let mut idle = self.idle.borrow_mut();
+        if idle.len() >= most || keep.is_zero() {
+            self.closed();
+            return;
+        }
+        connection.idle_since = now;
+        idle.push(Idle { connection, until: now + keep });
+        self.metrics.idle.increment();
+    }
+
+    /// An HTTP/2 connection with room for one more request.
+    pub fn shared(&self) -> Option<Rc<Http2>> {
+        self.shared.borrow().iter().find(|connection| connection.has_room()).cloned()
+    }
+
+    /// Offers a new HTTP/2 connection to whoever comes next.
+    pub fn share(&self, connection: Rc<Http2>) {
+        self.shared.borrow_mut().push(connection);
+    }
+
+    /// Notes that a connection was opened.
+    pub fn connected(&self) {
+        self.metrics.open.increment();
+        self.metrics.connects.increment();
+    }
+
+    /// Notes that a connection could not be opened.
+    pub fn refused(&self) {
+        self.metrics.connect_failures.increment();
+    }
+
+    /// Notes that a connection is gone.
+    pub fn closed(&self) {
+        self.gone(1);
+    }
+
+    /// Looks at every idle connection and takes away those that are closed or have been kept long enough.
+    ///
+    /// Returns true if any is left to look at later.
+    pub fn sweep(&self, cx: &mut Context<'_>, now: Instant) -> bool {
+        let stale: Vec<Idle> = self
+            .idle
+            .borrow_mut()
+            .extract_if(.., |one| now >= one.until || !one.connection.is_fresh(cx))
+            .collect();
+        self.metrics.idle.add(-count(stale.len()));
+        for one in stale {
+            self.discard(one, now);
+        }
+        let mut shared = self.shared.borrow_mut();
+        let before = shared.len();
+        shared.retain(|one| {
+            one.is_alive() && one.idle_for(now).is_none_or(|idle| idle < HTTP2_IDLE)
+        });
+        self.gone(before - shared.len());
+        !shared.is_empty() || !self.idle.borrow().is_empty()
+    }
+
+    fn gone(&self, connections: usize) {
+        self.metrics.open.add(-count(connections));
+        self.metrics.closes.add(connections as u64);
+    }
+
+    fn discard(&self, one: Idle, now: Instant) {
+        self.closed();
+        if now >= one.until {
+            return;
+        }
+        let lived = now.saturating_duration_since(one.connection.idle_since);
+        if lived >= SHORTEST_LESSON {
+            self.lesson.set(Some(Lesson { longest: lived.mul_f32(0.8), forget: now + LESSON_HOLDS }));
+        }
+    }
+}
+
+impl Drop for Endpoint {
+    fn drop(&mut self) {
+        let idle = self.idle.borrow().len();
+        let all = idle + self.shared.borrow().len();
+        self.metrics.idle.add(-count(idle));
+        self.gone(all);
+    }
+}
+
+fn count(connections: usize) -> i64 {
+    i64::try_from(connections).unwrap_or(i64::MAX)
+}

@@ -1,0 +1,106 @@
+//! One HTTP/2 connection to an upstream, shared by many requests of one worker.
+//!
+//! Its task ends with the last reference to it, or when the peer goes away.
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use std::time::Duration;
+
+use http::{Request, Response};
+use hyper::body::Incoming;
+use hyper::client::conn::TrySendError;
+use hyper::client::conn::http2::{Builder, SendRequest};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::time::Instant;
+
+use crate::net::body::RequestBody;
+use crate::net::io::Io;
+use crate::runtime::tasks::{self, LocalExecutor};
+
+/// How much an upstream may send ahead on one stream, and on one connection, in bytes.
+const STREAM_WINDOW: u32 = 256 * 1024;
+const CONNECTION_WINDOW: u32 = 2 * 1024 * 1024;
+
+/// A connection with streams on it is asked for a sign of life this often, and given up without one.
+const PING_EVERY: Duration = Duration::from_secs(20);
+const PING_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// One connection.
+pub struct Http2 {
+    sender: RefCell<SendRequest<RequestBody>>,
+    streams: Cell<usize>,
+    limit: Rc<Cell<usize>>,
+    alive: Rc<Cell<bool>>,
+    /// When it was opened.
+    pub born: Instant,
+    idle_since: Cell<Instant>,
+}
+
+impl Http2 {
+    /// Makes an open stream an HTTP/2 connection and starts its task.
+    pub async fn new(io: Io, now: Instant) -> Result<Rc<Self>, hyper::Error> {
+        let (sender, mut connection) = Builder::new(LocalExecutor)
+            .timer(TokioTimer::new())
+            .initial_stream_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(CONNECTION_WINDOW)
+            .keep_alive_interval(PING_EVERY)
+            .keep_alive_timeout(PING_TIMEOUT)
+            .handshake(TokioIo::new(io))
+            .await?;
+        let limit = Rc::new(Cell::new(connection.current_max_send_streams()));
+        let alive = Rc::new(Cell::new(true));
+        let this = Rc::new(Self {
+            sender: RefCell::new(sender),
+            streams: Cell::new(0),
+            limit: Rc::clone(&limit),
+            alive: Rc::clone(&alive),
+            born: now,
+            idle_since: Cell::new(now),
+        });
+        tasks::spawn(async move {
+            std::future::poll_fn(|cx| {
+                let polled = std::pin::Pin::new(&mut connection).poll(cx);
+                limit.set(connection.current_max_send_streams());
+                // The error itself reaches the requests that were on the connection.
+                polled.map(|_| ())
+            })
+            .await;
+            alive.set(false);
+        });
+        Ok(this)
+    }
+
+    /// True if one more request may be sent now.
+    pub fn has_room(&self) -> bool {
+        self.is_alive() && self.streams.get() < self.limit.get()
+    }
+
+    /// False once the peer or we have ended it.
+    pub fn is_alive(&self) -> bool {
+        self.alive.get() && !self.sender.borrow().is_closed()
+    }
+
+    /// How long nobody has used it; `None` while somebody does.
+    pub fn idle_for(&self, now: Instant) -> Option<Duration> {
+        (self.streams.get() == 0).then(|| now.saturating_duration_since(self.idle_since.get()))
+    }
+
+    /// Counts a request that begins.
+    pub fn begin(&self) {
+        self.streams.set(self.streams.get() + 1);
+    }
+
+    /// Counts a request that is over.
+    pub fn finish(&self, now: Instant) {
+        self.streams.set(self.streams.get().saturating_sub(1));
+        self.idle_since.set(now);
+    }
+
+    /// Sends a request; the connection's own task moves it.
+    pub fn send(
+        &self,
+        request: Request<RequestBody>,
+    ) -> impl Future<Output = Result<Response<Incoming>, TrySendError<Request<RequestBody>>>> + use<> {
+        self.sender.borrow_mut().try_send_request(request)
+    }
+}

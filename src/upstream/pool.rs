@@ -1,0 +1,282 @@
+//! One worker's connections to one cluster: lends a connection for each request and takes it back.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::future::poll_fn;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::Context;
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use crate::net::io::Io;
+use crate::telemetry::DestinationMetrics;
+use crate::upstream::balance;
+use crate::upstream::cluster::{Addresses, Cluster};
+use crate::upstream::connect::{Connected, ConnectError, Connector};
+use crate::upstream::endpoint::Endpoint;
+use crate::upstream::http1::Http1;
+use crate::upstream::http2::Http2;
+
+/// Which protocol a request wants to be sent with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Want {
+    /// HTTP/1.1.
+    Http1,
+    /// HTTP/2, by prior knowledge or agreed in TLS.
+    Http2,
+    /// What TLS agrees on.
+    Either,
+}
+
+/// The connection of a lease.
+pub enum Carrier {
+    /// Lent to one request alone.
+    Http1(Box<Http1>),
+    /// Shared.
+    Http2(Rc<Http2>),
+}
+
+/// A connection lent for one request. Dropping it closes an HTTP/1.1 connection, or gives the HTTP/2 stream up.
+pub struct Lease {
+    /// Where the request goes.
+    pub endpoint: Rc<Endpoint>,
+    /// Present until the lease is given back.
+    carrier: Option<Carrier>,
+    /// True if the connection had been used before.
+    pub reused: bool,
+    /// When the connection was opened.
+    pub born: Instant,
+}
+
+impl Lease {
+    fn new(endpoint: Rc<Endpoint>, carrier: Carrier, reused: bool) -> Self {
+        endpoint.load.begin();
+        let born = match &carrier {
+            Carrier::Http1(connection) => connection.born,
+            Carrier::Http2(connection) => {
+                connection.begin();
+                connection.born
+            }
+        };
+        Self { endpoint, carrier: Some(carrier), reused, born }
+    }
+
+    /// The connection.
+    pub fn carrier(&mut self) -> Option<&mut Carrier> {
+        self.carrier.as_mut()
+    }
+
+    /// Gives an HTTP/1.1 connection back for the next request, if it can take one.
+    pub fn give_back(
+        mut self,
+        cx: &mut Context<'_>,
+        keep: Duration,
+        most: usize,
+        announced: Option<Duration>,
+    ) {
+        if let Some(Carrier::Http1(mut connection)) = self.carrier.take() {
+            if connection.is_fresh(cx) {
+                self.endpoint.put_idle(connection, keep, most, announced, Instant::now());
+            } else {
+                self.endpoint.closed();
+            }
+        }
+    }
+
+    /// Takes the HTTP/1.1 connection out for good, to use its stream for something else.
+    pub fn into_http1(mut self) -> Option<Box<Http1>> {
+        match self.carrier.take() {
+            Some(Carrier::Http1(connection)) => {
+                self.endpoint.closed();
+                Some(connection)
+            }
+            other => {
+                self.carrier = other;
+                None
+            }
+        }
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        self.endpoint.load.finish();
+        match self.carrier.take() {
+            Some(Carrier::Http1(_)) => self.endpoint.closed(),
+            Some(Carrier::Http2(connection)) => connection.finish(Instant::now()),
+            None => {}
+        }
+    }
+}
+
+/// One worker's side of a cluster.
+pub struct Pool {
+    /// The shared side.
+    pub cluster: Arc<Cluster>,
+    connector: Connector,
+    addresses: RefCell<watch::Receiver<Arc<Addresses>>>,
+    endpoints: RefCell<Vec<Rc<Endpoint>>>,
+    random: RefCell<fastrand::Rng>,
+    /// The gauges and counters of the destination on this worker.
+    pub metrics: DestinationMetrics,
+}
+
+impl Pool {
+    /// A pool without a connection.
+    pub fn new(cluster: Arc<Cluster>, connector: Connector, metrics: DestinationMetrics) -> Self {
+        let mut addresses = cluster.subscribe();
+        addresses.mark_changed();
+        Self {
+            cluster,
+            connector,
+            addresses: RefCell::new(addresses),
+            endpoints: RefCell::default(),
+            random: RefCell::new(fastrand::Rng::new()),
+            metrics,
+        }
+    }
+
+    /// Picks an endpoint for one request. Waits while the names of the cluster have never been resolved.
+    pub async fn pick(&self) -> Result<Rc<Endpoint>, ConnectError> {
+        loop {
+            if let Some(endpoint) = self.pick_now(Instant::now()) {
+                return Ok(endpoint);
+            }
+            let mut addresses = self.cluster.subscribe();
+            let (settled, problem) = {
+                let now = addresses.borrow_and_update();
+                (now.settled, now.problem.clone())
+            };
+            if settled {
+                let none = || "the name has no address".to_owned();
+                return Err(ConnectError::NoAddress(problem.unwrap_or_else(none)));
+            }
+            if addresses.changed().await.is_err() {
+                return Err(ConnectError::NoAddress("discovery has ended".to_owned()));
+            }
+        }
+    }
+
+    fn pick_now(&self, now: Instant) -> Option<Rc<Endpoint>> {
+        self.follow(now);
+        let endpoints = self.endpoints.borrow();
+        if let [only] = &endpoints[..] {
+            return Some(Rc::clone(only));
+        }
+        let load = |position: usize| &endpoints[position].load;
+        let best = balance::pick(endpoints.len(), load, &mut self.random.borrow_mut(), now)?;
+        Some(Rc::clone(&endpoints[best]))
+    }
+
+    /// Takes up changed addresses; an endpoint that stays keeps its connections and its load.
+    fn follow(&self, now: Instant) {
+        let mut addresses = self.addresses.borrow_mut();
+        if !addresses.has_changed().unwrap_or(false) {
+            return;
+        }
+        let mut old: HashMap<_, _> = self
+            .endpoints
+            .borrow_mut()
+            .drain(..)
+            .map(|endpoint| (endpoint.address.socket, endpoint))
+            .collect();
+        let kept_or_new = addresses.borrow_and_update().list.iter().map(|address| {
+            old.remove(&address.socket)
+                .filter(|endpoint| endpoint.address == *address)
+                .unwrap_or_else(|| Endpoint::new(address.clone(), self.metrics.clone(), now))
+        }).collect();
+        *self.endpoints.borrow_mut() = kept_or_new;
+    }
+
+    /// A connection to `endpoint` that is open already.
+    pub async fn lend(&self, endpoint: &Rc<Endpoint>, want: Want) -> Option<Lease> {
+        if want != Want::Http1
+            && let Some(connection) = endpoint.shared()
+        {
+            return Some(Lease::new(Rc::clone(endpoint), Carrier::Http2(connection), true));
+        }
+        if want == Want::Http2 {
+            return None;
+        }
+        let idle = poll_fn(|cx| endpoint.take_idle(cx, Instant::now()).into()).await;
+        idle.map(|connection| Lease::new(Rc::clone(endpoint), Carrier::Http1(connection), true))
+    }
+
+    /// A new connection to `endpoint`, or an HTTP/2 one that somebody else has just opened.
+    pub async fn open(&self, endpoint: &Rc<Endpoint>, want: Want) -> Result<Lease, ConnectError> {
+        if want == Want::Http1 || (want == Want::Either && endpoint.chose_http1.get()) {
+            return self.dial(endpoint, want).await;
+        }
+        // One caller opens an HTTP/2 connection, the others wait for it instead of opening one each.
+        while endpoint.opening.get() {
+            endpoint.opened.notified().await;
+            if let Some(lease) = self.lend(endpoint, want).await {
+                return Ok(lease);
+            }
+        }
+        let _turn = Turn::take(endpoint);
+        self.dial(endpoint, want).await
+    }
+
+    async fn dial(&self, endpoint: &Rc<Endpoint>, want: Want) -> Result<Lease, ConnectError> {
+        let dialled = self.handshake(endpoint, want).await;
+        match &dialled {
+            Ok(_) => endpoint.connected(),
+            Err(_) => endpoint.refused(),
+        }
+        let carrier = dialled?;
+        if let Carrier::Http2(connection) = &carrier {
+            endpoint.share(Rc::clone(connection));
+        }
+        Ok(Lease::new(Rc::clone(endpoint), carrier, false))
+    }
+
+    async fn handshake(&self, endpoint: &Rc<Endpoint>, want: Want) -> Result<Carrier, ConnectError> {
+        let tls = self.cluster.tls();
+        let encrypted = tls.is_some();
+        let Connected { io, http2 } = self.connector.connect(&endpoint.address, tls).await?;
+        let http2 = if encrypted { http2 } else { want == Want::Http2 };
+        endpoint.chose_http1.set(!http2);
+        let now = Instant::now();
+        if http2 {
+            Http2::new(io, now).await.map(Carrier::Http2)
+        } else {
+            Http1::new(io, now).await.map(Carrier::Http1)
+        }
+        .map_err(ConnectError::Handshake)
+    }
+
+    /// A new stream to `endpoint` that belongs to no pool and speaks whatever its user speaks.
+    pub async fn bare_stream(&self, endpoint: &Endpoint) -> Result<Io, ConnectError> {
+        let connected = self.connector.connect(&endpoint.address, None).await;
+        connected.map(|connected| connected.io)
+    }
+
+    /// Looks after idle connections; returns true if there is something left to look after.
+    pub fn sweep(&self, cx: &mut Context<'_>, now: Instant) -> bool {
+        self.endpoints
+            .borrow()
+            .iter()
+            .fold(false, |left, endpoint| endpoint.sweep(cx, now) || left)
+    }
+}
+
+/// The right to open the one HTTP/2 connection that others wait for.
+struct Turn<'a>(&'a Endpoint);
+
+impl<'a> Turn<'a> {
+    fn take(endpoint: &'a Endpoint) -> Self {
+        endpoint.opening.set(true);
+        Self(endpoint)
+    }
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        self.0.opening.set(false);
+        self.0.opened.notify_waiters();
+    }
+}

@@ -1,0 +1,269 @@
+//! What a policy says about the far side of a destination: endpoints, protocol, TLS and pooled connections.
+//!
+//! Shapes, checks and checked values; resolving, connecting and pooling are other files' work.
+
+use std::borrow::Cow;
+use std::fmt;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
+use serde::Deserialize;
+use serde::de::{self, Deserializer, Visitor};
+
+use crate::problems::{At, Fault, Set};
+use crate::rules::duration::Span;
+use crate::rules::limits::Count;
+
+/// One address, or a name behind which there may be many. Shows as it is written in a policy.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Endpoint {
+    /// A fixed address.
+    Address(SocketAddr),
+    /// A name that is resolved again whenever its answer has aged.
+    Dns {
+        /// Lower case, without a final dot.
+        name: String,
+        /// 1 to 65535.
+        port: u16,
+    },
+}
+
+impl fmt::Display for Endpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Address(address) => write!(f, "{address}"),
+            Self::Dns { name, port } => write!(f, "dns:{name}:{port}"),
+        }
+    }
+}
+
+/// Which HTTP an upstream is spoken to in.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub enum Protocol {
+    /// What the upstream agrees to by ALPN; without TLS, what the caller speaks.
+    #[default]
+    Auto,
+    /// HTTP/1.1 always.
+    Http1,
+    /// HTTP/2 always, without TLS by prior knowledge.
+    Http2,
+}
+
+impl fmt::Display for Protocol {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Auto => "auto",
+            Self::Http1 => "http1",
+            Self::Http2 => "http2",
+        })
+    }
+}
+
+/// `tls:` of a destination. That it is there, be it empty, means TLS.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase", expecting = "a mapping with ca and serverName, or {}")]
+pub struct TlsSpec {
+    /// File of trusted certificates (PEM), relative to the policy's folder. Default: the system's roots.
+    pub ca: Option<String>,
+    /// The name that the upstream's certificate must bear. Default: the request's host.
+    pub server_name: Option<String>,
+}
+
+/// TLS to the upstream.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Tls {
+    /// Trusted certificates; None for the system's roots.
+    pub ca: Option<PathBuf>,
+    /// The name that the certificate must bear, lower case; None for the request's host.
+    pub server_name: Option<String>,
+}
+
+impl TlsSpec {
+    /// Paths become relative to `folder`, the policy file's own.
+    pub fn check(&self, folder: &Path, at: &At<'_>) -> Tls {
+        let server_name = self.server_name.as_ref().map(|name| name.to_ascii_lowercase());
+        if let Some(name) = &server_name
+            && rustls_pki_types::ServerName::try_from(name.as_str()).is_err()
+        {
+            at.key("serverName")
+                .report(format!("`{name}` is no server name"), "write a DNS name or an IP address, no port");
+        }
+        Tls { ca: self.ca.as_ref().map(|ca| folder.join(ca)), server_name }
+    }
+}
+
+/// `connections:` of `defaults` or of a destination.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase", expecting = "a mapping with idle and maxIdle")]
+pub struct ConnectionsSpec {
+    /// How long an unused connection is kept. Default 3s.
+    pub idle: Option<Span>,
+    /// How many unused ones are kept, per endpoint and worker; 0 keeps none. Default 128.
+    pub max_idle: Option<Count<0>>,
+}
+
+/// Pooled upstream connections.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Connections {
+    /// How long an unused connection is kept.
+    pub idle: Set<Duration>,
+    /// How many unused ones are kept, per endpoint and worker.
+    pub max_idle: Set<u32>,
+}
+
+impl Connections {
+    /// What holds where no policy says otherwise.
+    pub const fn built_in() -> Self {
+        Self { idle: Set::built_in(Duration::from_secs(3)), max_idle: Set::built_in(128) }
+    }
+}
+
+impl ConnectionsSpec {
+    /// Lays this layer over another.
+    pub fn check(&self, base: &Connections, at: &At<'_>) -> Connections {
+        Connections {
+            idle: self.idle.map_or_else(|| base.idle.clone(), |span| at.key("idle").set(span.0)),
+            max_idle: self.max_idle.map_or_else(|| base.max_idle.clone(), |n| at.key("maxIdle").set(n.0)),
+        }
+    }
+}
+
+/// Whether a text can be a host name: letters, digits, `-` and `_` in labels of at most 63, 253 in all.
+pub fn is_host_name(name: &str) -> bool {
+    let label = |label: &str| {
+        let letters = label.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_');
+        letters && (1..=63).contains(&label.len()) && !label.starts_with('-') && !label.ends_with('-')
+    };
+    name.len() <= 253 && name.split('.').all(label)
+}
+
+impl Endpoint {
+    /// Reads `IP:PORT`, `[IPv6]:PORT` or `dns:NAME:PORT`.
+    ///
+    /// # Errors
+    /// Anything else, with a hint that names what to write.
+    pub fn parse(text: &str) -> Result<Self, Fault> {
+        if let Some(rest) = text.strip_prefix("dns:") {
+            if rest.parse::<SocketAddr>().is_ok() {
+                return Err(Fault::new(
+                    format!("`{text}` is no name"),
+                    format!("an address is not looked up: write `{rest}`"),
+                ));
+            }
+            return parse_dns(rest).ok_or_else(|| {
+                Fault::new(format!("`{text}` is no name and port"), "write `dns:NAME:PORT`, like `dns:payment:8080`")
+            });
+        }
+        match text.parse::<SocketAddr>() {
+            Ok(address) if address.port() == 0 => {
+                Err(Fault::new(format!("`{text}` has port 0"), "write a port from 1 to 65535"))
+            }
+            Ok(address) => Ok(Self::Address(address)),
+            Err(_) => Err(not_an_address(text)),
+        }
+    }
+}
+
+fn parse_dns(text: &str) -> Option<Endpoint> {
+    let (name, port) = text.rsplit_once(':')?;
+    let name = name.strip_suffix('.').unwrap_or(name);
+    let port = port.parse::<u16>().ok().filter(|port| *port > 0)?;
+    is_host_name(name).then(|| Endpoint::Dns { name: name.to_ascii_lowercase(), port })
+}
+
+fn not_an_address(text: &str) -> Fault {
+    let hint = if let Some((_, rest)) = text.split_once("://") {
+        format!("an endpoint has no scheme: write `{}`; TLS is asked for by `tls: {{}}`", as_endpoint(rest))
+    } else if parse_dns(text).is_some() {
+        format!("a name is looked up: write `dns:{text}`")
+    } else if text.parse::<std::net::Ipv6Addr>().is_ok() {
+        format!("write `[{text}]:PORT`")
+    } else if text.parse::<std::net::IpAddr>().is_ok() {
+        format!("write `{text}:PORT`")
+    } else if is_host_name(text) {
+        format!("write `dns:{text}:PORT`")
+    } else {
+        "write `10.0.0.7:8080`, `[::1]:8080` or `dns:NAME:8080`".into()
+    };
+    Fault::new(format!("`{text}` is no endpoint"), hint)
+}
+
+fn as_endpoint(text: &str) -> String {
+    let authority = text.split('/').next().unwrap_or(text);
+    match parse_dns(authority) {
+        Some(_) if authority.parse::<SocketAddr>().is_err() => format!("dns:{authority}"),
+        _ => authority.to_owned(),
+    }
+}
+
+impl<'de> Deserialize<'de> for Endpoint {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Read;
+        impl Visitor<'_> for Read {
+            type Value = Endpoint;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an endpoint like `10.0.0.7:8080` or `dns:NAME:8080`")
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Endpoint, E> {
+                Endpoint::parse(text).map_err(E::custom)
+            }
+        }
+        deserializer.deserialize_any(Read)
+    }
+}
+
+impl JsonSchema for Endpoint {
+    fn schema_name() -> Cow<'static, str> {
+        "Endpoint".into()
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({
+            "type": "string",
+            "description": "IP:PORT, [IPv6]:PORT or dns:NAME:PORT",
+            "pattern": "^(dns:[A-Za-z0-9_.-]+|[0-9.]+|\\[[0-9A-Fa-f:.]+(%[0-9]+)?\\]):[0-9]{1,5}$",
+            "examples": ["10.0.0.7:8080", "[::1]:8080", "dns:payment-headless:8080"],
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_endpoint_is_shown_as_it_is_read() {
+        for text in ["10.0.0.7:8080", "[::1]:80", "dns:payment-headless:8080", "dns:a.b_c.d:65535"] {
+            assert_eq!(Endpoint::parse(text).map(|e| e.to_string()), Ok(text.to_owned()));
+        }
+        assert_eq!(Endpoint::parse("dns:Pay.Shop.:80").map(|e| e.to_string()), Ok("dns:pay.shop:80".to_owned()));
+    }
+
+    #[test]
+    fn what_is_no_endpoint_comes_with_what_to_write() {
+        let table = [
+            ("payment:8080", "`dns:payment:8080`"),
+            ("payment", "`dns:payment:PORT`"),
+            ("::1", "`[::1]:PORT`"),
+            ("10.0.0.7", "`10.0.0.7:PORT`"),
+            ("http://payment:8080/x", "`dns:payment:8080`"),
+            ("https://10.0.0.7:8080", "`10.0.0.7:8080`"),
+            ("10.0.0.7:0", "1 to 65535"),
+            ("10.0.0.7:99999", "10.0.0.7:8080"),
+            ("dns:payment", "`dns:NAME:PORT`"),
+            ("dns:pay ment:80", "`dns:NAME:PORT`"),
+            ("dns::80", "`dns:NAME:PORT`"),
+            ("dns:10.0.0.7:80", "`10.0.0.7:80`"),
+            ("", "`10.0.0.7:8080`"),
+        ];
+        for (text, hint) in table {
+            let fault = Endpoint::parse(text).expect_err(text);
+            assert!(fault.hint.as_deref().is_some_and(|h| h.contains(hint)), "{text}: {fault}");
+        }
+    }
+}

@@ -1,0 +1,12 @@
+//! hopguard as its users meet it: the whole proxy, real sockets, real peers.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test stops at the first surprise")]
+#![allow(clippy::disallowed_methods, reason = "tests have no workers, and read what CI tells them")]
+#![allow(clippy::print_stdout, reason = "a test that is not run says so")]
+#![allow(missing_docs, reason = "the names of the tests say what they hold")]
+
+mod grpc_peers; // grpcio on both sides
+mod h2spec; // the HTTP/2 conformance tests
+mod http1_corpus; // malformed, ambiguous, and odd but legal messages
+mod script; // running the Python peers
+mod streams; // WebSocket and SSE libraries
+mod support; // the proxy, callers, upstreams

@@ -1,0 +1,135 @@
+//! An upstream that does what the test says, over HTTP/1.1 and HTTP/2.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+
+use hyper::body::Incoming;
+use hyper::service::service_fn;
+use hyper::{Request, Response};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::JoinHandle;
+
+use super::http::{Body, full};
+
+/// A running upstream; it ends, with all its connections, when it is dropped.
+pub(crate) struct Upstream {
+    pub(crate) addr: SocketAddr,
+    requests: Arc<AtomicUsize>,
+    connections: Arc<AtomicUsize>,
+    task: JoinHandle<()>,
+}
+
+impl Upstream {
+    /// Answers every HTTP/1.1 request with what `handler` returns.
+    pub(crate) async fn http1<H, F>(handler: H) -> Self
+    where
+        H: Fn(Request<Incoming>) -> F + Clone + Send + 'static,
+        F: Future<Output = Response<Body>> + Send + 'static,
+    {
+        Self::on("127.0.0.1:0".parse().unwrap(), handler, false).await
+    }
+
+    /// The same over HTTP/2 by prior knowledge.
+    pub(crate) async fn http2<H, F>(handler: H) -> Self
+    where
+        H: Fn(Request<Incoming>) -> F + Clone + Send + 'static,
+        F: Future<Output = Response<Body>> + Send + 'static,
+    {
+        Self::on("127.0.0.1:0".parse().unwrap(), handler, true).await
+    }
+
+    /// The same on an address of the test's choice.
+    pub(crate) async fn on<H, F>(addr: SocketAddr, handler: H, http2: bool) -> Self
+    where
+        H: Fn(Request<Incoming>) -> F + Clone + Send + 'static,
+        F: Future<Output = Response<Body>> + Send + 'static,
+    {
+        let requests = Arc::new(AtomicUsize::new(0));
+        let seen = Arc::clone(&requests);
+        Self::raw(addr, requests, move |stream| {
+            let (handler, seen) = (handler.clone(), Arc::clone(&seen));
+            async move {
+                let service = service_fn(move |request| {
+                    seen.fetch_add(1, SeqCst);
+                    let answer = handler(request);
+                    async move { Ok::<_, std::convert::Infallible>(answer.await) }
+                });
+                let io = TokioIo::new(stream);
+                let _ended = if http2 {
+                    hyper::server::conn::http2::Builder::new(TokioExecutor::new()).serve_connection(io, service).await
+                } else {
+                    hyper::server::conn::http1::Builder::new().serve_connection(io, service).with_upgrades().await
+                };
+            }
+        })
+        .await
+    }
+
+    /// Hands every connection to `serve`.
+    pub(crate) async fn bytes<H, F>(serve: H) -> Self
+    where
+        H: Fn(TcpStream) -> F + Send + 'static,
+        F: Future<Output = ()> + Send + 'static,
+    {
+        Self::raw("127.0.0.1:0".parse().unwrap(), Arc::default(), serve).await
+    }
+
+    async fn raw<H, F>(addr: SocketAddr, requests: Arc<AtomicUsize>, serve: H) -> Self
+    where
+        H: Fn(TcpStream) -> F + Send + 'static,
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let listener = TcpListener::bind(addr).await.unwrap();
+        let addr = listener.local_addr().unwrap();
+        let connections = Arc::new(AtomicUsize::new(0));
+        let opened = Arc::clone(&connections);
+        let task = tokio::spawn(async move {
+            let mut open = tokio::task::JoinSet::new();
+            while let Ok((stream, _)) = listener.accept().await {
+                opened.fetch_add(1, SeqCst);
+                open.spawn(serve(stream));
+            }
+        });
+        Self { addr, requests, connections, task }
+    }
+
+    /// Answers everything with `body`.
+    pub(crate) async fn fixed(body: &'static str) -> Self {
+        Self::http1(move |_| async move { Response::new(full(body)) }).await
+    }
+
+    /// Requests seen so far.
+    pub(crate) fn requests(&self) -> usize {
+        self.requests.load(SeqCst)
+    }
+
+    /// Connections accepted so far.
+    pub(crate) fn connections(&self) -> usize {
+        self.connections.load(SeqCst)
+    }
+}
+
+impl Drop for Upstream {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// A policy with one listener, `in`, to one upstream; `more` is added to the destination.
+pub(crate) fn policy(upstream: SocketAddr, more: &str) -> String {
+    format!(
+        "apiVersion: hopguard.dev/v1alpha1
+kind: Policy
+service: shop
+accessLog: {{ mode: all }}
+listeners:
+  - {{ name: in, bind: \"127.0.0.1:0\", to: app }}
+destinations:
+  - name: app
+    endpoints: [\"{upstream}\"]
+{more}
+"
+    )
+}

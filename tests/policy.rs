@@ -1,0 +1,328 @@
+//! The policy front end, from files to a model or to problems: every fixture, every shipped policy, and the schema.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test stops at the first surprise")]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use hopguard::policy::explain::{Call, explain};
+use hopguard::policy::load::{LoadError, fingerprint, load, load_str};
+use hopguard::policy::model::{Direction, LogMode, Target};
+use hopguard::policy::schema::schema;
+use hopguard::problems::{Origin, Problem};
+use http::HeaderMap;
+use serde_json::Value;
+use serde_yaml::options::DuplicateKeyPolicy;
+
+const HEAD: &str = "apiVersion: hopguard.dev/v1alpha1\nkind: Policy\n";
+
+/// Files and directories of a folder, in the order of their names, without dotfiles.
+fn entries(folder: &str) -> Vec<PathBuf> {
+    let mut paths: Vec<_> = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+    paths.sort();
+    paths
+}
+
+fn yaml(path: &Path) -> Option<Value> {
+    yaml_of(&fs::read_to_string(path).unwrap())
+}
+
+fn yaml_of(text: &str) -> Option<Value> {
+    let options = serde_yaml::options! {
+        strict_booleans: true,
+        duplicate_keys: DuplicateKeyPolicy::LastWins,
+        merge_keys: serde_yaml::options::MergeKeyPolicy::AsOrdinary,
+    };
+    serde_yaml::from_str_with_options(text, options).ok()
+}
+
+fn validator() -> jsonschema::Validator {
+    jsonschema::validator_for(&serde_json::from_str(&schema()).unwrap()).unwrap()
+}
+
+#[test]
+fn every_valid_fixture_loads_and_agrees_with_the_schema() {
+    let (paths, validator) = (entries("tests/policies/valid"), validator());
+    assert!(paths.len() >= 12, "{} fixtures", paths.len());
+    for path in paths {
+        if let Err(error) = load(&path) {
+            panic!("{}", error.render(false));
+        }
+        // The reader takes `false` for `off`, which tools of YAML 1.1 write; no editor should suggest it.
+        if path.is_file() && !path.ends_with("yaml-1-1-off.yaml") {
+            let value = yaml(&path).unwrap();
+            let faults: Vec<_> = validator.iter_errors(&value).map(|error| error.to_string()).collect();
+            assert!(faults.is_empty(), "{}: {faults:?}", path.display());
+        }
+    }
+}
+
+#[test]
+fn every_shipped_policy_loads_and_agrees_with_the_schema() {
+    let mut paths = entries("config/examples");
+    paths.push("config/hopguard.yaml".into());
+    assert!(paths.len() >= 4, "{} policies", paths.len());
+    for path in paths {
+        if let Err(error) = load(&path) {
+            panic!("{}", error.render(false));
+        }
+        assert!(validator().is_valid(&yaml(&path).unwrap()), "{}", path.display());
+    }
+}
+
+#[test]
+fn the_policy_of_the_documentation_loads() {
+    let page = fs::read_to_string("docs/policy.md").unwrap();
+    let blocks: Vec<_> = page.split("```yaml\n").skip(1).filter_map(|rest| rest.split("```").next()).collect();
+    assert!(!blocks.is_empty());
+    for block in blocks {
+        if let Err(error) = load_str("docs/policy.md", block) {
+            panic!("{}", error.render(false));
+        }
+    }
+}
+
+#[test]
+fn every_invalid_fixture_shows_all_its_problems() {
+    let (paths, validator) = (entries("tests/policies/invalid"), validator());
+    assert!(paths.len() >= 45, "{} fixtures", paths.len());
+    let mut refused_by_schema = 0;
+    for path in paths {
+        let Err(error) = load(&path) else { panic!("{} is valid", path.display()) };
+        for problem in error.problems.iter() {
+            points_into_its_file(problem, &error);
+        }
+        let name = path.file_stem().unwrap().to_str().unwrap();
+        insta::assert_snapshot!(format!("invalid__{name}"), error.render(false));
+        if path.is_file() {
+            refused_by_schema += usize::from(!yaml(&path).is_some_and(|value| validator.is_valid(&value)));
+        }
+    }
+    assert!(refused_by_schema >= 30, "the schema refuses only {refused_by_schema}");
+}
+
+/// The path exists in the document, and line and bytes agree.
+fn points_into_its_file(problem: &Problem, error: &LoadError) {
+    let text = error.sources.text(&problem.file);
+    let start = problem.place.span.start.min(text.len());
+    if problem.place.line > 0 {
+        let line = text.as_bytes()[..start].iter().filter(|byte| **byte == b'\n').count() + 1;
+        assert_eq!(line, problem.place.line as usize, "{problem}");
+        assert!(
+            problem.hint.as_ref().is_some_and(|h| !h.is_empty()) || problem.message.contains("expected"),
+            "{problem}"
+        );
+    }
+    if problem.path.is_empty() {
+        return;
+    }
+    let document = yaml_of(text).unwrap();
+    let pointer = format!("/{}", problem.path.replace(['.', '['], "/").replace(']', ""));
+    assert!(document.pointer(&pointer).is_some(), "no {} in {}", problem.path, problem.file);
+}
+
+#[test]
+fn the_shipped_schema_is_the_one_that_the_binary_prints() {
+    let shipped = fs::read_to_string("config/policy.schema.json").unwrap();
+    assert!(shipped == schema(), "run `hopguard schema > config/policy.schema.json`");
+}
+
+#[test]
+fn a_full_policy_has_every_value_and_its_line() {
+    let model = load(Path::new("tests/policies/valid/full.yaml")).unwrap();
+    assert_eq!(model.service.as_deref(), Some("order"));
+    assert_eq!((model.access_log.mode, model.access_log.ratio), (LogMode::Sampled, 0.5));
+    let listener = &model.listeners[0];
+    assert_eq!((listener.target, listener.direction), (Target::To(0), Direction::Outbound));
+    assert_eq!(listener.max_header_size.value, 32 << 10);
+    assert!(listener.tls.as_ref().unwrap().key.ends_with("tests/policies/valid/tls.key"));
+    let destination = &model.destinations[0];
+    let names: Vec<_> = destination.routes.iter().map(|route| route.name.as_str()).collect();
+    assert_eq!(names, ["pay", "feed", "charge", "ledger", "default"]);
+    let pay = &destination.routes[0].timeouts;
+    assert_eq!(
+        (pay.request.value, pay.request.origin.to_string().as_str()),
+        (Duration::from_millis(800), "tests/policies/valid/full.yaml:29")
+    );
+    assert_eq!(pay.connect.origin.to_string(), "tests/policies/valid/full.yaml:14");
+    assert_eq!(destination.routes[1].timeouts.request.value, Duration::from_secs(2));
+    assert_eq!(destination.limits.queue.value, 0);
+    assert_eq!(destination.routes[4].origin, Origin::BuiltIn);
+}
+
+#[test]
+fn files_of_a_directory_are_one_policy() {
+    let model = load(Path::new("tests/policies/valid/merged")).unwrap();
+    assert_eq!(model.files.len(), 3);
+    assert_eq!(model.listeners[0].target, Target::To(0));
+    assert_eq!(model.destinations[0].routes[0].timeouts.request.value, Duration::from_secs(1));
+}
+
+#[test]
+fn the_hash_tells_content_from_layout() {
+    let policy = |tail: &str| {
+        let listeners = "listeners: [{ name: in, bind: '127.0.0.1:80', to: a }]";
+        load_str(
+            "p.yaml",
+            &format!("{HEAD}{listeners}\ndestinations:\n  - name: a\n    endpoints: [10.0.0.1:80]\n{tail}"),
+        )
+    };
+    let plain = policy("").unwrap();
+    let same = policy("    # said twice\n    timeouts: { request: 2000ms }\n").unwrap();
+    let other = policy("    timeouts: { request: 3s }\n").unwrap();
+    assert_eq!(plain.hash, same.hash);
+    assert_ne!(plain.hash, other.hash);
+}
+
+#[test]
+fn a_fingerprint_follows_the_bytes() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("a.yaml");
+    let absent = fingerprint(folder.path());
+    fs::write(&file, "a").unwrap();
+    let first = fingerprint(folder.path());
+    fs::write(&file, "b").unwrap();
+    let second = fingerprint(folder.path());
+    fs::write(&file, "a").unwrap();
+    assert!(first != absent && first != second);
+    assert_eq!(first, fingerprint(folder.path()));
+}
+
+#[test]
+fn what_cannot_be_read_is_a_problem() {
+    let folder = tempfile::tempdir().unwrap();
+    let refuses = |path: &Path, what: &str| {
+        let error = load(path).unwrap_err();
+        assert!(error.problems.to_string().contains(what), "{error}");
+        assert!(error.render(false).contains(what));
+    };
+    refuses(folder.path(), "no policy in it");
+    refuses(&folder.path().join("absent.yaml"), "cannot be read");
+    let file = folder.path().join("a.yaml");
+    fs::write(&file, vec![b'#'; (1 << 20) + 1]).unwrap();
+    refuses(&file, "larger than 1 MiB");
+    fs::write(&file, b"service: \xff").unwrap();
+    refuses(&file, "not UTF-8 from byte 9");
+}
+
+#[test]
+fn hostile_documents_are_refused_quickly() {
+    let deep = "[".repeat(100_000);
+    let many: String = (0..50_000).map(|n| format!("k{n}: 1\n")).collect();
+    let bomb: String = (1..12).map(|n| format!("a{n}: &a{n} [{}]\n", format!("*a{},", n - 1).repeat(9))).collect();
+    for text in [deep, many, format!("a0: &a0 [x]\n{bomb}"), "\u{feff}: \u{0}".into(), "\u{1b}[31m: 1".into()] {
+        let error = load_str("p.yaml", &text).unwrap_err();
+        let shown = error.render(false);
+        assert!(!shown.contains('\u{1b}'), "{shown:?}");
+        assert!(error.problems.iter().count() <= 200);
+    }
+}
+
+#[test]
+fn problems_are_json_lines_too() {
+    let error = load(Path::new("tests/policies/invalid/five-mistakes.yaml")).unwrap_err();
+    insta::assert_snapshot!("json", error.problems.to_json());
+}
+
+#[test]
+fn ten_thousand_routes_load_in_a_fraction_of_a_second() {
+    let routes: String = (0..10_000).map(|n| format!("- {{name: r{n}, match: {{path: '/a{n}/{{id}}'}}}}\n")).collect();
+    let head =
+        "listeners: [{ name: in, bind: '127.0.0.1:80', to: a }]\ndestinations:\n- name: a\n  endpoints: [10.0.0.1:80]";
+    let text = format!("{HEAD}{head}\n  routes:\n{}", routes.replace("- {", "  - {"));
+    let began = tokio::time::Instant::now();
+    let model = load_str("p.yaml", &text).unwrap();
+    let took = began.elapsed();
+    assert_eq!(model.destinations[0].routes.len(), 10_001);
+    assert!(took < Duration::from_secs(5), "{took:?}");
+}
+
+#[test]
+fn an_explanation_names_everything_that_holds_and_its_line() {
+    let calls = [
+        ("full", "POST", "http://payment/payments/7"),
+        ("full", "GRPC", "http://payment:8080/shop.v1.Payment/Charge"),
+        ("full", "GET", "/feed"),
+        ("full", "GET", "http://localhost:8080/elsewhere"),
+        ("full", "GET", "http://unknown/"),
+        ("full", "G T", "http://payment/"),
+        ("forward", "GET", "https://A.B.Shop.Example/x?y=z"),
+        ("forward", "GET", "http://[::1]:9/"),
+        ("forward", "GET", "/x"),
+        ("overlapping-routes", "GET", "/items/5"),
+        ("overlapping-routes", "DELETE", "/items/5.json"),
+    ];
+    let mut out = String::new();
+    for (policy, method, url) in calls {
+        let model = load(Path::new(&format!("tests/policies/valid/{policy}.yaml"))).unwrap();
+        out.push_str(&format!("# {policy}: {method} {url}\n"));
+        match Call::parse(method, url, HeaderMap::new()) {
+            Err(error) => out.push_str(&format!("{error}\n")),
+            Ok(call) => match explain(&model, &call) {
+                Ok(explanations) => explanations.iter().for_each(|explanation| out.push_str(&format!("{explanation}"))),
+                Err(error) => out.push_str(&format!("{error}\n")),
+            },
+        }
+        out.push('\n');
+    }
+    let folder = std::path::absolute("tests/policies/valid").unwrap();
+    insta::assert_snapshot!("explain", out.replace(folder.to_str().unwrap(), "FOLDER"));
+}
+
+#[test]
+fn check_says_ok_or_everything_that_is_wrong() {
+    use hopguard::cli::check::{Form, check};
+    let run = |paths: &[&str], form| {
+        let (mut out, mut err) = (Vec::new(), Vec::new());
+        let paths: Vec<_> = paths.iter().map(|name| Path::new("tests/policies").join(name)).collect();
+        let code = check(&paths, form, false, (&mut out, &mut err)).unwrap();
+        (code, String::from_utf8(out).unwrap(), String::from_utf8(err).unwrap())
+    };
+    let (code, out, err) = run(&["valid/full.yaml", "valid/minimal.yaml"], Form::Text);
+    assert_eq!((code, err.as_str()), (0, ""));
+    assert_eq!(
+        out,
+        "ok: tests/policies/valid/full.yaml (1 listener, 1 destination, 4 routes)\n\
+        ok: tests/policies/valid/minimal.yaml (1 listener, 1 destination, 0 routes)\n"
+    );
+    let (code, out, err) = run(&["valid/minimal.yaml", "invalid/five-mistakes.yaml"], Form::Text);
+    assert_eq!((code, out.lines().count()), (1, 1));
+    assert!(err.ends_with("tests/policies/invalid/five-mistakes.yaml: 5 problems\n"), "{err}");
+    let (code, out, err) = run(&["valid/minimal.yaml", "invalid/five-mistakes.yaml"], Form::Json);
+    assert_eq!((code, out.lines().count(), err.as_str()), (1, 6, ""));
+    assert!(out.lines().all(|line| serde_json::from_str::<Value>(line).is_ok()));
+}
+
+#[test]
+fn explain_exits_by_what_went_wrong() {
+    let run = |call, headers: &[String], policy: &str| {
+        let (mut out, mut err) = (Vec::new(), Vec::new());
+        let policy = Path::new("tests/policies").join(policy);
+        let code = hopguard::cli::explain::explain(call, headers, &policy, false, (&mut out, &mut err)).unwrap();
+        assert_eq!(out.is_empty(), code != 0, "{}", String::from_utf8_lossy(&err));
+        (code, String::from_utf8(out).unwrap())
+    };
+    let tenant = ["x-tenant: a".to_owned()];
+    let (code, out) = run(("post", "http://payment/payments/7"), &tenant, "valid/full.yaml");
+    assert!(code == 0 && out.contains("pay (POST on path /payments/{id}, x-tenant: a)"), "{out}");
+    assert_eq!(run(("GET", "http://nobody/"), &[], "valid/full.yaml").0, 1);
+    assert_eq!(run(("GET", "http://a/"), &[], "invalid/five-mistakes.yaml").0, 1);
+    assert_eq!(run(("GET", "http://a b/"), &[], "valid/full.yaml").0, 2);
+    assert_eq!(run(("GET", "/"), &["no colon".to_owned()], "valid/full.yaml").0, 2);
+}
+
+proptest::proptest! {
+    /// Whatever an editor leaves behind half-way: an answer, and every problem within the text.
+    #[test]
+    fn a_damaged_policy_is_loaded_or_explained(at in 0_usize..1200, length in 0_usize..40, patch in "[ \\-:{}\\[\\]\"',a-z0-9&*<~|>#\n\tä]{0,12}") {
+        let mut text = fs::read_to_string("tests/policies/valid/full.yaml").unwrap();
+        let (start, end) = (at.min(text.len()), (at + length).min(text.len()));
+        text.replace_range(start..end, &patch);
+        if let Err(error) = load_str("p.yaml", &text) {
+            assert!(!error.problems.is_empty() && !error.render(true).is_empty());
+            for problem in error.problems.iter() {
+                assert!(problem.place.span.start <= text.len(), "{problem:?}");
+            }
+        }
+    }
+}
