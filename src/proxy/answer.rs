@@ -37,8 +37,13 @@ pub async fn hand_over(
     mut live: Box<Live>,
     reply: Result<Reply, Refusal>,
     version: Version,
+    connect: bool,
 ) -> Response<ResponseBody> {
-    let close = version <= Version::HTTP_11 && (version < Version::HTTP_11 || live.worker.is_leaving());
+    // A caller that waits for leave to send its body has not got it, or has sent it all the same; what follows a CONNECT
+    // that came to nothing is no request either.
+    let doubtful = connect || live.flow.is_held();
+    let mut close =
+        version <= Version::HTTP_11 && (version < Version::HTTP_11 || doubtful || live.worker.is_leaving());
     let mut answer = match reply {
         Ok(Reply::Upstream(answer)) => {
             live.record.head(Instant::now(), answer.status());
@@ -67,7 +72,10 @@ pub async fn hand_over(
             }
             return answer;
         }
-        Err(refusal) => refuse(&mut live, &refusal),
+        Err(refusal) => {
+            close |= version <= Version::HTTP_11 && refusal.ends_connection();
+            refuse(&mut live, &refusal)
+        }
     };
     if close {
         // A proxy keeps no connection with an HTTP/1.0 caller (RFC 9112, 9.3), and none while it is leaving.
@@ -113,12 +121,16 @@ pub fn from_upstream(live: &mut Live, mut answer: Response<Incoming>) -> Result<
     }
     let version = answer.version();
     let status = answer.status();
+    if status.as_u16() > 599 {
+        return malformed("the answer's status is none (RFC 9110, 15)");
+    }
     // Each hop says its own version, never the one it received (RFC 9112, 2.3).
     *answer.version_mut() = Version::HTTP_11;
     let fields = answer.headers_mut();
     let said = fields::strip(fields, &present);
     live.named = said.named;
-    live.keep_alive = said.keep_alive;
+    // An HTTP/1.0 upstream may have kept the connection, but not for a request of HTTP/1.1.
+    live.keep_alive = if version < Version::HTTP_11 { Some(0) } else { said.keep_alive };
     if status == StatusCode::NO_CONTENT {
         fields.remove(header::CONTENT_LENGTH);
     } else {

@@ -11,7 +11,9 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use http::{Request, Response, Uri, Version, header};
+use http::uri::PathAndQuery;
+use http::{Method, Request, Response, Uri, Version, header};
+use http_body::Body;
 use hyper::body::Incoming;
 use hyper::client::conn::TrySendError;
 use tokio::time::Instant;
@@ -30,7 +32,8 @@ use crate::upstream::spec::Protocol;
 /// Connections that may hand a request back unsent before we give up.
 const UNSENT: usize = 3;
 
-/// How long a caller's body waits for `100 Continue` before it is sent all the same (RFC 9110, 10.1.1).
+/// How long a caller's body waits for `100 Continue` before it is sent all the same (RFC 9110, 10.1.1); half of
+/// `timeouts.request` if that is shorter.
 const CONTINUE_AFTER: Duration = Duration::from_secs(1);
 
 /// Sends a request and returns the head of its answer; the connection stays in `live`.
@@ -152,7 +155,8 @@ async fn exchange(
     let endpoint = Rc::clone(&lease.endpoint);
     let goes_on = hold_for_continue(live, &mut lease, &mut request);
     let began = live.patience.try_began;
-    let mut wait = Wait { live, goes_on, held_until: began + CONTINUE_AFTER };
+    let patience = CONTINUE_AFTER.min(live.route().timeouts.request.value / 2);
+    let mut wait = Wait { live, goes_on, held_until: began + patience };
     wait.look_at(began)?;
     let answer = match lease.carrier() {
         Some(Carrier::Http1(connection)) => {
@@ -283,6 +287,10 @@ fn hold_for_continue(
     Some(flag)
 }
 
+/// The paths of a target without one (RFC 9112, 3.2.1 and 3.2.4).
+const SLASH: PathAndQuery = PathAndQuery::from_static("/");
+const STAR: PathAndQuery = PathAndQuery::from_static("*");
+
 /// Origin-form, as every request to a server that is not a proxy (RFC 9112, 3.2.1).
 fn for_http1(request: &mut Request<RequestBody>) {
     *request.version_mut() = Version::HTTP_11;
@@ -290,10 +298,17 @@ fn for_http1(request: &mut Request<RequestBody>) {
         let mut parts = std::mem::take(request.uri_mut()).into_parts();
         parts.scheme = None;
         parts.authority = None;
-        if parts.path_and_query.is_none() {
-            parts.path_and_query = Some(http::uri::PathAndQuery::from_static("/"));
-        }
+        parts.path_and_query = Some(match parts.path_and_query {
+            // Written as `http://host`, without even a slash, which this comparison alone tells from `http://host/`.
+            Some(path) if path.as_str() == "/" && path != SLASH && request.method() == Method::OPTIONS => STAR,
+            Some(path) => path,
+            None => SLASH,
+        });
         *request.uri_mut() = Uri::from_parts(parts).unwrap_or_default();
+    }
+    if !request.body().is_end_stream() && request.body().size_hint().exact().is_none() {
+        // Said here, because hyper leaves the body of a GET out if nothing says how it is framed.
+        request.headers_mut().insert(header::TRANSFER_ENCODING, http::HeaderValue::from_static("chunked"));
     }
     let trailers = request.headers().contains_key(header::TE);
     if trailers {
@@ -313,7 +328,7 @@ fn for_http2(request: &mut Request<RequestBody>, endpoint: &Endpoint, live: &Liv
         .and_then(|host| http::uri::Authority::from_maybe_shared(bytes::Bytes::copy_from_slice(host.as_bytes())).ok())
         .or_else(|| endpoint.address.socket.to_string().parse().ok());
     if parts.path_and_query.is_none() {
-        parts.path_and_query = Some(http::uri::PathAndQuery::from_static("/"));
+        parts.path_and_query = Some(SLASH);
     }
     *request.uri_mut() = Uri::from_parts(parts).unwrap_or_default();
 }

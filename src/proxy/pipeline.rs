@@ -4,7 +4,8 @@ use std::convert::Infallible;
 use std::rc::Rc;
 
 use http::request::Parts;
-use http::{HeaderValue, Method, Request, Response, StatusCode, Version, header};
+use http::uri::PathAndQuery;
+use http::{HeaderValue, Method, Request, Response, StatusCode, Uri, Version, header};
 use hyper::body::Incoming;
 use tokio::time::Instant;
 
@@ -18,7 +19,7 @@ use crate::proxy::fields::{self, Present};
 use crate::proxy::live::Live;
 use crate::proxy::refusal::{Kind, Refusal};
 use crate::proxy::caller::Caller;
-use crate::proxy::target::Target;
+use crate::proxy::target::{self, Target};
 use crate::proxy::upgrade;
 use crate::proxy::worker::Worker;
 use crate::rules::gate::QueueFull;
@@ -34,10 +35,10 @@ pub async fn call(
     flow: Rc<Flow>,
     request: Request<Incoming>,
 ) -> Answer {
-    let version = request.version();
+    let (version, connect) = (request.version(), request.method() == Method::CONNECT);
     let mut live = Live::begin(&worker, &caller, flow, &request, Instant::now());
     let reply = run(&mut live, request).await;
-    Ok(answer::hand_over(live, reply, version).await)
+    Ok(answer::hand_over(live, reply, version, connect).await)
 }
 
 async fn run(live: &mut Live, request: Request<Incoming>) -> Result<Reply, Refusal> {
@@ -48,6 +49,7 @@ async fn run(live: &mut Live, request: Request<Incoming>) -> Result<Reply, Refus
 
     // What may not be passed on at all.
     check_size(&head, &present, listener)?;
+    check_method(&head.method)?;
     check_framing(&head, &present)?;
     check_expectation(&mut head, &present)?;
     let target = Target::read(&head.method, &head.uri, head.version, &head.headers)
@@ -80,6 +82,7 @@ async fn run(live: &mut Live, request: Request<Incoming>) -> Result<Reply, Refus
     }
     fields::join_cookies(&mut head.headers, &present);
     name_host(&mut head, &target, &pool);
+    encode_target(&mut head);
     live.caller.door.via.add(&mut head.headers, head.version);
     fields::forget(&mut head.extensions);
     let body = RequestBody::caller(body, Rc::clone(&live.flow), said.named);
@@ -108,6 +111,16 @@ fn check_size(head: &Parts, present: &Present, listener: &Listener) -> Result<()
     Err(Refusal::counted(Kind::HeaderTooLarge, "maxHeaderSize", limit, detail))
 }
 
+/// Longer than any registered method; longer ones are no methods.
+const LONGEST_METHOD: usize = 64;
+
+fn check_method(method: &Method) -> Result<(), Refusal> {
+    if method.as_str().len() <= LONGEST_METHOD {
+        return Ok(());
+    }
+    Err(Refusal::plain(Kind::UnknownMethod, "the method is longer than 64 characters (RFC 9110, 9.1)"))
+}
+
 /// hyper has refused what it cannot frame; this refuses what it could, but the next hop might read otherwise (RFC 9112, 6).
 fn check_framing(head: &Parts, present: &Present) -> Result<(), Refusal> {
     if present.codings > 0 && present.lengths > 0 {
@@ -115,6 +128,9 @@ fn check_framing(head: &Parts, present: &Present) -> Result<(), Refusal> {
     }
     if present.codings > 1 {
         return Err(Refusal::plain(Kind::BadRequest, "more than one Transfer-Encoding (RFC 9112, 6.1)"));
+    }
+    if head.method == Method::CONNECT && present.codings + present.lengths > 0 {
+        return Err(Refusal::plain(Kind::BadRequest, "a CONNECT has no body (RFC 9110, 9.3.6)"));
     }
     if !fields::only_chunked(&head.headers, present) {
         return Err(Refusal::plain(Kind::UnknownCoding, "the transfer coding is not chunked (RFC 9112, 6.1)"));
@@ -204,6 +220,18 @@ async fn enter(live: &mut Live, pool: &Rc<Pool>) -> Result<(), Refusal> {
             &limits.queue_timeout,
             format!("{} calls were in flight for too long", limits.in_flight.value),
         )),
+    }
+}
+
+/// The same path, in bytes that every hop reads in the same way.
+fn encode_target(head: &mut Parts) {
+    let path = head.uri.path_and_query().map(PathAndQuery::as_str);
+    if let Some(encoded) = path.and_then(target::encode)
+        && let Ok(encoded) = PathAndQuery::try_from(encoded)
+    {
+        let mut parts = std::mem::take(&mut head.uri).into_parts();
+        parts.path_and_query = Some(encoded);
+        head.uri = Uri::from_parts(parts).unwrap_or_default();
     }
 }
 

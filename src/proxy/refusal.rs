@@ -75,6 +75,8 @@ pub enum Kind {
     BadRequest,
     /// A transfer coding that we do not know.
     UnknownCoding,
+    /// A method longer than any.
+    UnknownMethod,
     /// An expectation that we do not know.
     UnknownExpectation,
     /// The request's header section is too long.
@@ -123,6 +125,7 @@ impl Kind {
             Self::UpstreamProtocol => (O::UpstreamProtocol, S::BAD_GATEWAY, Code::Internal, "http_protocol_error", "The upstream's answer is malformed", Hopguard),
             Self::BadRequest => (O::BadRequest, S::BAD_REQUEST, Code::Internal, "http_request_error", "The request is malformed", Hopguard),
             Self::UnknownCoding => (O::BadRequest, S::NOT_IMPLEMENTED, Code::Internal, "http_request_error", "The transfer coding is unknown", Hopguard),
+            Self::UnknownMethod => (O::BadRequest, S::NOT_IMPLEMENTED, Code::Internal, "http_request_error", "The method is unknown", Hopguard),
             Self::UnknownExpectation => (O::BadRequest, S::EXPECTATION_FAILED, Code::Internal, "http_request_error", "The expectation is unknown", Hopguard),
             Self::HeaderTooLarge => (O::HeaderTooLarge, S::REQUEST_HEADER_FIELDS_TOO_LARGE, Code::ResourceExhausted, "http_request_error", "The header section is too long", Hopguard),
             Self::CallerTimeout => (O::CallerTimeout, S::REQUEST_TIMEOUT, Code::DeadlineExceeded, "http_request_error", "The request came too slowly", Caller),
@@ -160,6 +163,14 @@ impl Refusal {
     /// The status of the answer to a caller that speaks HTTP.
     pub fn status(&self) -> StatusCode {
         self.kind.face().status
+    }
+
+    /// True if what follows on the caller's connection cannot be trusted to be the next request (RFC 9112, 11.2).
+    pub fn ends_connection(&self) -> bool {
+        matches!(
+            self.kind,
+            Kind::BadRequest | Kind::UnknownCoding | Kind::HeaderTooLarge | Kind::CallerTimeout | Kind::UnknownMethod
+        )
     }
 
     /// What telemetry keeps of it.

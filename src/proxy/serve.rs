@@ -30,8 +30,9 @@ use crate::runtime::drain::Phase;
 use crate::runtime::tasks;
 use crate::telemetry::{Exchange, Protocol};
 
-/// The longest header section that hyper reads at all, in bytes; a policy cannot allow more.
-const HEAD_BUFFER: usize = 400 * 1024;
+/// How much more than a policy's `maxHeaderSize` is read, in bytes, so that most heads that are too long still get an
+/// answer that names the field; hyper itself refuses what is longer.
+const MORE_THAN_ALLOWED: usize = 16 * 1024;
 
 /// How much a caller may send ahead on one HTTP/2 stream, and on one connection, in bytes.
 const STREAM_WINDOW: u32 = 256 * 1024;
@@ -56,7 +57,7 @@ pub async fn http1(worker: Rc<Worker>, caller: Rc<Caller>, io: Io) {
     // Boxed, because only then hyper lets go of the stream without closing it.
     let service = service_fn(|request| Box::pin(begin(&worker, &caller, request)));
     let mut connection = http1::Builder::new()
-        .max_buf_size(HEAD_BUFFER)
+        .max_buf_size(watch.max_header_size + MORE_THAN_ALLOWED)
         .serve_connection(TokioIo::new(io), service);
     let mut closing = false;
     let end = poll_fn(|cx| {
@@ -100,15 +101,13 @@ pub async fn http2(worker: Rc<Worker>, caller: Rc<Caller>, io: Io) {
     let mut watch = Watch::new(&worker, &caller, io.activity());
     let streams = Streams { worker: Rc::clone(&worker), caller: Rc::clone(&caller) };
     let service = service_fn(|request| begin(&worker, &caller, request));
-    let largest = caller.door.values.max_header_size.value;
     let mut connection = pin!(
         http2::Builder::new(streams)
             .timer(TokioTimer::new())
             .initial_stream_window_size(STREAM_WINDOW)
             .initial_connection_window_size(CONNECTION_WINDOW)
             .max_concurrent_streams(STREAMS)
-            // Half as much again, so that most sections that are too long still get an answer that names the field.
-            .max_header_list_size(largest + largest / 2)
+            .max_header_list_size(u32::try_from(watch.max_header_size + MORE_THAN_ALLOWED).unwrap_or(u32::MAX))
             .keep_alive_interval(PING_EVERY)
             .keep_alive_timeout(PING_TIMEOUT)
             .serve_connection(TokioIo::new(io), service)

@@ -92,7 +92,7 @@ impl Target {
             [b':', digits @ ..] => Some(parse_port(digits).ok_or(TargetError::BadHost)?),
             _ => return Err(TargetError::BadHost),
         };
-        if host == 0 && !bytes.is_empty() {
+        if host == 0 {
             return Err(TargetError::BadHost);
         }
         Ok(Self { authority: value.clone(), host, port })
@@ -121,7 +121,7 @@ fn same(one: &Target, other: &Target) -> bool {
 
 fn check_form(method: &Method, uri: &Uri, version: Version) -> Result<(), TargetError> {
     if method == Method::CONNECT {
-        let bare = uri.authority().is_some_and(|authority| authority.port_u16().is_some())
+        let bare = uri.authority().is_some_and(|authority| authority.port_u16().is_some_and(|port| port > 0))
             && uri.scheme().is_none()
             && uri.path_and_query().is_none_or(|path| path.as_str().is_empty());
         return if bare { Ok(()) } else { Err(TargetError::BadForm) };
@@ -148,12 +148,35 @@ fn host_length(bytes: &[u8]) -> Option<usize> {
     }
     let end = bytes.iter().position(|&byte| byte == b':').unwrap_or(bytes.len());
     let host = &bytes[..end];
-    host.iter().all(|&byte| is_host_byte(byte)).then_some(end)
+    (host.iter().all(|&byte| is_host_byte(byte)) && is_encoded_well(host)).then_some(end)
 }
 
 /// unreserved, sub-delims and `%` of RFC 3986, without what only attacks use in a host: quotes, `;`, `,`, and such.
 fn is_host_byte(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_' | b'~' | b'%' | b'!' | b'$' | b'&' | b'\'' | b'(' | b')' | b'*' | b'+' | b',' | b';' | b'=')
+}
+
+/// True if two hexadecimal digits follow every `%` (RFC 3986, 2.1).
+fn is_encoded_well(host: &[u8]) -> bool {
+    host.split(|&byte| byte == b'%').skip(1).all(|part| part.len() >= 2 && part[..2].iter().all(u8::is_ascii_hexdigit))
+}
+
+/// Encodes what a caller has put into a path or a query although no URI holds it (RFC 3986, 2): quotes, backslashes,
+/// bytes beyond ASCII and the like, which the next hop might read in its own way. `None` if there is nothing to encode.
+pub fn encode(path: &str) -> Option<String> {
+    let odd = |byte: u8| !byte.is_ascii_graphic() || matches!(byte, b'"' | b'<' | b'>' | b'\\' | b'^' | b'`' | b'{' | b'|' | b'}');
+    if !path.bytes().any(odd) {
+        return None;
+    }
+    let mut encoded = String::with_capacity(path.len() + 16);
+    for byte in path.bytes() {
+        if odd(byte) {
+            encoded.push_str(&format!("%{byte:02X}"));
+        } else {
+            encoded.push(char::from(byte));
+        }
+    }
+    Some(encoded)
 }
 
 fn parse_port(digits: &[u8]) -> Option<u16> {
@@ -198,6 +221,12 @@ mod tests {
     }
 
     #[test]
+    fn what_no_uri_holds_is_encoded_and_nothing_else_is_touched() {
+        assert_eq!(encode("/a%20b?c=d&e=[1]~'()*!$+,;:@"), None);
+        assert_eq!(encode("/caf\u{e9}\"\\?q={1}").as_deref(), Some("/caf%C3%A9%22%5C?q=%7B1%7D"));
+    }
+
+    #[test]
     fn an_ambiguous_target_is_refused() {
         use TargetError::{BadForm, BadHost, BadScheme, HostsDiffer, NoHost, TwoHosts};
         const ONE: Version = Version::HTTP_11;
@@ -210,6 +239,9 @@ mod tests {
             ("GET", "/x", ONE, &["a:99999"], BadHost),
             ("GET", "/x", ONE, &["a:8o"], BadHost),
             ("GET", "/x", ONE, &[":80"], BadHost),
+            ("GET", "/x", ONE, &[""], BadHost),
+            ("GET", "/x", ONE, &["a%zz"], BadHost),
+            ("GET", "/x", ONE, &["a%4"], BadHost),
             ("GET", "/x", ONE, &["[::1"], BadHost),
             ("GET", "/x", ONE, &["a/b"], BadHost),
             ("GET", "http://user@a/x", ONE, &["a"], BadHost),

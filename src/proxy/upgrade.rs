@@ -56,6 +56,9 @@ pub async fn switch(
     }
     let present = Present::scan(answer.headers());
     let version = answer.version();
+    if version != Version::HTTP_11 {
+        return Err(Refusal::plain(Kind::UpstreamProtocol, "only HTTP/1.1 can switch protocols (RFC 9110, 7.8)"));
+    }
     fields::strip(answer.headers_mut(), &present);
     answer.headers_mut().remove(header::CONTENT_LENGTH);
     live.caller.door.via.add(answer.headers_mut(), version);

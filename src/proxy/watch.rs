@@ -42,6 +42,8 @@ enum State {
 /// The watch over one connection.
 pub struct Watch {
     activity: Arc<Activity>,
+    /// The listener's limit when the connection began, in bytes.
+    pub max_header_size: usize,
     headers: Set<Duration>,
     idle: Duration,
     state: State,
@@ -60,6 +62,7 @@ impl Watch {
         Self {
             activity,
             idle: values.idle.value,
+            max_header_size: values.max_header_size.value as usize,
             state: State::Head { since: now },
             timer: worker.timers.at(rings),
             rings,
