@@ -7,9 +7,8 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
 
-use tokio::time::{Instant, sleep};
+use tokio::time::Instant;
 
 use crate::admin::PolicyError;
 use crate::app::{Shared, StartError};
@@ -21,9 +20,6 @@ use crate::runtime::drain::Phase;
 use crate::runtime::{tasks, worker};
 use crate::telemetry::{AccessLogMode, AccessLogSettings, LineFormat, Telemetry};
 use crate::upstream::discovery::{self, Requests, SystemResolver};
-
-/// A policy that was replaced is kept so long, because a worker may still be about to read it.
-const KEEP_OLD: Duration = Duration::from_secs(60);
 
 /// Starts the thread; it ends when the process begins to close.
 pub(super) fn start(shared: &Arc<Shared>, requests: Requests) -> io::Result<JoinHandle<io::Result<()>>> {
@@ -122,18 +118,8 @@ pub(super) fn replace(shared: &Arc<Shared>, model: Model) -> Result<(), StartErr
     drop(doors);
     shared.telemetry.policy_loaded(&hash, begun.elapsed());
     *shared.last_error.lock().unwrap_or_else(PoisonError::into_inner) = None;
-    keep_a_while(old);
+    *shared.replaced.lock().unwrap_or_else(PoisonError::into_inner) = Some(old);
     Ok(())
-}
-
-/// Keeps a replaced policy alive for a minute where there is a runtime to do it on.
-fn keep_a_while(old: Arc<Snapshot>) {
-    if tokio::runtime::Handle::try_current().is_ok() {
-        tasks::spawn(async move {
-            sleep(KEEP_OLD).await;
-            drop(old);
-        });
-    }
 }
 
 /// Sets the access log to what the policy says.

@@ -68,6 +68,8 @@ struct Shared {
     discovery: Discovery,
     doors: Mutex<Doors>,
     last_error: Mutex<Option<PolicyError>>,
+    /// The policy before the present one: a worker may be about to read it while it is replaced.
+    replaced: Mutex<Option<Arc<Snapshot>>>,
 }
 
 /// A running hopguard.
@@ -103,6 +105,7 @@ impl App {
             discovery,
             doors: Mutex::new(doors),
             last_error: Mutex::default(),
+            replaced: Mutex::default(),
             settings,
         });
         let (alive, workers) = mpsc::channel(1);

@@ -20,9 +20,9 @@ use crate::rules::duration;
 const EXIT_CODES: &str = "\
 Exit codes:
   0  done, or shut down as asked
-  1  the policy has problems, or nothing matches
+  1  the policy has problems or cannot be read, or nothing matches
   2  the command line is wrong
-  3  could not start: an address is taken, a file cannot be read";
+  3  could not start: an address is taken, a certificate cannot be used";
 
 /// A sidecar proxy that keeps the rules of service-to-service calls: timeouts, limits, and latency per hop.
 #[derive(Debug, Parser)]

@@ -16,9 +16,6 @@ use crate::telemetry::{self, HopId, HopLabels, Hops};
 use crate::upstream::cluster::{Cluster, Identity};
 use crate::upstream::spec::Endpoint;
 
-/// What stands for the caller in the metrics of an inbound call: nobody has told us its name.
-const UNKNOWN_CALLER: &str = "unknown";
-
 /// One policy, ready for use.
 pub struct Snapshot {
     /// Who we are.
@@ -76,7 +73,7 @@ impl Snapshot {
             })
             .collect::<Result<_, _>>()?;
         let unrouted = [Direction::Inbound, Direction::Outbound]
-            .map(|direction| hops.register(HopLabels::unrouted(source(&service, direction), label(direction))));
+            .map(|direction| hops.register(HopLabels::unrouted(Arc::clone(&service), label(direction))));
         Ok(Self {
             service,
             hash: format!("{:016x}", model.hash),
@@ -100,19 +97,12 @@ impl Snapshot {
         *at.hops[route][direction as usize].get_or_init(|| {
             let route: &str = &at.values.routes[route].name;
             hops.register(HopLabels::new(
-                source(&self.service, direction),
+                Arc::clone(&self.service),
                 at.values.name.as_str(),
                 route,
                 label(direction),
             ))
         })
-    }
-}
-
-fn source(service: &Arc<str>, direction: Direction) -> Arc<str> {
-    match direction {
-        Direction::Inbound => UNKNOWN_CALLER.into(),
-        Direction::Outbound => Arc::clone(service),
     }
 }
 

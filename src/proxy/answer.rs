@@ -1,8 +1,6 @@
 //! The head of an answer on its way back: the upstream's, made fit for the caller, or one of our own.
 
-use std::future::poll_fn;
 use std::rc::Rc;
-use std::task::Poll;
 
 use bytes::Bytes;
 use http::header::HeaderName;
@@ -33,7 +31,7 @@ pub enum Reply {
 }
 
 /// Hands the reply to hyper; whatever the exchange still holds goes with its body.
-pub async fn hand_over(
+pub fn hand_over(
     mut live: Box<Live>,
     reply: Result<Reply, Refusal>,
     version: Version,
@@ -46,15 +44,9 @@ pub async fn hand_over(
         version <= Version::HTTP_11 && (version < Version::HTTP_11 || doubtful || live.worker.is_leaving());
     let mut answer = match reply {
         Ok(Reply::Upstream(answer)) => {
-            live.record.head(Instant::now(), answer.status());
+            live.record.head(live.over_at, answer.status());
             let (head, incoming) = answer.into_parts();
-            let mut parts = Some((incoming, live));
-            let body = poll_fn(|cx| {
-                let body = parts.take().map(|(incoming, live)| ResponseBody::upstream(incoming, live, cx));
-                body.map_or(Poll::Pending, Poll::Ready)
-            })
-            .await;
-            Response::from_parts(head, body)
+            Response::from_parts(head, ResponseBody::upstream(incoming, live))
         }
         Ok(Reply::Own(answer)) => {
             live.record.head(Instant::now(), answer.status());

@@ -4,6 +4,7 @@
 
 use std::error::Error;
 use std::future::poll_fn;
+use std::net::SocketAddr;
 use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -32,6 +33,9 @@ use crate::upstream::spec::Protocol;
 /// Connections that may hand a request back unsent before we give up.
 const UNSENT: usize = 3;
 
+/// Endpoints that are tried for one connection; each of them once.
+const TRIED: usize = 3;
+
 /// How long a caller's body waits for `100 Continue` before it is sent all the same (RFC 9110, 10.1.1); half of
 /// `timeouts.request` if that is shorter.
 const CONTINUE_AFTER: Duration = Duration::from_secs(1);
@@ -43,14 +47,20 @@ const CONTINUE_AFTER: Duration = Duration::from_secs(1);
 pub async fn send(
     live: &mut Live,
     pool: &Rc<Pool>,
-    mut request: Request<RequestBody>,
     switching: bool,
 ) -> Result<Response<Incoming>, Refusal> {
     // Only HTTP/1.1 has a way to switch a whole connection to another protocol.
     let want = if switching { Want::Http1 } else { want(pool, live.patience.grpc) };
     for _ in 0..UNSENT {
-        let lease = obtain(live, pool, want).await?;
-        let begun = Instant::now();
+        let mut begun = Instant::now();
+        let lease = match borrow(live, pool, want, begun).await {
+            Some(lease) => lease,
+            None => {
+                let lease = Box::pin(open(live, pool, want)).await?;
+                begun = Instant::now();
+                lease
+            }
+        };
         live.patience.try_began = begun;
         let address = lease.endpoint.address.socket;
         let connection = match lease.reused {
@@ -58,13 +68,12 @@ pub async fn send(
             false => Connection::New,
         };
         live.record.via(address, connection);
-        match exchange(live, lease, request).await? {
-            Sent::Answered(answer) => {
-                let now = Instant::now();
-                live.record.upstream_waited(now.saturating_duration_since(begun));
+        match exchange(live, lease).await? {
+            Some(answer) => {
+                live.record.upstream_waited(live.over_at.saturating_duration_since(begun));
                 return Ok(answer);
             }
-            Sent::Unsent(back) => request = back,
+            None => continue,
         }
     }
     Err(Refusal::plain(Kind::UpstreamReset, "every connection was closed before the request could be sent"))
@@ -80,31 +89,45 @@ fn want(pool: &Pool, grpc: bool) -> Want {
     }
 }
 
-/// A connection: a pooled one, else a new one within `timeouts.connect`.
-async fn obtain(live: &mut Live, pool: &Rc<Pool>, want: Want) -> Result<Lease, Refusal> {
+/// A connection that is open already, to the endpoint that is the best one now.
+async fn borrow(live: &mut Live, pool: &Rc<Pool>, want: Want, now: Instant) -> Option<Lease> {
+    let endpoint = pool.pick_now(now)?;
+    let lease = pool.lend(&endpoint, want, now).await;
+    live.picked = lease.is_none().then_some(endpoint);
+    lease
+}
+
+/// A new connection, within `timeouts.connect`.
+async fn open(live: &mut Live, pool: &Rc<Pool>, want: Want) -> Result<Lease, Refusal> {
     let began = Instant::now();
     let until = (began + live.route().timeouts.connect.value)
         .min(live.patience.began + live.route().timeouts.request.value);
-    let endpoint = within(live, until, pool.pick()).await?.map_err(|error| refused(&error))?;
-    if let Some(lease) = pool.lend(&endpoint, want).await {
-        return Ok(lease);
-    }
-    live.record.towards(endpoint.address.socket);
-    let opened = within(live, until, pool.open(&endpoint, want)).await;
-    let now = Instant::now();
-    live.record.connected(now.saturating_duration_since(began));
-    match opened {
-        Ok(Ok(lease)) => Ok(lease),
-        Ok(Err(error)) => {
-            endpoint.load.failed(began.elapsed(), now);
-            Err(refused(&error))
+    let endpoint = match live.picked.take() {
+        Some(endpoint) => endpoint,
+        None => within(live, until, pool.pick()).await?.map_err(|error| refused(&error))?,
+    };
+    let mut refusal = None;
+    // Nothing has been sent, so that whoever can be reached may have the call.
+    for endpoint in std::iter::once(endpoint).chain(std::iter::from_fn(|| pool.pick_other(Instant::now()))).take(TRIED) {
+        live.record.towards(endpoint.address.socket);
+        let tried = Instant::now();
+        let opened = within(live, until, pool.open(&endpoint, want)).await;
+        let now = Instant::now();
+        live.record.connected(now.saturating_duration_since(tried));
+        match opened {
+            Ok(Ok(lease)) => return Ok(lease),
+            Ok(Err(error)) => {
+                endpoint.load.failed(now.saturating_duration_since(tried), now);
+                refusal = Some(refused_by(&error, endpoint.address.socket));
+            }
+            Err(late) => {
+                endpoint.load.failed(now.saturating_duration_since(tried), now);
+                endpoint.refused(now);
+                return Err(late);
+            }
         }
-        Err(refusal) => {
-            endpoint.load.failed(began.elapsed(), now);
-            endpoint.refused();
-            Err(refusal)
-        }
     }
+    Err(refusal.unwrap_or_else(|| Refusal::plain(Kind::ConnectFailed, "no endpoint could be tried")))
 }
 
 /// The future's output, or the refusal that no connection in time demands.
@@ -126,9 +149,15 @@ pub async fn bare_stream(live: &mut Live, pool: &Rc<Pool>) -> Result<Io, Refusal
     live.record.towards(endpoint.address.socket);
     let opened = within(live, until, pool.bare_stream(&endpoint)).await;
     live.record.connected(began.elapsed());
-    let stream = opened?.map_err(|error| refused(&error))?;
+    let stream = opened?.map_err(|error| refused_by(&error, endpoint.address.socket))?;
     live.record.via(endpoint.address.socket, Connection::New);
     Ok(stream)
+}
+
+fn refused_by(error: &ConnectError, address: SocketAddr) -> Refusal {
+    let mut refusal = refused(error);
+    refusal.detail = format!("cannot connect to {address}: {}", refusal.detail).into();
+    refusal
 }
 
 fn refused(error: &ConnectError) -> Refusal {
@@ -141,27 +170,18 @@ fn refused(error: &ConnectError) -> Refusal {
     Refusal::plain(kind, error.to_string())
 }
 
-enum Sent {
-    Answered(Response<Incoming>),
-    Unsent(Request<RequestBody>),
-}
-
-/// Sends over one connection and waits for the head, judged by the route's time limits.
-async fn exchange(
-    live: &mut Live,
-    mut lease: Lease,
-    mut request: Request<RequestBody>,
-) -> Result<Sent, Refusal> {
+/// Sends over one connection and waits for the head, judged by the route's time limits. `None` if the request came back
+/// unsent, into `live`.
+async fn exchange(live: &mut Live, mut lease: Lease) -> Result<Option<Response<Incoming>>, Refusal> {
     let endpoint = Rc::clone(&lease.endpoint);
-    let goes_on = hold_for_continue(live, &mut lease, &mut request);
+    let goes_on = hold_for_continue(live, &mut lease);
     let began = live.patience.try_began;
     let patience = CONTINUE_AFTER.min(live.route().timeouts.request.value / 2);
     let mut wait = Wait { live, goes_on, held_until: began + patience };
     wait.look_at(began)?;
     let answer = match lease.carrier() {
         Some(Carrier::Http1(connection)) => {
-            for_http1(&mut request);
-            let mut answer = pin!(connection.send(request));
+            let mut answer = pin!(connection.send(for_http1(wait.live)));
             poll_fn(|cx| {
                 // The connection has no task of its own: this is what moves it.
                 let _over = connection.drive(cx);
@@ -174,8 +194,7 @@ async fn exchange(
             .await
         }
         Some(Carrier::Http2(connection)) => {
-            for_http2(&mut request, &endpoint, wait.live);
-            let mut answer = pin!(connection.send(request));
+            let mut answer = pin!(connection.send(for_http2(wait.live, &endpoint)));
             poll_fn(|cx| {
                 let polled = answer.as_mut().poll(cx);
                 wait.poll(cx, polled)
@@ -186,6 +205,7 @@ async fn exchange(
     };
     let now = Instant::now();
     let took = now.saturating_duration_since(began);
+    live.over_at = now;
     match answer {
         Ok(Ok(answer)) => {
             if answer.status().is_server_error() {
@@ -194,11 +214,12 @@ async fn exchange(
                 endpoint.load.answered(took, now);
             }
             live.lease = Some(lease);
-            Ok(Sent::Answered(answer))
+            Ok(Some(answer))
         }
         Ok(Err(mut error)) => {
             if let Some(back) = error.take_message() {
-                return Ok(Sent::Unsent(back));
+                live.request = Some(back);
+                return Ok(None);
             }
             endpoint.load.failed(took, now);
             Err(broken(live, lease.reused, error.error()))
@@ -263,11 +284,8 @@ impl Wait<'_> {
 }
 
 /// Holds the caller's body back while the upstream has not asked for it (RFC 9110, 10.1.1).
-fn hold_for_continue(
-    live: &Live,
-    lease: &mut Lease,
-    request: &mut Request<RequestBody>,
-) -> Option<Arc<AtomicBool>> {
+fn hold_for_continue(live: &mut Live, lease: &mut Lease) -> Option<Arc<AtomicBool>> {
+    let request = live.request.as_mut()?;
     if !request.headers().contains_key(header::EXPECT) {
         return None;
     }
@@ -292,7 +310,8 @@ const SLASH: PathAndQuery = PathAndQuery::from_static("/");
 const STAR: PathAndQuery = PathAndQuery::from_static("*");
 
 /// Origin-form, as every request to a server that is not a proxy (RFC 9112, 3.2.1).
-fn for_http1(request: &mut Request<RequestBody>) {
+fn for_http1(live: &mut Live) -> Request<RequestBody> {
+    let mut request = outgoing(live);
     *request.version_mut() = Version::HTTP_11;
     if request.uri().authority().is_some() {
         let mut parts = std::mem::take(request.uri_mut()).into_parts();
@@ -314,10 +333,18 @@ fn for_http1(request: &mut Request<RequestBody>) {
     if trailers {
         request.headers_mut().insert(header::CONNECTION, http::HeaderValue::from_static("te"));
     }
+    request
+}
+
+/// The request, which is there unless a connection has it.
+fn outgoing(live: &mut Live) -> Request<RequestBody> {
+    let flow = &live.flow;
+    live.request.take().unwrap_or_else(|| Request::new(RequestBody::empty(Rc::clone(flow))))
 }
 
 /// Control data in the target, no Host field (RFC 9113, 8.3.1).
-fn for_http2(request: &mut Request<RequestBody>, endpoint: &Endpoint, live: &Live) {
+fn for_http2(live: &mut Live, endpoint: &Endpoint) -> Request<RequestBody> {
+    let mut request = outgoing(live);
     *request.version_mut() = Version::HTTP_2;
     let host = request.headers_mut().remove(header::HOST);
     let mut parts = std::mem::take(request.uri_mut()).into_parts();
@@ -331,6 +358,7 @@ fn for_http2(request: &mut Request<RequestBody>, endpoint: &Endpoint, live: &Liv
         parts.path_and_query = Some(SLASH);
     }
     *request.uri_mut() = Uri::from_parts(parts).unwrap_or_default();
+    request
 }
 
 /// Says what a broken connection means.
@@ -344,7 +372,8 @@ fn broken(live: &Live, reused: bool, error: &hyper::Error) -> Refusal {
         cause = format!("{cause}: {inner}");
         source = inner.source();
     }
-    if error.is_parse() || error.is_parse_status() {
+    let not_http2 = error.source().and_then(|source| source.downcast_ref::<h2::Error>()).is_some_and(h2::Error::is_library);
+    if error.is_parse() || error.is_parse_status() || not_http2 {
         return Refusal::plain(Kind::UpstreamProtocol, format!("the answer cannot be read: {cause}"));
     }
     let over = if reused { "a kept-alive connection" } else { "a new connection" };

@@ -5,7 +5,7 @@
 //! gRPC caller gets trailers with a status, and any other caller sees the body cut, never a shorter whole.
 
 use std::pin::Pin;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -56,10 +56,11 @@ impl ResponseBody {
     }
 
     /// The body of an upstream's answer. Ends the exchange at once if there is nothing to come.
-    pub fn upstream(incoming: Incoming, mut live: Box<Live>, cx: &mut Context<'_>) -> Self {
+    pub fn upstream(incoming: Incoming, mut live: Box<Live>) -> Self {
         live.patience.answered = true;
         if incoming.is_end_stream() {
-            finish(live, cx);
+            // Nobody waits for this connection any more; the next one to look at it brings a waker of its own.
+            finish(live, &mut Context::from_waker(Waker::noop()));
             return Self::empty();
         }
         let mut body = Self { source: Source::Upstream(incoming), live: Some(live) };
@@ -71,7 +72,9 @@ impl ResponseBody {
     fn take(&mut self, mut frame: Frame<Bytes>, last: bool, cx: &mut Context<'_>) -> Frame<Bytes> {
         let Some(live) = &mut self.live else { return frame };
         if let Some(chunk) = frame.data_ref() {
-            live.flow.passed(&live.flow.response, chunk, Instant::now());
+            // Nobody will ask when the last chunk came.
+            let now = if last { live.over_at } else { Instant::now() };
+            live.flow.passed(&live.flow.response, chunk, now);
         }
         if let Some(fields) = frame.trailers_mut() {
             trailers::clean(fields, &live.named);
@@ -87,8 +90,7 @@ impl ResponseBody {
     fn mark_cut(&mut self) {
         let Some(live) = &self.live else { return };
         let limits = &live.route().timeouts;
-        let unary = !live.patience.stream && !live.patience.grpc;
-        let at = if unary { live.patience.began + limits.request.value } else { live.flow.last() + limits.idle.value };
+        let at = if live.patience.is_unary() { live.patience.began + limits.request.value } else { live.flow.last() + limits.idle.value };
         live.flow.cut_at(Some(at));
     }
 
@@ -153,7 +155,8 @@ impl ResponseBody {
 fn finish(mut live: Box<Live>, cx: &mut Context<'_>) {
     live.flow.cut_at(None);
     live.flow.response.end();
-    live.record.complete();
+    live.over_at = Instant::now();
+    live.record.complete_at(live.over_at);
     let Some(lease) = live.lease.take() else { return };
     if !live.flow.request.ended() {
         // The caller is still sending what nobody will read: the connection has no clean end.
@@ -161,7 +164,7 @@ fn finish(mut live: Box<Live>, cx: &mut Context<'_>) {
     }
     let keep = &live.destination_values().connections;
     let announced = live.keep_alive.map(|seconds| Duration::from_secs(seconds.into()));
-    lease.give_back(cx, keep.idle.value, keep.max_idle.value as usize, announced);
+    lease.give_back(cx, keep.idle.value, keep.max_idle.value as usize, announced, live.over_at);
     live.worker.upstreams.note_idle();
 }
 

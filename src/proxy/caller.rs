@@ -4,6 +4,8 @@ use std::cell::{Cell, RefCell};
 use std::net::SocketAddr;
 use std::rc::Rc;
 
+use tokio::time::Instant;
+
 use crate::net::flow::Flow;
 use crate::policy::model::Listener;
 use crate::policy::snapshot::Snapshot;
@@ -40,6 +42,7 @@ pub struct Caller {
     pub peer: SocketAddr,
     begun: Cell<u64>,
     over: Cell<u64>,
+    over_at: Cell<Option<Instant>>,
     newest: RefCell<Option<Rc<Flow>>>,
     handoff: RefCell<Option<Handoff>>,
 }
@@ -52,6 +55,7 @@ impl Caller {
             peer,
             begun: Cell::new(0),
             over: Cell::new(0),
+            over_at: Cell::new(None),
             newest: RefCell::new(None),
             handoff: RefCell::new(None),
         })
@@ -63,8 +67,14 @@ impl Caller {
     }
 
     /// Notes an exchange that is over.
-    pub fn finish(&self) {
+    pub fn finish(&self, at: Instant) {
         self.over.set(self.over.get() + 1);
+        self.over_at.set(Some(at));
+    }
+
+    /// When the last exchange was over.
+    pub fn over_at(&self) -> Option<Instant> {
+        self.over_at.get()
     }
 
     /// True while an exchange is under way.

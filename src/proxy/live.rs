@@ -9,6 +9,7 @@ use http::header::HeaderName;
 use http::{HeaderValue, Request, header};
 use tokio::time::Instant;
 
+use crate::net::body::RequestBody;
 use crate::net::flow::Flow;
 use crate::policy::model::{self, Direction};
 use crate::proxy::patience::Patience;
@@ -18,6 +19,7 @@ use crate::proxy::worker::{View, Worker};
 use crate::rules::gate::Pass;
 use crate::runtime::timer::Timer;
 use crate::telemetry::{Exchange, Protocol, RequestLine};
+use crate::upstream::endpoint::Endpoint;
 use crate::upstream::pool::{Lease, Pool};
 
 /// One exchange under way.
@@ -36,12 +38,18 @@ pub struct Live {
     pub caller: Rc<Caller>,
     /// Its timer.
     pub timer: Timer,
+    /// The request as it goes out, until it has been handed to a connection.
+    pub request: Option<Request<RequestBody>>,
+    /// The endpoint that a connection is to be opened to.
+    pub picked: Option<Rc<Endpoint>>,
     /// The upstream connection, from the moment there is one.
     pub lease: Option<Lease>,
     /// Fields that the answer's `Connection` named; they may not pass as trailers.
     pub named: Vec<HeaderName>,
     /// What the upstream said about keeping its connection, in seconds.
     pub keep_alive: Option<u32>,
+    /// When the head of the answer was there; the end of the exchange once that is known.
+    pub over_at: Instant,
     destination: usize,
     route: usize,
     place: Option<(Pass, Rc<Pool>)>,
@@ -50,14 +58,14 @@ pub struct Live {
 const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 
 impl Live {
-    /// An exchange whose head is complete at `now`. The destination is set later, before anything asks for it.
+    /// An exchange whose head was complete when its flow began. The destination is set later, before anything asks for it.
     pub fn begin<B>(
         worker: &Rc<Worker>,
         caller: &Rc<Caller>,
         flow: Rc<Flow>,
         request: &Request<B>,
-        now: Instant,
     ) -> Box<Self> {
+        let now = flow.last();
         let view = worker.view();
         let grpc = crate::policy::index::is_grpc(request.headers());
         let protocol = match request.version() {
@@ -79,9 +87,12 @@ impl Live {
             worker: Rc::clone(worker),
             view,
             caller: Rc::clone(caller),
+            request: None,
+            picked: None,
             lease: None,
             named: Vec::new(),
             keep_alive: None,
+            over_at: now,
             destination: usize::MAX,
             route: 0,
             place: None,
@@ -146,12 +157,18 @@ impl Drop for Live {
         self.record.bytes_in = self.flow.request.bytes();
         self.record.bytes_out = self.flow.response.bytes();
         if self.flow.was_cut() {
-            let refusal = Refusal::plain(Kind::CallerTimeout, "the caller stopped reading the answer");
+            let limits = &self.route().timeouts;
+            let (name, limit) = if self.patience.is_unary() {
+                ("timeouts.request", &limits.request)
+            } else {
+                ("timeouts.idle", &limits.idle)
+            };
+            let refusal = Refusal::timed(Kind::CallerTimeout, name, limit, "the caller stopped reading the answer");
             self.record.refuse(refusal.record());
         }
         if let Some((_, pool)) = &self.place {
             pool.metrics.in_flight.decrement();
         }
-        self.caller.finish();
+        self.caller.finish(self.over_at);
     }
 }

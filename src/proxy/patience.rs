@@ -70,6 +70,11 @@ impl Patience {
         Verdict::Wait(next)
     }
 
+    /// True if nothing says yet that it could be a stream.
+    pub fn is_unary(&self) -> bool {
+        !self.stream && !self.grpc
+    }
+
     fn shows_a_stream(&self, flow: &Flow) -> bool {
         self.grpc && (!flow.request.ended() || flow.request.messages() > 1 || flow.response.messages() > 0)
     }

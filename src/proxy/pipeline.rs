@@ -29,19 +29,39 @@ use crate::upstream::pool::Pool;
 pub type Answer = Result<Response<ResponseBody>, Infallible>;
 
 /// One request, from its head to the head of its answer; the answer's body carries the exchange on.
-pub async fn call(
-    worker: Rc<Worker>,
-    caller: Rc<Caller>,
+///
+/// First everything is decided, at once and without waiting; then it is done. What is decided stays in `live`,
+/// so that the future, which is moved about, stays small.
+pub fn call(
+    worker: &Rc<Worker>,
+    caller: &Rc<Caller>,
     flow: Rc<Flow>,
     request: Request<Incoming>,
-) -> Answer {
+) -> impl Future<Output = Answer> + use<> {
     let (version, connect) = (request.version(), request.method() == Method::CONNECT);
-    let mut live = Live::begin(&worker, &caller, flow, &request, Instant::now());
-    let reply = run(&mut live, request).await;
-    Ok(answer::hand_over(live, reply, version, connect).await)
+    let mut live = Live::begin(worker, caller, flow, &request);
+    let decision = decide(&mut live, request);
+    async move {
+        let reply = match decision {
+            Ok(decision) => act(&mut live, decision).await,
+            Err(refusal) => Err(refusal),
+        };
+        Ok(answer::hand_over(live, reply, version, connect))
+    }
 }
 
-async fn run(live: &mut Live, request: Request<Incoming>) -> Result<Reply, Refusal> {
+/// What is to be done with a request.
+enum Decision {
+    /// Send it on; `Some` if the connection is to be switched to another protocol.
+    Send(Rc<Pool>, Option<HeaderValue>),
+    /// Open a tunnel.
+    Tunnel(Rc<Pool>, Box<Parts>),
+    /// We have the answer ourselves.
+    Reply(Reply),
+}
+
+/// What may pass at all, where it goes, which rules it meets, and what it looks like on the next hop.
+fn decide(live: &mut Live, request: Request<Incoming>) -> Result<Decision, Refusal> {
     let (mut head, body) = request.into_parts();
     let present = Present::scan(&head.headers);
     let view = Rc::clone(&live.view);
@@ -60,19 +80,16 @@ async fn run(live: &mut Live, request: Request<Incoming>) -> Result<Reply, Refus
 
     // Where it goes, and which rules it meets.
     let position = choose(&view.policy, listener, &target)?;
-    let destination = view.destination(position);
-    let route = destination.index.find(&head.method, head.uri.path(), &head.headers);
+    let route = view.destination(position).index.find(&head.method, head.uri.path(), &head.headers);
     live.met(position, route, listener.direction);
     let pool = pool(live, &target)?;
     if head.method == Method::CONNECT {
-        return upgrade::connect(live, listener, &pool, head).await;
+        upgrade::may_connect(listener)?;
+        return Ok(Decision::Tunnel(pool, Box::new(head)));
     }
     if let Some(reply) = answer::as_final_recipient(&mut head) {
-        return Ok(reply);
+        return Ok(Decision::Reply(reply));
     }
-
-    // A place in flight, for as long as the exchange lasts.
-    enter(live, &pool).await?;
 
     // What it looks like on the next hop.
     let switch = upgrade::wanted(&head, &present);
@@ -85,17 +102,31 @@ async fn run(live: &mut Live, request: Request<Incoming>) -> Result<Reply, Refus
     encode_target(&mut head);
     live.caller.door.via.add(&mut head.headers, head.version);
     fields::forget(&mut head.extensions);
-    let body = RequestBody::caller(body, Rc::clone(&live.flow), said.named);
-    let mut request = Request::from_parts(head, body);
     if let Some(protocol) = &switch {
-        upgrade::ask(request.headers_mut(), protocol);
+        upgrade::ask(&mut head.headers, protocol);
     }
+    let body = RequestBody::caller(body, Rc::clone(&live.flow), said.named);
+    live.request = Some(Request::from_parts(head, body));
+    Ok(Decision::Send(pool, switch))
+}
 
+/// Does what was decided, within the rules.
+async fn act(live: &mut Live, decision: Decision) -> Result<Reply, Refusal> {
+    let (pool, switch) = match decision {
+        Decision::Send(pool, switch) => (pool, switch),
+        // Boxed, like everything that few requests meet.
+        Decision::Tunnel(pool, head) => return Box::pin(upgrade::connect(live, &pool, head)).await,
+        Decision::Reply(reply) => return Ok(reply),
+    };
+    // A place in flight, for as long as the exchange lasts.
+    if !enter(live, &pool) {
+        Box::pin(wait_in_queue(live, &pool)).await?;
+    }
     // One try. The answer is judged, and its body carries the exchange on.
     live.record.attempt(1, 1);
-    let answer = attempt::send(live, &pool, request, switch.is_some()).await?;
+    let answer = attempt::send(live, &pool, switch.is_some()).await?;
     if answer.status() == StatusCode::SWITCHING_PROTOCOLS {
-        return upgrade::switch(live, answer, switch).await;
+        return Box::pin(upgrade::switch(live, answer, switch)).await;
     }
     answer::from_upstream(live, answer)
 }
@@ -188,15 +219,21 @@ fn pool(live: &Live, target: &Target) -> Result<Rc<Pool>, Refusal> {
         .map_err(|error| Refusal::plain(Kind::TlsFailed, error.to_string()))
 }
 
-/// A place in flight: at once, or after a turn in the queue.
-async fn enter(live: &mut Live, pool: &Rc<Pool>) -> Result<(), Refusal> {
+/// Takes a place in flight, if there is one at once.
+fn enter(live: &mut Live, pool: &Rc<Pool>) -> bool {
+    let destination = live.view.destination(live.destination());
+    let Some(pass) = destination.gate.try_enter(destination.values.limits.in_flight.value) else {
+        return false;
+    };
+    live.hold(pass, Rc::clone(pool));
+    true
+}
+
+/// Takes a place in flight after a turn in the queue.
+async fn wait_in_queue(live: &mut Live, pool: &Rc<Pool>) -> Result<(), Refusal> {
     let view = Rc::clone(&live.view);
     let destination = view.destination(live.destination());
     let limits = &destination.values.limits;
-    if let Some(pass) = destination.gate.try_enter(limits.in_flight.value) {
-        live.hold(pass, Rc::clone(pool));
-        return Ok(());
-    }
     let began = Instant::now();
     let queue = destination.gate.enter(limits.in_flight.value, limits.queue.value);
     let waiting = pool.metrics.queued.hold();

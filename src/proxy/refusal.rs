@@ -105,14 +105,14 @@ impl Kind {
     /// The one table of all refusals. No `_`: a new kind has to be given a face.
     const fn face(self) -> Face {
         use Outcome as O;
-        use Side::{Caller, Hopguard, Upstream};
+        use Side::{Hopguard, Upstream};
         use StatusCode as S;
         type Row = (Outcome, StatusCode, Code, &'static str, &'static str, Side);
         let row: Row = match self {
             Self::RequestTimeout => (O::RequestTimeout, S::GATEWAY_TIMEOUT, Code::DeadlineExceeded, "http_response_timeout", "The call took too long", Hopguard),
             Self::PerTryTimeout => (O::PerTryTimeout, S::GATEWAY_TIMEOUT, Code::DeadlineExceeded, "http_response_timeout", "One try took too long", Hopguard),
-            Self::ConnectTimeout => (O::ConnectTimeout, S::GATEWAY_TIMEOUT, Code::Unavailable, "connection_timeout", "No connection in time", Hopguard),
-            Self::IdleTimeout => (O::IdleTimeout, S::GATEWAY_TIMEOUT, Code::Unavailable, "connection_read_timeout", "Nothing moved for too long", Hopguard),
+            Self::ConnectTimeout => (O::ConnectTimeout, S::GATEWAY_TIMEOUT, Code::DeadlineExceeded, "connection_timeout", "No connection in time", Hopguard),
+            Self::IdleTimeout => (O::IdleTimeout, S::GATEWAY_TIMEOUT, Code::DeadlineExceeded, "connection_read_timeout", "Nothing moved for too long", Hopguard),
             Self::MaxDuration => (O::MaxDuration, S::GATEWAY_TIMEOUT, Code::DeadlineExceeded, "connection_read_timeout", "The stream lived too long", Hopguard),
             Self::QueueFull => (O::QueueFull, S::SERVICE_UNAVAILABLE, Code::ResourceExhausted, "connection_limit_reached", "Too many calls at once", Hopguard),
             Self::QueueTimeout => (O::QueueTimeout, S::SERVICE_UNAVAILABLE, Code::ResourceExhausted, "connection_limit_reached", "Too many calls at once", Hopguard),
@@ -128,10 +128,10 @@ impl Kind {
             Self::UnknownMethod => (O::BadRequest, S::NOT_IMPLEMENTED, Code::Internal, "http_request_error", "The method is unknown", Hopguard),
             Self::UnknownExpectation => (O::BadRequest, S::EXPECTATION_FAILED, Code::Internal, "http_request_error", "The expectation is unknown", Hopguard),
             Self::HeaderTooLarge => (O::HeaderTooLarge, S::REQUEST_HEADER_FIELDS_TOO_LARGE, Code::ResourceExhausted, "http_request_error", "The header section is too long", Hopguard),
-            Self::CallerTimeout => (O::CallerTimeout, S::REQUEST_TIMEOUT, Code::DeadlineExceeded, "http_request_error", "The request came too slowly", Caller),
+            Self::CallerTimeout => (O::CallerTimeout, S::REQUEST_TIMEOUT, Code::DeadlineExceeded, "http_request_error", "The caller is too slow", Hopguard),
             Self::LoopDetected => (O::LoopDetected, S::BAD_GATEWAY, Code::Internal, "proxy_loop_detected", "The request goes in circles", Hopguard),
             Self::ConnectDenied => (O::ConnectDenied, S::FORBIDDEN, Code::PermissionDenied, "http_request_denied", "CONNECT is not allowed here", Hopguard),
-            Self::Draining => (O::Draining, S::SERVICE_UNAVAILABLE, Code::Unavailable, "destination_unavailable", "The proxy is shutting down", Hopguard),
+            Self::Draining => (O::Draining, S::SERVICE_UNAVAILABLE, Code::Unavailable, "destination_unavailable", "This listener is closing", Hopguard),
         };
         let (outcome, status, code, error, title, closed_by) = row;
         Face { outcome, status, code, error, title, closed_by }
@@ -169,7 +169,7 @@ impl Refusal {
     pub fn ends_connection(&self) -> bool {
         matches!(
             self.kind,
-            Kind::BadRequest | Kind::UnknownCoding | Kind::HeaderTooLarge | Kind::CallerTimeout | Kind::UnknownMethod
+            Kind::BadRequest | Kind::UnknownCoding | Kind::HeaderTooLarge | Kind::CallerTimeout | Kind::UnknownMethod | Kind::Draining
         )
     }
 

@@ -82,12 +82,14 @@ pub async fn http1(worker: Rc<Worker>, caller: Rc<Caller>, io: Io) {
         },
         End::Over(Err(error)) => {
             if error.is_parse() {
-                record_unread(&worker, &caller, &Refusal::plain(Kind::BadRequest, error.to_string()));
+                // hyper has answered already: 431 to a head that is too long, 400 to anything else.
+                let kind = if error.is_parse_too_large() { Kind::HeaderTooLarge } else { Kind::BadRequest };
+                record_unread(&worker, &caller, &Refusal::plain(kind, error.to_string()), Instant::now());
             }
             close(stream).await;
         }
-        End::SlowHead(refusal) => {
-            record_unread(&worker, &caller, &refusal);
+        End::SlowHead { refusal, since } => {
+            record_unread(&worker, &caller, &refusal, since);
             too_slow(stream, &refusal).await;
         }
         End::Silent => close(stream).await,
@@ -134,7 +136,7 @@ pub async fn http2(worker: Rc<Worker>, caller: Rc<Caller>, io: Io) {
 fn begin(worker: &Rc<Worker>, caller: &Rc<Caller>, request: Request<Incoming>) -> impl Future<Output = Answer> + use<> {
     let flow = Rc::new(Flow::new(Instant::now()));
     caller.keep(Rc::clone(&flow));
-    pipeline::call(Rc::clone(worker), Rc::clone(caller), flow, request)
+    pipeline::call(worker, caller, flow, request)
 }
 
 /// Runs the streams of one HTTP/2 connection, each as a task that ends when its caller does not take the answer.
@@ -168,13 +170,12 @@ where
 }
 
 /// Writes the record of a request that never became one.
-fn record_unread(worker: &Rc<Worker>, caller: &Caller, refusal: &Refusal) {
+fn record_unread(worker: &Rc<Worker>, caller: &Caller, refusal: &Refusal, began: Instant) {
     let hop = worker.view().policy.unrouted(caller.door.values.direction);
-    let now = Instant::now();
     let line = live::unread(caller);
-    let mut record = Exchange::begin(Rc::clone(&worker.shard), now, hop, Protocol::Http1, line);
+    let mut record = Exchange::begin(Rc::clone(&worker.shard), began, hop, Protocol::Http1, line);
     record.refuse(refusal.record());
-    record.head(now, refusal.status());
+    record.head(Instant::now(), refusal.status());
     record.complete();
 }
 

@@ -74,19 +74,26 @@ pub async fn switch(
     Ok(Reply::Tunnel(Response::from_parts(head, ResponseBody::empty()), upstream.with_prefix(early)))
 }
 
+/// Whether a listener opens tunnels at all.
+///
+/// # Errors
+/// If it is no forward proxy.
+pub fn may_connect(listener: &Listener) -> Result<(), Refusal> {
+    if listener.target == Towards::Forward {
+        return Ok(());
+    }
+    Err(Refusal::plain(Kind::ConnectDenied, "this listener leads to one destination and forwards to no other"))
+}
+
 /// CONNECT: a stream to the destination, without HTTP on it.
 ///
 /// # Errors
-/// If the listener is no forward proxy, or the destination cannot be reached.
+/// If the destination cannot be reached.
 pub async fn connect(
     live: &mut Live,
-    listener: &Listener,
     pool: &Rc<Pool>,
-    mut head: Parts,
+    mut head: Box<Parts>,
 ) -> Result<Reply, Refusal> {
-    if listener.target != Towards::Forward {
-        return Err(Refusal::plain(Kind::ConnectDenied, "this listener leads to one destination and forwards to no other"));
-    }
     live.record.set_protocol(Protocol::Tunnel);
     live.record.attempt(1, 1);
     let upstream = attempt::bare_stream(live, pool).await?;

@@ -23,7 +23,12 @@ pub enum End {
     /// hyper is done with it.
     Over(hyper::Result<()>),
     /// A head did not come in time.
-    SlowHead(Refusal),
+    SlowHead {
+        /// What the caller is told.
+        refusal: Refusal,
+        /// When its first byte came.
+        since: Instant,
+    },
     /// No request for too long.
     Silent,
     /// The caller did not take its answer.
@@ -84,13 +89,14 @@ impl Watch {
                 Poll::Pending => Poll::Pending,
             };
         }
-        self.next_state();
+        self.next_state(caller);
         match self.state {
             State::Busy => Poll::Pending,
             State::Idle { since, .. } => self.ring(cx, since + self.idle).map(|()| End::Silent),
             State::Head { since } => self.ring(cx, since + self.headers.value).map(|()| {
                 let detail = "the head of a request did not come in time";
-                End::SlowHead(Refusal::timed(Kind::CallerTimeout, "timeouts.headers", &self.headers, detail))
+                let refusal = Refusal::timed(Kind::CallerTimeout, "timeouts.headers", &self.headers, detail);
+                End::SlowHead { refusal, since }
             }),
         }
     }
@@ -114,10 +120,10 @@ impl Watch {
         }
     }
 
-    fn next_state(&mut self) {
+    fn next_state(&mut self, caller: &Caller) {
         let reads = self.activity.reads();
         self.state = match self.state {
-            State::Busy => State::Idle { since: Instant::now(), reads },
+            State::Busy => State::Idle { since: caller.over_at().unwrap_or_else(Instant::now), reads },
             State::Idle { reads: before, .. } if reads != before => State::Head { since: Instant::now() },
             State::Idle { since, reads } => State::Idle { since, reads },
             State::Head { since } => State::Head { since },

@@ -54,8 +54,11 @@ impl Gate {
             let turn = self.turn.notified();
             if let Some(pass) = self.take(limit) {
                 drop(place);
-                // There may be room for one more, for instance after the limit was raised.
-                self.call_next();
+                // There may be room for one more after the limit was raised. Nobody is called in vain, because whoever
+                // finds no room stands at the end of the queue again.
+                if self.in_flight.load(SeqCst) < limit {
+                    self.call_next();
+                }
                 return Ok(pass);
             }
             turn.await;

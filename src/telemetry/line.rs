@@ -157,11 +157,11 @@ fn json_connection(object: &mut Object<'_>, exchange: &Exchange) -> fmt::Result 
 fn json_refusal(out: &mut String, refusal: &RefusalRecord) -> fmt::Result {
     out.push('{');
     let mut object = Object { out, separator: "" };
-    object.string("rule", refusal.rule)?;
     for (key, value) in [
-        ("value", &refusal.value),
-        ("origin", &refusal.origin),
-        ("detail", &refusal.detail),
+        ("rule", refusal.rule),
+        ("value", refusal.value.as_str()),
+        ("origin", refusal.origin.as_str()),
+        ("detail", refusal.detail.as_str()),
     ] {
         if !value.is_empty() {
             object.string(key, value)?;
@@ -188,7 +188,9 @@ fn text(out: &mut String, entry: &Entry<'_>) -> fmt::Result {
         write!(out, " via {endpoint}")?;
     }
     if let Some(refusal) = exchange.refusal() {
-        write!(out, " {}", refusal.rule)?;
+        if !refusal.rule.is_empty() {
+            write!(out, " {}", refusal.rule)?;
+        }
         if !refusal.value.is_empty() {
             out.push('=');
             escape(out, &refusal.value, Quoting::Bare)?;

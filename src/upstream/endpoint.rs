@@ -22,6 +22,9 @@ use crate::upstream::http2::Http2;
 /// An HTTP/2 connection that nobody has used for so long is closed.
 const HTTP2_IDLE: Duration = Duration::from_secs(60);
 
+/// An endpoint that could not be reached is passed over for so long.
+const HOLD_OFF: Duration = Duration::from_secs(1);
+
 /// A close sooner than this teaches nothing: it is a restart, or an upstream that keeps nothing alive.
 const SHORTEST_LESSON: Duration = Duration::from_millis(100);
 
@@ -41,6 +44,8 @@ pub struct Endpoint {
     pub opening: Cell<bool>,
     /// Rung when that has succeeded or failed.
     pub opened: Notify,
+    /// Until when it is passed over, because it could not be reached.
+    held_off: Cell<Option<Instant>>,
     /// True if TLS agreed on HTTP/1.1 the last time; then nobody waits for a connection to share.
     pub chose_http1: Cell<bool>,
     metrics: DestinationMetrics,
@@ -68,6 +73,7 @@ impl Endpoint {
             lesson: Cell::new(None),
             opening: Cell::new(false),
             opened: Notify::new(),
+            held_off: Cell::new(None),
             chose_http1: Cell::new(false),
             metrics,
         })
@@ -125,13 +131,20 @@ impl Endpoint {
 
     /// Notes that a connection was opened.
     pub fn connected(&self) {
+        self.held_off.set(None);
         self.metrics.open.increment();
         self.metrics.connects.increment();
     }
 
-    /// Notes that a connection could not be opened.
-    pub fn refused(&self) {
+    /// Notes that a connection could not be opened; for a moment the endpoint is passed over where there are others.
+    pub fn refused(&self, now: Instant) {
         self.metrics.connect_failures.increment();
+        self.held_off.set(Some(now + HOLD_OFF));
+    }
+
+    /// True while it is passed over.
+    pub fn is_held_off(&self, now: Instant) -> bool {
+        self.held_off.get().is_some_and(|until| now < until)
     }
 
     /// Notes that a connection is gone.

@@ -3,13 +3,15 @@
 //! Its task ends with the last reference to it, or when the peer goes away.
 
 use std::cell::{Cell, RefCell};
+use std::future::poll_fn;
+use std::pin::Pin;
 use std::rc::Rc;
 use std::time::Duration;
 
 use http::{Request, Response};
 use hyper::body::Incoming;
 use hyper::client::conn::TrySendError;
-use hyper::client::conn::http2::{Builder, SendRequest};
+use hyper::client::conn::http2::{self, Builder, SendRequest};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::time::Instant;
 
@@ -25,11 +27,13 @@ const CONNECTION_WINDOW: u32 = 2 * 1024 * 1024;
 const PING_EVERY: Duration = Duration::from_secs(20);
 const PING_TIMEOUT: Duration = Duration::from_secs(10);
 
+type Connection = http2::Connection<TokioIo<Io>, RequestBody, LocalExecutor>;
+
 /// One connection.
 pub struct Http2 {
     sender: RefCell<SendRequest<RequestBody>>,
     streams: Cell<usize>,
-    limit: Rc<Cell<usize>>,
+    connection: Rc<RefCell<Connection>>,
     alive: Rc<Cell<bool>>,
     /// When it was opened.
     pub born: Instant,
@@ -39,7 +43,7 @@ pub struct Http2 {
 impl Http2 {
     /// Makes an open stream an HTTP/2 connection and starts its task.
     pub async fn new(io: Io, now: Instant) -> Result<Rc<Self>, hyper::Error> {
-        let (sender, mut connection) = Builder::new(LocalExecutor)
+        let (sender, connection) = Builder::new(LocalExecutor)
             .timer(TokioTimer::new())
             .initial_stream_window_size(STREAM_WINDOW)
             .initial_connection_window_size(CONNECTION_WINDOW)
@@ -47,24 +51,19 @@ impl Http2 {
             .keep_alive_timeout(PING_TIMEOUT)
             .handshake(TokioIo::new(io))
             .await?;
-        let limit = Rc::new(Cell::new(connection.current_max_send_streams()));
+        let connection: Rc<RefCell<Connection>> = Rc::new(RefCell::new(connection));
         let alive = Rc::new(Cell::new(true));
         let this = Rc::new(Self {
             sender: RefCell::new(sender),
             streams: Cell::new(0),
-            limit: Rc::clone(&limit),
+            connection: Rc::clone(&connection),
             alive: Rc::clone(&alive),
             born: now,
             idle_since: Cell::new(now),
         });
         tasks::spawn(async move {
-            std::future::poll_fn(|cx| {
-                let polled = std::pin::Pin::new(&mut connection).poll(cx);
-                limit.set(connection.current_max_send_streams());
-                // The error itself reaches the requests that were on the connection.
-                polled.map(|_| ())
-            })
-            .await;
+            // The error itself reaches the requests that were on the connection.
+            poll_fn(|cx| Pin::new(&mut *connection.borrow_mut()).poll(cx).map(|_| ())).await;
             alive.set(false);
         });
         Ok(this)
@@ -72,7 +71,8 @@ impl Http2 {
 
     /// True if one more request may be sent now.
     pub fn has_room(&self) -> bool {
-        self.is_alive() && self.streams.get() < self.limit.get()
+        // The peer may have changed its limit since, and only the connection itself knows.
+        self.is_alive() && self.streams.get() < self.connection.borrow().current_max_send_streams()
     }
 
     /// False once the peer or we have ended it.

@@ -76,13 +76,12 @@ impl Lease {
         keep: Duration,
         most: usize,
         announced: Option<Duration>,
+        now: Instant,
     ) {
-        if let Some(Carrier::Http1(mut connection)) = self.carrier.take() {
-            if connection.is_fresh(cx) {
-                self.endpoint.put_idle(connection, keep, most, announced, Instant::now());
-            } else {
-                self.endpoint.closed();
-            }
+        // What cannot be used again, or is shared anyway, ends as if it had been dropped.
+        let again = matches!(&mut self.carrier, Some(Carrier::Http1(connection)) if connection.is_fresh(cx));
+        if again && let Some(Carrier::Http1(connection)) = self.carrier.take() {
+            self.endpoint.put_idle(connection, keep, most, announced, now);
         }
     }
 
@@ -160,7 +159,8 @@ impl Pool {
         }
     }
 
-    fn pick_now(&self, now: Instant) -> Option<Rc<Endpoint>> {
+    /// The best endpoint now; `None` while no address is known.
+    pub fn pick_now(&self, now: Instant) -> Option<Rc<Endpoint>> {
         self.follow(now);
         let endpoints = self.endpoints.borrow();
         if let [only] = &endpoints[..] {
@@ -168,7 +168,19 @@ impl Pool {
         }
         let load = |position: usize| &endpoints[position].load;
         let best = balance::pick(endpoints.len(), load, &mut self.random.borrow_mut(), now)?;
-        Some(Rc::clone(&endpoints[best]))
+        let best = &endpoints[best];
+        if best.is_held_off(now)
+            && let Some(other) = endpoints.iter().find(|other| !other.is_held_off(now))
+        {
+            return Some(Rc::clone(other));
+        }
+        Some(Rc::clone(best))
+    }
+
+    /// An endpoint that can be tried after others could not be reached.
+    pub fn pick_other(&self, now: Instant) -> Option<Rc<Endpoint>> {
+        let other = self.pick_now(now)?;
+        (!other.is_held_off(now)).then_some(other)
     }
 
     /// Takes up changed addresses; an endpoint that stays keeps its connections and its load.
@@ -192,7 +204,7 @@ impl Pool {
     }
 
     /// A connection to `endpoint` that is open already.
-    pub async fn lend(&self, endpoint: &Rc<Endpoint>, want: Want) -> Option<Lease> {
+    pub async fn lend(&self, endpoint: &Rc<Endpoint>, want: Want, now: Instant) -> Option<Lease> {
         if want != Want::Http1
             && let Some(connection) = endpoint.shared()
         {
@@ -201,7 +213,7 @@ impl Pool {
         if want == Want::Http2 {
             return None;
         }
-        let idle = poll_fn(|cx| endpoint.take_idle(cx, Instant::now()).into()).await;
+        let idle = poll_fn(|cx| endpoint.take_idle(cx, now).into()).await;
         idle.map(|connection| Lease::new(Rc::clone(endpoint), Carrier::Http1(connection), true))
     }
 
@@ -213,7 +225,7 @@ impl Pool {
         // One caller opens an HTTP/2 connection, the others wait for it instead of opening one each.
         while endpoint.opening.get() {
             endpoint.opened.notified().await;
-            if let Some(lease) = self.lend(endpoint, want).await {
+            if let Some(lease) = self.lend(endpoint, want, Instant::now()).await {
                 return Ok(lease);
             }
         }
@@ -225,7 +237,7 @@ impl Pool {
         let dialled = self.handshake(endpoint, want).await;
         match &dialled {
             Ok(_) => endpoint.connected(),
-            Err(_) => endpoint.refused(),
+            Err(_) => endpoint.refused(Instant::now()),
         }
         let carrier = dialled?;
         if let Carrier::Http2(connection) = &carrier {

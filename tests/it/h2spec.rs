@@ -35,27 +35,12 @@ async fn the_http2_listener_conforms() {
     let results = run(&h2spec, mesh.addr("h2"), &folder.path().join("report.xml")).await;
     mesh.stop().await;
     assert!(results.len() >= LEAST, "only {} tests ran", results.len());
-    let failed: BTreeSet<&String> = results
-        .iter()
-        .filter(|(_, failed)| **failed)
-        .map(|(name, _)| name)
-        .collect();
+    let failed: BTreeSet<&String> = results.iter().filter(|(_, failed)| **failed).map(|(name, _)| name).collect();
     let known = known();
-    let unknown: Vec<_> = failed
-        .iter()
-        .filter(|name| !known.contains_key(name.as_str()))
-        .collect();
-    assert!(
-        unknown.is_empty(),
-        "{} of {} fail: {unknown:#?}",
-        failed.len(),
-        results.len()
-    );
+    let unknown: Vec<_> = failed.iter().filter(|name| !known.contains_key(name.as_str())).collect();
+    assert!(unknown.is_empty(), "{} of {} fail: {unknown:#?}", failed.len(), results.len());
     let stale: Vec<_> = known.keys().filter(|name| !failed.contains(name)).collect();
-    assert!(
-        stale.is_empty(),
-        "these hold and should leave h2spec-known.txt: {stale:#?}"
-    );
+    assert!(stale.is_empty(), "these hold and should leave h2spec-known.txt: {stale:#?}");
 }
 
 fn policy(upstream: SocketAddr) -> String {
@@ -79,8 +64,7 @@ async fn upstream(serving: &mut JoinSet<()>) -> SocketAddr {
     serving.spawn(async move {
         let mut connections = JoinSet::new();
         while let Ok((stream, _)) = listener.accept().await {
-            let connection =
-                http1::Builder::new().serve_connection(TokioIo::new(stream), service_fn(answer));
+            let connection = http1::Builder::new().serve_connection(TokioIo::new(stream), service_fn(answer));
             connections.spawn(async move { connection.await.is_ok() });
         }
     });
@@ -95,23 +79,12 @@ async fn answer(request: Request<Incoming>) -> Result<Response<Full<Bytes>>, Inf
 /// Every test by `package: title`, and whether it failed.
 async fn run(h2spec: &Path, addr: SocketAddr, report: &Path) -> BTreeMap<String, bool> {
     let mut command = Command::new(h2spec);
-    command
-        .arg("--host")
-        .arg(addr.ip().to_string())
-        .arg("--port")
-        .arg(addr.port().to_string());
-    command
-        .arg("--timeout")
-        .arg("2")
-        .arg("--junit-report")
-        .arg(report)
-        .kill_on_drop(true);
+    command.arg("--host").arg(addr.ip().to_string()).arg("--port").arg(addr.port().to_string());
+    command.arg("--timeout").arg("2").arg("--junit-report").arg(report).kill_on_drop(true);
     let ended = timeout(Duration::from_secs(120), command.output()).await;
     let output = ended.expect("it ends in time").expect("it starts");
     let text = std::fs::read_to_string(report);
-    results(
-        &text.unwrap_or_else(|_| panic!("no report: {}", String::from_utf8_lossy(&output.stdout))),
-    )
+    results(&text.unwrap_or_else(|_| panic!("no report: {}", String::from_utf8_lossy(&output.stdout))))
 }
 
 /// Reads the few things that matter out of the report.
@@ -119,11 +92,7 @@ fn results(report: &str) -> BTreeMap<String, bool> {
     let cases = report.split("<testcase ").skip(1);
     cases
         .map(|case| {
-            let name = format!(
-                "{}: {}",
-                attribute(case, "package"),
-                attribute(case, "classname")
-            );
+            let name = format!("{}: {}", attribute(case, "package"), attribute(case, "classname"));
             let body = case.split("</testcase>").next().unwrap_or_default();
             (name, body.contains("<failure") || body.contains("<error"))
         })
@@ -132,25 +101,15 @@ fn results(report: &str) -> BTreeMap<String, bool> {
 
 fn attribute(tag: &str, name: &str) -> String {
     let start = format!("{name}=\"");
-    let value = tag
-        .split(start.as_str())
-        .nth(1)
-        .and_then(|rest| rest.split('"').next());
-    value
-        .unwrap_or_default()
-        .replace("&#39;", "'")
-        .replace("&quot;", "\"")
-        .replace("&lt;", "<")
-        .replace("&amp;", "&")
+    let value = tag.split(start.as_str()).nth(1).and_then(|rest| rest.split('"').next());
+    value.unwrap_or_default().replace("&#39;", "'").replace("&quot;", "\"").replace("&lt;", "<").replace("&amp;", "&")
 }
 
 /// `PACKAGE: TITLE = REASON`, one a line.
 fn known() -> BTreeMap<String, String> {
     let path: PathBuf = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/peers/h2spec-known.txt");
     let text = std::fs::read_to_string(path).expect("part of the repository");
-    let lines = text
-        .lines()
-        .filter(|line| !line.trim().is_empty() && !line.starts_with('#'));
+    let lines = text.lines().filter(|line| !line.trim().is_empty() && !line.starts_with('#'));
     lines
         .map(|line| {
             let (name, reason) = line.split_once(" = ").expect("NAME = REASON");

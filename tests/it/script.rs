@@ -33,21 +33,14 @@ impl Server {
             .expect("the interpreter starts");
         let input = child.stdin.take().expect("piped");
         let lines = BufReader::new(child.stdout.take().expect("piped")).lines();
-        let mut server = Server {
-            _child: child,
-            input,
-            lines,
-            ready: Value::Null,
-        };
+        let mut server = Server { _child: child, input, lines, ready: Value::Null };
         server.ready = server.line().await;
         server
     }
 
     /// The port that it listens on, by the name it gave it.
     pub(crate) fn port(&self, name: &str) -> u64 {
-        self.ready[name]
-            .as_u64()
-            .expect("a server says where it listens")
+        self.ready[name].as_u64().expect("a server says where it listens")
     }
 
     /// What it has seen so far.
@@ -57,17 +50,12 @@ impl Server {
 
     /// What it has seen once that is as wanted, or after ten seconds all the same.
     pub(crate) async fn report_when(&mut self, wanted: &Value) -> Value {
-        self.input
-            .write_all(format!("{wanted}\n").as_bytes())
-            .await
-            .expect("the server runs");
+        self.input.write_all(format!("{wanted}\n").as_bytes()).await.expect("the server runs");
         self.line().await
     }
 
     async fn line(&mut self) -> Value {
-        let line = timeout(PATIENCE, self.lines.next_line())
-            .await
-            .expect("the server answers in time");
+        let line = timeout(PATIENCE, self.lines.next_line()).await.expect("the server answers in time");
         let line = line.expect("readable").expect("the server runs");
         serde_json::from_str(&line).expect("the server prints JSON")
     }
@@ -76,22 +64,13 @@ impl Server {
 /// Runs a client to its end and reads its report.
 pub(crate) async fn client(python: &Path, script: &str, target: &str, cases: &[&str]) -> Value {
     let mut command = Command::new(python);
-    command
-        .arg(path(script))
-        .arg(target)
-        .args(cases)
-        .stdin(Stdio::null())
-        .kill_on_drop(true);
-    let output = timeout(PATIENCE, command.output())
-        .await
-        .expect("the client ends in time");
+    command.arg(path(script)).arg(target).args(cases).stdin(Stdio::null()).kill_on_drop(true);
+    let output = timeout(PATIENCE, command.output()).await.expect("the client ends in time");
     let output = output.expect("the interpreter starts");
     let report = serde_json::from_slice(&output.stdout);
     report.unwrap_or_else(|_| panic!("{script}: {}", String::from_utf8_lossy(&output.stderr)))
 }
 
 fn path(script: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/peers")
-        .join(script)
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/peers").join(script)
 }

@@ -48,23 +48,14 @@ struct Progress {
 /// Does the steps of a case, then asks the probe on the same connection, and reads to the end.
 pub(crate) async fn talk(proxy: SocketAddr, case: &Case, host: &str) -> Talk {
     let asked = asked(case);
-    let wanted = case
-        .verdicts
-        .iter()
-        .map(|v| v.receives.len().max(v.forwards.len()))
-        .max()
-        .unwrap_or(0);
+    let wanted = case.verdicts.iter().map(|v| v.receives.len().max(v.forwards.len())).max().unwrap_or(0);
     let stream = TcpStream::connect(proxy).await.expect("the proxy listens");
     let _unneeded = stream.set_nodelay(true);
     let (reader, writer) = stream.into_split();
     let (tell, told) = watch::channel(Progress::default());
     let mut bytes = Vec::new();
-    let conversation = async {
-        tokio::join!(
-            read(reader, &mut bytes, &asked, tell),
-            write(writer, case, wanted.max(1), host, told)
-        )
-    };
+    let conversation =
+        async { tokio::join!(read(reader, &mut bytes, &asked, tell), write(writer, case, wanted.max(1), host, told)) };
     let hung = timeout(PATIENCE, conversation).await.is_err();
     conclude(bytes, &asked, hung)
 }
@@ -82,11 +73,7 @@ pub(crate) async fn sync(proxy: SocketAddr, host: &str) -> Result<(), String> {
     let right = text.starts_with("http/1.1 200")
         && text.contains(&format!("x-probe: {SYNC}\r\n"))
         && text.ends_with("\r\n\r\nok");
-    if right {
-        Ok(())
-    } else {
-        Err(format!("the next call got {text:?} ({ended:?})"))
-    }
+    if right { Ok(()) } else { Err(format!("the next call got {text:?} ({ended:?})")) }
 }
 
 fn probe(target: &str, host: &str) -> Vec<u8> {
@@ -97,27 +84,16 @@ fn probe(target: &str, host: &str) -> Vec<u8> {
 fn asked(case: &Case) -> Asked {
     let sent = case.sent();
     let start = sent.trim_ascii_start();
-    let line = start
-        .split(|b| matches!(b, b'\r' | b'\n'))
-        .next()
-        .unwrap_or_default();
+    let line = start.split(|b| matches!(b, b'\r' | b'\n')).next().unwrap_or_default();
     let line = String::from_utf8_lossy(line);
     let mut methods = vec![line.split(' ').next().unwrap_or_default().to_owned()];
     if let Some(verdict) = case.verdicts.iter().max_by_key(|v| v.forwards.len()) {
         methods.extend(verdict.forwards.iter().skip(1).map(|f| f.method.clone()));
     }
-    Asked {
-        methods,
-        http10: line.ends_with("HTTP/1.0"),
-    }
+    Asked { methods, http10: line.ends_with("HTTP/1.0") }
 }
 
-async fn read(
-    mut reader: OwnedReadHalf,
-    bytes: &mut Vec<u8>,
-    asked: &Asked,
-    tell: watch::Sender<Progress>,
-) {
+async fn read(mut reader: OwnedReadHalf, bytes: &mut Vec<u8>, asked: &Asked, tell: watch::Sender<Progress>) {
     let mut buffer = vec![0; 64 * 1024];
     loop {
         let count = reader.read(&mut buffer).await.unwrap_or(0);
@@ -128,13 +104,7 @@ async fn read(
         let switched = matches!(tail, Tail::Opaque(_));
         // What follows broken bytes cannot be told apart, and waiting for it would only look like a hang.
         let ended = count == 0 || matches!(tail, Tail::Broken(_));
-        let _writer_done = tell.send(Progress {
-            finals: found.len(),
-            interim,
-            switched,
-            echoed,
-            ended,
-        });
+        let _writer_done = tell.send(Progress { finals: found.len(), interim, switched, echoed, ended });
         if ended {
             return;
         }
@@ -152,14 +122,10 @@ async fn write(
         // A refused caller may find the connection closed while it still writes; what counts is what it reads.
         let _ended = match step {
             Step::Send(bytes) => writer.write_all(bytes).await.is_ok(),
-            Step::AwaitInterim(status) => told
-                .wait_for(|p| p.interim.contains(status) || p.ended || p.finals > 0)
-                .await
-                .is_ok(),
-            Step::AwaitAnswers(count) => told
-                .wait_for(|p| p.finals >= *count || p.ended)
-                .await
-                .is_ok(),
+            Step::AwaitInterim(status) => {
+                told.wait_for(|p| p.interim.contains(status) || p.ended || p.finals > 0).await.is_ok()
+            }
+            Step::AwaitAnswers(count) => told.wait_for(|p| p.finals >= *count || p.ended).await.is_ok(),
         };
     }
     if case.caller_closes {
@@ -167,10 +133,7 @@ async fn write(
         let _ended = told.wait_for(|p| p.ended).await.is_ok();
         return;
     }
-    let switched = told
-        .wait_for(|p| p.finals >= wanted || p.ended)
-        .await
-        .is_ok_and(|p| p.switched);
+    let switched = told.wait_for(|p| p.finals >= wanted || p.ended).await.is_ok_and(|p| p.switched);
     if switched {
         let _gone = writer.write_all(THROUGH).await;
         let _ended = told.wait_for(|p| p.echoed || p.ended).await.is_ok();
@@ -184,14 +147,7 @@ async fn write(
 fn conclude(bytes: Vec<u8>, asked: &Asked, hung: bool) -> Talk {
     let (answers, rest) = strict::responses(&bytes, asked, !hung);
     let echoed = matches!(&rest, Tail::Opaque(after) if after.ends_with(THROUGH));
-    let mut talk = Talk {
-        bytes,
-        answers,
-        rest,
-        stayed_open: false,
-        hung,
-        echoed,
-    };
+    let mut talk = Talk { bytes, answers, rest, stayed_open: false, hung, echoed };
     let to_probe = |m: &Message| m.values("x-probe").contains(&END.as_bytes());
     if talk.answers.last().is_some_and(to_probe) {
         talk.answers.pop();

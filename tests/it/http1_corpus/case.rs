@@ -161,13 +161,11 @@ pub(crate) fn parse(file: &str, text: &str) -> Result<Vec<Case>, String> {
             cases.push(Case::named(name.trim(), &place));
         } else if !(line.trim().is_empty() || line.starts_with('#')) {
             let case = cases.last_mut().ok_or(format!("{place}: no case yet"))?;
-            case.line(line)
-                .map_err(|problem| format!("{place}: {problem}: {line}"))?;
+            case.line(line).map_err(|problem| format!("{place}: {problem}: {line}"))?;
         }
     }
     for case in &mut cases {
-        case.finish()
-            .map_err(|problem| format!("{}: {}: {problem}", case.place, case.name))?;
+        case.finish().map_err(|problem| format!("{}: {}: {problem}", case.place, case.name))?;
     }
     Ok(cases)
 }
@@ -254,8 +252,7 @@ impl Case {
             }
             let answers_only = verdict.forwards.is_empty() && verdict.refused.is_empty();
             let script = &self.answer;
-            let scripted =
-                script.nothing || !(script.bytes.is_empty() && script.interim.is_empty());
+            let scripted = script.nothing || !(script.bytes.is_empty() && script.interim.is_empty());
             verdict.any_request = answers_only && scripted;
         }
         Ok(())
@@ -315,18 +312,8 @@ impl Verdict {
                 cut: false,
                 tunnel: false,
             }),
-            "cut" => {
-                self.receives
-                    .last_mut()
-                    .ok_or("`cut` follows `receives`")?
-                    .cut = true
-            }
-            "tunnel" => {
-                self.receives
-                    .last_mut()
-                    .ok_or("`tunnel` follows `receives`")?
-                    .tunnel = true
-            }
+            "cut" => self.receives.last_mut().ok_or("`cut` follows `receives`")?.cut = true,
+            "tunnel" => self.receives.last_mut().ok_or("`tunnel` follows `receives`")?.tunnel = true,
             _ => self.message()?.line(word, rest)?,
         }
         Ok(())
@@ -338,9 +325,7 @@ impl Verdict {
             return Ok(&mut received.message);
         }
         let forwarded = self.forwards.last_mut();
-        forwarded
-            .map(|f| &mut f.message)
-            .ok_or_else(|| "not a line of this format".to_owned())
+        forwarded.map(|f| &mut f.message).ok_or_else(|| "not a line of this format".to_owned())
     }
 }
 
@@ -363,12 +348,9 @@ impl Expected {
             "~" => {
                 let (name, part) = pair()?;
                 let part = unescape(part.trim_start())?;
-                self.fields
-                    .push(FieldCheck::Contains(name.to_ascii_lowercase(), part));
+                self.fields.push(FieldCheck::Contains(name.to_ascii_lowercase(), part));
             }
-            "-" => self
-                .fields
-                .push(FieldCheck::Absent(rest.trim().to_ascii_lowercase())),
+            "-" => self.fields.push(FieldCheck::Absent(rest.trim().to_ascii_lowercase())),
             "body" => self.body = Some(unescape(rest)?),
             "trailer" => {
                 let (name, value) = pair()?;
@@ -387,21 +369,12 @@ fn push_line(bytes: &mut Vec<u8>, line: Vec<u8>) {
 }
 
 fn number(text: &str) -> Result<u16, String> {
-    text.trim()
-        .parse()
-        .map_err(|_| "a number is wanted".to_owned())
+    text.trim().parse().map_err(|_| "a number is wanted".to_owned())
 }
 
 fn numbers(text: &str) -> Result<Vec<u16>, String> {
-    let found: Vec<u16> = text
-        .split_whitespace()
-        .map(number)
-        .collect::<Result<_, _>>()?;
-    if found.is_empty() {
-        Err("at least one status".to_owned())
-    } else {
-        Ok(found)
-    }
+    let found: Vec<u16> = text.split_whitespace().map(number).collect::<Result<_, _>>()?;
+    if found.is_empty() { Err("at least one status".to_owned()) } else { Ok(found) }
 }
 
 /// `\r \n \t \0 \\ \xHH`, and `\{3*ab}` for `ababab`; everything else stands for itself.
@@ -411,10 +384,7 @@ fn unescape(text: &str) -> Result<Vec<u8>, String> {
     while let Some(at) = rest.find('\\') {
         out.extend(&rest.as_bytes()[..at]);
         rest = &rest[at + 1..];
-        let mark = rest
-            .chars()
-            .next()
-            .ok_or("a lone backslash ends the line")?;
+        let mark = rest.chars().next().ok_or("a lone backslash ends the line")?;
         let used = match mark {
             'x' => {
                 let digits = rest.get(1..3).ok_or("\\x wants two digits")?;

@@ -43,18 +43,13 @@ pub(crate) fn judge(case: &Case, outcome: &Outcome) -> Vec<String> {
         }
     };
     if upstreamed.left_open > 0 {
-        problems.push(
-            "a request was left unfinished at the upstream, on an open connection".to_owned(),
-        );
+        problems.push("a request was left unfinished at the upstream, on an open connection".to_owned());
     }
     if outcome.next_call.is_ok() && upstreamed.synced != 1 {
         problems.push(format!("the next call arrived {} times", upstreamed.synced));
     }
-    let differences: Vec<Vec<String>> = case
-        .verdicts
-        .iter()
-        .map(|verdict| differences(verdict, &outcome.talk, &upstreamed))
-        .collect();
+    let differences: Vec<Vec<String>> =
+        case.verdicts.iter().map(|verdict| differences(verdict, &outcome.talk, &upstreamed)).collect();
     if !differences.iter().any(Vec::is_empty) {
         for (index, found) in differences.iter().enumerate() {
             problems.push(format!("outcome {}: {}", index + 1, found.join("; ")));
@@ -64,23 +59,14 @@ pub(crate) fn judge(case: &Case, outcome: &Outcome) -> Vec<String> {
 }
 
 fn read(seen: &[Seen]) -> Result<Upstreamed, String> {
-    let mut all = Upstreamed {
-        requests: Vec::new(),
-        partial: 0,
-        left_open: 0,
-        synced: 0,
-    };
+    let mut all = Upstreamed { requests: Vec::new(), partial: 0, left_open: 0, synced: 0 };
     for connection in seen {
         let (requests, tail) = strict::requests(&connection.bytes);
         if let Tail::Broken(breach) = tail {
             return Err(breach);
         }
         all.synced += requests.iter().filter(|r| r.start.1 == SYNC).count();
-        all.requests.extend(
-            requests
-                .into_iter()
-                .filter(|r| r.start.1 != SYNC && r.start.1 != END),
-        );
+        all.requests.extend(requests.into_iter().filter(|r| r.start.1 != SYNC && r.start.1 != END));
         if !matches!(tail, Tail::Clean) {
             all.partial += 1;
             all.left_open += usize::from(!connection.ended);
@@ -99,10 +85,7 @@ fn differences(verdict: &Verdict, talk: &Talk, upstreamed: &Upstreamed) -> Vec<S
     } else {
         if count != verdict.forwards.len() {
             let targets: Vec<_> = upstreamed.requests.iter().map(|r| &r.start).collect();
-            found.push(format!(
-                "the upstream saw {count} requests instead of {}: {targets:?}",
-                verdict.forwards.len()
-            ));
+            found.push(format!("the upstream saw {count} requests instead of {}: {targets:?}", verdict.forwards.len()));
         }
         if upstreamed.partial > 0 && !verdict.partial {
             found.push("the upstream saw the beginning of a request".to_owned());
@@ -120,10 +103,7 @@ fn differences(verdict: &Verdict, talk: &Talk, upstreamed: &Upstreamed) -> Vec<S
 
 fn forwarded(wanted: &Forwarded, request: &Message, found: &mut Vec<String>) {
     if request.start != (wanted.method.clone(), wanted.target.clone()) {
-        found.push(format!(
-            "{:?} instead of {} {}",
-            request.start, wanted.method, wanted.target
-        ));
+        found.push(format!("{:?} instead of {} {}", request.start, wanted.method, wanted.target));
     }
     let empty = Vec::new();
     let body = wanted.message.body.as_ref().unwrap_or(&empty);
@@ -134,12 +114,8 @@ fn forwarded(wanted: &Forwarded, request: &Message, found: &mut Vec<String>) {
 fn answers(verdict: &Verdict, talk: &Talk, found: &mut Vec<String>) {
     let mut expected: Vec<Received> = verdict.receives.clone();
     if expected.is_empty() {
-        let plain = |_: &Forwarded| Received {
-            statuses: vec![200],
-            message: Expected::default(),
-            cut: false,
-            tunnel: false,
-        };
+        let plain =
+            |_: &Forwarded| Received { statuses: vec![200], message: Expected::default(), cut: false, tunnel: false };
         expected.extend(verdict.forwards.iter().map(plain));
     }
     if !verdict.refused.is_empty() {
@@ -161,22 +137,11 @@ fn answers(verdict: &Verdict, talk: &Talk, found: &mut Vec<String>) {
         return;
     }
     if cut != expected.last().is_some_and(|e| e.cut) {
-        found.push(
-            if cut {
-                "the last answer is cut"
-            } else {
-                "no answer is cut"
-            }
-            .to_owned(),
-        );
+        found.push(if cut { "the last answer is cut" } else { "no answer is cut" }.to_owned());
     }
     if got.len() != expected.len() {
         let statuses: Vec<u16> = got.iter().map(Message::status).collect();
-        found.push(format!(
-            "{} answers instead of {}: {statuses:?}",
-            got.len(),
-            expected.len()
-        ));
+        found.push(format!("{} answers instead of {}: {statuses:?}", got.len(), expected.len()));
     }
     for (wanted, answer) in expected.iter().zip(&got) {
         received(wanted, answer, talk, found);
@@ -185,11 +150,7 @@ fn answers(verdict: &Verdict, talk: &Talk, found: &mut Vec<String>) {
 
 fn received(wanted: &Received, answer: &Message, talk: &Talk, found: &mut Vec<String>) {
     if !wanted.statuses.contains(&answer.status()) {
-        found.push(format!(
-            "status {} instead of {:?}",
-            answer.status(),
-            wanted.statuses
-        ));
+        found.push(format!("status {} instead of {:?}", answer.status(), wanted.statuses));
     }
     let body = wanted.message.body.as_ref();
     if wanted.cut {
@@ -208,21 +169,15 @@ fn received(wanted: &Received, answer: &Message, talk: &Talk, found: &mut Vec<St
 fn message(wanted: &Expected, message: &Message, body: Option<&Vec<u8>>, found: &mut Vec<String>) {
     for check in &wanted.fields {
         let (name, right) = match check {
-            FieldCheck::Exactly(name, values) => (
-                name,
-                message.values(name) == values.iter().map(Vec::as_slice).collect::<Vec<_>>(),
-            ),
-            FieldCheck::Absent(name) => (
-                name,
-                message.values(name).is_empty() && message.trailers.iter().all(|t| t.0 != *name),
-            ),
-            FieldCheck::Contains(name, part) => (
-                name,
-                message
-                    .values(name)
-                    .iter()
-                    .any(|v| v.windows(part.len()).any(|w| w == &part[..])),
-            ),
+            FieldCheck::Exactly(name, values) => {
+                (name, message.values(name) == values.iter().map(Vec::as_slice).collect::<Vec<_>>())
+            }
+            FieldCheck::Absent(name) => {
+                (name, message.values(name).is_empty() && message.trailers.iter().all(|t| t.0 != *name))
+            }
+            FieldCheck::Contains(name, part) => {
+                (name, message.values(name).iter().any(|v| v.windows(part.len()).any(|w| w == &part[..])))
+            }
         };
         if !right {
             let values: Vec<String> = message.values(name).iter().map(|v| short(v)).collect();
@@ -243,9 +198,5 @@ fn message(wanted: &Expected, message: &Message, body: Option<&Vec<u8>>, found: 
 pub(crate) fn short(bytes: &[u8]) -> String {
     let shown = bytes[..bytes.len().min(700)].escape_ascii().to_string();
     let more = bytes.len().saturating_sub(700);
-    if more > 0 {
-        format!("{shown}… and {more} bytes more")
-    } else {
-        shown
-    }
+    if more > 0 { format!("{shown}… and {more} bytes more") } else { shown }
 }

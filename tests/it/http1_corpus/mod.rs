@@ -47,17 +47,9 @@ async fn nothing_ambiguous_passes_and_nothing_legal_is_refused() {
         }
     }
     for name in allowed.keys().filter(|name| !failed.contains(*name)) {
-        let _ = writeln!(
-            report,
-            "\n{name}: allowed to fail, but it holds: take it out of allowances.txt"
-        );
+        let _ = writeln!(report, "\n{name}: allowed to fail, but it holds: take it out of allowances.txt");
     }
-    assert!(
-        report.is_empty(),
-        "{} of {} cases fail{report}",
-        failed.len(),
-        cases.len()
-    );
+    assert!(report.is_empty(), "{} of {} cases fail{report}", failed.len(), cases.len());
 }
 
 #[test]
@@ -66,39 +58,18 @@ fn the_corpus_is_large_and_every_case_has_its_own_name() {
     let names: BTreeSet<&str> = cases.iter().map(|case| case.name.as_str()).collect();
     assert_eq!(names.len(), cases.len(), "two cases have one name");
     let legal = cases.iter().filter(|case| case.legal).count();
-    assert!(
-        cases.len() - legal >= 150,
-        "{} bad cases",
-        cases.len() - legal
-    );
+    assert!(cases.len() - legal >= 150, "{} bad cases", cases.len() - legal);
     assert!(legal >= 40, "{legal} legal cases");
-    let without = cases
-        .iter()
-        .filter(|case| !case.section.starts_with("RFC "))
-        .map(|case| &case.place);
-    assert_eq!(
-        without.collect::<Vec<_>>(),
-        Vec::<&String>::new(),
-        "each case names the section it is about"
-    );
-    let unknown: Vec<String> = allowances()
-        .into_keys()
-        .filter(|name| !names.contains(name.as_str()))
-        .collect();
-    assert_eq!(
-        unknown,
-        Vec::<String>::new(),
-        "allowances name cases that are not there"
-    );
+    let without = cases.iter().filter(|case| !case.section.starts_with("RFC ")).map(|case| &case.place);
+    assert_eq!(without.collect::<Vec<_>>(), Vec::<&String>::new(), "each case names the section it is about");
+    let unknown: Vec<String> = allowances().into_keys().filter(|name| !names.contains(name.as_str())).collect();
+    assert_eq!(unknown, Vec::<String>::new(), "allowances name cases that are not there");
 }
 
 /// `NAME: REASON`, one a line.
 fn allowances() -> BTreeMap<String, String> {
-    let text =
-        std::fs::read_to_string(folder().join("allowances.txt")).expect("part of the repository");
-    let lines = text
-        .lines()
-        .filter(|line| !line.trim().is_empty() && !line.starts_with('#'));
+    let text = std::fs::read_to_string(folder().join("allowances.txt")).expect("part of the repository");
+    let lines = text.lines().filter(|line| !line.trim().is_empty() && !line.starts_with('#'));
     lines
         .map(|line| {
             let (name, reason) = line.split_once(": ").expect("NAME: REASON");
@@ -119,21 +90,13 @@ async fn play(group: &[Case]) -> Vec<(Case, Outcome, Vec<String>)> {
     for (index, upstream) in upstreams.into_iter().enumerate() {
         let host = format!("c{index}.test");
         let case = group[index].for_host(&host);
-        let door = if case.forward {
-            mesh.addr("forward")
-        } else {
-            mesh.addr(&format!("c{index}"))
-        };
+        let door = if case.forward { mesh.addr("forward") } else { mesh.addr(&format!("c{index}")) };
         let reverse = mesh.addr(&format!("c{index}"));
         playing.spawn(async move {
             let talk = caller::talk(door, &case, &host).await;
             let next_call = caller::sync(reverse, &host).await;
             let _unsettled = timeout(Duration::from_millis(1500), upstream.settled()).await;
-            let outcome = Outcome {
-                talk,
-                seen: upstream.seen(),
-                next_call,
-            };
+            let outcome = Outcome { talk, seen: upstream.seen(), next_call };
             let problems = judge(&case, &outcome);
             (index, case, outcome, problems)
         });
@@ -141,23 +104,17 @@ async fn play(group: &[Case]) -> Vec<(Case, Outcome, Vec<String>)> {
     let mut all = playing.join_all().await;
     mesh.stop().await;
     all.sort_by_key(|(index, ..)| *index);
-    all.into_iter()
-        .map(|(_, case, outcome, problems)| (case, outcome, problems))
-        .collect()
+    all.into_iter().map(|(_, case, outcome, problems)| (case, outcome, problems)).collect()
 }
 
 /// Short limits, so that a case which waits for one of them ends within the patience of the caller.
 fn policy(upstreams: &[Upstream]) -> String {
     let listener = "timeouts: { headers: 1s, idle: 2s }, maxHeaderSize: 64KiB";
-    let mut listeners =
-        format!("  - {{ name: forward, bind: \"127.0.0.1:0\", forward: true, {listener} }}\n");
+    let mut listeners = format!("  - {{ name: forward, bind: \"127.0.0.1:0\", forward: true, {listener} }}\n");
     let mut destinations = String::new();
     for (index, upstream) in upstreams.iter().enumerate() {
         let addr = upstream.addr();
-        let _ = writeln!(
-            listeners,
-            "  - {{ name: c{index}, bind: \"127.0.0.1:0\", to: c{index}, {listener} }}"
-        );
+        let _ = writeln!(listeners, "  - {{ name: c{index}, bind: \"127.0.0.1:0\", to: c{index}, {listener} }}");
         let _ = writeln!(
             destinations,
             "  - {{ name: c{index}, hosts: [c{index}.test], endpoints: [\"{addr}\"], protocol: http1 }}"
@@ -172,11 +129,7 @@ fn policy(upstreams: &[Upstream]) -> String {
 
 fn describe(report: &mut String, case: &Case, outcome: &Outcome, problems: &[String]) {
     let kind = if case.legal { "legal" } else { "breaks" };
-    let _ = writeln!(
-        report,
-        "\n\n{} ({}; {kind} {})",
-        case.name, case.place, case.section
-    );
+    let _ = writeln!(report, "\n\n{} ({}; {kind} {})", case.name, case.place, case.section);
     for problem in problems {
         let _ = writeln!(report, "  - {problem}");
     }

@@ -64,20 +64,14 @@ impl Message {
     /// The values of a field, in order.
     pub(crate) fn values(&self, name: &str) -> Vec<&[u8]> {
         let same = |field: &&Field| field.0 == name;
-        self.fields
-            .iter()
-            .filter(same)
-            .map(|field| field.1.as_slice())
-            .collect()
+        self.fields.iter().filter(same).map(|field| field.1.as_slice()).collect()
     }
 
     /// Whether one of a field's lines holds this list element, without regard to case.
     pub(crate) fn lists(&self, name: &str, element: &str) -> bool {
-        self.values(name).iter().any(|value| {
-            value
-                .split(|b| *b == b',')
-                .any(|e| e.trim_ascii().eq_ignore_ascii_case(element.as_bytes()))
-        })
+        self.values(name)
+            .iter()
+            .any(|value| value.split(|b| *b == b',').any(|e| e.trim_ascii().eq_ignore_ascii_case(element.as_bytes())))
     }
 
     /// The status of an answer.
@@ -110,31 +104,18 @@ pub(crate) fn responses(bytes: &[u8], asked: &Asked, ended: bool) -> Reading {
     loop {
         if reader.rest().is_empty() {
             let clean = interim.is_empty();
-            return (
-                done,
-                if clean {
-                    Tail::Clean
-                } else {
-                    Tail::Partial { head: None }
-                },
-            );
+            return (done, if clean { Tail::Clean } else { Tail::Partial { head: None } });
         }
         let method = asked.methods.get(done.len()).map_or("GET", String::as_str);
         match response(&mut reader, method, asked.http10, ended) {
             Ok(Ok(message)) if message.status() == 101 => {
                 let opaque = reader.rest().to_vec();
-                done.push(Message {
-                    interim: std::mem::take(&mut interim),
-                    ..message
-                });
+                done.push(Message { interim: std::mem::take(&mut interim), ..message });
                 return (done, Tail::Opaque(opaque));
             }
             Ok(Ok(message)) if message.status() < 200 => interim.push(message.status()),
             Ok(Ok(message)) => {
-                done.push(Message {
-                    interim: std::mem::take(&mut interim),
-                    ..message
-                });
+                done.push(Message { interim: std::mem::take(&mut interim), ..message });
             }
             Ok(Err(head)) => return (done, Tail::Partial { head }),
             Err(breach) => return (done, Tail::Broken(breach)),
@@ -144,18 +125,8 @@ pub(crate) fn responses(bytes: &[u8], asked: &Asked, ended: bool) -> Reading {
 
 /// Interim statuses seen so far, also those whose final answer has not come.
 pub(crate) fn interim_statuses(bytes: &[u8]) -> Vec<u16> {
-    let heads = bytes
-        .split(|b| *b == b'\n')
-        .filter_map(|line| line.strip_prefix(b"HTTP/1.1 1"));
-    heads
-        .filter_map(|rest| {
-            std::str::from_utf8(rest.get(..2)?)
-                .ok()?
-                .parse::<u16>()
-                .ok()
-        })
-        .map(|n| 100 + n)
-        .collect()
+    let heads = bytes.split(|b| *b == b'\n').filter_map(|line| line.strip_prefix(b"HTTP/1.1 1"));
+    heads.filter_map(|rest| std::str::from_utf8(rest.get(..2)?).ok()?.parse::<u16>().ok()).map(|n| 100 + n).collect()
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -181,11 +152,7 @@ impl<'a> Reader<'a> {
         let rest = self.rest();
         let end = rest.windows(2).position(|pair| pair == b"\r\n");
         let line = &rest[..end.unwrap_or(rest.len())];
-        let line = if end.is_none() {
-            line.strip_suffix(b"\r").unwrap_or(line)
-        } else {
-            line
-        };
+        let line = if end.is_none() { line.strip_suffix(b"\r").unwrap_or(line) } else { line };
         if let Some(bad) = line.iter().find(|b| matches!(b, b'\r' | b'\n' | 0)) {
             return Err(format!("a bare {bad:#04x} in the line {:?}", text(line)));
         }
@@ -208,29 +175,16 @@ fn request(reader: &mut Reader<'_>) -> Result<Step, Breach> {
     };
     let framing = declared_framing(&message)?.unwrap_or(Framing::None);
     let whole = body(reader, framing, &mut message, false)?;
-    Ok(if whole {
-        Ok(message)
-    } else {
-        Err(Some(Box::new(message)))
-    })
+    Ok(if whole { Ok(message) } else { Err(Some(Box::new(message))) })
 }
 
-fn response(
-    reader: &mut Reader<'_>,
-    method: &str,
-    http10: bool,
-    ended: bool,
-) -> Result<Step, Breach> {
+fn response(reader: &mut Reader<'_>, method: &str, http10: bool, ended: bool) -> Result<Step, Breach> {
     let Some(mut message) = response_head(reader, http10, method)? else {
         return Ok(Err(None));
     };
     let framing = response_framing(&message, method, http10)?;
     let whole = body(reader, framing, &mut message, ended)?;
-    Ok(if whole {
-        Ok(message)
-    } else {
-        Err(Some(Box::new(message)))
-    })
+    Ok(if whole { Ok(message) } else { Err(Some(Box::new(message))) })
 }
 
 fn request_head(reader: &mut Reader<'_>) -> Result<Option<Message>, Breach> {
@@ -239,10 +193,7 @@ fn request_head(reader: &mut Reader<'_>) -> Result<Option<Message>, Breach> {
     };
     let parts: Vec<&[u8]> = line.split(|b| *b == b' ').collect();
     let [method, target, version] = parts[..] else {
-        return Err(format!(
-            "not three words in the request line {:?}",
-            text(line)
-        ));
+        return Err(format!("not three words in the request line {:?}", text(line)));
     };
     if !is_token(method) {
         return Err(format!("method {:?}", text(method)));
@@ -286,28 +237,19 @@ fn clean_host(message: &Message) -> Result<(), Breach> {
         Some((name, rest)) => (name, rest),
         None => host.split_at(host.find(':').unwrap_or(host.len())),
     };
-    let port_ok = port.is_empty()
-        || port
-            .strip_prefix(':')
-            .is_some_and(|digits| digits.bytes().all(|b| b.is_ascii_digit()));
+    let port_ok =
+        port.is_empty() || port.strip_prefix(':').is_some_and(|digits| digits.bytes().all(|b| b.is_ascii_digit()));
     let name_ok = match name.strip_prefix('[') {
         Some(address) => address.parse::<std::net::Ipv6Addr>().is_ok(),
         None => !host.contains(']') && is_registered_name(name.as_bytes()),
     };
-    if name_ok && port_ok {
-        Ok(())
-    } else {
-        Err(format!("host {host:?}"))
-    }
+    if name_ok && port_ok { Ok(()) } else { Err(format!("host {host:?}")) }
 }
 
 /// `reg-name` of RFC 3986: letters, digits, some signs, and whole percent-encodings.
 fn is_registered_name(name: &[u8]) -> bool {
     let sign = |b: &u8| b.is_ascii_alphanumeric() || b"-._~!$&'()*+,;=%".contains(b);
-    let encoded = |rest: &[u8]| {
-        rest.get(..2)
-            .is_some_and(|two| two.iter().all(u8::is_ascii_hexdigit))
-    };
+    let encoded = |rest: &[u8]| rest.get(..2).is_some_and(|two| two.iter().all(u8::is_ascii_hexdigit));
     let mut after_percent = name.split(|b| *b == b'%').skip(1);
     !name.is_empty() && name.iter().all(sign) && after_percent.all(encoded)
 }
@@ -331,11 +273,7 @@ fn no_hop_by_hop(message: &Message, upgrading: bool) -> Result<(), Breach> {
         return Err("Upgrade and Connection: upgrade do not go together".to_owned());
     }
     let te = message.values("te");
-    if te
-        .iter()
-        .any(|value| !value.eq_ignore_ascii_case(b"trailers"))
-        || te.len() > 1
-    {
+    if te.iter().any(|value| !value.eq_ignore_ascii_case(b"trailers")) || te.len() > 1 {
         return Err("TE says more than trailers".to_owned());
     }
     if !te.is_empty() && !message.lists("connection", "te") {
@@ -344,11 +282,7 @@ fn no_hop_by_hop(message: &Message, upgrading: bool) -> Result<(), Breach> {
     Ok(())
 }
 
-fn response_head(
-    reader: &mut Reader<'_>,
-    http10: bool,
-    method: &str,
-) -> Result<Option<Message>, Breach> {
+fn response_head(reader: &mut Reader<'_>, http10: bool, method: &str) -> Result<Option<Message>, Breach> {
     let Some(line) = reader.line()? else {
         return Ok(None);
     };
@@ -425,17 +359,12 @@ fn response_framing(message: &Message, method: &str, http10: bool) -> Result<Fra
 
 /// At most one framing field, once, in its plainest form.
 fn declared_framing(message: &Message) -> Result<Option<Framing>, Breach> {
-    let (te, cl) = (
-        message.values("transfer-encoding"),
-        message.values("content-length"),
-    );
+    let (te, cl) = (message.values("transfer-encoding"), message.values("content-length"));
     match (&te[..], &cl[..]) {
         ([], []) => Ok(None),
         ([coding], []) if coding.eq_ignore_ascii_case(b"chunked") => Ok(Some(Framing::Chunked)),
         ([], [length]) if !length.is_empty() && length.iter().all(u8::is_ascii_digit) => {
-            let length = text(length)
-                .parse()
-                .map_err(|_| "a length without end".to_owned())?;
+            let length = text(length).parse().map_err(|_| "a length without end".to_owned())?;
             Ok(Some(Framing::Length(length)))
         }
         _ => Err(format!(
@@ -447,26 +376,16 @@ fn declared_framing(message: &Message) -> Result<Option<Framing>, Breach> {
 }
 
 /// Reads the body; `false` while it is not there wholly.
-fn body(
-    reader: &mut Reader<'_>,
-    framing: Framing,
-    message: &mut Message,
-    ended: bool,
-) -> Result<bool, Breach> {
+fn body(reader: &mut Reader<'_>, framing: Framing, message: &mut Message, ended: bool) -> Result<bool, Breach> {
     match framing {
         Framing::None => Ok(true),
         Framing::Length(length) => {
-            let part = reader
-                .take(length.min(reader.rest().len()))
-                .unwrap_or_default();
+            let part = reader.take(length.min(reader.rest().len())).unwrap_or_default();
             message.body = part.to_vec();
             Ok(part.len() == length)
         }
         Framing::UntilClose => {
-            message.body = reader
-                .take(reader.rest().len())
-                .unwrap_or_default()
-                .to_vec();
+            message.body = reader.take(reader.rest().len()).unwrap_or_default().to_vec();
             message.until_close = true;
             Ok(ended)
         }
@@ -479,23 +398,14 @@ fn chunks(reader: &mut Reader<'_>, message: &mut Message) -> Result<bool, Breach
         let Some(line) = reader.line()? else {
             return Ok(false);
         };
-        let size = std::str::from_utf8(line)
-            .ok()
-            .filter(|s| s.bytes().all(|b| b.is_ascii_hexdigit()));
+        let size = std::str::from_utf8(line).ok().filter(|s| s.bytes().all(|b| b.is_ascii_hexdigit()));
         let size = size.and_then(|s| usize::from_str_radix(s, 16).ok());
         let size = size.ok_or(format!("chunk size {:?}", text(line)))?;
         if size == 0 {
             let Some(trailers) = fields(reader)? else {
                 return Ok(false);
             };
-            let framing = [
-                "content-length",
-                "transfer-encoding",
-                "host",
-                "trailer",
-                "connection",
-                "te",
-            ];
+            let framing = ["content-length", "transfer-encoding", "host", "trailer", "connection", "te"];
             if let Some(bad) = trailers.iter().find(|t| framing.contains(&t.0.as_str())) {
                 return Err(format!("trailer {}", bad.0));
             }
@@ -577,32 +487,23 @@ mod tests {
             b"POST / HTTP/1.1\r\nhost: h\r\ntransfer-encoding: chunked\r\n\r\n0\r\nhost: b\r\n\r\n",
         ];
         for bytes in breaches {
-            assert!(
-                matches!(requests(bytes).1, Tail::Broken(_)),
-                "{}",
-                text(bytes)
-            );
+            assert!(matches!(requests(bytes).1, Tail::Broken(_)), "{}", text(bytes));
         }
     }
 
     #[test]
     fn what_is_not_there_yet_is_partial_and_no_breach() {
-        let whole = b"POST /b HTTP/1.1\r\nhost: h\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\nx-t: 1\r\n\r\n";
+        let whole =
+            b"POST /b HTTP/1.1\r\nhost: h\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\nx-t: 1\r\n\r\n";
         for end in 1..whole.len() {
             let (found, tail) = requests(&whole[..end]);
-            assert!(
-                found.is_empty() && matches!(tail, Tail::Partial { .. }),
-                "{end}"
-            );
+            assert!(found.is_empty() && matches!(tail, Tail::Partial { .. }), "{end}");
         }
     }
 
     #[test]
     fn answers_are_framed_by_what_was_asked() {
-        let head = Asked {
-            methods: vec!["HEAD".to_owned()],
-            http10: false,
-        };
+        let head = Asked { methods: vec!["HEAD".to_owned()], http10: false };
         let bytes = b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nHTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok";
         let (found, tail) = responses(bytes, &head, false);
         assert_eq!((found.len(), tail), (2, Tail::Clean));
@@ -628,25 +529,11 @@ mod tests {
             b"HTTP/1.1 200 OK\r\nkeep-alive: a\r\ncontent-length: 0\r\n\r\n",
         ];
         for bytes in breaches {
-            assert!(
-                matches!(responses(bytes, &Asked::default(), true).1, Tail::Broken(_)),
-                "{}",
-                text(bytes)
-            );
+            assert!(matches!(responses(bytes, &Asked::default(), true).1, Tail::Broken(_)), "{}", text(bytes));
         }
-        let old = Asked {
-            methods: Vec::new(),
-            http10: true,
-        };
-        for bytes in [
-            &b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"[..],
-            b"HTTP/1.1 100 Continue\r\n\r\n",
-        ] {
-            assert!(
-                matches!(responses(bytes, &old, true).1, Tail::Broken(_)),
-                "{}",
-                text(bytes)
-            );
+        let old = Asked { methods: Vec::new(), http10: true };
+        for bytes in [&b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"[..], b"HTTP/1.1 100 Continue\r\n\r\n"] {
+            assert!(matches!(responses(bytes, &old, true).1, Tail::Broken(_)), "{}", text(bytes));
         }
     }
 }

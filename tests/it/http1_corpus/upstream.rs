@@ -45,18 +45,8 @@ impl Upstream {
         let addr = listener.local_addr().expect("bound");
         let (seen, changed) = (Arc::default(), Arc::new(Notify::new()));
         let mut accepting = JoinSet::new();
-        accepting.spawn(accept(
-            listener,
-            Arc::new(answer),
-            Arc::clone(&seen),
-            Arc::clone(&changed),
-        ));
-        Upstream {
-            addr,
-            seen,
-            changed,
-            _accepting: accepting,
-        }
+        accepting.spawn(accept(listener, Arc::new(answer), Arc::clone(&seen), Arc::clone(&changed)));
+        Upstream { addr, seen, changed, _accepting: accepting }
     }
 
     /// Where it listens.
@@ -85,12 +75,7 @@ impl Upstream {
     }
 }
 
-async fn accept(
-    listener: TcpListener,
-    answer: Arc<Answer>,
-    seen: Arc<Mutex<Vec<Seen>>>,
-    changed: Arc<Notify>,
-) {
+async fn accept(listener: TcpListener, answer: Arc<Answer>, seen: Arc<Mutex<Vec<Seen>>>, changed: Arc<Notify>) {
     let mut connections = JoinSet::new();
     while let Ok((stream, _)) = listener.accept().await {
         let index = {
@@ -98,8 +83,7 @@ async fn accept(
             all.push(Seen::default());
             all.len() - 1
         };
-        let (answer, seen, changed) =
-            (Arc::clone(&answer), Arc::clone(&seen), Arc::clone(&changed));
+        let (answer, seen, changed) = (Arc::clone(&answer), Arc::clone(&seen), Arc::clone(&changed));
         connections.spawn(async move {
             let note = |bytes: &[u8], ended: bool| {
                 let mut all = seen.lock().expect("no holder panics");
@@ -148,8 +132,7 @@ async fn converse(mut stream: TcpStream, answer: &Answer, note: impl Fn(&[u8], b
             let then = reply(&mut stream, head, answer, probe).await;
             if then != Then::Keep {
                 if then == Then::Reset {
-                    let _late =
-                        socket2::SockRef::from(&stream).set_linger(Some(std::time::Duration::ZERO));
+                    let _late = socket2::SockRef::from(&stream).set_linger(Some(std::time::Duration::ZERO));
                 }
                 note(b"", true);
                 return;
@@ -166,39 +149,19 @@ async fn reply(stream: &mut TcpStream, request: &Message, answer: &Answer, probe
         let name = &request.start.1;
         let text = format!("HTTP/1.1 200 OK\r\nX-Probe: {name}\r\nContent-Length: 2\r\n\r\nok");
         let _gone = stream.write_all(text.as_bytes()).await;
-        return if request.lists("connection", "close") {
-            Then::Close
-        } else {
-            Then::Keep
-        };
+        return if request.lists("connection", "close") { Then::Close } else { Then::Keep };
     }
-    let plain = if request.start.0 == "HEAD" {
-        &PLAIN[..PLAIN.len() - 2]
-    } else {
-        PLAIN
-    };
-    let bytes = if answer.bytes.is_empty() {
-        plain
-    } else {
-        &answer.bytes
-    };
+    let plain = if request.start.0 == "HEAD" { &PLAIN[..PLAIN.len() - 2] } else { PLAIN };
+    let bytes = if answer.bytes.is_empty() { plain } else { &answer.bytes };
     if !answer.nothing {
         let _gone = stream.write_all(bytes).await;
     }
-    if request.lists("connection", "close") {
-        answer.then.max_close()
-    } else {
-        answer.then
-    }
+    if request.lists("connection", "close") { answer.then.max_close() } else { answer.then }
 }
 
 impl Then {
     fn max_close(self) -> Then {
-        if self == Then::Keep {
-            Then::Close
-        } else {
-            self
-        }
+        if self == Then::Keep { Then::Close } else { self }
     }
 }
 
