@@ -79,7 +79,10 @@ impl Lease {
         now: Instant,
     ) {
         // What cannot be used again, or is shared anyway, ends as if it had been dropped.
-        let again = matches!(&mut self.carrier, Some(Carrier::Http1(connection)) if connection.is_fresh(cx));
+        let again = match &mut self.carrier {
+            Some(Carrier::Http1(connection)) => connection.is_fresh(cx),
+            _ => false,
+        };
         if again && let Some(Carrier::Http1(connection)) = self.carrier.take() {
             self.endpoint.put_idle(connection, keep, most, announced, now);
         }
