@@ -1,6 +1,7 @@
 //! Level 8: the command line, one file per command.
 
 pub mod check;
+mod demo;
 pub mod explain;
 pub mod run;
 pub mod schema;
@@ -41,6 +42,8 @@ const STYLES: Styles = Styles::styled()
 enum Command {
     /// Run the proxy.
     Run(RunArgs),
+    /// Show what hopguard does: three services on loopback, one of which turns slow.
+    Demo(DemoArgs),
     /// Check policies; print every problem at once.
     Check {
         /// Files or directories; each is a policy of its own.
@@ -109,6 +112,16 @@ struct RunArgs {
     log: String,
 }
 
+#[derive(Debug, Args)]
+struct DemoArgs {
+    /// How long it takes; at least 3s.
+    #[arg(long, value_name = "DURATION", default_value = "30s", env = "HOPGUARD_DURATION", value_parser = parse_demo_duration)]
+    duration: Duration,
+    /// Calls per second.
+    #[arg(long, value_name = "N", default_value_t = 50, env = "HOPGUARD_RATE", value_parser = clap::value_parser!(u32).range(1..=1000))]
+    rate: u32,
+}
+
 /// The form of the program's log.
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum LogForm {
@@ -125,10 +138,18 @@ fn parse_duration(text: &str) -> Result<Duration, String> {
     duration::parse(text).map_err(|fault| fault.to_string())
 }
 
+fn parse_demo_duration(text: &str) -> Result<Duration, String> {
+    match parse_duration(text)? {
+        long if long >= demo::SHORTEST => Ok(long),
+        _ => Err("too short to show anything; at least 3s".to_owned()),
+    }
+}
+
 /// Runs the command that the arguments name.
 pub fn main() -> ExitCode {
     let result = match CommandLine::parse().command {
         Command::Run(args) => return run::run(args),
+        Command::Demo(args) => return demo::run(&args),
         Command::Check { paths, format } => {
             let form = match format {
                 Form::Text => check::Form::Text,
