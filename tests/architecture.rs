@@ -2,11 +2,7 @@
 //!
 //! Modules stand on levels and import from lower ones only. The test reads the source as text and follows `crate::` paths, so
 //! `super` may not lead out of a top-level module, and `#[cfg(test)]` comes once, last in a file: what stands behind it is free.
-#![allow(
-    clippy::unwrap_used,
-    clippy::panic,
-    reason = "a test stops at the first surprise"
-)]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test stops at the first surprise")]
 
 use std::{
     fs,
@@ -34,9 +30,7 @@ const ROOTS: &[&str] = &["lib", "main"];
 const CEILING: usize = 600;
 
 /// Names that say nothing about what is inside.
-const EMPTY_NAMES: &[&str] = &[
-    "common", "helpers", "impl", "manager", "misc", "types", "util", "utils",
-];
+const EMPTY_NAMES: &[&str] = &["common", "helpers", "impl", "manager", "misc", "types", "util", "utils"];
 
 #[test]
 fn every_file_keeps_the_shape_of_the_tree() {
@@ -48,63 +42,27 @@ fn every_file_keeps_the_shape_of_the_tree() {
     for file in &files {
         let inside = file.strip_prefix(&root).unwrap();
         let text = fs::read_to_string(file).unwrap();
-        faults.extend(
-            faults_of(inside, &text)
-                .into_iter()
-                .map(|fault| format!("src/{}: {fault}", inside.display())),
-        );
+        faults.extend(faults_of(inside, &text).into_iter().map(|fault| format!("src/{}: {fault}", inside.display())));
     }
-    assert!(
-        files.len() >= 10,
-        "only {} files seen: is this the right folder?",
-        files.len()
-    );
+    assert!(files.len() >= 10, "only {} files seen: is this the right folder?", files.len());
     assert!(faults.is_empty(), "\n{}\n", faults.join("\n"));
 }
 
 #[test]
 fn imports_are_found_in_every_way_of_writing_them() {
     let code = "use crate::{\n    net::Socket,\n    rules::{self, limits::{A, B}},\n    policy,\n};\nfn f() -> crate::proxy::Body { $crate::app::x() }\n// crate::cli\n";
-    assert_eq!(
-        imports(&without_comments(code)),
-        ["net", "rules", "policy", "proxy", "app"]
-    );
+    assert_eq!(imports(&without_comments(code)), ["net", "rules", "policy", "proxy", "app"]);
 }
 
 #[test]
 fn an_import_upwards_or_sideways_is_a_fault() {
     let file = Path::new("rules/limits.rs");
-    assert!(
-        faults_of(
-            file,
-            "//! Limits.\nuse crate::{net::Socket, rules::Duration};\n"
-        )
-        .is_empty()
-    );
-    assert_eq!(
-        faults_of(file, "//! Limits.\nuse crate::proxy::Body;\n").len(),
-        1
-    );
-    assert_eq!(
-        faults_of(
-            Path::new("net/mod.rs"),
-            "//! Net.\nuse crate::runtime::Drain;\n"
-        )
-        .len(),
-        1
-    );
-    assert_eq!(
-        faults_of(Path::new("net/mod.rs"), "//! Net.\nuse super::rules;\n").len(),
-        1
-    );
-    assert_eq!(
-        faults_of(Path::new("net/util.rs"), "use std::io;\n").len(),
-        2
-    );
-    assert_eq!(
-        faults_of(Path::new("stray.rs"), "//! On no level.\n").len(),
-        1
-    );
+    assert!(faults_of(file, "//! Limits.\nuse crate::{net::Socket, rules::Duration};\n").is_empty());
+    assert_eq!(faults_of(file, "//! Limits.\nuse crate::proxy::Body;\n").len(), 1);
+    assert_eq!(faults_of(Path::new("net/mod.rs"), "//! Net.\nuse crate::runtime::Drain;\n").len(), 1);
+    assert_eq!(faults_of(Path::new("net/mod.rs"), "//! Net.\nuse super::rules;\n").len(), 1);
+    assert_eq!(faults_of(Path::new("net/util.rs"), "use std::io;\n").len(), 2);
+    assert_eq!(faults_of(Path::new("stray.rs"), "//! On no level.\n").len(), 1);
 }
 
 fn collect_rust_files(folder: &Path, files: &mut Vec<PathBuf>) {
@@ -122,14 +80,11 @@ fn collect_rust_files(folder: &Path, files: &mut Vec<PathBuf>) {
 fn faults_of(path: &Path, text: &str) -> Vec<String> {
     let mut faults = Vec::new();
     if !text.starts_with("//!") {
-        faults
-            .push("does not begin with `//!`: say what the file is and where it stands".to_owned());
+        faults.push("does not begin with `//!`: say what the file is and where it stands".to_owned());
     }
     let stem = path.file_stem().unwrap().to_str().unwrap();
     if EMPTY_NAMES.contains(&stem) {
-        faults.push(format!(
-            "`{stem}` says nothing: name the file after its main type"
-        ));
+        faults.push(format!("`{stem}` says nothing: name the file after its main type"));
     }
     let is_test_file = stem == "tests" || path.iter().any(|part| part == "tests");
     if is_test_file {
@@ -141,27 +96,19 @@ fn faults_of(path: &Path, text: &str) -> Vec<String> {
     }
     let lines = code.lines().count();
     if lines > CEILING {
-        faults.push(format!(
-            "{lines} lines without tests, more than {CEILING}: split it"
-        ));
+        faults.push(format!("{lines} lines without tests, more than {CEILING}: split it"));
     }
     faults.extend(import_faults(path, stem, &without_comments(code)));
     faults
 }
 
 fn import_faults(path: &Path, stem: &str, code: &str) -> Vec<String> {
-    let module = Path::new(path.iter().next().unwrap())
-        .file_stem()
-        .unwrap()
-        .to_str()
-        .unwrap();
+    let module = Path::new(path.iter().next().unwrap()).file_stem().unwrap().to_str().unwrap();
     if ROOTS.contains(&module) {
         return Vec::new();
     }
     let Some(own) = level_of(module) else {
-        return vec![format!(
-            "`{module}` stands on no level: give it one in LEVELS"
-        )];
+        return vec![format!("`{module}` stands on no level: give it one in LEVELS")];
     };
     let mut faults = Vec::new();
     let is_top = path.iter().count() == 1 || (path.iter().count() == 2 && stem == "mod");
@@ -171,10 +118,7 @@ fn import_faults(path: &Path, stem: &str, code: &str) -> Vec<String> {
     for import in imports(code) {
         let level = level_of(import);
         if import != module && level.is_some_and(|level| level >= own) {
-            faults.push(format!(
-                "`{module}` (level {own}) imports `{import}` (level {})",
-                level.unwrap()
-            ));
+            faults.push(format!("`{module}` (level {own}) imports `{import}` (level {})", level.unwrap()));
         }
     }
     faults
@@ -193,16 +137,12 @@ fn tests_come_once_and_last(tests: &str) -> bool {
     let Some(module) = tests.find("mod tests") else {
         return false;
     };
-    let closes_the_file =
-        tests[module..].starts_with("mod tests;") || tests.trim_end().ends_with("\n}");
+    let closes_the_file = tests[module..].starts_with("mod tests;") || tests.trim_end().ends_with("\n}");
     tests.matches("#[cfg(test)]").count() == 1 && closes_the_file
 }
 
 fn without_comments(code: &str) -> String {
-    code.lines()
-        .filter(|line| !line.trim_start().starts_with("//"))
-        .collect::<Vec<_>>()
-        .join("\n")
+    code.lines().filter(|line| !line.trim_start().starts_with("//")).collect::<Vec<_>>().join("\n")
 }
 
 /// The top-level modules behind every `crate::`, also inside `crate::{...}`.
@@ -239,8 +179,6 @@ fn first_names_of_group(group: &str) -> Vec<&str> {
 }
 
 fn name_at_start(text: &str) -> Option<&str> {
-    let end = text
-        .find(|character: char| !character.is_alphanumeric() && character != '_')
-        .unwrap_or(text.len());
+    let end = text.find(|character: char| !character.is_alphanumeric() && character != '_').unwrap_or(text.len());
     (end > 0).then(|| &text[..end])
 }

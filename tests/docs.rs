@@ -1,9 +1,5 @@
 //! Keeps README and docs true: every policy in them loads, every command and flag in them exists, every relative link leads somewhere.
-#![allow(
-    clippy::unwrap_used,
-    clippy::panic,
-    reason = "a test stops at the first surprise"
-)]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test stops at the first surprise")]
 
 use std::{
     collections::BTreeMap,
@@ -55,10 +51,7 @@ fn every_command_in_the_docs_exists_with_its_flags() {
     for page in pages() {
         for call in page.commands() {
             seen += 1;
-            faults.extend(
-                help.fault_of(&call.words)
-                    .map(|fault| format!("{}: {fault}", page.at(call.line))),
-            );
+            faults.extend(help.fault_of(&call.words).map(|fault| format!("{}: {fault}", page.at(call.line))));
         }
     }
     assert!(faults.is_empty(), "\n{}\n", faults.join("\n"));
@@ -71,10 +64,7 @@ fn every_relative_link_in_the_docs_resolves() {
     let (mut seen, mut faults) = (0, Vec::new());
     for page in &pages {
         for (line, text) in &page.prose {
-            for target in link_targets(text)
-                .into_iter()
-                .filter(|target| !is_elsewhere(target))
-            {
+            for target in link_targets(text).into_iter().filter(|target| !is_elsewhere(target)) {
                 seen += 1;
                 if !page.reaches(target, &pages) {
                     faults.push(format!("{}: `{target}` leads nowhere", page.at(*line)));
@@ -90,18 +80,8 @@ fn every_relative_link_in_the_docs_resolves() {
 fn a_page_is_taken_apart_as_a_reader_would() {
     let text = "# A `b` c\nSee [x](y.md#z), `hopguard run`.\n```sh\n$ A=1 hopguard check \\\n    --format json p.yaml | less # why\nls\n```\n";
     let page = Page::parse(PathBuf::from("p.md"), text);
-    let commands: Vec<_> = page
-        .commands()
-        .into_iter()
-        .map(|call| (call.line, call.words.join(" ")))
-        .collect();
-    assert_eq!(
-        commands,
-        [
-            (2, "run".to_owned()),
-            (4, "check --format json p.yaml".to_owned())
-        ]
-    );
+    let commands: Vec<_> = page.commands().into_iter().map(|call| (call.line, call.words.join(" "))).collect();
+    assert_eq!(commands, [(2, "run".to_owned()), (4, "check --format json p.yaml".to_owned())]);
     assert_eq!(link_targets(&page.prose[1].1), ["y.md#z"]);
     assert_eq!(page.headings(), ["a-b-c"]);
     assert!(Page::parse(PathBuf::new(), "```yaml\napiVersion: x\n```\n").blocks[0].is_policy());
@@ -151,11 +131,7 @@ impl Block {
         let is_session = self.text.lines().any(|line| line.starts_with("$ "));
         let (mut commands, mut lines) = (Vec::new(), self.text.lines().enumerate());
         while let Some((number, first)) = lines.next() {
-            let Some(first) = (if is_session {
-                first.strip_prefix("$ ")
-            } else {
-                Some(first)
-            }) else {
+            let Some(first) = (if is_session { first.strip_prefix("$ ") } else { Some(first) }) else {
                 continue;
             };
             let mut command = first.to_owned();
@@ -170,22 +146,14 @@ impl Block {
 
 impl Page {
     fn parse(path: PathBuf, text: &str) -> Self {
-        let mut page = Self {
-            path,
-            blocks: Vec::new(),
-            prose: Vec::new(),
-        };
+        let mut page = Self { path, blocks: Vec::new(), prose: Vec::new() };
         let mut open: Option<Block> = None;
         for (index, line) in text.lines().enumerate() {
             match (line.trim_start().strip_prefix("```"), open.as_mut()) {
                 (Some(_), Some(_)) => page.blocks.extend(open.take()),
                 (Some(info), None) => {
                     let language = info.split_whitespace().next().unwrap_or("").to_owned();
-                    open = Some(Block {
-                        language,
-                        line: index + 2,
-                        text: String::new(),
-                    });
+                    open = Some(Block { language, line: index + 2, text: String::new() });
                 }
                 (None, Some(block)) => {
                     block.text.push_str(line);
@@ -194,31 +162,19 @@ impl Page {
                 (None, None) => page.prose.push((index + 1, line.to_owned())),
             }
         }
-        assert!(
-            open.is_none(),
-            "{}: a fence is not closed",
-            page.path.display()
-        );
+        assert!(open.is_none(), "{}: a fence is not closed", page.path.display());
         page
     }
 
     fn at(&self, line: usize) -> String {
-        format!(
-            "{}:{line}",
-            self.path
-                .strip_prefix(root())
-                .unwrap_or(&self.path)
-                .display()
-        )
+        format!("{}:{line}", self.path.strip_prefix(root()).unwrap_or(&self.path).display())
     }
 
     /// Every call of hopguard, in code spans and in shell blocks.
     fn commands(&self) -> Vec<Call> {
         let spans = self.prose.iter().flat_map(|(line, text)| {
             let spans = text.split('`').skip(1).step_by(2);
-            spans
-                .filter(|span| span.starts_with("hopguard "))
-                .map(|span| (*line, span.to_owned()))
+            spans.filter(|span| span.starts_with("hopguard ")).map(|span| (*line, span.to_owned()))
         });
         let lines = self.blocks.iter().flat_map(Block::command_lines);
         spans
@@ -231,47 +187,30 @@ impl Page {
     }
 
     fn headings(&self) -> Vec<String> {
-        let titles = self
-            .prose
-            .iter()
-            .filter(|(_, line)| line.starts_with('#'))
-            .map(|(_, line)| line.trim_start_matches('#'));
+        let titles =
+            self.prose.iter().filter(|(_, line)| line.starts_with('#')).map(|(_, line)| line.trim_start_matches('#'));
         titles.map(anchor_of).collect()
     }
 
     fn reaches(&self, target: &str, pages: &[Self]) -> bool {
         let (file, anchor) = target.split_once('#').unwrap_or((target, ""));
-        let path = if file.is_empty() {
-            self.path.clone()
-        } else {
-            self.path.parent().unwrap().join(file)
-        };
+        let path = if file.is_empty() { self.path.clone() } else { self.path.parent().unwrap().join(file) };
         let Ok(path) = path.canonicalize() else {
             return false;
         };
-        let page = pages
-            .iter()
-            .find(|page| page.path.canonicalize().is_ok_and(|known| known == path));
-        anchor.is_empty()
-            || page.is_none_or(|page| page.headings().iter().any(|heading| heading == anchor))
+        let page = pages.iter().find(|page| page.path.canonicalize().is_ok_and(|known| known == path));
+        anchor.is_empty() || page.is_none_or(|page| page.headings().iter().any(|heading| heading == anchor))
     }
 }
 
 /// The anchor that a heading gets on the usual hosts: lower case, spaces to hyphens, punctuation gone.
 fn anchor_of(title: &str) -> String {
-    let kept = title
-        .trim()
-        .chars()
-        .filter(|c| c.is_alphanumeric() || [' ', '-', '_'].contains(c));
-    kept.flat_map(char::to_lowercase)
-        .map(|c| if c == ' ' { '-' } else { c })
-        .collect()
+    let kept = title.trim().chars().filter(|c| c.is_alphanumeric() || [' ', '-', '_'].contains(c));
+    kept.flat_map(char::to_lowercase).map(|c| if c == ' ' { '-' } else { c }).collect()
 }
 
 fn words_behind_hopguard(command: &str) -> Option<Vec<String>> {
-    let mut words = command
-        .split_whitespace()
-        .skip_while(|word| word.contains('='));
+    let mut words = command.split_whitespace().skip_while(|word| word.contains('='));
     let program = words.next()?;
     if program != "hopguard" && !program.ends_with("/hopguard") {
         return None;
@@ -281,11 +220,7 @@ fn words_behind_hopguard(command: &str) -> Option<Vec<String>> {
 }
 
 fn link_targets(line: &str) -> Vec<&str> {
-    line.split("](")
-        .skip(1)
-        .filter_map(|rest| rest.split_once(')'))
-        .map(|(target, _)| target)
-        .collect()
+    line.split("](").skip(1).filter_map(|rest| rest.split_once(')')).map(|(target, _)| target).collect()
 }
 
 fn is_elsewhere(target: &str) -> bool {
@@ -301,11 +236,7 @@ impl Help {
         let is_name = |word: &&String| word.starts_with(|c: char| c.is_ascii_lowercase());
         let subcommand = words.first().filter(is_name);
         let name = subcommand.cloned().unwrap_or_default();
-        let Some(help) = self
-            .0
-            .entry(name.clone())
-            .or_insert_with(|| ask_for_help(&name))
-        else {
+        let Some(help) = self.0.entry(name.clone()).or_insert_with(|| ask_for_help(&name)) else {
             return Some(format!("there is no `hopguard {name}`"));
         };
         let mut flags = words
@@ -313,25 +244,13 @@ impl Help {
             .map(|word| word.trim_matches(['[', ']']))
             .filter(|word| word.starts_with("--"))
             .filter_map(|word| word.split('=').next());
-        let unknown = flags.find(|flag| {
-            !help
-                .split([' ', ',', '=', '[', '\n'])
-                .any(|word| word == *flag)
-        })?;
+        let unknown = flags.find(|flag| !help.split([' ', ',', '=', '[', '\n']).any(|word| word == *flag))?;
         Some(format!("`hopguard {name}` has no `{unknown}`"))
     }
 }
 
 fn ask_for_help(subcommand: &str) -> Option<String> {
-    let words = [subcommand, "--help"]
-        .into_iter()
-        .filter(|word| !word.is_empty());
-    let answer = Command::new(env!("CARGO_BIN_EXE_hopguard"))
-        .args(words)
-        .output()
-        .unwrap();
-    answer
-        .status
-        .success()
-        .then(|| String::from_utf8_lossy(&answer.stdout).into_owned())
+    let words = [subcommand, "--help"].into_iter().filter(|word| !word.is_empty());
+    let answer = Command::new(env!("CARGO_BIN_EXE_hopguard")).args(words).output().unwrap();
+    answer.status.success().then(|| String::from_utf8_lossy(&answer.stdout).into_owned())
 }

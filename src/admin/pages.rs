@@ -2,8 +2,8 @@
 
 use bytes::Bytes;
 use http::header::{
-    ACCEPT, ALLOW, CACHE_CONTROL, CONTENT_LENGTH, CONTENT_SECURITY_POLICY, CONTENT_TYPE, HOST,
-    HeaderMap, HeaderName, HeaderValue, ORIGIN, X_CONTENT_TYPE_OPTIONS,
+    ACCEPT, ALLOW, CACHE_CONTROL, CONTENT_LENGTH, CONTENT_SECURITY_POLICY, CONTENT_TYPE, HOST, HeaderMap, HeaderName,
+    HeaderValue, ORIGIN, X_CONTENT_TYPE_OPTIONS,
 };
 use http::request::Parts;
 use http::uri::Authority;
@@ -34,41 +34,20 @@ const JSON: &str = "application/json";
 const HTML: &str = "text/html; charset=utf-8";
 
 /// The answer to one request; its body is never read.
-pub(super) fn answer(
-    request: &Parts,
-    inside: &dyn Inside,
-    telemetry: &Telemetry,
-) -> Response<Full<Bytes>> {
+pub(super) fn answer(request: &Parts, inside: &dyn Inside, telemetry: &Telemetry) -> Response<Full<Bytes>> {
     let path = request.uri.path();
-    let allowed = if path == "/drain" {
-        "POST"
-    } else {
-        "GET, HEAD"
-    };
-    let known = matches!(
-        path,
-        "/" | "/status" | "/live" | "/ready" | "/metrics" | "/policy" | "/drain"
-    );
+    let allowed = if path == "/drain" { "POST" } else { "GET, HEAD" };
+    let known = matches!(path, "/" | "/status" | "/live" | "/ready" | "/metrics" | "/policy" | "/drain");
     let method_fits = match request.method {
         Method::POST => path == "/drain",
         Method::GET | Method::HEAD => path != "/drain",
         _ => false,
     };
     let mut response = match path {
-        _ if !known => page(
-            StatusCode::NOT_FOUND,
-            TEXT,
-            format!("No such page. There are:\n\n{PATHS}"),
-        ),
+        _ if !known => page(StatusCode::NOT_FOUND, TEXT, format!("No such page. There are:\n\n{PATHS}")),
         _ if !method_fits => {
-            let mut response = page(
-                StatusCode::METHOD_NOT_ALLOWED,
-                TEXT,
-                format!("Use {allowed}.\n"),
-            );
-            response
-                .headers_mut()
-                .insert(ALLOW, HeaderValue::from_static(allowed));
+            let mut response = page(StatusCode::METHOD_NOT_ALLOWED, TEXT, format!("Use {allowed}.\n"));
+            response.headers_mut().insert(ALLOW, HeaderValue::from_static(allowed));
             response
         }
         "/drain" => drain(request, inside),
@@ -78,17 +57,11 @@ pub(super) fn answer(
         "/policy" => page(StatusCode::OK, JSON, inside.policy_json()),
         "/status" => {
             let reasons = inside.ready().err().unwrap_or_default();
-            page(
-                StatusCode::OK,
-                JSON,
-                status::document(&inside.status(), reasons, telemetry),
-            )
+            page(StatusCode::OK, JSON, status::document(&inside.status(), reasons, telemetry))
         }
         _ => {
             let mut response = page(StatusCode::OK, HTML, PAGE);
-            response
-                .headers_mut()
-                .insert(CONTENT_SECURITY_POLICY, HeaderValue::from_static(PAGE_MAY));
+            response.headers_mut().insert(CONTENT_SECURITY_POLICY, HeaderValue::from_static(PAGE_MAY));
             response
         }
     };
@@ -115,26 +88,14 @@ fn page(status: StatusCode, kind: &'static str, body: impl Into<Bytes>) -> Respo
 fn ready(inside: &dyn Inside) -> Response<Full<Bytes>> {
     match inside.ready() {
         Ok(()) => page(StatusCode::OK, TEXT, "ready\n"),
-        Err(reasons) => page(
-            StatusCode::SERVICE_UNAVAILABLE,
-            TEXT,
-            format!("not ready\n{}\n", reasons.join("\n")),
-        ),
+        Err(reasons) => page(StatusCode::SERVICE_UNAVAILABLE, TEXT, format!("not ready\n{}\n", reasons.join("\n"))),
     }
 }
 
 fn metrics(headers: &HeaderMap, telemetry: &Telemetry) -> Response<Full<Bytes>> {
-    let fields: Vec<_> = headers
-        .get_all(ACCEPT)
-        .iter()
-        .filter_map(|value| value.to_str().ok())
-        .collect();
+    let fields: Vec<_> = headers.get_all(ACCEPT).iter().filter_map(|value| value.to_str().ok()).collect();
     let format = PageFormat::accepted(&fields.join(","));
-    page(
-        StatusCode::OK,
-        format.content_type(),
-        telemetry.page(format),
-    )
+    page(StatusCode::OK, format.content_type(), telemetry.page(format))
 }
 
 fn drain(request: &Parts, inside: &dyn Inside) -> Response<Full<Bytes>> {
@@ -148,10 +109,7 @@ fn drain(request: &Parts, inside: &dyn Inside) -> Response<Full<Bytes>> {
 /// A browser must not be made to drain by a page of somebody else's. Command-line clients send none of these fields.
 fn may_drain(request: &Parts) -> Result<(), &'static str> {
     let headers = &request.headers;
-    if headers
-        .get(SEC_FETCH_SITE)
-        .is_some_and(|site| site != "same-origin" && site != "none")
-    {
+    if headers.get(SEC_FETCH_SITE).is_some_and(|site| site != "same-origin" && site != "none") {
         return Err("the request comes from a page of another origin");
     }
     let Some(origin) = headers.get(ORIGIN) else {
@@ -159,15 +117,9 @@ fn may_drain(request: &Parts) -> Result<(), &'static str> {
     };
     let host: Option<Authority> = match request.uri.authority() {
         Some(authority) => Some(authority.clone()),
-        None => headers
-            .get(HOST)
-            .and_then(|host| host.as_bytes().try_into().ok()),
+        None => headers.get(HOST).and_then(|host| host.as_bytes().try_into().ok()),
     };
-    let origin = origin
-        .to_str()
-        .ok()
-        .and_then(|origin| origin.split_once("://"))
-        .map(|(_, authority)| authority);
+    let origin = origin.to_str().ok().and_then(|origin| origin.split_once("://")).map(|(_, authority)| authority);
     let (Some(host), Some(origin)) = (host, origin) else {
         return Err("the request comes from a page of an unknown origin");
     };
@@ -176,10 +128,7 @@ fn may_drain(request: &Parts) -> Result<(), &'static str> {
     }
     // Same name on both sides proves nothing where the name is the attacker's and resolves to us.
     let name = host.host();
-    let address = name
-        .trim_start_matches('[')
-        .trim_end_matches(']')
-        .parse::<std::net::IpAddr>();
+    let address = name.trim_start_matches('[').trim_end_matches(']').parse::<std::net::IpAddr>();
     if address.is_err() && !name.eq_ignore_ascii_case("localhost") {
         return Err("a browser may drain only by IP address or as localhost");
     }

@@ -67,25 +67,14 @@ pub fn spawn(
     listener.set_nonblocking(true)?;
     let address = listener.local_addr()?;
     let (stop, stopped) = oneshot::channel::<()>();
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()?;
-    let thread = std::thread::Builder::new()
-        .name("admin".to_owned())
-        .spawn(move || {
-            let served = LocalSet::new().block_on(
-                &runtime,
-                serve(listener, stopped, Door { inside, telemetry }),
-            );
-            if let Err(error) = served {
-                tracing::error!(%error, "the admin door does not open");
-            }
-        })?;
-    Ok(AdminServer {
-        address,
-        stop: Some(stop),
-        thread: Some(thread),
-    })
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let thread = std::thread::Builder::new().name("admin".to_owned()).spawn(move || {
+        let served = LocalSet::new().block_on(&runtime, serve(listener, stopped, Door { inside, telemetry }));
+        if let Err(error) = served {
+            tracing::error!(%error, "the admin door does not open");
+        }
+    })?;
+    Ok(AdminServer { address, stop: Some(stop), thread: Some(thread) })
 }
 
 /// One of the connections that may be open; given back on drop, also when its task panics.
@@ -110,11 +99,7 @@ struct Door {
     telemetry: Arc<Telemetry>,
 }
 
-async fn serve(
-    listener: std::net::TcpListener,
-    mut stopped: oneshot::Receiver<()>,
-    door: Door,
-) -> io::Result<()> {
+async fn serve(listener: std::net::TcpListener, mut stopped: oneshot::Receiver<()>, door: Door) -> io::Result<()> {
     let listener = TcpListener::from_std(listener)?;
     let open = Rc::new(Cell::new(0usize));
     loop {
@@ -131,10 +116,7 @@ async fn serve(
                     drop(place);
                 });
             }
-            Ok(_) => tracing::warn!(
-                limit = MAX_CONNECTIONS,
-                "too many connections at the admin door"
-            ),
+            Ok(_) => tracing::warn!(limit = MAX_CONNECTIONS, "too many connections at the admin door"),
             Err(error) => {
                 tracing::warn!(%error, "cannot accept at the admin door");
                 sleep(ACCEPT_PAUSE).await;
@@ -159,10 +141,7 @@ async fn connection(stream: TcpStream, door: Door) -> Result<(), hyper::Error> {
         return builder.serve_connection(stream, service).await;
     }
     let mut builder = http1::Builder::new();
-    builder
-        .timer(TokioTimer::new())
-        .header_read_timeout(HEAD_LIMIT)
-        .max_buf_size(32 * 1024);
+    builder.timer(TokioTimer::new()).header_read_timeout(HEAD_LIMIT).max_buf_size(32 * 1024);
     builder.serve_connection(stream, service).await
 }
 

@@ -162,15 +162,8 @@ pub(super) fn document(view: &StatusView, reasons: Vec<String>, telemetry: &Tele
             cpu_seconds: figures.cpu.map(|cpu| cpu.as_secs_f64()),
             open_files: figures.open_files,
         },
-        destinations: telemetry
-            .destinations()
-            .into_iter()
-            .map(destination)
-            .collect(),
-        bounds_ms: LATENCY_BOUNDS
-            .iter()
-            .map(|nanos| *nanos as f64 / 1e6)
-            .collect(),
+        destinations: telemetry.destinations().into_iter().map(destination).collect(),
+        bounds_ms: LATENCY_BOUNDS.iter().map(|nanos| *nanos as f64 / 1e6).collect(),
         hops: hops.iter().map(hop).collect(),
         hops_left_out,
     };
@@ -180,16 +173,14 @@ pub(super) fn document(view: &StatusView, reasons: Vec<String>, telemetry: &Tele
 fn policy<'a>(view: &'a StatusView, telemetry: &Telemetry) -> Policy<'a> {
     let now = telemetry.wall(Instant::now());
     let info = telemetry.policy();
-    let last_error = view.last_error.as_ref().map(|error| LastError {
-        message: &error.message,
-        at: format!("{:.3}", telemetry.wall(error.at)),
-    });
+    let last_error = view
+        .last_error
+        .as_ref()
+        .map(|error| LastError { message: &error.message, at: format!("{:.3}", telemetry.wall(error.at)) });
     Policy {
         path: &view.policy_path,
         loaded_at: info.as_ref().map(|info| format!("{:.3}", info.loaded)),
-        age_seconds: info
-            .as_ref()
-            .map(|info| now.duration_since(info.loaded).as_secs_f64()),
+        age_seconds: info.as_ref().map(|info| now.duration_since(info.loaded).as_secs_f64()),
         load_ms: info.as_ref().map(|info| info.took.as_secs_f64() * 1e3),
         hash: info.map(|info| info.hash),
         last_error,
@@ -197,20 +188,8 @@ fn policy<'a>(view: &'a StatusView, telemetry: &Telemetry) -> Policy<'a> {
 }
 
 fn destination(figures: DestinationFigures) -> Destination {
-    let DestinationFigures {
-        name,
-        in_flight,
-        queued,
-        open,
-        idle,
-    } = figures;
-    Destination {
-        name,
-        in_flight,
-        queued,
-        open,
-        idle,
-    }
+    let DestinationFigures { name, in_flight, queued, open, idle } = figures;
+    Destination { name, in_flight, queued, open, idle }
 }
 
 fn hop(summary: &HopSummary) -> Hop {
@@ -222,11 +201,7 @@ fn hop(summary: &HopSummary) -> Hop {
         direction: summary.labels.direction.as_str(),
         count: summary.count,
         failures: summary.failures,
-        outcomes: summary
-            .outcomes
-            .iter()
-            .map(|(outcome, count)| (outcome.as_str(), *count))
-            .collect(),
+        outcomes: summary.outcomes.iter().map(|(outcome, count)| (outcome.as_str(), *count)).collect(),
         p50_ms: ms(summary.quantile(0.5)),
         p95_ms: ms(summary.quantile(0.95)),
         p99_ms: ms(summary.quantile(0.99)),

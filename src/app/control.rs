@@ -27,7 +27,9 @@ pub(super) fn start(shared: &Arc<Shared>, requests: Requests) -> io::Result<Join
     worker::spawn("control", move || async move {
         match SystemResolver::new() {
             Ok(resolver) => drop(tasks::spawn(discovery::run(resolver, requests))),
-            Err(error) => tracing::error!(error, "no name can be resolved: the system's resolver settings cannot be read"),
+            Err(error) => {
+                tracing::error!(error, "no name can be resolved: the system's resolver settings cannot be read")
+            }
         }
         let closing = shared.drain.signal();
         tokio::select! {
@@ -97,7 +99,11 @@ fn problems(error: &LoadError) -> String {
 fn refuse(shared: &Shared, message: &str) {
     shared.telemetry.policy_refused();
     let hash = shared.policy.load().hash.clone();
-    tracing::error!(kept = hash, problems = message, "the changed policy was refused; the last good one stays in force");
+    tracing::error!(
+        kept = hash,
+        problems = message,
+        "the changed policy was refused; the last good one stays in force"
+    );
     let error = PolicyError { message: message.to_owned(), at: Instant::now() };
     *shared.last_error.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
 }

@@ -37,9 +37,8 @@ impl Inside for Window {
         let Some(shared) = self.0.upgrade() else { return json!({ "error": GONE }).to_string() };
         let policy = shared.policy.load();
         let error = shared.last_error.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let last_error = error.map(|error| {
-            json!({ "message": error.message, "at": shared.telemetry.wall(error.at).to_string() })
-        });
+        let last_error =
+            error.map(|error| json!({ "message": error.message, "at": shared.telemetry.wall(error.at).to_string() }));
         format!("{:#}\n", document(&policy, last_error))
     }
 

@@ -118,8 +118,7 @@ impl App {
         shared.telemetry.policy_loaded(&hash, begun.elapsed());
         shared.doors().carry_out(plan);
         let inside = Arc::new(inside::Window::new(&shared));
-        let admin = admin::spawn(admin_listener, inside, Arc::clone(&shared.telemetry))
-            .map_err(StartError::Thread)?;
+        let admin = admin::spawn(admin_listener, inside, Arc::clone(&shared.telemetry)).map_err(StartError::Thread)?;
         Ok(Self { shared, threads, workers, admin })
     }
 

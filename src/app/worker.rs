@@ -97,11 +97,11 @@ fn accept_from(worker: &Rc<Worker>, opening: Opening) -> Option<(u64, oneshot::S
 
 /// What tells this listener's `Via` from that of every other listener of every other process.
 fn mark(opening: &Opening) -> String {
-    use std::hash::{BuildHasher, Hash, Hasher, RandomState};
+    use std::hash::{BuildHasher, RandomState};
     use std::sync::OnceLock;
     // The standard library's hasher is seeded by the system, differently in each process.
     static PROCESS: OnceLock<RandomState> = OnceLock::new();
-    let mut hasher = PROCESS.get_or_init(RandomState::new).build_hasher();
-    (opening.number, &opening.values.name, opening.values.bind).hash(&mut hasher);
-    format!("{:08x}", hasher.finish() >> 32)
+    let process = PROCESS.get_or_init(RandomState::new);
+    let mark = process.hash_one((opening.number, &opening.values.name, opening.values.bind));
+    format!("{:08x}", mark >> 32)
 }

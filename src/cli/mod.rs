@@ -157,13 +157,9 @@ pub fn main() -> ExitCode {
             };
             check::check(&paths, form, colour(), (&mut io::stdout(), &mut io::stderr()))
         }
-        Command::Explain { method, url, headers, policy } => explain::explain(
-            (&method, &url),
-            &headers,
-            &policy,
-            colour(),
-            (&mut io::stdout(), &mut io::stderr()),
-        ),
+        Command::Explain { method, url, headers, policy } => {
+            explain::explain((&method, &url), &headers, &policy, colour(), (&mut io::stdout(), &mut io::stderr()))
+        }
         Command::Schema => schema::schema(&mut io::stdout()),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut CommandLine::command(), "hopguard", &mut io::stdout());

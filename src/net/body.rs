@@ -108,4 +108,3 @@ impl Body for RequestBody {
         }
     }
 }
-

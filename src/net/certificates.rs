@@ -44,8 +44,11 @@ pub enum CertificateError {
 /// Settings for a listener: the certificate chain with its key, `h2` and `http/1.1` offered.
 pub fn server(certificate: &Path, key: &Path) -> Result<Arc<ServerConfig>, CertificateError> {
     let chain = chain(certificate)?;
-    let key_der = PrivateKeyDer::from_pem_file(key)
-        .map_err(|source| CertificateError::Read { what: "a private key", path: key.into(), source })?;
+    let key_der = PrivateKeyDer::from_pem_file(key).map_err(|source| CertificateError::Read {
+        what: "a private key",
+        path: key.into(),
+        source,
+    })?;
     let unusable = |source| CertificateError::Unusable { path: certificate.into(), source };
     let mut config = ServerConfig::builder_with_provider(provider())
         .with_safe_default_protocol_versions()
@@ -63,9 +66,7 @@ pub fn client(ca: Option<&Path>, http1: bool, http2: bool) -> Result<Arc<ClientC
     match ca {
         Some(path) => {
             for certificate in chain(path)? {
-                roots
-                    .add(certificate)
-                    .map_err(|source| CertificateError::Unusable { path: path.into(), source })?;
+                roots.add(certificate).map_err(|source| CertificateError::Unusable { path: path.into(), source })?;
             }
         }
         None => {
@@ -80,21 +81,14 @@ pub fn client(ca: Option<&Path>, http1: bool, http2: bool) -> Result<Arc<ClientC
         .map_err(|source| CertificateError::Unusable { path: ca.unwrap_or(Path::new("system roots")).into(), source })?
         .with_root_certificates(roots)
         .with_no_client_auth();
-    config.alpn_protocols = ALPN
-        .iter()
-        .zip([http2, http1])
-        .filter(|(_, wanted)| *wanted)
-        .map(|(name, _)| name.to_vec())
-        .collect();
+    config.alpn_protocols =
+        ALPN.iter().zip([http2, http1]).filter(|(_, wanted)| *wanted).map(|(name, _)| name.to_vec()).collect();
     Ok(Arc::new(config))
 }
 
 fn chain(path: &Path) -> Result<Vec<CertificateDer<'static>>, CertificateError> {
     let read = |source| CertificateError::Read { what: "certificates", path: path.into(), source };
-    let chain: Vec<_> = CertificateDer::pem_file_iter(path)
-        .map_err(read)?
-        .collect::<Result<_, _>>()
-        .map_err(read)?;
+    let chain: Vec<_> = CertificateDer::pem_file_iter(path).map_err(read)?.collect::<Result<_, _>>().map_err(read)?;
     if chain.is_empty() {
         return Err(CertificateError::Empty(path.into()));
     }

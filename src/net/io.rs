@@ -61,11 +61,7 @@ impl Io {
     }
 
     fn new(kind: Kind) -> Self {
-        Self {
-            prefix: Bytes::new(),
-            kind,
-            activity: Arc::default(),
-        }
+        Self { prefix: Bytes::new(), kind, activity: Arc::default() }
     }
 
     /// The same stream, which first yields `prefix` again.
@@ -82,11 +78,7 @@ impl Io {
 }
 
 impl AsyncRead for Io {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = &mut *self;
         if this.prefix.has_remaining() {
             let take = this.prefix.len().min(buf.remaining());
@@ -107,11 +99,7 @@ impl AsyncRead for Io {
 }
 
 impl AsyncWrite for Io {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &[u8],
-    ) -> Poll<io::Result<usize>> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let this = &mut *self;
         let polled = match &mut this.kind {
             Kind::Tcp(stream) => Pin::new(stream).poll_write(cx, buf),

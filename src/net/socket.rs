@@ -73,9 +73,6 @@ mod tests {
         let listeners = listen("127.0.0.1:0".parse().unwrap(), 3, true).unwrap();
         let address = listeners[0].local_addr().unwrap();
         assert!(listeners.iter().all(|l| l.local_addr().unwrap() == address));
-        assert_eq!(
-            listen(address, 1, true).unwrap_err().kind(),
-            io::ErrorKind::AddrInUse
-        );
+        assert_eq!(listen(address, 1, true).unwrap_err().kind(), io::ErrorKind::AddrInUse);
     }
 }

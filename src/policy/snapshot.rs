@@ -68,9 +68,7 @@ impl Snapshot {
         let destinations = model
             .destinations
             .iter()
-            .map(|values| {
-                Destination::compile(values, before.get(values.name.as_str()).copied(), &mut follow)
-            })
+            .map(|values| Destination::compile(values, before.get(values.name.as_str()).copied(), &mut follow))
             .collect::<Result<_, _>>()?;
         let unrouted = [Direction::Inbound, Direction::Outbound]
             .map(|direction| hops.register(HopLabels::unrouted(Arc::clone(&service), label(direction))));
@@ -96,12 +94,7 @@ impl Snapshot {
         let at = &self.destinations[destination];
         *at.hops[route][direction as usize].get_or_init(|| {
             let route: &str = &at.values.routes[route].name;
-            hops.register(HopLabels::new(
-                Arc::clone(&self.service),
-                at.values.name.as_str(),
-                route,
-                label(direction),
-            ))
+            hops.register(HopLabels::new(Arc::clone(&self.service), at.values.name.as_str(), route, label(direction)))
         })
     }
 }

@@ -40,8 +40,7 @@ pub fn hand_over(
     // A caller that waits for leave to send its body has not got it, or has sent it all the same; what follows a CONNECT
     // that came to nothing is no request either.
     let doubtful = connect || live.flow.is_held();
-    let mut close =
-        version <= Version::HTTP_11 && (version < Version::HTTP_11 || doubtful || live.worker.is_leaving());
+    let mut close = version <= Version::HTTP_11 && (version < Version::HTTP_11 || doubtful || live.worker.is_leaving());
     let mut answer = match reply {
         Ok(Reply::Upstream(answer)) => {
             live.record.head(live.over_at, answer.status());
@@ -178,9 +177,8 @@ pub fn as_final_recipient(head: &mut Parts) -> Option<Reply> {
     let status = if head.method == Method::OPTIONS { StatusCode::OK } else { StatusCode::METHOD_NOT_ALLOWED };
     let mut answer = Response::new(ResponseBody::whole(Bytes::new()));
     *answer.status_mut() = status;
-    answer.headers_mut().insert(
-        header::ALLOW,
-        HeaderValue::from_static("GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"),
-    );
+    answer
+        .headers_mut()
+        .insert(header::ALLOW, HeaderValue::from_static("GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"));
     Some(Reply::Own(answer))
 }

@@ -44,11 +44,7 @@ const CONTINUE_AFTER: Duration = Duration::from_secs(1);
 ///
 /// # Errors
 /// The refusal that the caller gets instead.
-pub async fn send(
-    live: &mut Live,
-    pool: &Rc<Pool>,
-    switching: bool,
-) -> Result<Response<Incoming>, Refusal> {
+pub async fn send(live: &mut Live, pool: &Rc<Pool>, switching: bool) -> Result<Response<Incoming>, Refusal> {
     // Only HTTP/1.1 has a way to switch a whole connection to another protocol.
     let want = if switching { Want::Http1 } else { want(pool, live.patience.grpc) };
     for _ in 0..UNSENT {
@@ -100,18 +96,19 @@ async fn borrow(live: &mut Live, pool: &Rc<Pool>, want: Want, now: Instant) -> O
 /// A new connection, within `timeouts.connect`.
 async fn open(live: &mut Live, pool: &Rc<Pool>, want: Want) -> Result<Lease, Refusal> {
     let began = Instant::now();
-    let until = (began + live.route().timeouts.connect.value)
-        .min(live.patience.began + live.route().timeouts.request.value);
+    let until =
+        (began + live.route().timeouts.connect.value).min(live.patience.began + live.route().timeouts.request.value);
     let endpoint = match live.picked.take() {
         Some(endpoint) => endpoint,
         None => within(live, until, pool.pick()).await?.map_err(|error| refused(&error))?,
     };
     let mut refusal = None;
     // Nothing has been sent, so that whoever can be reached may have the call.
-    for endpoint in std::iter::once(endpoint).chain(std::iter::from_fn(|| pool.pick_other(Instant::now()))).take(TRIED) {
+    for endpoint in std::iter::once(endpoint).chain(std::iter::from_fn(|| pool.pick_other(Instant::now()))).take(TRIED)
+    {
         live.record.towards(endpoint.address.socket);
         let tried = Instant::now();
-        let opened = within(live, until, pool.open(&endpoint, want)).await;
+        let opened = within(live, until, Box::pin(pool.open(&endpoint, want))).await;
         let now = Instant::now();
         live.record.connected(now.saturating_duration_since(tried));
         match opened {
@@ -372,7 +369,8 @@ fn broken(live: &Live, reused: bool, error: &hyper::Error) -> Refusal {
         cause = format!("{cause}: {inner}");
         source = inner.source();
     }
-    let not_http2 = error.source().and_then(|source| source.downcast_ref::<h2::Error>()).is_some_and(h2::Error::is_library);
+    let not_http2 =
+        error.source().and_then(|source| source.downcast_ref::<h2::Error>()).is_some_and(h2::Error::is_library);
     if error.is_parse() || error.is_parse_status() || not_http2 {
         return Refusal::plain(Kind::UpstreamProtocol, format!("the answer cannot be read: {cause}"));
     }

@@ -82,7 +82,11 @@ impl ResponseBody {
                 live.record.grpc(code, message);
             }
         }
-        if last { self.end(cx) } else { self.mark_cut() }
+        if last {
+            self.end(cx)
+        } else {
+            self.mark_cut()
+        }
         frame
     }
 
@@ -90,7 +94,11 @@ impl ResponseBody {
     fn mark_cut(&mut self) {
         let Some(live) = &self.live else { return };
         let limits = &live.route().timeouts;
-        let at = if live.patience.is_unary() { live.patience.began + limits.request.value } else { live.flow.last() + limits.idle.value };
+        let at = if live.patience.is_unary() {
+            live.patience.began + limits.request.value
+        } else {
+            live.flow.last() + limits.idle.value
+        };
         live.flow.cut_at(Some(at));
     }
 
@@ -172,10 +180,7 @@ impl Body for ResponseBody {
     type Data = Bytes;
     type Error = Cut;
 
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, Cut>>> {
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Cut>>> {
         let this = &mut *self;
         // Once for what is there, once more after the connection has been moved.
         for moved in [false, true] {

@@ -28,9 +28,11 @@ impl Door {
     /// If that policy does not have it any more: its last connections end.
     pub fn listener<'a>(&self, policy: &'a Snapshot) -> Result<&'a Listener, Refusal> {
         let same = |one: &&Listener| one.bind == self.values.bind && one.name == self.values.name;
-        policy.listeners.iter().find(same).ok_or_else(|| {
-            Refusal::plain(Kind::Draining, "the policy does not have this listener any more")
-        })
+        policy
+            .listeners
+            .iter()
+            .find(same)
+            .ok_or_else(|| Refusal::plain(Kind::Draining, "the policy does not have this listener any more"))
     }
 }
 

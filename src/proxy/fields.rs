@@ -64,10 +64,7 @@ impl Present {
 
     /// The name of the longest field, to be named when the section is too long.
     pub fn longest(fields: &HeaderMap) -> Option<(&HeaderName, usize)> {
-        fields
-            .iter()
-            .map(|(name, value)| (name, name.as_str().len() + value.len()))
-            .max_by_key(|(_, size)| *size)
+        fields.iter().map(|(name, value)| (name, name.as_str().len() + value.len())).max_by_key(|(_, size)| *size)
     }
 }
 
@@ -126,10 +123,7 @@ fn named_by_connection(fields: &HeaderMap) -> Vec<HeaderName> {
 }
 
 fn has_token(value: &HeaderValue, token: &str) -> bool {
-    value
-        .as_bytes()
-        .split(|&byte| byte == b',')
-        .any(|one| one.trim_ascii().eq_ignore_ascii_case(token.as_bytes()))
+    value.as_bytes().split(|&byte| byte == b',').any(|one| one.trim_ascii().eq_ignore_ascii_case(token.as_bytes()))
 }
 
 /// True if a field such as `Connection` or `Upgrade` lists the token.
@@ -231,12 +225,13 @@ mod tests {
     use super::*;
 
     fn fields(list: &[(&'static str, &str)]) -> HeaderMap {
-        list.iter()
-            .map(|(name, value)| (HeaderName::from_static(name), HeaderValue::from_str(value).unwrap()))
-            .fold(HeaderMap::new(), |mut all, (name, value)| {
+        list.iter().map(|(name, value)| (HeaderName::from_static(name), HeaderValue::from_str(value).unwrap())).fold(
+            HeaderMap::new(),
+            |mut all, (name, value)| {
                 all.append(name, value);
                 all
-            })
+            },
+        )
     }
 
     #[test]

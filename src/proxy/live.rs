@@ -12,9 +12,9 @@ use tokio::time::Instant;
 use crate::net::body::RequestBody;
 use crate::net::flow::Flow;
 use crate::policy::model::{self, Direction};
+use crate::proxy::caller::Caller;
 use crate::proxy::patience::Patience;
 use crate::proxy::refusal::{Kind, Refusal};
-use crate::proxy::caller::Caller;
 use crate::proxy::worker::{View, Worker};
 use crate::rules::gate::Pass;
 use crate::runtime::timer::Timer;
@@ -59,12 +59,7 @@ const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 
 impl Live {
     /// An exchange whose head was complete when its flow began. The destination is set later, before anything asks for it.
-    pub fn begin<B>(
-        worker: &Rc<Worker>,
-        caller: &Rc<Caller>,
-        flow: Rc<Flow>,
-        request: &Request<B>,
-    ) -> Box<Self> {
+    pub fn begin<B>(worker: &Rc<Worker>, caller: &Rc<Caller>, flow: Rc<Flow>, request: &Request<B>) -> Box<Self> {
         let now = flow.last();
         let view = worker.view();
         let grpc = crate::policy::index::is_grpc(request.headers());

@@ -46,7 +46,12 @@ impl Patience {
         let mut next = self.began + limits.max_duration.value;
         if streams {
             if now >= next {
-                return over(Kind::MaxDuration, "timeouts.maxDuration", &limits.max_duration, "the stream lived too long");
+                return over(
+                    Kind::MaxDuration,
+                    "timeouts.maxDuration",
+                    &limits.max_duration,
+                    "the stream lived too long",
+                );
             }
         } else {
             if now >= request_at {

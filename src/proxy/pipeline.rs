@@ -15,10 +15,10 @@ use crate::policy::model::{Listener, Target as Towards};
 use crate::proxy::answer::{self, Reply};
 use crate::proxy::attempt;
 use crate::proxy::body::ResponseBody;
+use crate::proxy::caller::Caller;
 use crate::proxy::fields::{self, Present};
 use crate::proxy::live::Live;
 use crate::proxy::refusal::{Kind, Refusal};
-use crate::proxy::caller::Caller;
 use crate::proxy::target::{self, Target};
 use crate::proxy::upgrade;
 use crate::proxy::worker::Worker;
@@ -185,11 +185,7 @@ fn check_expectation(head: &mut Parts, present: &Present) -> Result<(), Refusal>
 }
 
 /// The destination: the listener's own, or the one that the target's host belongs to.
-fn choose(
-    policy: &crate::policy::snapshot::Snapshot,
-    listener: &Listener,
-    target: &Target,
-) -> Result<usize, Refusal> {
+fn choose(policy: &crate::policy::snapshot::Snapshot, listener: &Listener, target: &Target) -> Result<usize, Refusal> {
     match listener.target {
         Towards::To(position) => Ok(position),
         Towards::Forward => policy.hosts.find(target.bare_host()).ok_or_else(|| {
@@ -214,9 +210,7 @@ fn pool(live: &Live, target: &Target) -> Result<Rc<Pool>, Refusal> {
     }
     let port = target.port.unwrap_or(if values.tls.is_some() { 443 } else { 80 });
     let parent = &live.view.destination(position).cluster;
-    upstreams
-        .place(parent, target.host(), port)
-        .map_err(|error| Refusal::plain(Kind::TlsFailed, error.to_string()))
+    upstreams.place(parent, target.host(), port).map_err(|error| Refusal::plain(Kind::TlsFailed, error.to_string()))
 }
 
 /// Takes a place in flight, if there is one at once.

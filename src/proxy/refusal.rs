@@ -91,50 +91,159 @@ pub enum Kind {
     Draining,
 }
 
-/// What a kind of refusal looks like from outside.
-struct Face {
-    outcome: Outcome,
-    status: StatusCode,
-    code: Code,
-    error: &'static str,
-    title: &'static str,
-    closed_by: Side,
-}
-
+/// What each refusal looks like from outside. No `_` anywhere: a new kind has to be given a face.
 impl Kind {
-    /// The one table of all refusals. No `_`: a new kind has to be given a face.
-    const fn face(self) -> Face {
-        use Outcome as O;
-        use Side::{Hopguard, Upstream};
-        use StatusCode as S;
-        type Row = (Outcome, StatusCode, Code, &'static str, &'static str, Side);
-        let row: Row = match self {
-            Self::RequestTimeout => (O::RequestTimeout, S::GATEWAY_TIMEOUT, Code::DeadlineExceeded, "http_response_timeout", "The call took too long", Hopguard),
-            Self::PerTryTimeout => (O::PerTryTimeout, S::GATEWAY_TIMEOUT, Code::DeadlineExceeded, "http_response_timeout", "One try took too long", Hopguard),
-            Self::ConnectTimeout => (O::ConnectTimeout, S::GATEWAY_TIMEOUT, Code::DeadlineExceeded, "connection_timeout", "No connection in time", Hopguard),
-            Self::IdleTimeout => (O::IdleTimeout, S::GATEWAY_TIMEOUT, Code::DeadlineExceeded, "connection_read_timeout", "Nothing moved for too long", Hopguard),
-            Self::MaxDuration => (O::MaxDuration, S::GATEWAY_TIMEOUT, Code::DeadlineExceeded, "connection_read_timeout", "The stream lived too long", Hopguard),
-            Self::QueueFull => (O::QueueFull, S::SERVICE_UNAVAILABLE, Code::ResourceExhausted, "connection_limit_reached", "Too many calls at once", Hopguard),
-            Self::QueueTimeout => (O::QueueTimeout, S::SERVICE_UNAVAILABLE, Code::ResourceExhausted, "connection_limit_reached", "Too many calls at once", Hopguard),
-            Self::NoDestination => (O::NoDestination, S::NOT_FOUND, Code::Unimplemented, "destination_not_found", "No destination has this host", Hopguard),
-            Self::NoRoute => (O::NoRoute, S::NOT_FOUND, Code::Unimplemented, "destination_not_found", "There is no way to this destination", Hopguard),
-            Self::ConnectFailed => (O::ConnectFailed, S::BAD_GATEWAY, Code::Unavailable, "connection_refused", "The upstream cannot be reached", Upstream),
-            Self::DnsFailed => (O::DnsFailed, S::BAD_GATEWAY, Code::Unavailable, "dns_error", "The upstream's name cannot be resolved", Hopguard),
-            Self::TlsFailed => (O::TlsFailed, S::BAD_GATEWAY, Code::Unavailable, "tls_protocol_error", "TLS with the upstream failed", Upstream),
-            Self::UpstreamReset => (O::UpstreamReset, S::BAD_GATEWAY, Code::Unavailable, "connection_terminated", "The upstream broke off", Upstream),
-            Self::UpstreamProtocol => (O::UpstreamProtocol, S::BAD_GATEWAY, Code::Internal, "http_protocol_error", "The upstream's answer is malformed", Hopguard),
-            Self::BadRequest => (O::BadRequest, S::BAD_REQUEST, Code::Internal, "http_request_error", "The request is malformed", Hopguard),
-            Self::UnknownCoding => (O::BadRequest, S::NOT_IMPLEMENTED, Code::Internal, "http_request_error", "The transfer coding is unknown", Hopguard),
-            Self::UnknownMethod => (O::BadRequest, S::NOT_IMPLEMENTED, Code::Internal, "http_request_error", "The method is unknown", Hopguard),
-            Self::UnknownExpectation => (O::BadRequest, S::EXPECTATION_FAILED, Code::Internal, "http_request_error", "The expectation is unknown", Hopguard),
-            Self::HeaderTooLarge => (O::HeaderTooLarge, S::REQUEST_HEADER_FIELDS_TOO_LARGE, Code::ResourceExhausted, "http_request_error", "The header section is too long", Hopguard),
-            Self::CallerTimeout => (O::CallerTimeout, S::REQUEST_TIMEOUT, Code::DeadlineExceeded, "http_request_error", "The caller is too slow", Hopguard),
-            Self::LoopDetected => (O::LoopDetected, S::BAD_GATEWAY, Code::Internal, "proxy_loop_detected", "The request goes in circles", Hopguard),
-            Self::ConnectDenied => (O::ConnectDenied, S::FORBIDDEN, Code::PermissionDenied, "http_request_denied", "CONNECT is not allowed here", Hopguard),
-            Self::Draining => (O::Draining, S::SERVICE_UNAVAILABLE, Code::Unavailable, "destination_unavailable", "This listener is closing", Hopguard),
-        };
-        let (outcome, status, code, error, title, closed_by) = row;
-        Face { outcome, status, code, error, title, closed_by }
+    const fn outcome(self) -> Outcome {
+        match self {
+            Self::RequestTimeout => Outcome::RequestTimeout,
+            Self::PerTryTimeout => Outcome::PerTryTimeout,
+            Self::ConnectTimeout => Outcome::ConnectTimeout,
+            Self::IdleTimeout => Outcome::IdleTimeout,
+            Self::MaxDuration => Outcome::MaxDuration,
+            Self::QueueFull => Outcome::QueueFull,
+            Self::QueueTimeout => Outcome::QueueTimeout,
+            Self::NoDestination => Outcome::NoDestination,
+            Self::NoRoute => Outcome::NoRoute,
+            Self::ConnectFailed => Outcome::ConnectFailed,
+            Self::DnsFailed => Outcome::DnsFailed,
+            Self::TlsFailed => Outcome::TlsFailed,
+            Self::UpstreamReset => Outcome::UpstreamReset,
+            Self::UpstreamProtocol => Outcome::UpstreamProtocol,
+            Self::BadRequest | Self::UnknownCoding | Self::UnknownMethod | Self::UnknownExpectation => {
+                Outcome::BadRequest
+            }
+            Self::HeaderTooLarge => Outcome::HeaderTooLarge,
+            Self::CallerTimeout => Outcome::CallerTimeout,
+            Self::LoopDetected => Outcome::LoopDetected,
+            Self::ConnectDenied => Outcome::ConnectDenied,
+            Self::Draining => Outcome::Draining,
+        }
+    }
+
+    const fn status(self) -> StatusCode {
+        match self {
+            Self::RequestTimeout
+            | Self::PerTryTimeout
+            | Self::ConnectTimeout
+            | Self::IdleTimeout
+            | Self::MaxDuration => StatusCode::GATEWAY_TIMEOUT,
+            Self::QueueFull | Self::QueueTimeout | Self::Draining => StatusCode::SERVICE_UNAVAILABLE,
+            Self::NoDestination | Self::NoRoute => StatusCode::NOT_FOUND,
+            Self::ConnectFailed
+            | Self::DnsFailed
+            | Self::TlsFailed
+            | Self::UpstreamReset
+            | Self::UpstreamProtocol
+            | Self::LoopDetected => StatusCode::BAD_GATEWAY,
+            Self::BadRequest => StatusCode::BAD_REQUEST,
+            Self::UnknownCoding | Self::UnknownMethod => StatusCode::NOT_IMPLEMENTED,
+            Self::UnknownExpectation => StatusCode::EXPECTATION_FAILED,
+            Self::HeaderTooLarge => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
+            Self::CallerTimeout => StatusCode::REQUEST_TIMEOUT,
+            Self::ConnectDenied => StatusCode::FORBIDDEN,
+        }
+    }
+
+    const fn code(self) -> Code {
+        match self {
+            Self::RequestTimeout
+            | Self::PerTryTimeout
+            | Self::ConnectTimeout
+            | Self::IdleTimeout
+            | Self::MaxDuration
+            | Self::CallerTimeout => Code::DeadlineExceeded,
+            Self::QueueFull | Self::QueueTimeout | Self::HeaderTooLarge => Code::ResourceExhausted,
+            Self::NoDestination | Self::NoRoute => Code::Unimplemented,
+            Self::ConnectFailed | Self::DnsFailed | Self::TlsFailed | Self::UpstreamReset | Self::Draining => {
+                Code::Unavailable
+            }
+            Self::UpstreamProtocol
+            | Self::BadRequest
+            | Self::UnknownCoding
+            | Self::UnknownMethod
+            | Self::UnknownExpectation
+            | Self::LoopDetected => Code::Internal,
+            Self::ConnectDenied => Code::PermissionDenied,
+        }
+    }
+
+    /// The error type of RFC 9209, section 2.3.
+    const fn error(self) -> &'static str {
+        match self {
+            Self::RequestTimeout | Self::PerTryTimeout => "http_response_timeout",
+            Self::ConnectTimeout => "connection_timeout",
+            Self::IdleTimeout | Self::MaxDuration => "connection_read_timeout",
+            Self::QueueFull | Self::QueueTimeout => "connection_limit_reached",
+            Self::NoDestination | Self::NoRoute => "destination_not_found",
+            Self::ConnectFailed => "connection_refused",
+            Self::DnsFailed => "dns_error",
+            Self::TlsFailed => "tls_protocol_error",
+            Self::UpstreamReset => "connection_terminated",
+            Self::UpstreamProtocol => "http_protocol_error",
+            Self::BadRequest
+            | Self::UnknownCoding
+            | Self::UnknownMethod
+            | Self::UnknownExpectation
+            | Self::HeaderTooLarge
+            | Self::CallerTimeout => "http_request_error",
+            Self::LoopDetected => "proxy_loop_detected",
+            Self::ConnectDenied => "http_request_denied",
+            Self::Draining => "destination_unavailable",
+        }
+    }
+
+    const fn title(self) -> &'static str {
+        match self {
+            Self::RequestTimeout => "The call took too long",
+            Self::PerTryTimeout => "One try took too long",
+            Self::ConnectTimeout => "No connection in time",
+            Self::IdleTimeout => "Nothing moved for too long",
+            Self::MaxDuration => "The stream lived too long",
+            Self::QueueFull | Self::QueueTimeout => "Too many calls at once",
+            Self::NoDestination => "No destination has this host",
+            Self::NoRoute => "There is no way to this destination",
+            Self::ConnectFailed => "The upstream cannot be reached",
+            Self::DnsFailed => "The upstream's name cannot be resolved",
+            Self::TlsFailed => "TLS with the upstream failed",
+            Self::UpstreamReset => "The upstream broke off",
+            Self::UpstreamProtocol => "The upstream's answer is malformed",
+            Self::BadRequest => "The request is malformed",
+            Self::UnknownCoding => "The transfer coding is unknown",
+            Self::UnknownMethod => "The method is unknown",
+            Self::UnknownExpectation => "The expectation is unknown",
+            Self::HeaderTooLarge => "The header section is too long",
+            Self::CallerTimeout => "The caller is too slow",
+            Self::LoopDetected => "The request goes in circles",
+            Self::ConnectDenied => "CONNECT is not allowed here",
+            Self::Draining => "This listener is closing",
+        }
+    }
+
+    /// Who ended the exchange: we did, except where the upstream left us nothing to end.
+    const fn closed_by(self) -> Side {
+        match self {
+            Self::ConnectFailed | Self::TlsFailed | Self::UpstreamReset => Side::Upstream,
+            Self::RequestTimeout
+            | Self::PerTryTimeout
+            | Self::ConnectTimeout
+            | Self::IdleTimeout
+            | Self::MaxDuration
+            | Self::QueueFull
+            | Self::QueueTimeout
+            | Self::NoDestination
+            | Self::NoRoute
+            | Self::DnsFailed
+            | Self::UpstreamProtocol
+            | Self::BadRequest
+            | Self::UnknownCoding
+            | Self::UnknownMethod
+            | Self::UnknownExpectation
+            | Self::HeaderTooLarge
+            | Self::CallerTimeout
+            | Self::LoopDetected
+            | Self::ConnectDenied
+            | Self::Draining => Side::Hopguard,
+        }
     }
 }
 
@@ -146,11 +255,7 @@ impl Refusal {
 
     /// A refusal that a time limit of the policy demands.
     pub fn timed(kind: Kind, name: &'static str, limit: &Set<Duration>, detail: impl Into<Cow<'static, str>>) -> Self {
-        let rule = Rule {
-            name,
-            value: crate::rules::duration::format(limit.value),
-            origin: limit.origin.clone(),
-        };
+        let rule = Rule { name, value: crate::rules::duration::format(limit.value), origin: limit.origin.clone() };
         Self { kind, rule: Some(rule), detail: detail.into() }
     }
 
@@ -162,28 +267,32 @@ impl Refusal {
 
     /// The status of the answer to a caller that speaks HTTP.
     pub fn status(&self) -> StatusCode {
-        self.kind.face().status
+        self.kind.status()
     }
 
     /// True if what follows on the caller's connection cannot be trusted to be the next request (RFC 9112, 11.2).
     pub fn ends_connection(&self) -> bool {
         matches!(
             self.kind,
-            Kind::BadRequest | Kind::UnknownCoding | Kind::HeaderTooLarge | Kind::CallerTimeout | Kind::UnknownMethod | Kind::Draining
+            Kind::BadRequest
+                | Kind::UnknownCoding
+                | Kind::HeaderTooLarge
+                | Kind::CallerTimeout
+                | Kind::UnknownMethod
+                | Kind::Draining
         )
     }
 
     /// What telemetry keeps of it.
     pub fn record(&self) -> RefusalRecord {
-        let face = self.kind.face();
         let rule = self.rule.as_ref();
         RefusalRecord {
-            outcome: face.outcome,
+            outcome: self.kind.outcome(),
             rule: rule.map_or("", |rule| rule.name),
             value: rule.map_or_else(String::new, |rule| rule.value.clone()),
             origin: rule.map_or_else(String::new, |rule| rule.origin.to_string()),
             detail: self.detail.clone().into_owned(),
-            closed_by: face.closed_by,
+            closed_by: self.kind.closed_by(),
         }
     }
 
@@ -197,57 +306,51 @@ impl Refusal {
 
     /// The gRPC code and message.
     pub fn grpc(&self) -> (Code, String) {
-        let face = self.kind.face();
-        (face.code, format!("hopguard {}: {}", face.outcome.as_str(), self.sentence()))
+        (self.kind.code(), format!("hopguard {}: {}", self.kind.outcome().as_str(), self.sentence()))
     }
 
     /// The whole answer: gRPC gets its trailers, everybody else a problem document. `attempt` is the try it ended at.
     pub fn answer<B>(&self, is_grpc: bool, attempt: (u16, u16), body: impl FnOnce(Bytes) -> B) -> Response<B> {
-        let face = self.kind.face();
         let mut answer = if is_grpc {
             let (code, message) = self.grpc();
             grpc::trailers_only(code, &message, body(Bytes::new()))
         } else {
             let document = self.document(attempt);
             let mut answer = Response::new(body(Bytes::from(document)));
-            *answer.status_mut() = face.status;
-            answer.headers_mut().insert(
-                header::CONTENT_TYPE,
-                HeaderValue::from_static("application/problem+json"),
-            );
+            *answer.status_mut() = self.kind.status();
+            answer.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
             answer
         };
-        if let Some(value) = self.proxy_status(&face, attempt) {
+        if let Some(value) = self.proxy_status(attempt) {
             answer.headers_mut().insert(PROXY_STATUS, value);
         }
-        if face.status == StatusCode::SERVICE_UNAVAILABLE {
+        if self.kind.status() == StatusCode::SERVICE_UNAVAILABLE {
             answer.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
         }
         answer
     }
 
-    fn proxy_status(&self, face: &Face, (attempt, of): (u16, u16)) -> Option<HeaderValue> {
+    fn proxy_status(&self, (attempt, of): (u16, u16)) -> Option<HeaderValue> {
         let tries = if attempt > 0 { format!("; try {attempt}/{of}") } else { String::new() };
-        let details = format!("{}: {}{tries}", face.outcome.as_str(), self.sentence());
+        let details = format!("{}: {}{tries}", self.kind.outcome().as_str(), self.sentence());
         // A string of RFC 9651 has printable ASCII only, with `"` and `\` escaped.
         let escaped: String = details
             .chars()
             .map(|c| if c.is_ascii_graphic() || c == ' ' { c } else { '?' })
             .flat_map(|c| matches!(c, '"' | '\\').then_some('\\').into_iter().chain([c]))
             .collect();
-        HeaderValue::from_str(&format!("hopguard; error={}; details=\"{escaped}\"", face.error)).ok()
+        HeaderValue::from_str(&format!("hopguard; error={}; details=\"{escaped}\"", self.kind.error())).ok()
     }
 
     fn document(&self, (attempt, of): (u16, u16)) -> String {
-        let face = self.kind.face();
-        let name = face.outcome.as_str();
+        let name = self.kind.outcome().as_str();
         let mut document = serde_json::json!({
             "type": format!("https://hopguard.dev/refusals/{name}"),
-            "title": face.title,
-            "status": face.status.as_u16(),
+            "title": self.kind.title(),
+            "status": self.kind.status().as_u16(),
             "detail": self.sentence(),
             "refusal": name,
-            "closedBy": face.closed_by.as_str(),
+            "closedBy": self.kind.closed_by().as_str(),
         });
         if let Some(rule) = &self.rule {
             document["rule"] = rule.name.into();
@@ -266,10 +369,8 @@ mod tests {
     use super::*;
 
     fn timeout() -> Refusal {
-        let limit = Set {
-            value: Duration::from_millis(800),
-            origin: Origin::At { file: "policy.yaml".into(), line: 12 },
-        };
+        let limit =
+            Set { value: Duration::from_millis(800), origin: Origin::At { file: "policy.yaml".into(), line: 12 } };
         Refusal::timed(Kind::RequestTimeout, "timeouts.request", &limit, "no answer in time")
     }
 

@@ -45,12 +45,7 @@ impl Target {
     ///
     /// # Errors
     /// A target that is missing, doubled, contradictory or malformed.
-    pub fn read(
-        method: &Method,
-        uri: &Uri,
-        version: Version,
-        fields: &HeaderMap,
-    ) -> Result<Self, TargetError> {
+    pub fn read(method: &Method, uri: &Uri, version: Version, fields: &HeaderMap) -> Result<Self, TargetError> {
         check_form(method, uri, version)?;
         let mut hosts = fields.get_all(header::HOST).iter();
         let host = hosts.next();
@@ -153,7 +148,25 @@ fn host_length(bytes: &[u8]) -> Option<usize> {
 
 /// unreserved, sub-delims and `%` of RFC 3986, without what only attacks use in a host: quotes, `;`, `,`, and such.
 fn is_host_byte(byte: u8) -> bool {
-    byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_' | b'~' | b'%' | b'!' | b'$' | b'&' | b'\'' | b'(' | b')' | b'*' | b'+' | b',' | b';' | b'=')
+    byte.is_ascii_alphanumeric()
+        || matches!(
+            byte,
+            b'-' | b'.'
+                | b'_'
+                | b'~'
+                | b'%'
+                | b'!'
+                | b'$'
+                | b'&'
+                | b'\''
+                | b'('
+                | b')'
+                | b'*'
+                | b'+'
+                | b','
+                | b';'
+                | b'='
+        )
 }
 
 /// True if two hexadecimal digits follow every `%` (RFC 3986, 2.1).
@@ -164,7 +177,9 @@ fn is_encoded_well(host: &[u8]) -> bool {
 /// Encodes what a caller has put into a path or a query although no URI holds it (RFC 3986, 2): quotes, backslashes,
 /// bytes beyond ASCII and the like, which the next hop might read in its own way. `None` if there is nothing to encode.
 pub fn encode(path: &str) -> Option<String> {
-    let odd = |byte: u8| !byte.is_ascii_graphic() || matches!(byte, b'"' | b'<' | b'>' | b'\\' | b'^' | b'`' | b'{' | b'|' | b'}');
+    let odd = |byte: u8| {
+        !byte.is_ascii_graphic() || matches!(byte, b'"' | b'<' | b'>' | b'\\' | b'^' | b'`' | b'{' | b'|' | b'}')
+    };
     if !path.bytes().any(odd) {
         return None;
     }

@@ -24,7 +24,9 @@ impl Handoff {
         live.flow.response.add(report.received);
         let refusal = match report.end {
             End::Finished | End::Broken => None,
-            End::Idle => Some(Refusal::timed(Kind::IdleTimeout, "timeouts.idle", &limits.idle, "no byte in either direction")),
+            End::Idle => {
+                Some(Refusal::timed(Kind::IdleTimeout, "timeouts.idle", &limits.idle, "no byte in either direction"))
+            }
             End::Expired => Some(Refusal::timed(
                 Kind::MaxDuration,
                 "timeouts.maxDuration",

@@ -49,7 +49,8 @@ pub async fn switch(
     mut answer: Response<Incoming>,
     asked: Option<HeaderValue>,
 ) -> Result<Reply, Refusal> {
-    let unasked = || Refusal::plain(Kind::UpstreamProtocol, "the upstream switched to a protocol that nobody asked for");
+    let unasked =
+        || Refusal::plain(Kind::UpstreamProtocol, "the upstream switched to a protocol that nobody asked for");
     let protocol = asked.ok_or_else(unasked)?;
     if !fields::lists(answer.headers(), &header::UPGRADE, "websocket") {
         return Err(unasked());
@@ -89,11 +90,7 @@ pub fn may_connect(listener: &Listener) -> Result<(), Refusal> {
 ///
 /// # Errors
 /// If the destination cannot be reached.
-pub async fn connect(
-    live: &mut Live,
-    pool: &Rc<Pool>,
-    mut head: Box<Parts>,
-) -> Result<Reply, Refusal> {
+pub async fn connect(live: &mut Live, pool: &Rc<Pool>, mut head: Box<Parts>) -> Result<Reply, Refusal> {
     live.record.set_protocol(Protocol::Tunnel);
     live.record.attempt(1, 1);
     let upstream = attempt::bare_stream(live, pool).await?;

@@ -147,12 +147,7 @@ impl Watch {
     }
 
     /// Ready when the answer of one HTTP/2 stream is under way and its caller has not taken it in time.
-    pub fn poll_cut(
-        cx: &mut Context<'_>,
-        flow: &Rc<Flow>,
-        timers: &Timers,
-        timer: &mut Option<Timer>,
-    ) -> Poll<()> {
+    pub fn poll_cut(cx: &mut Context<'_>, flow: &Rc<Flow>, timers: &Timers, timer: &mut Option<Timer>) -> Poll<()> {
         let Some(at) = flow.cut_time() else { return Poll::Pending };
         let timer = timer.get_or_insert_with(|| timers.at(at));
         timer.set(at);

@@ -54,11 +54,7 @@ impl View {
 
 impl Worker {
     /// A worker that reads its policy from `policy`.
-    pub fn new(
-        policy: Arc<ArcSwap<Snapshot>>,
-        upstreams: Rc<Upstreams>,
-        shard: Rc<Shard>,
-    ) -> Rc<Self> {
+    pub fn new(policy: Arc<ArcSwap<Snapshot>>, upstreams: Rc<Upstreams>, shard: Rc<Shard>) -> Rc<Self> {
         let view = View::new(policy.load_full());
         Rc::new(Self {
             policy: RefCell::new(Cache::new(policy)),
@@ -85,8 +81,7 @@ impl Worker {
         }
         drop(view);
         let next = View::new(Arc::clone(newest));
-        self.upstreams
-            .keep_only(|id| next.policy.destinations.iter().any(|one| one.cluster.id == id));
+        self.upstreams.keep_only(|id| next.policy.destinations.iter().any(|one| one.cluster.id == id));
         *self.view.borrow_mut() = Rc::clone(&next);
         next
     }

@@ -14,9 +14,7 @@ where
     F: Future<Output = ()>,
 {
     std::thread::Builder::new().name(name.to_owned()).spawn(move || {
-        let runtime = Builder::new_current_thread()
-            .enable_all()
-            .build_local(LocalOptions::default())?;
+        let runtime = Builder::new_current_thread().enable_all().build_local(LocalOptions::default())?;
         runtime.block_on(main());
         Ok(())
     })

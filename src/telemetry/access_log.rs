@@ -56,10 +56,7 @@ pub struct AccessLogSettings {
 
 impl Default for AccessLogSettings {
     fn default() -> Self {
-        Self {
-            mode: AccessLogMode::Errors,
-            format: LineFormat::Json,
-        }
+        Self { mode: AccessLogMode::Errors, format: LineFormat::Json }
     }
 }
 
@@ -70,9 +67,7 @@ impl AccessLogSettings {
             AccessLogMode::Off => (0, 0),
             AccessLogMode::Errors => (1, 0),
             AccessLogMode::All => (2, 0),
-            AccessLogMode::Sampled(share) => {
-                (3, (share.clamp(0.0, 1.0) * f64::from(u32::MAX)) as u32)
-            }
+            AccessLogMode::Sampled(share) => (3, (share.clamp(0.0, 1.0) * f64::from(u32::MAX)) as u32),
         };
         u64::from(share) << 32 | mode << 1 | u64::from(self.format == LineFormat::Text)
     }
@@ -123,11 +118,7 @@ impl AccessLog {
             Sink::Stdout => Output::Thread(start(Box::new(std::io::stdout()), failed)),
             Sink::Writer(writer) => Output::Thread(start(writer, failed)),
         };
-        Self {
-            settings: AtomicU64::new(AccessLogSettings::default().pack()),
-            output,
-            dropped,
-        }
+        Self { settings: AtomicU64::new(AccessLogSettings::default().pack()), output, dropped }
     }
 
     /// Changes mode and format; exchanges that end later obey.
@@ -145,11 +136,7 @@ impl AccessLog {
             2 => true,
             _ => is_error(outcome, grpc_status) || fastrand::u32(..) < (settings >> 32) as u32,
         };
-        wanted.then_some(if settings & 1 == 1 {
-            LineFormat::Text
-        } else {
-            LineFormat::Json
-        })
+        wanted.then_some(if settings & 1 == 1 { LineFormat::Text } else { LineFormat::Json })
     }
 
     /// Hands a line, without its line end, to the writer; never waits.
@@ -165,9 +152,7 @@ impl AccessLog {
             }
             Output::Thread(sender) => match sender.try_send(Message::Line(line.into())) {
                 Ok(()) => {}
-                Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => {
-                    self.dropped.increment()
-                }
+                Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => self.dropped.increment(),
             },
         }
     }
@@ -189,9 +174,7 @@ impl AccessLog {
             message = back;
             std::thread::sleep(GATHER);
         }
-        written
-            .recv_timeout(deadline.saturating_duration_since(Instant::now()))
-            .is_ok()
+        written.recv_timeout(deadline.saturating_duration_since(Instant::now())).is_ok()
     }
 }
 
@@ -236,17 +219,9 @@ fn write_lines(mut writer: Box<dyn Write + Send>, receiver: &Receiver<Message>, 
                 }
                 Message::Flush(done) => waiting.push(done),
             }
-            next = if batch.len() < BATCH {
-                receiver.try_recv().ok()
-            } else {
-                None
-            };
+            next = if batch.len() < BATCH { receiver.try_recv().ok() } else { None };
         }
-        if writer
-            .write_all(&batch)
-            .and_then(|()| writer.flush())
-            .is_err()
-        {
+        if writer.write_all(&batch).and_then(|()| writer.flush()).is_err() {
             failed.increment();
         }
         batch.clear();

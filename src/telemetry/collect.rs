@@ -1,9 +1,7 @@
 //! From cells to metric families: adds the workers up and gives each value its labels. Runs on the admin thread, at the
 //! price of whoever scrapes.
 
-use prometheus::proto::{
-    Bucket, Counter, Gauge, Histogram, LabelPair, Metric, MetricFamily, MetricType,
-};
+use prometheus::proto::{Bucket, Counter, Gauge, Histogram, LabelPair, Metric, MetricFamily, MetricType};
 
 use super::families as names;
 use super::histogram::Buckets;
@@ -54,68 +52,35 @@ fn exchanges(telemetry: &Telemetry) -> Vec<MetricFamily> {
 fn reading(reading: Reading) -> MetricFamily {
     let values = reading.values.into_iter();
     if reading.counter {
-        let metrics = values
-            .map(|(labels, value)| counter(pairs(labels), value))
-            .collect();
+        let metrics = values.map(|(labels, value)| counter(pairs(labels), value)).collect();
         return family(reading.family, MetricType::COUNTER, metrics);
     }
-    let metrics = values
-        .map(|(labels, value)| gauge(pairs(labels), value))
-        .collect();
+    let metrics = values.map(|(labels, value)| gauge(pairs(labels), value)).collect();
     family(reading.family, MetricType::GAUGE, metrics)
 }
 
 fn process(telemetry: &Telemetry) -> Vec<MetricFamily> {
     let one_counter = |name, value: Option<f64>| {
-        family(
-            name,
-            MetricType::COUNTER,
-            value
-                .map(|value| counter(Vec::new(), value))
-                .into_iter()
-                .collect(),
-        )
+        family(name, MetricType::COUNTER, value.map(|value| counter(Vec::new(), value)).into_iter().collect())
     };
     let one_gauge = |name, labels: Labels, value: Option<f64>| {
-        family(
-            name,
-            MetricType::GAUGE,
-            value
-                .map(|value| gauge(pairs(labels), value))
-                .into_iter()
-                .collect(),
-        )
+        family(name, MetricType::GAUGE, value.map(|value| gauge(pairs(labels), value)).into_iter().collect())
     };
     let figures = ProcessFigures::read();
     let version = vec![("version", env!("CARGO_PKG_VERSION").to_owned())];
     let mut families = vec![
-        one_counter(
-            names::TURNED_AWAY,
-            Some(telemetry.hops.turned_away() as f64),
-        ),
+        one_counter(names::TURNED_AWAY, Some(telemetry.hops.turned_away() as f64)),
         one_counter(names::CPU, figures.cpu.map(|cpu| cpu.as_secs_f64())),
         one_gauge(names::BUILD, version, Some(1.0)),
-        one_gauge(
-            names::MEMORY,
-            Vec::new(),
-            figures.resident.map(|bytes| bytes as f64),
-        ),
-        one_gauge(
-            names::OPEN_FDS,
-            Vec::new(),
-            figures.open_files.map(|files| files as f64),
-        ),
+        one_gauge(names::MEMORY, Vec::new(), figures.resident.map(|bytes| bytes as f64)),
+        one_gauge(names::OPEN_FDS, Vec::new(), figures.open_files.map(|files| files as f64)),
         one_gauge(names::STARTED, Vec::new(), figures.started),
     ];
     if let Some(PolicyInfo { hash, loaded, took }) = telemetry.policy() {
         let loaded = loaded.as_millisecond() as f64 / 1000.0;
         families.push(one_gauge(names::POLICY, vec![("hash", hash)], Some(1.0)));
         families.push(one_gauge(names::POLICY_LOADED, Vec::new(), Some(loaded)));
-        families.push(one_gauge(
-            names::POLICY_TOOK,
-            Vec::new(),
-            Some(took.as_secs_f64()),
-        ));
+        families.push(one_gauge(names::POLICY_TOOK, Vec::new(), Some(took.as_secs_f64())));
     }
     families
 }
@@ -132,10 +97,7 @@ fn hop_labels(hop: &HopLabels, (_, protocol, outcome): SeriesKey) -> Vec<LabelPa
 }
 
 fn pairs(labels: Labels) -> Vec<LabelPair> {
-    labels
-        .iter()
-        .map(|(name, value)| pair(name, value))
-        .collect()
+    labels.iter().map(|(name, value)| pair(name, value)).collect()
 }
 
 fn pair(name: &str, value: &str) -> LabelPair {

@@ -121,13 +121,7 @@ pub struct Exchange {
 impl Exchange {
     /// Begins at `now`, the moment when the request's head was complete. `hop` may still be one of
     /// [`super::HopLabels::unrouted`].
-    pub fn begin(
-        shard: Rc<Shard>,
-        now: Instant,
-        hop: HopId,
-        protocol: Protocol,
-        request: RequestLine,
-    ) -> Self {
+    pub fn begin(shard: Rc<Shard>, now: Instant, hop: HopId, protocol: Protocol, request: RequestLine) -> Self {
         Self {
             shard,
             began: now,
@@ -290,29 +284,27 @@ impl Exchange {
     }
 
     fn observe(&self, outcome: Outcome, total: Duration) {
-        self.shard
-            .with_series((self.hop, self.protocol, outcome), |series| {
-                series.count();
-                series.total.observe(total);
-                if let Some(first_byte) = self.first_byte {
-                    series.first_byte.observe(first_byte);
-                }
-                if let Some(connect) = self.connect {
-                    series.connect.observe(connect);
-                }
-                if let Some(queued) = self.queued {
-                    series.queue.observe(queued);
-                }
-                if let Some(overhead) = self.overhead() {
-                    series.overhead.observe(overhead);
-                }
-            });
+        self.shard.with_series((self.hop, self.protocol, outcome), |series| {
+            series.count();
+            series.total.observe(total);
+            if let Some(first_byte) = self.first_byte {
+                series.first_byte.observe(first_byte);
+            }
+            if let Some(connect) = self.connect {
+                series.connect.observe(connect);
+            }
+            if let Some(queued) = self.queued {
+                series.queue.observe(queued);
+            }
+            if let Some(overhead) = self.overhead() {
+                series.overhead.observe(overhead);
+            }
+        });
     }
 
     /// What we took of the time to the first byte: all of it but the waits for a place, a connection and the upstream.
     pub fn overhead(&self) -> Option<Duration> {
-        let waits =
-            self.upstream? + self.connect.unwrap_or_default() + self.queued.unwrap_or_default();
+        let waits = self.upstream? + self.connect.unwrap_or_default() + self.queued.unwrap_or_default();
         Some(self.first_byte?.saturating_sub(waits))
     }
 }
@@ -329,13 +321,7 @@ impl Drop for Exchange {
             return;
         };
         let labels = self.shard.labels(self.hop);
-        let entry = line::Entry {
-            exchange: self,
-            outcome,
-            total,
-            began: telemetry.wall(self.began),
-            hop: &labels,
-        };
+        let entry = line::Entry { exchange: self, outcome, total, began: telemetry.wall(self.began), hop: &labels };
         self.shard.with_line(|text| {
             line::write(text, &entry, format);
             telemetry.access_log.put(text);

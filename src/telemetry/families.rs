@@ -8,107 +8,51 @@ const fn family(name: &'static str, help: &'static str) -> Family {
     Family { name, help }
 }
 
-pub(super) const REQUESTS: Family = family(
-    "hopguard_requests_total",
-    "Exchanges that ended, by outcome",
-);
-pub(super) const DURATION: Family = family(
-    "hopguard_request_duration_seconds",
-    "From the head of the request to the last byte of the answer",
-);
-pub(super) const FIRST_BYTE: Family = family(
-    "hopguard_time_to_first_byte_seconds",
-    "From the head of the request to the head of the answer",
-);
-pub(super) const CONNECT: Family = family(
-    "hopguard_connect_duration_seconds",
-    "Opening a connection to the upstream, where one was opened",
-);
-pub(super) const QUEUE: Family = family(
-    "hopguard_queue_duration_seconds",
-    "Waiting for a free place of the destination, where there was a wait",
-);
-pub(super) const OVERHEAD: Family = family(
-    "hopguard_overhead_seconds",
-    "Time to first byte without queue, connect and the wait for the upstream",
-);
+pub(super) const REQUESTS: Family = family("hopguard_requests_total", "Exchanges that ended, by outcome");
+pub(super) const DURATION: Family =
+    family("hopguard_request_duration_seconds", "From the head of the request to the last byte of the answer");
+pub(super) const FIRST_BYTE: Family =
+    family("hopguard_time_to_first_byte_seconds", "From the head of the request to the head of the answer");
+pub(super) const CONNECT: Family =
+    family("hopguard_connect_duration_seconds", "Opening a connection to the upstream, where one was opened");
+pub(super) const QUEUE: Family =
+    family("hopguard_queue_duration_seconds", "Waiting for a free place of the destination, where there was a wait");
+pub(super) const OVERHEAD: Family =
+    family("hopguard_overhead_seconds", "Time to first byte without queue, connect and the wait for the upstream");
 
-pub(super) const IN_FLIGHT: Family = family(
-    "hopguard_in_flight_requests",
-    "Exchanges that have a place of the destination",
-);
-pub(super) const QUEUED: Family = family(
-    "hopguard_queued_requests",
-    "Exchanges that wait for a place of the destination",
-);
-pub(super) const POOL_OPEN: Family = family(
-    "hopguard_pool_open_connections",
-    "Open connections to the upstream, busy and idle",
-);
-pub(super) const POOL_IDLE: Family = family(
-    "hopguard_pool_idle_connections",
-    "Open connections to the upstream that wait for use",
-);
-const CONNECTS: Family = family(
-    "hopguard_pool_connects_total",
-    "Connections to the upstream that were opened",
-);
-const CONNECT_FAILURES: Family = family(
-    "hopguard_pool_connect_failures_total",
-    "Connections to the upstream that could not be opened",
-);
-const CLOSES: Family = family(
-    "hopguard_pool_closes_total",
-    "Connections to the upstream that were closed, by either side",
-);
+pub(super) const IN_FLIGHT: Family =
+    family("hopguard_in_flight_requests", "Exchanges that have a place of the destination");
+pub(super) const QUEUED: Family =
+    family("hopguard_queued_requests", "Exchanges that wait for a place of the destination");
+pub(super) const POOL_OPEN: Family =
+    family("hopguard_pool_open_connections", "Open connections to the upstream, busy and idle");
+pub(super) const POOL_IDLE: Family =
+    family("hopguard_pool_idle_connections", "Open connections to the upstream that wait for use");
+const CONNECTS: Family = family("hopguard_pool_connects_total", "Connections to the upstream that were opened");
+const CONNECT_FAILURES: Family =
+    family("hopguard_pool_connect_failures_total", "Connections to the upstream that could not be opened");
+const CLOSES: Family =
+    family("hopguard_pool_closes_total", "Connections to the upstream that were closed, by either side");
 
-const ACCEPTED: Family = family(
-    "hopguard_listener_connections_total",
-    "Connections that callers opened",
-);
-const OPEN: Family = family(
-    "hopguard_listener_open_connections",
-    "Connections of callers that are open",
-);
+const ACCEPTED: Family = family("hopguard_listener_connections_total", "Connections that callers opened");
+const OPEN: Family = family("hopguard_listener_open_connections", "Connections of callers that are open");
 
-const RELOADS: Family = family(
-    "hopguard_policy_reloads_total",
-    "Attempts to load the policy, the first one included",
-);
+const RELOADS: Family = family("hopguard_policy_reloads_total", "Attempts to load the policy, the first one included");
 const WORKERS: Family = family("hopguard_workers", "Worker threads");
-const DRAINING: Family = family(
-    "hopguard_draining",
-    "1 from the start of the drain on, else 0",
-);
-const LINES_DROPPED: Family = family(
-    "hopguard_access_log_dropped_total",
-    "Access log lines thrown away because the reader was too slow",
-);
-const LINES_FAILED: Family = family(
-    "hopguard_access_log_write_errors_total",
-    "Access log writes that the system refused",
-);
+const DRAINING: Family = family("hopguard_draining", "1 from the start of the drain on, else 0");
+const LINES_DROPPED: Family =
+    family("hopguard_access_log_dropped_total", "Access log lines thrown away because the reader was too slow");
+const LINES_FAILED: Family =
+    family("hopguard_access_log_write_errors_total", "Access log writes that the system refused");
 
-pub(super) const TURNED_AWAY: Family = family(
-    "hopguard_hops_turned_away_total",
-    "Hops counted under the label value other because the table is full",
-);
-pub(super) const BUILD: Family = family(
-    "hopguard_build_info",
-    "Always 1; the labels say what is running",
-);
-pub(super) const POLICY: Family = family(
-    "hopguard_policy_info",
-    "Always 1; the hash of the policy in force",
-);
-pub(super) const POLICY_LOADED: Family = family(
-    "hopguard_policy_loaded_timestamp_seconds",
-    "When the policy in force was loaded",
-);
-pub(super) const POLICY_TOOK: Family = family(
-    "hopguard_policy_load_duration_seconds",
-    "How long reading and compiling the policy in force took",
-);
+pub(super) const TURNED_AWAY: Family =
+    family("hopguard_hops_turned_away_total", "Hops counted under the label value other because the table is full");
+pub(super) const BUILD: Family = family("hopguard_build_info", "Always 1; the labels say what is running");
+pub(super) const POLICY: Family = family("hopguard_policy_info", "Always 1; the hash of the policy in force");
+pub(super) const POLICY_LOADED: Family =
+    family("hopguard_policy_loaded_timestamp_seconds", "When the policy in force was loaded");
+pub(super) const POLICY_TOOK: Family =
+    family("hopguard_policy_load_duration_seconds", "How long reading and compiling the policy in force took");
 pub(super) const MEMORY: Family = family("process_resident_memory_bytes", "Resident memory");
 pub(super) const CPU: Family = family("process_cpu_seconds_total", "User and system CPU time");
 pub(super) const OPEN_FDS: Family = family("process_open_fds", "Open file descriptors");
@@ -219,8 +163,7 @@ pub struct ProcessMetrics {
 
 impl ProcessMetrics {
     pub(super) fn new(instruments: &Instruments) -> Self {
-        let reloads =
-            |result: &str| instruments.counter(RELOADS, vec![("result", result.to_owned())], None);
+        let reloads = |result: &str| instruments.counter(RELOADS, vec![("result", result.to_owned())], None);
         Self {
             reloads_ok: reloads("ok"),
             reloads_failed: reloads("failed"),

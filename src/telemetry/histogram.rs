@@ -28,17 +28,14 @@ pub const LATENCY_BOUNDS: [u64; 16] = [
 
 /// Upper bounds of the overhead histogram, in nanoseconds: 10 us to 50 ms.
 pub const OVERHEAD_BOUNDS: [u64; 12] = [
-    10_000, 20_000, 50_000, 100_000, 200_000, 500_000, 1_000_000, 2_000_000, 5_000_000, 10_000_000,
-    20_000_000, 50_000_000,
+    10_000, 20_000, 50_000, 100_000, 200_000, 500_000, 1_000_000, 2_000_000, 5_000_000, 10_000_000, 20_000_000,
+    50_000_000,
 ];
 
 /// Adds to a cell that only this thread writes.
 #[inline]
 pub(super) fn add(cell: &AtomicU64, amount: u64) {
-    cell.store(
-        cell.load(Ordering::Relaxed).wrapping_add(amount),
-        Ordering::Relaxed,
-    );
+    cell.store(cell.load(Ordering::Relaxed).wrapping_add(amount), Ordering::Relaxed);
 }
 
 /// Buckets with the given upper bounds and one more for everything above the last.
@@ -71,12 +68,7 @@ impl OverheadHistogram {
 
 impl<const N: usize> Histogram<N> {
     fn with_bounds(bounds: &'static [u64; N]) -> Self {
-        Self {
-            bounds,
-            buckets: [const { AtomicU64::new(0) }; N],
-            above: AtomicU64::new(0),
-            sum: AtomicU64::new(0),
-        }
+        Self { bounds, buckets: [const { AtomicU64::new(0) }; N], above: AtomicU64::new(0), sum: AtomicU64::new(0) }
     }
 
     /// Adds one value. Only ever called by the thread that owns the shard; a value on a bound belongs to that bound.
@@ -96,9 +88,7 @@ impl<const N: usize> Histogram<N> {
         for (count, cell) in sums.counts.iter_mut().zip(cells) {
             *count += cell.load(Ordering::Relaxed);
         }
-        sums.sum_nanos = sums
-            .sum_nanos
-            .wrapping_add(self.sum.load(Ordering::Relaxed));
+        sums.sum_nanos = sums.sum_nanos.wrapping_add(self.sum.load(Ordering::Relaxed));
     }
 }
 
@@ -124,8 +114,7 @@ impl Buckets {
         if !other.bounds.is_empty() {
             self.bounds = other.bounds;
         }
-        self.counts
-            .resize(self.counts.len().max(other.counts.len()), 0);
+        self.counts.resize(self.counts.len().max(other.counts.len()), 0);
         for (count, more) in self.counts.iter_mut().zip(&other.counts) {
             *count += more;
         }
@@ -137,12 +126,7 @@ impl Buckets {
         let before = earlier.counts.iter().copied().chain(std::iter::repeat(0));
         Buckets {
             bounds: self.bounds,
-            counts: self
-                .counts
-                .iter()
-                .zip(before)
-                .map(|(now, before)| now.saturating_sub(before))
-                .collect(),
+            counts: self.counts.iter().zip(before).map(|(now, before)| now.saturating_sub(before)).collect(),
             sum_nanos: self.sum_nanos.saturating_sub(earlier.sum_nanos),
         }
     }
@@ -214,10 +198,7 @@ mod tests {
         }
         let buckets = sums(&histogram);
         let median = buckets.quantile(0.5).unwrap();
-        assert!(
-            median > Duration::from_millis(1) && median <= Duration::from_millis(2),
-            "{median:?}"
-        );
+        assert!(median > Duration::from_millis(1) && median <= Duration::from_millis(2), "{median:?}");
         assert_eq!(buckets.quantile(0.99), Some(Duration::from_secs(30)));
         assert!(buckets.quantile(1.0) >= buckets.quantile(0.0));
     }

@@ -54,12 +54,7 @@ impl HopLabels {
         route: impl Into<Arc<str>>,
         direction: Direction,
     ) -> Self {
-        Self {
-            source: source.into(),
-            destination: destination.into(),
-            route: route.into(),
-            direction,
-        }
+        Self { source: source.into(), destination: destination.into(), route: route.into(), direction }
     }
 
     /// For exchanges that end before a destination is known: destination and route are `none`.
@@ -99,10 +94,7 @@ impl Default for Hops {
     fn default() -> Self {
         let other = HopLabels::new("other", "other", "other", Direction::Other);
         Self {
-            table: Mutex::new(Table {
-                ids: HashMap::default(),
-                labels: vec![Arc::new(other)],
-            }),
+            table: Mutex::new(Table { ids: HashMap::default(), labels: vec![Arc::new(other)] }),
             turned_away: AtomicU64::new(0),
         }
     }
@@ -150,55 +142,17 @@ mod tests {
     #[test]
     fn the_same_labels_give_the_same_id_and_the_table_is_bounded() {
         let hops = Hops::default();
-        let first = hops.register(HopLabels::new(
-            "order",
-            "payment",
-            "pay",
-            Direction::Outbound,
-        ));
+        let first = hops.register(HopLabels::new("order", "payment", "pay", Direction::Outbound));
         assert_ne!(first, HopId::OTHER);
-        assert_eq!(
-            first,
-            hops.register(HopLabels::new(
-                "order",
-                "payment",
-                "pay",
-                Direction::Outbound
-            ))
-        );
-        assert_ne!(
-            first,
-            hops.register(HopLabels::new(
-                "order",
-                "payment",
-                "pay",
-                Direction::Inbound
-            ))
-        );
+        assert_eq!(first, hops.register(HopLabels::new("order", "payment", "pay", Direction::Outbound)));
+        assert_ne!(first, hops.register(HopLabels::new("order", "payment", "pay", Direction::Inbound)));
         for route in 0..MAX_HOPS {
-            hops.register(HopLabels::new(
-                "order",
-                "payment",
-                route.to_string(),
-                Direction::Outbound,
-            ));
+            hops.register(HopLabels::new("order", "payment", route.to_string(), Direction::Outbound));
         }
-        assert_eq!(
-            hops.turned_away(),
-            3,
-            "two named hops and the overflow itself had been there"
-        );
+        assert_eq!(hops.turned_away(), 3, "two named hops and the overflow itself had been there");
         let late = hops.register(HopLabels::new("order", "late", "late", Direction::Outbound));
         assert_eq!(late, HopId::OTHER);
         assert_eq!(&*hops.labels(late).route, "other");
-        assert_eq!(
-            hops.register(HopLabels::new(
-                "order",
-                "payment",
-                "pay",
-                Direction::Outbound
-            )),
-            first
-        );
+        assert_eq!(hops.register(HopLabels::new("order", "payment", "pay", Direction::Outbound)), first);
     }
 }

@@ -26,17 +26,11 @@ impl ProcessFigures {
         let boot = read("/proc/stat").and_then(|text| field(&text, "btime"));
         let start = stat.as_deref().and_then(|stat| stat_field(stat, 22));
         Self {
-            resident: read("/proc/self/status")
-                .and_then(|text| field(&text, "VmRSS:"))
-                .map(|kib| kib * 1024),
+            resident: read("/proc/self/status").and_then(|text| field(&text, "VmRSS:")).map(|kib| kib * 1024),
             cpu: stat.as_deref().and_then(cpu),
             // The listing itself holds one.
-            open_files: std::fs::read_dir("/proc/self/fd")
-                .ok()
-                .map(|entries| entries.count().saturating_sub(1) as u64),
-            started: boot
-                .zip(start)
-                .map(|(boot, ticks)| boot as f64 + ticks as f64 / TICKS as f64),
+            open_files: std::fs::read_dir("/proc/self/fd").ok().map(|entries| entries.count().saturating_sub(1) as u64),
+            started: boot.zip(start).map(|(boot, ticks)| boot as f64 + ticks as f64 / TICKS as f64),
         }
     }
 }
@@ -56,10 +50,7 @@ fn field(text: &str, name: &str) -> Option<u64> {
 /// so counting begins behind its last parenthesis.
 fn stat_field(stat: &str, number: usize) -> Option<u64> {
     let (_, rest) = stat.rsplit_once(')')?;
-    rest.split_ascii_whitespace()
-        .nth(number.checked_sub(3)?)?
-        .parse()
-        .ok()
+    rest.split_ascii_whitespace().nth(number.checked_sub(3)?)?.parse().ok()
 }
 
 #[cfg(test)]
@@ -77,17 +68,8 @@ mod tests {
     #[test]
     fn this_process_has_figures() {
         let figures = ProcessFigures::read();
-        assert!(
-            figures.resident.is_some_and(|bytes| bytes > 100_000),
-            "{figures:?}"
-        );
-        assert!(
-            figures.cpu.is_some() && figures.open_files.is_some_and(|files| files >= 3),
-            "{figures:?}"
-        );
-        assert!(
-            figures.started.is_some_and(|at| at > 1_600_000_000.0),
-            "{figures:?}"
-        );
+        assert!(figures.resident.is_some_and(|bytes| bytes > 100_000), "{figures:?}");
+        assert!(figures.cpu.is_some() && figures.open_files.is_some_and(|files| files >= 3), "{figures:?}");
+        assert!(figures.started.is_some_and(|at| at > 1_600_000_000.0), "{figures:?}");
     }
 }

@@ -139,11 +139,9 @@ impl Instruments {
 
     /// The gauge with these labels; the same arguments give the same cell. Cold path.
     pub(super) fn gauge(&self, family: Family, labels: Labels, worker: Option<u32>) -> Gauge {
-        self.with_cell(family, labels, worker, |cell| {
-            match cell.get_or_insert_with(|| Cell::Gauge(Gauge::default())) {
-                Cell::Gauge(gauge) => gauge.clone(),
-                Cell::Counter(_) => Gauge::default(),
-            }
+        self.with_cell(family, labels, worker, |cell| match cell.get_or_insert_with(|| Cell::Gauge(Gauge::default())) {
+            Cell::Gauge(gauge) => gauge.clone(),
+            Cell::Counter(_) => Gauge::default(),
         })
     }
 
@@ -155,19 +153,9 @@ impl Instruments {
         visit: impl FnOnce(&mut Option<Cell>) -> T,
     ) -> T {
         let mut families = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let cells = families.entry(family.name).or_insert_with(|| Cells {
-            family,
-            by_labels: BTreeMap::new(),
-        });
+        let cells = families.entry(family.name).or_insert_with(|| Cells { family, by_labels: BTreeMap::new() });
         let known = cells.by_labels.contains_key(&labels) || cells.by_labels.len() < MAX_CELLS;
-        let labels = if known {
-            labels
-        } else {
-            labels
-                .iter()
-                .map(|(name, _)| (*name, "other".to_owned()))
-                .collect()
-        };
+        let labels = if known { labels } else { labels.iter().map(|(name, _)| (*name, "other".to_owned())).collect() };
         let workers = cells.by_labels.entry(labels).or_default();
         let mut cell = workers.remove(&worker);
         let result = visit(&mut cell);
@@ -201,11 +189,7 @@ impl Cells {
             }
             values.push((labels.clone(), sum));
         }
-        Reading {
-            family: self.family,
-            counter,
-            values,
-        }
+        Reading { family: self.family, counter, values }
     }
 }
 
@@ -213,10 +197,7 @@ impl Cells {
 mod tests {
     use super::*;
 
-    const FAMILY: Family = Family {
-        name: "hopguard_things",
-        help: "Things",
-    };
+    const FAMILY: Family = Family { name: "hopguard_things", help: "Things" };
 
     #[test]
     fn cells_of_workers_add_up_and_the_same_arguments_are_the_same_cell() {
@@ -235,17 +216,11 @@ mod tests {
     fn a_family_is_bounded() {
         let instruments = Instruments::default();
         for index in 0..MAX_CELLS + 10 {
-            instruments
-                .counter(FAMILY, vec![("destination", index.to_string())], None)
-                .increment();
+            instruments.counter(FAMILY, vec![("destination", index.to_string())], None).increment();
         }
         let reading = instruments.read();
         assert_eq!(reading[0].values.len(), MAX_CELLS + 1);
         assert!(reading[0].counter);
-        assert!(
-            reading[0]
-                .values
-                .contains(&(vec![("destination", "other".to_owned())], 10.0))
-        );
+        assert!(reading[0].values.contains(&(vec![("destination", "other".to_owned())], 10.0)));
     }
 }

@@ -211,11 +211,7 @@ fn text(out: &mut String, entry: &Entry<'_>) -> fmt::Result {
 fn text_request(out: &mut String, exchange: &Exchange) -> fmt::Result {
     let request = &exchange.request;
     if exchange.protocol() == Protocol::Grpc {
-        return escape(
-            out,
-            request.uri.path().trim_start_matches('/'),
-            Quoting::Bare,
-        );
+        return escape(out, request.uri.path().trim_start_matches('/'), Quoting::Bare);
     }
     write!(out, "{} ", request.method)?;
     match (request.uri.path_and_query(), request.uri.authority()) {
@@ -279,9 +275,7 @@ fn quote(out: &mut String, value: &str) -> fmt::Result {
 
 fn escape(out: &mut String, value: &str, quoting: Quoting) -> fmt::Result {
     let plain = |byte: u8| {
-        matches!(byte, b' '..=b'~')
-            && !matches!(byte, b'"' | b'\\')
-            && (byte != b' ' || quoting != Quoting::Bare)
+        matches!(byte, b' '..=b'~') && !matches!(byte, b'"' | b'\\') && (byte != b' ' || quoting != Quoting::Bare)
     };
     if value.bytes().all(plain) {
         out.push_str(value);
@@ -309,11 +303,7 @@ fn escape(out: &mut String, value: &str, quoting: Quoting) -> fmt::Result {
 
 /// Undoes the encoding of `grpc-message`. What is not a valid sequence stays as it is; decoding never fails.
 fn percent_decode(value: &[u8]) -> String {
-    let digit = |at: usize| {
-        value
-            .get(at)
-            .and_then(|byte| char::from(*byte).to_digit(16))
-    };
+    let digit = |at: usize| value.get(at).and_then(|byte| char::from(*byte).to_digit(16));
     let mut bytes = Vec::with_capacity(value.len());
     let mut at = 0;
     while at < value.len() {
@@ -335,13 +325,9 @@ fn trace_id(traceparent: Option<&HeaderValue>) -> Option<&str> {
     let value = traceparent?.to_str().ok()?;
     let (version, rest) = value.split_once('-')?;
     let id = rest.get(..32)?;
-    let hex = |part: &str| {
-        part.bytes()
-            .all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
-    };
+    let hex = |part: &str| part.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
     let valid = version.len() == 2 && version != "ff" && hex(version) && hex(id);
-    (valid && rest.as_bytes().get(32) == Some(&b'-') && id.bytes().any(|byte| byte != b'0'))
-        .then_some(id)
+    (valid && rest.as_bytes().get(32) == Some(&b'-') && id.bytes().any(|byte| byte != b'0')).then_some(id)
 }
 
 /// The name of a gRPC status code.
@@ -420,19 +406,9 @@ mod tests {
     #[test]
     fn a_malformed_traceparent_gives_no_trace_id() {
         let id = "4bf92f3577b34da6a3ce929d0e0e4736";
-        let of = |value: &str| {
-            HeaderValue::from_str(value)
-                .ok()
-                .and_then(|v| trace_id(Some(&v)).map(str::to_owned))
-        };
-        assert_eq!(
-            of(&format!("00-{id}-00f067aa0ba902b7-01")).as_deref(),
-            Some(id)
-        );
-        assert_eq!(
-            of(&format!("cc-{id}-00f067aa0ba902b7-01-what")).as_deref(),
-            Some(id)
-        );
+        let of = |value: &str| HeaderValue::from_str(value).ok().and_then(|v| trace_id(Some(&v)).map(str::to_owned));
+        assert_eq!(of(&format!("00-{id}-00f067aa0ba902b7-01")).as_deref(), Some(id));
+        assert_eq!(of(&format!("cc-{id}-00f067aa0ba902b7-01-what")).as_deref(), Some(id));
         for bad in [
             format!("ff-{id}-00f067aa0ba902b7-01"),
             format!("00-{}-00f067aa0ba902b7-01", id.to_uppercase()),

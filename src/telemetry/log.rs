@@ -41,39 +41,20 @@ pub fn init(format: LogFormat, filter: &str) -> Result<(), LogError> {
     let targets = targets(filter)?;
     let lines = match format {
         LogFormat::Text => layer().with_writer(stderr).with_ansi(false).boxed(),
-        LogFormat::Json => layer()
-            .json()
-            .flatten_event(true)
-            .with_current_span(false)
-            .with_writer(stderr)
-            .boxed(),
+        LogFormat::Json => layer().json().flatten_event(true).with_current_span(false).with_writer(stderr).boxed(),
     };
-    tracing_subscriber::registry()
-        .with(lines.with_filter(targets))
-        .try_init()
-        .map_err(|_| LogError::Twice)
+    tracing_subscriber::registry().with(lines.with_filter(targets)).try_init().map_err(|_| LogError::Twice)
 }
 
 fn targets(filter: &str) -> Result<Targets, LogError> {
-    let error = |reason: String| LogError::Filter {
-        filter: filter.to_owned(),
-        reason,
-    };
+    let error = |reason: String| LogError::Filter { filter: filter.to_owned(), reason };
     // `Targets` reads a word that is no level as a target at its most talkative level: `inof` would switch all on.
-    for part in filter
-        .split(',')
-        .map(str::trim)
-        .filter(|part| !part.contains('='))
-    {
+    for part in filter.split(',').map(str::trim).filter(|part| !part.contains('=')) {
         if part.is_empty() || part.parse::<LevelFilter>().is_err() {
-            return Err(error(format!(
-                "{part:?} is no level: off, error, warn, info, debug or trace"
-            )));
+            return Err(error(format!("{part:?} is no level: off, error, warn, info, debug or trace")));
         }
     }
-    filter
-        .parse()
-        .map_err(|parse: ParseError| error(parse.to_string()))
+    filter.parse().map_err(|parse: ParseError| error(parse.to_string()))
 }
 
 #[cfg(test)]
@@ -84,9 +65,7 @@ mod tests {
     #[test]
     fn the_longest_target_wins_and_a_misspelt_level_is_an_error() {
         let filter = targets("info,hopguard=debug,hopguard::admin=off").unwrap();
-        assert!(
-            filter.would_enable("h2", &Level::INFO) && !filter.would_enable("h2", &Level::DEBUG)
-        );
+        assert!(filter.would_enable("h2", &Level::INFO) && !filter.would_enable("h2", &Level::DEBUG));
         assert!(filter.would_enable("hopguard::proxy", &Level::DEBUG));
         assert!(!filter.would_enable("hopguard::admin", &Level::ERROR));
         for bad in ["inof", "info,hopguard=lots", "", "info,,debug"] {

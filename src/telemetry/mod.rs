@@ -41,9 +41,7 @@ use tokio::time::Instant;
 pub use access_log::{AccessLog, AccessLogMode, AccessLogSettings, LineFormat, MemoryLines, Sink};
 pub use exchange::{Connection, Exchange, RefusalRecord, RequestLine, Side};
 pub use families::{DestinationMetrics, ListenerMetrics, ProcessMetrics};
-pub use histogram::{
-    Buckets, Histogram, LATENCY_BOUNDS, LatencyHistogram, OVERHEAD_BOUNDS, OverheadHistogram,
-};
+pub use histogram::{Buckets, Histogram, LATENCY_BOUNDS, LatencyHistogram, OVERHEAD_BOUNDS, OverheadHistogram};
 pub use hop::{Direction, HopId, HopLabels, Hops, MAX_HOPS};
 pub use host_process::ProcessFigures;
 pub use instruments::{Counter, Family, Gauge, Held};
@@ -86,11 +84,7 @@ impl Telemetry {
     pub fn new(sink: Sink) -> Arc<Self> {
         let instruments = Instruments::default();
         let process = ProcessMetrics::new(&instruments);
-        let access_log = AccessLog::new(
-            sink,
-            process.lines_dropped.clone(),
-            process.lines_failed.clone(),
-        );
+        let access_log = AccessLog::new(sink, process.lines_dropped.clone(), process.lines_failed.clone());
         Arc::new(Self {
             hops: Hops::default(),
             process,
@@ -105,30 +99,20 @@ impl Telemetry {
     /// A worker's own end; call it once per worker, on the worker's thread. `worker` tells the cells of workers apart.
     pub fn shard(self: &Arc<Self>, worker: u32) -> Rc<Shard> {
         let shared = Arc::new(SharedSeries::default());
-        self.shards
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .push(Arc::clone(&shared));
+        self.shards.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(&shared));
         Shard::new(Arc::clone(self), worker, shared)
     }
 
     /// Notes that a policy came into force, and how long reading and compiling it took.
     pub fn policy_loaded(&self, hash: &str, took: Duration) {
         self.process.reloads_ok.increment();
-        let info = PolicyInfo {
-            hash: hash.to_owned(),
-            loaded: self.wall(Instant::now()),
-            took,
-        };
+        let info = PolicyInfo { hash: hash.to_owned(), loaded: self.wall(Instant::now()), took };
         *self.policy.lock().unwrap_or_else(PoisonError::into_inner) = Some(info);
     }
 
     /// The policy in force; `None` before the first.
     pub fn policy(&self) -> Option<PolicyInfo> {
-        self.policy
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        self.policy.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Notes that a policy was refused and the last good one stays.
@@ -140,13 +124,9 @@ impl Telemetry {
     /// steps the clock.
     pub fn wall(&self, at: Instant) -> Timestamp {
         let (instant, wall) = self.anchor;
-        let after = jiff::SignedDuration::try_from(at.saturating_duration_since(instant))
-            .unwrap_or_default();
-        let before = jiff::SignedDuration::try_from(instant.saturating_duration_since(at))
-            .unwrap_or_default();
-        wall.checked_add(after)
-            .and_then(|time| time.checked_sub(before))
-            .unwrap_or(wall)
+        let after = jiff::SignedDuration::try_from(at.saturating_duration_since(instant)).unwrap_or_default();
+        let before = jiff::SignedDuration::try_from(instant.saturating_duration_since(at)).unwrap_or_default();
+        wall.checked_add(after).and_then(|time| time.checked_sub(before)).unwrap_or(wall)
     }
 
     /// How long ago this was made.
@@ -156,11 +136,7 @@ impl Telemetry {
 
     /// All series, added up over the workers.
     pub fn sums(&self) -> BTreeMap<SeriesKey, SeriesSums> {
-        let shards = self
-            .shards
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone();
+        let shards = self.shards.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let mut sums = BTreeMap::new();
         for shard in shards {
             shard.for_each(|key, series| series.add_to(sums.entry(key).or_default()));

@@ -34,17 +34,11 @@ impl PageFormat {
                 "application/openmetrics-text" if matches!(version, None | Some("1.0.0")) => {
                     open = f64::max(open, quality)
                 }
-                "text/plain" if matches!(version, None | Some("0.0.4")) => {
-                    text = f64::max(text, quality)
-                }
+                "text/plain" if matches!(version, None | Some("0.0.4")) => text = f64::max(text, quality),
                 _ => {}
             }
         }
-        if open > 0.0 && open >= text {
-            PageFormat::OpenMetrics
-        } else {
-            PageFormat::Text
-        }
+        if open > 0.0 && open >= text { PageFormat::OpenMetrics } else { PageFormat::Text }
     }
 
     /// The page's `Content-Type`.
@@ -59,15 +53,10 @@ impl PageFormat {
 pub(super) fn page(families: &[MetricFamily], format: PageFormat) -> String {
     let mut out = String::with_capacity(64 * 1024);
     let written = match format {
-        PageFormat::Text => prometheus::TextEncoder::new()
-            .encode_utf8(families, &mut out)
-            .is_ok(),
+        PageFormat::Text => prometheus::TextEncoder::new().encode_utf8(families, &mut out).is_ok(),
         PageFormat::OpenMetrics => openmetrics(&mut out, families).is_ok(),
     };
-    debug_assert!(
-        written,
-        "writing to a string cannot fail, and the names are constants"
-    );
+    debug_assert!(written, "writing to a string cannot fail, and the names are constants");
     out
 }
 
@@ -75,10 +64,7 @@ fn openmetrics(out: &mut String, families: &[MetricFamily]) -> fmt::Result {
     for family in families {
         let (name, kind) = name_and_kind(family);
         writeln!(out, "# TYPE {name} {kind}")?;
-        if let Some(unit) = ["seconds", "bytes"]
-            .into_iter()
-            .find(|unit| name.ends_with(unit))
-        {
+        if let Some(unit) = ["seconds", "bytes"].into_iter().find(|unit| name.ends_with(unit)) {
             writeln!(out, "# UNIT {name} {unit}")?;
         }
         write!(out, "# HELP {name} ")?;
@@ -88,27 +74,9 @@ fn openmetrics(out: &mut String, families: &[MetricFamily]) -> fmt::Result {
             let labels = metric.get_label();
             match kind {
                 "histogram" => histogram(out, name, labels, metric.get_histogram())?,
-                "counter" => sample(
-                    out,
-                    (name, "_total"),
-                    labels,
-                    None,
-                    metric.get_counter().get_value(),
-                )?,
-                "info" => sample(
-                    out,
-                    (name, "_info"),
-                    labels,
-                    None,
-                    metric.get_gauge().get_value(),
-                )?,
-                _ => sample(
-                    out,
-                    (name, ""),
-                    labels,
-                    None,
-                    metric.get_gauge().get_value(),
-                )?,
+                "counter" => sample(out, (name, "_total"), labels, None, metric.get_counter().get_value())?,
+                "info" => sample(out, (name, "_info"), labels, None, metric.get_gauge().get_value())?,
+                _ => sample(out, (name, ""), labels, None, metric.get_gauge().get_value())?,
             }
         }
     }
@@ -137,24 +105,12 @@ fn histogram(
 ) -> fmt::Result {
     for bucket in histogram.get_bucket() {
         let count = bucket.cumulative_count() as f64;
-        sample(
-            out,
-            (name, "_bucket"),
-            labels,
-            Some(bucket.upper_bound()),
-            count,
-        )?;
+        sample(out, (name, "_bucket"), labels, Some(bucket.upper_bound()), count)?;
     }
     let count = histogram.get_sample_count() as f64;
     sample(out, (name, "_bucket"), labels, Some(f64::INFINITY), count)?;
     sample(out, (name, "_count"), labels, None, count)?;
-    sample(
-        out,
-        (name, "_sum"),
-        labels,
-        None,
-        histogram.get_sample_sum(),
-    )
+    sample(out, (name, "_sum"), labels, None, histogram.get_sample_sum())
 }
 
 fn sample(
@@ -215,27 +171,12 @@ mod tests {
             ("text/html", PageFormat::Text),
             ("text/plain", PageFormat::Text),
             ("application/openmetrics-text", PageFormat::OpenMetrics),
-            (
-                "application/openmetrics-text; version=\"1.0.0\"",
-                PageFormat::OpenMetrics,
-            ),
-            (
-                "application/openmetrics-text; version=0.0.1",
-                PageFormat::Text,
-            ),
-            (
-                "application/openmetrics-text; version=2.0.0, */*;q=0.1",
-                PageFormat::Text,
-            ),
+            ("application/openmetrics-text; version=\"1.0.0\"", PageFormat::OpenMetrics),
+            ("application/openmetrics-text; version=0.0.1", PageFormat::Text),
+            ("application/openmetrics-text; version=2.0.0, */*;q=0.1", PageFormat::Text),
             ("application/openmetrics-text;q=0", PageFormat::Text),
-            (
-                "application/openmetrics-text;q=0.1, text/plain;version=0.0.4;q=0.9",
-                PageFormat::Text,
-            ),
-            (
-                "Application/OpenMetrics-Text; Version=1.0.0; Q=0.7",
-                PageFormat::OpenMetrics,
-            ),
+            ("application/openmetrics-text;q=0.1, text/plain;version=0.0.4;q=0.9", PageFormat::Text),
+            ("Application/OpenMetrics-Text; Version=1.0.0; Q=0.7", PageFormat::OpenMetrics),
         ];
         for (accept, format) in cases {
             assert_eq!(PageFormat::accepted(accept), format, "{accept}");
@@ -252,28 +193,16 @@ mod tests {
             if let Some(rest) = line.strip_prefix("# TYPE ") {
                 (family, kind) = rest.split_once(' ').unwrap();
                 assert!(!seen.contains(&family), "{family} comes twice");
-                assert!(
-                    ["counter", "gauge", "histogram", "info"].contains(&kind),
-                    "{line}"
-                );
-                assert!(
-                    !family.ends_with("_total") && !family.ends_with("_info"),
-                    "{line}"
-                );
+                assert!(["counter", "gauge", "histogram", "info"].contains(&kind), "{line}");
+                assert!(!family.ends_with("_total") && !family.ends_with("_info"), "{line}");
                 seen.push(family);
                 continue;
             }
             if let Some(rest) = line.strip_prefix("# ") {
                 let (keyword, rest) = rest.split_once(' ').unwrap();
-                assert!(
-                    matches!(keyword, "UNIT" | "HELP") && rest.starts_with(&format!("{family} ")),
-                    "{line}"
-                );
+                assert!(matches!(keyword, "UNIT" | "HELP") && rest.starts_with(&format!("{family} ")), "{line}");
                 if keyword == "UNIT" {
-                    assert!(
-                        family.ends_with(&format!("_{}", &rest[family.len() + 1..])),
-                        "{line}"
-                    );
+                    assert!(family.ends_with(&format!("_{}", &rest[family.len() + 1..])), "{line}");
                 }
                 continue;
             }
@@ -284,29 +213,17 @@ mod tests {
                 "info" => &["_info"],
                 _ => &[""],
             };
-            let suffix = name
-                .strip_prefix(family)
-                .unwrap_or_else(|| panic!("{line} is not of {family}"));
+            let suffix = name.strip_prefix(family).unwrap_or_else(|| panic!("{line} is not of {family}"));
             assert!(allowed.contains(&suffix), "{line}");
             if suffix == "_bucket" {
                 let (others, bound) = labels.rsplit_once("le=\"").unwrap();
-                assert!(
-                    bound == "+Inf\"" || bound.contains('.'),
-                    "{line}: a bound is a float"
-                );
+                assert!(bound == "+Inf\"" || bound.contains('.'), "{line}: a bound is a float");
                 if let Some((before, count)) = &last_bucket {
-                    assert!(
-                        before != others || *count <= value,
-                        "{line}: buckets are cumulative"
-                    );
+                    assert!(before != others || *count <= value, "{line}: buckets are cumulative");
                 }
                 last_bucket = Some((others.to_owned(), value));
             } else if suffix == "_count" {
-                assert_eq!(
-                    last_bucket.take().map(|(_, count)| count),
-                    Some(value),
-                    "{line}: +Inf is the count"
-                );
+                assert_eq!(last_bucket.take().map(|(_, count)| count), Some(value), "{line}: +Inf is the count");
             }
             samples += 1;
         }
@@ -341,12 +258,6 @@ mod tests {
             rest = &rest[close + 1..];
         }
         let value = rest.strip_prefix(' ').unwrap_or_else(|| panic!("{line}"));
-        (
-            name,
-            labels,
-            value
-                .parse()
-                .unwrap_or_else(|_| panic!("{line}: no number")),
-        )
+        (name, labels, value.parse().unwrap_or_else(|_| panic!("{line}: no number")))
     }
 }

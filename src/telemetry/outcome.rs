@@ -112,10 +112,7 @@ impl Outcome {
     /// Whether it counts against the success rate: every refusal, 5xx, gRPC error and cut body. A 4xx is an answer, and
     /// a caller that went away is not a failure of the hop.
     pub const fn is_failure(self) -> bool {
-        !matches!(
-            self,
-            Outcome::Ok | Outcome::ClientError | Outcome::CallerGone
-        )
+        !matches!(self, Outcome::Ok | Outcome::ClientError | Outcome::CallerGone)
     }
 }
 
@@ -128,29 +125,10 @@ mod tests {
         for (index, outcome) in Outcome::ALL.iter().enumerate() {
             assert_eq!(*outcome as usize, index);
             let name = outcome.as_str();
-            assert!(
-                name.bytes()
-                    .all(|byte| byte.is_ascii_lowercase() || byte == b'_'),
-                "{name}"
-            );
-            assert_eq!(
-                Outcome::ALL
-                    .iter()
-                    .filter(|other| other.as_str() == name)
-                    .count(),
-                1
-            );
+            assert!(name.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_'), "{name}");
+            assert_eq!(Outcome::ALL.iter().filter(|other| other.as_str() == name).count(), 1);
         }
-        assert_eq!(
-            Outcome::ALL
-                .iter()
-                .filter(|outcome| outcome.is_refusal())
-                .count(),
-            20
-        );
-        assert!(
-            Outcome::ALL.len() * Protocol::ALL.len() <= 256,
-            "the series key is one byte"
-        );
+        assert_eq!(Outcome::ALL.iter().filter(|outcome| outcome.is_refusal()).count(), 20);
+        assert!(Outcome::ALL.len() * Protocol::ALL.len() <= 256, "the series key is one byte");
     }
 }

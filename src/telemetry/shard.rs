@@ -89,10 +89,7 @@ pub(super) struct SharedSeries(Mutex<Vec<KeyedSeries>>);
 
 impl SharedSeries {
     fn push(&self, key: SeriesKey, series: Arc<Series>) {
-        self.0
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .push((key, series));
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push((key, series));
     }
 
     pub(super) fn for_each(&self, mut visit: impl FnMut(SeriesKey, &Series)) {
@@ -118,18 +115,8 @@ pub struct Shard {
 }
 
 impl Shard {
-    pub(super) fn new(
-        telemetry: Arc<Telemetry>,
-        worker: u32,
-        shared: Arc<SharedSeries>,
-    ) -> Rc<Self> {
-        Rc::new(Self {
-            telemetry,
-            worker,
-            shared,
-            hops: RefCell::default(),
-            line: RefCell::default(),
-        })
+    pub(super) fn new(telemetry: Arc<Telemetry>, worker: u32, shared: Arc<SharedSeries>) -> Rc<Self> {
+        Rc::new(Self { telemetry, worker, shared, hops: RefCell::default(), line: RefCell::default() })
     }
 
     /// What this shard is a part of.
@@ -154,11 +141,7 @@ impl Shard {
     }
 
     #[inline]
-    pub(super) fn with_series<T>(
-        &self,
-        key: SeriesKey,
-        visit: impl FnOnce(&Arc<Series>) -> T,
-    ) -> T {
+    pub(super) fn with_series<T>(&self, key: SeriesKey, visit: impl FnOnce(&Arc<Series>) -> T) -> T {
         let (hop, protocol, outcome) = key;
         let slot = protocol as u8 * Outcome::ALL.len() as u8 + outcome as u8;
         let mut hops = self.hops.borrow_mut();
@@ -181,9 +164,7 @@ impl Shard {
         if hops.len() <= hop.index() {
             hops.resize_with(hop.index() + 1, HopCells::default);
         }
-        let labels = hops[hop.index()]
-            .labels
-            .get_or_insert_with(|| self.telemetry.hops.labels(hop));
+        let labels = hops[hop.index()].labels.get_or_insert_with(|| self.telemetry.hops.labels(hop));
         Arc::clone(labels)
     }
 
@@ -197,9 +178,7 @@ impl Shard {
 
 impl std::fmt::Debug for Shard {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Shard")
-            .field("worker", &self.worker)
-            .finish_non_exhaustive()
+        f.debug_struct("Shard").field("worker", &self.worker).finish_non_exhaustive()
     }
 }
 
@@ -211,9 +190,7 @@ mod tests {
     #[test]
     fn a_series_exists_from_its_first_use_and_is_the_same_one_afterwards() {
         let telemetry = Telemetry::new(Sink::memory().0);
-        let hop = telemetry
-            .hops
-            .register(HopLabels::new("a", "b", "c", Direction::Inbound));
+        let hop = telemetry.hops.register(HopLabels::new("a", "b", "c", Direction::Inbound));
         let shard = telemetry.shard(0);
         assert_eq!(telemetry.sums().len(), 0);
         shard.series(hop, Protocol::Grpc, Outcome::Draining).count();
@@ -222,11 +199,7 @@ mod tests {
         let other = telemetry.shard(1);
         other.series(hop, Protocol::Grpc, Outcome::Draining).count();
         let sums = telemetry.sums();
-        assert_eq!(
-            sums[&(hop, Protocol::Grpc, Outcome::Draining)].count,
-            3,
-            "two workers add up"
-        );
+        assert_eq!(sums[&(hop, Protocol::Grpc, Outcome::Draining)].count, 3, "two workers add up");
         assert_eq!(sums[&(hop, Protocol::Http1, Outcome::Ok)].count, 1);
         assert_eq!(sums.len(), 2);
     }

@@ -72,9 +72,7 @@ impl HopSummary {
 pub(super) fn of(telemetry: &Telemetry) -> Vec<HopSummary> {
     let mut hops = BTreeMap::new();
     for ((hop, _, outcome), sums) in telemetry.sums() {
-        let summary = hops
-            .entry(hop)
-            .or_insert_with(|| HopSummary::empty(telemetry.hops.labels(hop)));
+        let summary = hops.entry(hop).or_insert_with(|| HopSummary::empty(telemetry.hops.labels(hop)));
         summary.count += sums.count;
         if outcome.is_failure() {
             summary.failures += sums.count;
@@ -120,8 +118,5 @@ pub(super) fn destinations(telemetry: &Telemetry) -> Vec<DestinationFigures> {
             *field(figures.entry(name).or_default()) = value as i64;
         }
     }
-    figures
-        .into_iter()
-        .map(|(name, figures)| DestinationFigures { name, ..figures })
-        .collect()
+    figures.into_iter().map(|(name, figures)| DestinationFigures { name, ..figures }).collect()
 }

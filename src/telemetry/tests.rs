@@ -22,22 +22,10 @@ impl Bench {
     fn new(mode: AccessLogMode, format: LineFormat) -> Self {
         let (sink, lines) = Sink::memory();
         let telemetry = Telemetry::new(sink);
-        telemetry
-            .access_log
-            .configure(AccessLogSettings { mode, format });
+        telemetry.access_log.configure(AccessLogSettings { mode, format });
         let shard = telemetry.shard(0);
-        let hop = telemetry.hops.register(HopLabels::new(
-            "order",
-            "payment",
-            "pay",
-            Direction::Outbound,
-        ));
-        Self {
-            telemetry,
-            lines,
-            shard,
-            hop,
-        }
+        let hop = telemetry.hops.register(HopLabels::new("order", "payment", "pay", Direction::Outbound));
+        Self { telemetry, lines, shard, hop }
     }
 
     fn exchange(&self, protocol: Protocol, method: Method, uri: &str) -> Exchange {
@@ -48,13 +36,7 @@ impl Bench {
             caller: Some(address("10.0.0.1:50000")),
             traceparent: None,
         };
-        Exchange::begin(
-            Rc::clone(&self.shard),
-            Instant::now(),
-            self.hop,
-            protocol,
-            request,
-        )
+        Exchange::begin(Rc::clone(&self.shard), Instant::now(), self.hop, protocol, request)
     }
 
     fn get(&self) -> Exchange {
@@ -66,11 +48,7 @@ impl Bench {
     }
 
     fn outcomes(&self) -> Vec<(Outcome, u64)> {
-        self.telemetry
-            .summaries()
-            .iter()
-            .flat_map(|hop| hop.outcomes.clone())
-            .collect()
+        self.telemetry.summaries().iter().flat_map(|hop| hop.outcomes.clone()).collect()
     }
 }
 
@@ -104,50 +82,18 @@ fn each_way_to_end_has_its_outcome() {
         (Protocol::WebSocket, |ex| done(ex, 101), Outcome::Ok),
         (Protocol::Http2, |ex| done(ex, 404), Outcome::ClientError),
         (Protocol::Http2, |ex| done(ex, 503), Outcome::ServerError),
-        (
-            Protocol::Http1,
-            |ex| (head(ex, 200), ex.expect_body(0)).0,
-            Outcome::Ok,
-        ),
+        (Protocol::Http1, |ex| (head(ex, 200), ex.expect_body(0)).0, Outcome::Ok),
         (Protocol::Http1, |ex| sized(ex, 10, 10), Outcome::Ok),
         (Protocol::Http1, |ex| sized(ex, 10, 9), Outcome::CallerGone),
-        (
-            Protocol::Http1,
-            |ex| (head(ex, 200), ex.upstream_cut()).0,
-            Outcome::UpstreamCut,
-        ),
-        (
-            Protocol::Http1,
-            |ex| (done(ex, 200), ex.upstream_cut()).0,
-            Outcome::Ok,
-        ),
-        (
-            Protocol::Grpc,
-            |ex| (head(ex, 200), ex.grpc(0, None)).0,
-            Outcome::Ok,
-        ),
-        (
-            Protocol::Grpc,
-            |ex| (head(ex, 200), ex.grpc(5, None)).0,
-            Outcome::GrpcError,
-        ),
+        (Protocol::Http1, |ex| (head(ex, 200), ex.upstream_cut()).0, Outcome::UpstreamCut),
+        (Protocol::Http1, |ex| (done(ex, 200), ex.upstream_cut()).0, Outcome::Ok),
+        (Protocol::Grpc, |ex| (head(ex, 200), ex.grpc(0, None)).0, Outcome::Ok),
+        (Protocol::Grpc, |ex| (head(ex, 200), ex.grpc(5, None)).0, Outcome::GrpcError),
         (Protocol::Grpc, |ex| done(ex, 200), Outcome::GrpcError),
         (Protocol::Grpc, |ex| head(ex, 200), Outcome::CallerGone),
-        (
-            Protocol::Http1,
-            |ex| ex.refuse(timeout()),
-            Outcome::RequestTimeout,
-        ),
-        (
-            Protocol::Http1,
-            |ex| (ex.refuse(timeout()), done(ex, 504)).0,
-            Outcome::RequestTimeout,
-        ),
-        (
-            Protocol::Http1,
-            |ex| (done(ex, 200), ex.refuse(timeout())).0,
-            Outcome::RequestTimeout,
-        ),
+        (Protocol::Http1, |ex| ex.refuse(timeout()), Outcome::RequestTimeout),
+        (Protocol::Http1, |ex| (ex.refuse(timeout()), done(ex, 504)).0, Outcome::RequestTimeout),
+        (Protocol::Http1, |ex| (done(ex, 200), ex.refuse(timeout())).0, Outcome::RequestTimeout),
     ];
     for (index, (protocol, steps, outcome)) in cases.iter().enumerate() {
         let bench = Bench::new(AccessLogMode::Off, LineFormat::Json);
@@ -160,10 +106,7 @@ fn each_way_to_end_has_its_outcome() {
 }
 
 fn head(exchange: &mut Exchange, status: u16) {
-    exchange.head(
-        exchange.began() + ms(3),
-        StatusCode::from_u16(status).unwrap(),
-    );
+    exchange.head(exchange.began() + ms(3), StatusCode::from_u16(status).unwrap());
 }
 
 fn done(exchange: &mut Exchange, status: u16) {
@@ -187,10 +130,7 @@ async fn a_refused_call_explains_itself_in_both_formats() {
         exchange.attempt(1, 1);
         exchange.towards(address("10.0.0.7:8080"));
         exchange.connected(ms(5));
-        exchange.via(
-            address("10.0.0.7:8080"),
-            Connection::Reused { age: ms(1500) },
-        );
+        exchange.via(address("10.0.0.7:8080"), Connection::Reused { age: ms(1500) });
         exchange.bytes_in = 11;
         tokio::time::advance(ms(2001)).await;
         exchange.refuse(timeout());
@@ -229,18 +169,11 @@ async fn a_refused_call_explains_itself_in_both_formats() {
 #[tokio::test(start_paused = true)]
 async fn a_grpc_line_can_be_read() {
     let bench = Bench::new(AccessLogMode::Errors, LineFormat::Text);
-    let mut exchange = bench.exchange(
-        Protocol::Grpc,
-        Method::POST,
-        "http://payment/shop.Payment/Charge",
-    );
+    let mut exchange = bench.exchange(Protocol::Grpc, Method::POST, "http://payment/shop.Payment/Charge");
     exchange.attempt(1, 1);
     tokio::time::advance(ms(812)).await;
     exchange.head(Instant::now(), StatusCode::OK);
-    exchange.grpc(
-        14,
-        Some(HeaderValue::from_static("bank%20is \"down\"%0A%1b[31m")),
-    );
+    exchange.grpc(14, Some(HeaderValue::from_static("bank%20is \"down\"%0A%1b[31m")));
     drop(exchange);
     let lines = bench.lines();
     let (_, rest) = lines[0].split_once(' ').unwrap();
@@ -248,23 +181,13 @@ async fn a_grpc_line_can_be_read() {
         rest,
         "shop.Payment/Charge UNAVAILABLE \"bank is \\\"down\\\"\\n\\u001b[31m\" 812ms try 1/1 order->payment/pay"
     );
-    bench.telemetry.access_log.configure(AccessLogSettings {
-        mode: AccessLogMode::Errors,
-        format: LineFormat::Json,
-    });
-    let mut exchange = bench.exchange(
-        Protocol::Grpc,
-        Method::POST,
-        "http://payment/shop.Payment/Charge",
-    );
+    bench.telemetry.access_log.configure(AccessLogSettings { mode: AccessLogMode::Errors, format: LineFormat::Json });
+    let mut exchange = bench.exchange(Protocol::Grpc, Method::POST, "http://payment/shop.Payment/Charge");
     exchange.head(Instant::now(), StatusCode::OK);
     exchange.grpc(99, Some(HeaderValue::from_bytes(b"\xff%zz").unwrap()));
     drop(exchange);
     let line: serde_json::Value = serde_json::from_str(&bench.lines()[0]).unwrap();
-    assert_eq!(
-        (&line["grpc_status"], &line["grpc_message"]),
-        (&"99".into(), &"\u{fffd}%zz".into())
-    );
+    assert_eq!((&line["grpc_status"], &line["grpc_message"]), (&"99".into(), &"\u{fffd}%zz".into()));
     assert_eq!(line["host"], "payment");
 }
 
@@ -286,14 +209,8 @@ fn every_field_is_in_the_documents() {
     let document = include_str!("../../docs/access-log.md");
     let fields = line.as_object().unwrap();
     assert_eq!(fields.len(), 29, "{fields:?}");
-    for field in fields
-        .keys()
-        .chain(line["refusal"].as_object().unwrap().keys())
-    {
-        assert!(
-            document.contains(&format!("`{field}`")),
-            "{field} is not in docs/access-log.md"
-        );
+    for field in fields.keys().chain(line["refusal"].as_object().unwrap().keys()) {
+        assert!(document.contains(&format!("`{field}`")), "{field} is not in docs/access-log.md");
     }
 }
 
@@ -326,10 +243,7 @@ fn the_mode_decides_who_gets_a_line() {
         done(&mut bench.get(), 200);
     }
     let lines = bench.lines().len();
-    assert!(
-        (700..1300).contains(&lines),
-        "a quarter of 4000, not {lines}"
-    );
+    assert!((700..1300).contains(&lines), "a quarter of 4000, not {lines}");
 }
 
 #[test]
@@ -338,10 +252,7 @@ fn the_query_stays_out_of_the_log() {
         let bench = Bench::new(AccessLogMode::All, format);
         done(&mut bench.get(), 200);
         let line = bench.lines().remove(0);
-        assert!(
-            line.contains("/payments/7") && !line.contains("1234"),
-            "{line}"
-        );
+        assert!(line.contains("/payments/7") && !line.contains("1234"), "{line}");
     }
 }
 
@@ -372,21 +283,14 @@ fn a_reader_that_does_not_read_costs_lines_and_never_time() {
     drop(release);
     let deadline = Instant::now() + Duration::from_secs(5);
     while !telemetry.access_log.flush(ms(500)) {
-        assert!(
-            Instant::now() < deadline,
-            "the writer goes on when the reader does"
-        );
+        assert!(Instant::now() < deadline, "the writer goes on when the reader does");
     }
     assert_eq!(telemetry.process.lines_failed.value(), 0);
 }
 
 #[test]
 fn an_exchange_is_small_enough_to_ride_along() {
-    assert!(
-        size_of::<Exchange>() <= 512,
-        "{} bytes",
-        size_of::<Exchange>()
-    );
+    assert!(size_of::<Exchange>() <= 512, "{} bytes", size_of::<Exchange>());
 }
 
 /// A page with every family on it, and label values that need escaping.
@@ -395,11 +299,7 @@ pub(super) fn full_page(format: PageFormat) -> String {
     bench.telemetry.process.workers.set(2);
     bench.telemetry.policy_loaded("a1b2c3", ms(12));
     bench.telemetry.policy_refused();
-    bench
-        .shard
-        .destination("a \"quoted\" \\ name\nin two lines")
-        .in_flight
-        .set(3);
+    bench.shard.destination("a \"quoted\" \\ name\nin two lines").in_flight.set(3);
     bench.shard.destination("payment").connects.increment();
     bench.shard.listener("legacy").accepted.increment();
     let mut exchange = bench.get();
@@ -417,23 +317,12 @@ fn every_family_is_on_the_page_and_in_the_documents() {
     let page = full_page(PageFormat::Text);
     let document = include_str!("../../docs/metrics.md");
     for family in ALL {
-        assert!(
-            page.contains(&format!("# TYPE {} ", family.name)),
-            "{} is not on the page",
-            family.name
-        );
-        assert!(
-            document.contains(&format!("`{}`", family.name)),
-            "{} is not in docs/metrics.md",
-            family.name
-        );
+        assert!(page.contains(&format!("# TYPE {} ", family.name)), "{} is not on the page", family.name);
+        assert!(document.contains(&format!("`{}`", family.name)), "{} is not in docs/metrics.md", family.name);
     }
     assert_eq!(page.matches("# TYPE ").count(), ALL.len());
     for outcome in Outcome::ALL {
-        assert!(
-            document.contains(&format!("`{outcome}`")),
-            "{outcome} is not in docs/metrics.md"
-        );
+        assert!(document.contains(&format!("`{outcome}`")), "{outcome} is not in docs/metrics.md");
     }
 }
 
@@ -458,11 +347,7 @@ fn overhead_is_what_no_wait_explains() {
     exchange.head(exchange.began() + ms(61), StatusCode::OK);
     assert_eq!(exchange.overhead(), Some(ms(1)));
     exchange.upstream_waited(ms(30));
-    assert_eq!(
-        exchange.overhead(),
-        Some(Duration::ZERO),
-        "waits that overlap never make it negative"
-    );
+    assert_eq!(exchange.overhead(), Some(Duration::ZERO), "waits that overlap never make it negative");
 }
 
 #[test]
@@ -474,26 +359,14 @@ fn promtool_is_silent_about_the_text_page() {
         .stderr(Stdio::piped())
         .spawn();
     let Ok(mut promtool) = promtool else {
-        #[expect(
-            clippy::disallowed_methods,
-            reason = "where a peer is missing, only CI fails"
-        )]
+        #[expect(clippy::disallowed_methods, reason = "where a peer is missing, only CI fails")]
         let ci = std::env::var("CI").is_ok_and(|value| value == "true");
         assert!(!ci, "promtool is not installed");
         println!("not run: promtool is not installed");
         return;
     };
-    promtool
-        .stdin
-        .take()
-        .unwrap()
-        .write_all(full_page(PageFormat::Text).as_bytes())
-        .unwrap();
+    promtool.stdin.take().unwrap().write_all(full_page(PageFormat::Text).as_bytes()).unwrap();
     let output = promtool.wait_with_output().unwrap();
     let said = [output.stdout, output.stderr].concat();
-    assert!(
-        output.status.success() && said.is_empty(),
-        "{}",
-        String::from_utf8_lossy(&said)
-    );
+    assert!(output.status.success() && said.is_empty(), "{}", String::from_utf8_lossy(&said));
 }

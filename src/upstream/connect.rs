@@ -73,10 +73,7 @@ async fn encrypt(
 ) -> Result<Connected, ConnectError> {
     let name = ServerName::try_from(name.to_owned())
         .map_err(|error| ConnectError::Tls(io::Error::new(io::ErrorKind::InvalidInput, error)))?;
-    let stream = TlsConnector::from(config)
-        .connect(name, stream)
-        .await
-        .map_err(ConnectError::Tls)?;
+    let stream = TlsConnector::from(config).connect(name, stream).await.map_err(ConnectError::Tls)?;
     let http2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
     Ok(Connected { io: Io::boxed(stream), http2 })
 }

@@ -71,11 +71,24 @@ impl Resolve for SystemResolver {
     }
 }
 
+/// A place that callers of an endpoint-less destination want to reach.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Place {
+    /// The destination's cluster.
+    pub parent: u64,
+    /// The host as the caller wrote it, an IPv6 address in brackets.
+    pub host: String,
+    /// The port.
+    pub port: u16,
+}
+
+type Places = HashMap<Place, Weak<Cluster>>;
+
 /// The way to discovery from everywhere else.
 #[derive(Clone)]
 pub struct Discovery {
     begin: mpsc::Sender<Weak<Cluster>>,
-    places: Arc<Mutex<HashMap<(u64, String, u16), Weak<Cluster>>>>,
+    places: Arc<Mutex<Places>>,
 }
 
 /// What [`run`] works through.
@@ -98,34 +111,26 @@ impl Discovery {
         }
     }
 
-    /// The cluster for one place that callers of an endpoint-less destination want to reach.
+    /// The cluster for one place.
     ///
     /// All workers get the same one. Fails if its certificates cannot be used.
-    pub fn place(
-        &self,
-        parent: &Cluster,
-        host: &str,
-        port: u16,
-    ) -> Result<Arc<Cluster>, CertificateError> {
-        let key = (parent.id, host.to_owned(), port);
+    pub fn place(&self, parent: &Cluster, place: Place) -> Result<Arc<Cluster>, CertificateError> {
         let mut places = self.places.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(known) = places.get(&key).and_then(Weak::upgrade) {
+        if let Some(known) = places.get(&place).and_then(Weak::upgrade) {
             return Ok(known);
         }
         if places.len() >= PLACES {
             places.retain(|_, place| place.strong_count() > 0);
         }
+        let (host, port) = (place.host.as_str(), place.port);
         let bare = host.trim_start_matches('[').trim_end_matches(']');
         let endpoint = match bare.parse::<IpAddr>() {
             Ok(ip) => Endpoint::Address(SocketAddr::new(ip, port)),
             Err(_) => Endpoint::Dns { name: host.to_owned(), port },
         };
-        let cluster = Cluster::new(Identity {
-            endpoints: vec![endpoint],
-            host: bare.into(),
-            ..parent.identity.clone()
-        })?;
-        places.insert(key, Arc::downgrade(&cluster));
+        let cluster =
+            Cluster::new(Identity { endpoints: vec![endpoint], host: bare.into(), ..parent.identity.clone() })?;
+        places.insert(place, Arc::downgrade(&cluster));
         drop(places);
         self.follow(&cluster);
         Ok(cluster)
@@ -171,21 +176,15 @@ async fn keep_fresh(resolver: &impl Resolve, cluster: Weak<Cluster>) {
     }
 }
 
-fn addresses(
-    cluster: &Cluster,
-    names: &[(String, u16)],
-    known: &HashMap<(String, u16), Vec<IpAddr>>,
-) -> Vec<Address> {
+fn addresses(cluster: &Cluster, names: &[(String, u16)], known: &HashMap<(String, u16), Vec<IpAddr>>) -> Vec<Address> {
     let wanted = cluster.identity.tls.as_ref().and_then(|tls| tls.server_name.as_deref());
     names
         .iter()
         .filter_map(|key| known.get(key).map(|ips| (key, ips)))
         .flat_map(|((name, port), ips)| {
             let server_name: Arc<str> = wanted.unwrap_or(name.trim_end_matches('.')).into();
-            ips.iter().map(move |ip| Address {
-                socket: SocketAddr::new(*ip, *port),
-                server_name: Arc::clone(&server_name),
-            })
+            ips.iter()
+                .map(move |ip| Address { socket: SocketAddr::new(*ip, *port), server_name: Arc::clone(&server_name) })
         })
         .collect()
 }
@@ -196,7 +195,9 @@ fn report(cluster: &Cluster, problem: Option<&str>) {
     let destination = &*cluster.identity.name;
     match (before.problem.as_deref(), problem) {
         (None, Some(problem)) => tracing::warn!(
-            destination, problem, kept = before.list.len(),
+            destination,
+            problem,
+            kept = before.list.len(),
             "a name cannot be resolved; the addresses known so far stay"
         ),
         (Some(_), None) => tracing::info!(destination, "all names are resolved again"),
@@ -226,10 +227,9 @@ mod tests {
             self.asked.borrow_mut().push(self.begun.elapsed());
             let mut answers = self.answers.borrow_mut();
             let answer = if answers.len() > 1 { answers.remove(0) } else { answers[0] };
-            answer.map_err(str::to_owned).map(|(ip, ttl)| Resolved {
-                addresses: vec![ip.parse().unwrap()],
-                ttl: Duration::from_secs(ttl),
-            })
+            answer
+                .map_err(str::to_owned)
+                .map(|(ip, ttl)| Resolved { addresses: vec![ip.parse().unwrap()], ttl: Duration::from_secs(ttl) })
         }
     }
 
@@ -246,11 +246,8 @@ mod tests {
 
     /// Runs discovery over a script for some virtual seconds: when it asked, and the addresses at the end.
     async fn play(answers: Script, seconds: u64) -> (Vec<Duration>, Arc<Addresses>) {
-        let resolver = Scripted {
-            answers: Rc::new(RefCell::new(answers)),
-            asked: Rc::default(),
-            begun: Instant::now(),
-        };
+        let resolver =
+            Scripted { answers: Rc::new(RefCell::new(answers)), asked: Rc::default(), begun: Instant::now() };
         let cluster = cluster();
         let asked = Rc::clone(&resolver.asked);
         let work = keep_fresh(&resolver, Arc::downgrade(&cluster));
@@ -272,8 +269,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn old_addresses_stay_while_the_resolver_fails() {
-        let (asked, addresses) =
-            play(vec![Ok(("10.0.0.1", 5)), Err("SERVFAIL"), Err("SERVFAIL")], 20).await;
+        let (asked, addresses) = play(vec![Ok(("10.0.0.1", 5)), Err("SERVFAIL"), Err("SERVFAIL")], 20).await;
         assert_eq!(addresses.list[0].socket.to_string(), "10.0.0.1:80");
         assert_eq!(addresses.problem.as_deref(), Some("shop.test: SERVFAIL"));
         assert_eq!(asked[2] - asked[1], RETRY_FIRST);

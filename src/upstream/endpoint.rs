@@ -156,20 +156,15 @@ impl Endpoint {
     ///
     /// Returns true if any is left to look at later.
     pub fn sweep(&self, cx: &mut Context<'_>, now: Instant) -> bool {
-        let stale: Vec<Idle> = self
-            .idle
-            .borrow_mut()
-            .extract_if(.., |one| now >= one.until || !one.connection.is_fresh(cx))
-            .collect();
+        let stale: Vec<Idle> =
+            self.idle.borrow_mut().extract_if(.., |one| now >= one.until || !one.connection.is_fresh(cx)).collect();
         self.metrics.idle.add(-count(stale.len()));
         for one in stale {
             self.discard(one, now);
         }
         let mut shared = self.shared.borrow_mut();
         let before = shared.len();
-        shared.retain(|one| {
-            one.is_alive() && one.idle_for(now).is_none_or(|idle| idle < HTTP2_IDLE)
-        });
+        shared.retain(|one| one.is_alive() && one.idle_for(now).is_none_or(|idle| idle < HTTP2_IDLE));
         self.gone(before - shared.len());
         !shared.is_empty() || !self.idle.borrow().is_empty()
     }

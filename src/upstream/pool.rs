@@ -15,7 +15,7 @@ use crate::net::io::Io;
 use crate::telemetry::DestinationMetrics;
 use crate::upstream::balance;
 use crate::upstream::cluster::{Addresses, Cluster};
-use crate::upstream::connect::{Connected, ConnectError, Connector};
+use crate::upstream::connect::{ConnectError, Connected, Connector};
 use crate::upstream::endpoint::Endpoint;
 use crate::upstream::http1::Http1;
 use crate::upstream::http2::Http2;
@@ -192,17 +192,18 @@ impl Pool {
         if !addresses.has_changed().unwrap_or(false) {
             return;
         }
-        let mut old: HashMap<_, _> = self
-            .endpoints
-            .borrow_mut()
-            .drain(..)
-            .map(|endpoint| (endpoint.address.socket, endpoint))
+        let mut old: HashMap<_, _> =
+            self.endpoints.borrow_mut().drain(..).map(|endpoint| (endpoint.address.socket, endpoint)).collect();
+        let kept_or_new = addresses
+            .borrow_and_update()
+            .list
+            .iter()
+            .map(|address| {
+                old.remove(&address.socket)
+                    .filter(|endpoint| endpoint.address == *address)
+                    .unwrap_or_else(|| Endpoint::new(address.clone(), self.metrics.clone(), now))
+            })
             .collect();
-        let kept_or_new = addresses.borrow_and_update().list.iter().map(|address| {
-            old.remove(&address.socket)
-                .filter(|endpoint| endpoint.address == *address)
-                .unwrap_or_else(|| Endpoint::new(address.clone(), self.metrics.clone(), now))
-        }).collect();
         *self.endpoints.borrow_mut() = kept_or_new;
     }
 
@@ -272,10 +273,9 @@ impl Pool {
 
     /// Looks after idle connections; returns true if there is something left to look after.
     pub fn sweep(&self, cx: &mut Context<'_>, now: Instant) -> bool {
-        self.endpoints
-            .borrow()
-            .iter()
-            .fold(false, |left, endpoint| endpoint.sweep(cx, now) || left)
+        let endpoints = self.endpoints.borrow();
+        // Every one is swept, whatever the one before it has left.
+        endpoints.iter().filter(|endpoint| endpoint.sweep(cx, now)).count() > 0
     }
 }
 

@@ -15,7 +15,7 @@ use crate::net::certificates::CertificateError;
 use crate::telemetry::Shard;
 use crate::upstream::cluster::Cluster;
 use crate::upstream::connect::Connector;
-use crate::upstream::discovery::Discovery;
+use crate::upstream::discovery::{Discovery, Place};
 use crate::upstream::pool::Pool;
 
 /// How often idle connections are looked at: a close is noticed, and learned from, this exactly.
@@ -30,7 +30,7 @@ pub struct Upstreams {
     shard: Rc<Shard>,
     discovery: Discovery,
     pools: RefCell<HashMap<u64, Rc<Pool>, RandomState>>,
-    places: RefCell<HashMap<(u64, String, u16), Rc<Pool>, RandomState>>,
+    places: RefCell<HashMap<Place, Rc<Pool>, RandomState>>,
     sweeping: Cell<bool>,
     something_idle: Notify,
 }
@@ -62,17 +62,12 @@ impl Upstreams {
     /// This worker's pool for one place that callers of an endpoint-less destination want to reach.
     ///
     /// Fails if the destination's certificates cannot be used.
-    pub fn place(
-        &self,
-        parent: &Cluster,
-        host: &str,
-        port: u16,
-    ) -> Result<Rc<Pool>, CertificateError> {
-        let key = (parent.id, host.to_owned(), port);
+    pub fn place(&self, parent: &Cluster, host: &str, port: u16) -> Result<Rc<Pool>, CertificateError> {
+        let key = Place { parent: parent.id, host: host.to_owned(), port };
         if let Some(pool) = self.places.borrow().get(&key) {
             return Ok(Rc::clone(pool));
         }
-        let cluster = self.discovery.place(parent, host, port)?;
+        let cluster = self.discovery.place(parent, key.clone())?;
         let pool = self.new_pool(cluster);
         let mut places = self.places.borrow_mut();
         if places.len() >= PLACES {
@@ -91,7 +86,7 @@ impl Upstreams {
     /// Forgets the pools of clusters that the policy does not have any more; calls under way keep theirs.
     pub fn keep_only(&self, keep: impl Fn(u64) -> bool) {
         self.pools.borrow_mut().retain(|id, _| keep(*id));
-        self.places.borrow_mut().retain(|(parent, _, _), _| keep(*parent));
+        self.places.borrow_mut().retain(|place, _| keep(place.parent));
     }
 
     /// Says that a connection has become idle.

@@ -96,8 +96,12 @@ impl Mesh {
 
     /// The access log line of the only exchange that ended so.
     pub(crate) fn line(&self, outcome: &str) -> serde_json::Value {
-        let lines: Vec<serde_json::Value> =
-            self.log().iter().map(|line| serde_json::from_str(line).unwrap()).filter(|line: &serde_json::Value| line["outcome"] == outcome).collect();
+        let lines: Vec<serde_json::Value> = self
+            .log()
+            .iter()
+            .map(|line| serde_json::from_str(line).unwrap())
+            .filter(|line: &serde_json::Value| line["outcome"] == outcome)
+            .collect();
         assert_eq!(lines.len(), 1, "{outcome}: {:#?}", self.log());
         lines[0].clone()
     }
