@@ -119,6 +119,7 @@ pub(super) fn replace(shared: &Arc<Shared>, model: Model) -> Result<(), StartErr
     let plan = doors.plan(&next.listeners)?;
     configure_log(&shared.telemetry, &next.model);
     let hash = next.hash.clone();
+    next.take_effect();
     shared.policy.store(Arc::new(next));
     doors.carry_out(plan);
     drop(doors);

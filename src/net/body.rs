@@ -5,7 +5,7 @@
 
 use std::pin::Pin;
 use std::rc::Rc;
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll};
 
 use bytes::Bytes;
 use http::header::HeaderName;
@@ -18,8 +18,14 @@ use crate::net::trailers;
 
 /// Why a caller's body could not be read to its end.
 #[derive(Debug, thiserror::Error)]
-#[error("the caller broke off its body: {0}")]
-pub struct CallerBodyError(#[source] hyper::Error);
+pub enum CallerBodyError {
+    /// The caller broke it off, or framed it badly.
+    #[error("the caller broke off its body: {0}")]
+    Broken(#[source] hyper::Error),
+    /// The exchange was over before the body was.
+    #[error("the exchange is over")]
+    Over,
+}
 
 /// The caller's body.
 pub struct RequestBody {
@@ -69,10 +75,19 @@ impl Body for RequestBody {
         let Source::Caller(incoming) = &mut this.source else {
             return Poll::Ready(None);
         };
-        ready!(this.flow.poll_released(cx));
-        let polled = Pin::new(&mut *incoming).poll_frame(cx);
-        this.flow.starve(polled.is_pending());
-        let frame = ready!(polled);
+        if this.flow.is_over() {
+            return Poll::Ready(Some(Err(CallerBodyError::Over)));
+        }
+        if this.flow.is_held() {
+            this.flow.wait(cx);
+            return Poll::Pending;
+        }
+        let Poll::Ready(frame) = Pin::new(&mut *incoming).poll_frame(cx) else {
+            this.flow.starve(true);
+            this.flow.wait(cx);
+            return Poll::Pending;
+        };
+        this.flow.starve(false);
         let last = incoming.is_end_stream();
         match frame {
             None => {
@@ -92,7 +107,7 @@ impl Body for RequestBody {
             }
             Some(Err(error)) => {
                 this.flow.request.fail();
-                Poll::Ready(Some(Err(CallerBodyError(error))))
+                Poll::Ready(Some(Err(CallerBodyError::Broken(error))))
             }
         }
     }

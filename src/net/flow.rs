@@ -5,7 +5,7 @@
 //! gRPC messages went each way, and by when the exchange has to be over.
 
 use std::cell::{Cell, RefCell};
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Waker};
 
 use tokio::time::Instant;
 
@@ -19,24 +19,26 @@ struct Framing {
 }
 
 impl Framing {
-    /// Counts the messages that begin in `chunk`.
+    /// Counts the messages that end in `chunk`.
     fn take(&mut self, mut chunk: &[u8]) {
-        while let Some((&byte, after)) = chunk.split_first() {
+        while !chunk.is_empty() {
             if self.rest > 0 {
-                let skip = chunk.len().min(self.rest as usize);
-                self.rest -= u32::try_from(skip).unwrap_or(self.rest);
-                chunk = &chunk[skip..];
+                let take = chunk.len().min(self.rest as usize);
+                self.rest -= u32::try_from(take).unwrap_or(self.rest);
+                chunk = &chunk[take..];
+                self.messages += u32::from(self.rest == 0);
                 continue;
             }
+            // One byte that says whether the message is compressed, then four of its length.
             if self.prefix > 0 {
-                self.length = (self.length << 8) | u32::from(byte);
+                self.length = (self.length << 8) | u32::from(chunk[0]);
             }
             self.prefix += 1;
+            chunk = &chunk[1..];
             if self.prefix == 5 {
-                self.messages = self.messages.saturating_add(1);
-                *self = Self { rest: self.length, messages: self.messages, ..Self::default() };
+                let messages = self.messages + u32::from(self.length == 0);
+                *self = Self { rest: self.length, messages, ..Self::default() };
             }
-            chunk = after;
         }
     }
 }
@@ -61,7 +63,7 @@ impl Direction {
         self.bytes.set(self.bytes.get() + bytes);
     }
 
-    /// gRPC messages that have begun; zero for anything that is not gRPC.
+    /// gRPC messages that have passed whole; zero for anything that is not gRPC.
     pub fn messages(&self) -> u32 {
         self.framing.get().messages
     }
@@ -98,6 +100,7 @@ pub struct Flow {
     cut_at: Cell<Option<Instant>>,
     was_cut: Cell<bool>,
     starved: Cell<bool>,
+    over: Cell<bool>,
     held: Cell<bool>,
     holder: RefCell<Option<Waker>>,
 }
@@ -113,6 +116,7 @@ impl Flow {
             cut_at: Cell::new(None),
             was_cut: Cell::new(false),
             starved: Cell::new(false),
+            over: Cell::new(false),
             held: Cell::new(false),
             holder: RefCell::new(None),
         }
@@ -161,20 +165,31 @@ impl Flow {
 
     /// Lets a held body go.
     pub fn release(&self) {
-        if self.held.replace(false)
-            && let Some(waker) = self.holder.borrow_mut().take()
-        {
+        if self.held.replace(false) {
+            self.wake();
+        }
+    }
+
+    /// Notes that the exchange is over; what is left of the caller's body has nowhere to go.
+    pub fn finish(&self) {
+        self.over.set(true);
+        self.wake();
+    }
+
+    /// True once the exchange is over.
+    pub fn is_over(&self) -> bool {
+        self.over.get()
+    }
+
+    fn wake(&self) {
+        if let Some(waker) = self.holder.borrow_mut().take() {
             waker.wake();
         }
     }
 
-    /// Ready when the body is not held back.
-    pub fn poll_released(&self, cx: &mut Context<'_>) -> Poll<()> {
-        if !self.held.get() {
-            return Poll::Ready(());
-        }
+    /// The caller's body waits; it is woken by [`Flow::release`] and [`Flow::finish`].
+    pub fn wait(&self, cx: &Context<'_>) {
         *self.holder.borrow_mut() = Some(cx.waker().clone());
-        Poll::Pending
     }
 
     /// Sets or clears the time at which the answer has to be cut although nobody asks for its next byte.
@@ -225,5 +240,6 @@ mod tests {
         }
         assert_eq!(messages(&[&[0, 0, 0, 0, 0], &[1, 0, 0, 0, 0]]), 2);
         assert_eq!(messages(&[&[0, 0, 0, 0]]), 0);
+        assert_eq!(messages(&[&one[..7]]), 0, "half a message");
     }
 }

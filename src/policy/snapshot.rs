@@ -84,6 +84,13 @@ impl Snapshot {
         })
     }
 
+    /// Tells the live parts that this policy is in force now.
+    pub fn take_effect(&self) {
+        for destination in &self.destinations {
+            destination.gate.set_limit(destination.values.limits.in_flight.value);
+        }
+    }
+
     /// The hop of calls that no destination takes.
     pub fn unrouted(&self, direction: Direction) -> HopId {
         self.unrouted[direction as usize]
@@ -123,7 +130,7 @@ impl Destination {
         };
         Ok(Self {
             cluster,
-            gate: before.map_or_else(Arc::default, |before| Arc::clone(&before.gate)),
+            gate: before.map_or_else(|| Gate::new(values.limits.in_flight.value), |before| Arc::clone(&before.gate)),
             index: RouteIndex::new(&values.routes),
             hops: values.routes.iter().map(|_| [OnceLock::new(), OnceLock::new()]).collect(),
             values: values.clone(),

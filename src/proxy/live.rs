@@ -164,6 +164,7 @@ impl Drop for Live {
         if let Some((_, pool)) = &self.place {
             pool.metrics.in_flight.decrement();
         }
+        self.flow.finish();
         self.caller.finish(self.over_at);
     }
 }

@@ -216,7 +216,7 @@ fn pool(live: &Live, target: &Target) -> Result<Rc<Pool>, Refusal> {
 /// Takes a place in flight, if there is one at once.
 fn enter(live: &mut Live, pool: &Rc<Pool>) -> bool {
     let destination = live.view.destination(live.destination());
-    let Some(pass) = destination.gate.try_enter(destination.values.limits.in_flight.value) else {
+    let Some(pass) = destination.gate.try_enter() else {
         return false;
     };
     live.hold(pass, Rc::clone(pool));
@@ -229,7 +229,7 @@ async fn wait_in_queue(live: &mut Live, pool: &Rc<Pool>) -> Result<(), Refusal> 
     let destination = view.destination(live.destination());
     let limits = &destination.values.limits;
     let began = Instant::now();
-    let queue = destination.gate.enter(limits.in_flight.value, limits.queue.value);
+    let queue = destination.gate.enter(limits.queue.value);
     let waiting = pool.metrics.queued.hold();
     let entered = live.timer.limit(began + limits.queue_timeout.value, queue).await;
     drop(waiting);
