@@ -13,10 +13,10 @@ use tokio::time::Instant;
 
 use crate::net::io::Io;
 use crate::proxy::body::ResponseBody;
-use crate::proxy::fields::{self, Present};
+use crate::proxy::fields::{self, Kind, Present};
 use crate::proxy::grpc::{self, Code};
 use crate::proxy::live::Live;
-use crate::proxy::refusal::{Kind, Refusal};
+use crate::proxy::refusal::{self, Refusal};
 use crate::proxy::tunnel::Handoff;
 use crate::runtime::tasks;
 
@@ -103,7 +103,7 @@ fn refuse(live: &mut Live, refusal: &Refusal) -> Response<ResponseBody> {
 /// An answer that cannot be passed on without being read in two ways.
 pub fn from_upstream(live: &mut Live, mut answer: Response<Incoming>) -> Result<Reply, Refusal> {
     let present = Present::scan(answer.headers());
-    let malformed = |what: &'static str| Err(Refusal::plain(Kind::UpstreamProtocol, what));
+    let malformed = |what: &'static str| Err(Refusal::plain(refusal::Kind::UpstreamProtocol, what));
     if present.codings > 0 && present.lengths > 0 {
         return malformed("the answer has both Content-Length and Transfer-Encoding (RFC 9112, 6.3)");
     }
@@ -130,22 +130,22 @@ pub fn from_upstream(live: &mut Live, mut answer: Response<Incoming>) -> Result<
     live.caller.door.via.add(fields, version);
     fields::forget(answer.extensions_mut());
     if live.patience.grpc {
-        return Ok(grpc_answer(live, answer));
+        return Ok(grpc_answer(live, &present, answer));
     }
-    if is_event_stream(answer.headers().get(header::CONTENT_TYPE)) {
+    if present.kind == Kind::Events {
         live.patience.stream = true;
     }
     Ok(Reply::Upstream(answer))
 }
 
 /// A gRPC caller cannot read an answer that is not gRPC; it gets the status that the HTTP status stands for.
-fn grpc_answer(live: &mut Live, answer: Response<Incoming>) -> Reply {
+fn grpc_answer(live: &mut Live, present: &Present, answer: Response<Incoming>) -> Reply {
     let fields = answer.headers();
     if let Some((code, message)) = grpc::read_status(fields) {
         live.record.grpc(code, message);
         return Reply::Upstream(answer);
     }
-    if crate::policy::index::is_grpc(fields) {
+    if present.kind == Kind::Grpc {
         return Reply::Upstream(answer);
     }
     let status = answer.status();
@@ -154,13 +154,6 @@ fn grpc_answer(live: &mut Live, answer: Response<Incoming>) -> Reply {
     let translated = grpc::trailers_only(code, &message, ResponseBody::empty());
     live.record.grpc(code as u32, translated.headers().get(grpc::MESSAGE).cloned());
     Reply::Own(translated)
-}
-
-fn is_event_stream(kind: Option<&HeaderValue>) -> bool {
-    kind.is_some_and(|kind| {
-        let kind = kind.as_bytes();
-        kind.get(..17).is_some_and(|start| start.eq_ignore_ascii_case(b"text/event-stream"))
-    })
 }
 
 /// Answers OPTIONS and TRACE that may go no further, else counts the hop (RFC 9110, 7.6.2).

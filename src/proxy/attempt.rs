@@ -12,8 +12,8 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use http::uri::PathAndQuery;
-use http::{Method, Request, Response, Uri, Version, header};
+use http::uri::{Authority, PathAndQuery};
+use http::{HeaderValue, Method, Request, Response, Uri, Version, header};
 use http_body::Body;
 use hyper::body::Incoming;
 use hyper::client::conn::TrySendError;
@@ -282,10 +282,10 @@ impl Wait<'_> {
 
 /// Holds the caller's body back while the upstream has not asked for it (RFC 9110, 10.1.1).
 fn hold_for_continue(live: &mut Live, lease: &mut Lease) -> Option<Arc<AtomicBool>> {
-    let request = live.request.as_mut()?;
-    if !request.headers().contains_key(header::EXPECT) {
+    if !live.expects {
         return None;
     }
+    let request = live.request.as_mut()?;
     if !matches!(lease.carrier(), Some(Carrier::Http1(_))) {
         // hyper does not report a 1xx that comes over HTTP/2, so there is nothing to wait for.
         request.headers_mut().remove(header::EXPECT);
@@ -313,7 +313,12 @@ fn for_http1(live: &mut Live) -> Request<RequestBody> {
     if request.uri().authority().is_some() {
         let mut parts = std::mem::take(request.uri_mut()).into_parts();
         parts.scheme = None;
-        parts.authority = None;
+        // Exactly one Host field, the target's own (RFC 9112, 3.2.2).
+        if let Some(authority) = parts.authority.take()
+            && let Ok(host) = HeaderValue::from_str(authority.as_str())
+        {
+            request.headers_mut().insert(header::HOST, host);
+        }
         parts.path_and_query = Some(match parts.path_and_query {
             // Written as `http://host`, without even a slash, which this comparison alone tells from `http://host/`.
             Some(path) if path.as_str() == "/" && path != SLASH && request.method() == Method::OPTIONS => STAR,
@@ -324,11 +329,10 @@ fn for_http1(live: &mut Live) -> Request<RequestBody> {
     }
     if !request.body().is_end_stream() && request.body().size_hint().exact().is_none() {
         // Said here, because hyper leaves the body of a GET out if nothing says how it is framed.
-        request.headers_mut().insert(header::TRANSFER_ENCODING, http::HeaderValue::from_static("chunked"));
+        request.headers_mut().insert(header::TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
     }
-    let trailers = request.headers().contains_key(header::TE);
-    if trailers {
-        request.headers_mut().insert(header::CONNECTION, http::HeaderValue::from_static("te"));
+    if live.takes_trailers {
+        request.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("te"));
     }
     request
 }
@@ -347,10 +351,11 @@ fn for_http2(live: &mut Live, endpoint: &Endpoint) -> Request<RequestBody> {
     let mut parts = std::mem::take(request.uri_mut()).into_parts();
     let encrypted = live.destination_values().tls.is_some();
     parts.scheme = Some(if encrypted { http::uri::Scheme::HTTPS } else { http::uri::Scheme::HTTP });
-    parts.authority = host
-        .filter(|host| !host.is_empty())
-        .and_then(|host| http::uri::Authority::from_maybe_shared(bytes::Bytes::copy_from_slice(host.as_bytes())).ok())
-        .or_else(|| endpoint.address.socket.to_string().parse().ok());
+    if parts.authority.is_none() {
+        parts.authority = host
+            .and_then(|host| Authority::try_from(host.as_bytes()).ok())
+            .or_else(|| endpoint.address.socket.to_string().parse().ok());
+    }
     if parts.path_and_query.is_none() {
         parts.path_and_query = Some(SLASH);
     }

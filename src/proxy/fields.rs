@@ -6,9 +6,37 @@
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::{Extensions, Version};
 
+use crate::policy::index;
+
 const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
 const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
 const HTTP2_SETTINGS: HeaderName = HeaderName::from_static("http2-settings");
+
+/// Content types that make a difference on the way.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Kind {
+    /// gRPC.
+    Grpc,
+    /// Server-Sent Events.
+    Events,
+    /// Everything else.
+    #[default]
+    Other,
+}
+
+impl Kind {
+    fn of(value: &HeaderValue) -> Self {
+        let starts =
+            |text: &str| value.as_bytes().get(..text.len()).is_some_and(|is| is.eq_ignore_ascii_case(text.as_bytes()));
+        if index::is_grpc_type(value) {
+            Self::Grpc
+        } else if starts("text/event-stream") {
+            Self::Events
+        } else {
+            Self::Other
+        }
+    }
+}
 
 /// Which special fields a message has, and how long its header section is.
 #[derive(Debug, Default)]
@@ -27,8 +55,15 @@ pub struct Present {
     pub upgrade: bool,
     /// `traceparent`.
     pub trace: bool,
+    /// `TE`.
+    pub te: bool,
+    /// `Host`.
+    pub hosts: usize,
+    /// What `Content-Type` says, as far as it makes a difference here.
+    pub kind: Kind,
+    /// A `Content-Length` that is not one plain number.
+    odd_length: bool,
     connection: bool,
-    te: bool,
     keep_alive: bool,
     obsolete: bool,
     cookies: usize,
@@ -42,7 +77,12 @@ impl Present {
             // `name: value` and the line's end.
             found.size += name.as_str().len() + value.len() + 4;
             match *name {
-                header::CONTENT_LENGTH => found.lengths += 1,
+                header::CONTENT_LENGTH => {
+                    found.lengths += 1;
+                    found.odd_length |= !value.as_bytes().iter().all(u8::is_ascii_digit);
+                }
+                header::CONTENT_TYPE => found.kind = Kind::of(value),
+                header::HOST => found.hosts += 1,
                 header::TRANSFER_ENCODING => found.codings += 1,
                 header::CONNECTION => found.connection = true,
                 header::EXPECT => found.expect = true,
@@ -111,13 +151,18 @@ pub fn strip(fields: &mut HeaderMap, present: &Present) -> HopByHop {
     said
 }
 
+/// Options of the connection itself, fields that end here whether they are named or not, and the one field that
+/// never ends here.
+const OURS: [&[u8]; 8] =
+    [b"", b"close", b"keep-alive", b"te", b"upgrade", b"transfer-encoding", b"proxy-connection", b"host"];
+
 fn named_by_connection(fields: &HeaderMap) -> Vec<HeaderName> {
     fields
         .get_all(header::CONNECTION)
         .iter()
         .flat_map(|value| value.as_bytes().split(|&byte| byte == b','))
         .map(<[u8]>::trim_ascii)
-        .filter(|token| !matches!(token.to_ascii_lowercase().as_slice(), b"close" | b""))
+        .filter(|token| !OURS.iter().any(|ours| token.eq_ignore_ascii_case(ours)))
         .filter_map(|token| HeaderName::from_bytes(token).ok())
         .collect()
 }
@@ -149,11 +194,10 @@ pub fn only_chunked(fields: &HeaderMap, present: &Present) -> bool {
 
 /// Says the body's length once. hyper has made sure that all the values are the same number.
 pub fn one_length(fields: &mut HeaderMap, present: &Present) {
-    let Some(value) = fields.get(header::CONTENT_LENGTH) else { return };
-    let digits = value.as_bytes().iter().all(u8::is_ascii_digit);
-    if present.lengths == 1 && digits {
+    if present.lengths < 2 && !present.odd_length {
         return;
     }
+    let Some(value) = fields.get(header::CONTENT_LENGTH) else { return };
     let first = value.as_bytes().split(|&byte| byte == b',').next().unwrap_or_default();
     if let Ok(one) = HeaderValue::from_bytes(first.trim_ascii()) {
         fields.insert(header::CONTENT_LENGTH, one);

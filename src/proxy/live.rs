@@ -13,6 +13,7 @@ use crate::net::body::RequestBody;
 use crate::net::flow::Flow;
 use crate::policy::model::{self, Direction};
 use crate::proxy::caller::Caller;
+use crate::proxy::fields::{self, Present};
 use crate::proxy::patience::Patience;
 use crate::proxy::refusal::{Kind, Refusal};
 use crate::proxy::worker::{View, Worker};
@@ -46,6 +47,10 @@ pub struct Live {
     pub lease: Option<Lease>,
     /// Fields that the answer's `Connection` named; they may not pass as trailers.
     pub named: Vec<HeaderName>,
+    /// The request expects `100 Continue`.
+    pub expects: bool,
+    /// The request says that its sender takes trailers.
+    pub takes_trailers: bool,
     /// What the upstream said about keeping its connection, in seconds.
     pub keep_alive: Option<u32>,
     /// When the head of the answer was there; the end of the exchange once that is known.
@@ -59,10 +64,16 @@ const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 
 impl Live {
     /// An exchange whose head was complete when its flow began. The destination is set later, before anything asks for it.
-    pub fn begin<B>(worker: &Rc<Worker>, caller: &Rc<Caller>, flow: Rc<Flow>, request: &Request<B>) -> Box<Self> {
+    pub fn begin<B>(
+        worker: &Rc<Worker>,
+        caller: &Rc<Caller>,
+        flow: Rc<Flow>,
+        request: &Request<B>,
+        present: &Present,
+    ) -> Box<Self> {
         let now = flow.last();
         let view = worker.view();
-        let grpc = crate::policy::index::is_grpc(request.headers());
+        let grpc = present.kind == fields::Kind::Grpc;
         let protocol = match request.version() {
             _ if grpc => Protocol::Grpc,
             http::Version::HTTP_2 => Protocol::Http2,
@@ -72,7 +83,7 @@ impl Live {
             flow.count_messages();
         }
         let hop = view.policy.unrouted(caller.door.values.direction);
-        let line = request_line(caller, request);
+        let line = request_line(caller, request, present);
         caller.begin();
         Box::new(Self {
             record: Exchange::begin(Rc::clone(&worker.shard), now, hop, protocol, line),
@@ -86,6 +97,8 @@ impl Live {
             picked: None,
             lease: None,
             named: Vec::new(),
+            expects: false,
+            takes_trailers: false,
             keep_alive: None,
             over_at: now,
             destination: usize::MAX,
@@ -125,14 +138,14 @@ impl Live {
     }
 }
 
-fn request_line<B>(caller: &Caller, request: &Request<B>) -> RequestLine {
+fn request_line<B>(caller: &Caller, request: &Request<B>, present: &Present) -> RequestLine {
     let fields = request.headers();
     RequestLine {
         method: request.method().clone(),
         uri: request.uri().clone(),
-        host: fields.get(header::HOST).cloned(),
+        host: (present.hosts > 0).then(|| fields.get(header::HOST).cloned()).flatten(),
         caller: Some(caller.peer),
-        traceparent: fields.get(TRACEPARENT).cloned(),
+        traceparent: present.trace.then(|| fields.get(TRACEPARENT).cloned()).flatten(),
     }
 }
 

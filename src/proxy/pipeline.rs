@@ -39,8 +39,9 @@ pub fn call(
     request: Request<Incoming>,
 ) -> impl Future<Output = Answer> + use<> {
     let (version, connect) = (request.version(), request.method() == Method::CONNECT);
-    let mut live = Live::begin(worker, caller, flow, &request);
-    let decision = decide(&mut live, request);
+    let present = Present::scan(request.headers());
+    let mut live = Live::begin(worker, caller, flow, &request, &present);
+    let decision = decide(&mut live, request, &present);
     async move {
         let reply = match decision {
             Ok(decision) => act(&mut live, decision).await,
@@ -61,17 +62,17 @@ enum Decision {
 }
 
 /// What may pass at all, where it goes, which rules it meets, and what it looks like on the next hop.
-fn decide(live: &mut Live, request: Request<Incoming>) -> Result<Decision, Refusal> {
+fn decide(live: &mut Live, request: Request<Incoming>, present: &Present) -> Result<Decision, Refusal> {
     let (mut head, body) = request.into_parts();
-    let present = Present::scan(&head.headers);
     let view = Rc::clone(&live.view);
     let listener = live.caller.door.listener(&view.policy)?;
 
     // What may not be passed on at all.
-    check_size(&head, &present, listener)?;
+    check_size(&head, present, listener)?;
     check_method(&head.method)?;
-    check_framing(&head, &present)?;
-    check_expectation(&mut head, &present)?;
+    check_framing(&head, present)?;
+    check_expectation(&mut head, present)?;
+    live.expects = present.expect && head.version >= Version::HTTP_11;
     let target = Target::read(&head.method, &head.uri, head.version, &head.headers)
         .map_err(|error| Refusal::plain(Kind::BadRequest, error.to_string()))?;
     if present.via && live.caller.door.via.is_loop(&head.headers) {
@@ -92,13 +93,16 @@ fn decide(live: &mut Live, request: Request<Incoming>) -> Result<Decision, Refus
     }
 
     // What it looks like on the next hop.
-    let switch = upgrade::wanted(&head, &present);
-    let said = fields::strip(&mut head.headers, &present);
+    let switch = upgrade::wanted(&head, present);
+    let said = fields::strip(&mut head.headers, present);
     if said.trailers {
+        live.takes_trailers = true;
         head.headers.insert(header::TE, HeaderValue::from_static("trailers"));
     }
-    fields::join_cookies(&mut head.headers, &present);
-    name_host(&mut head, &target, &pool);
+    fields::join_cookies(&mut head.headers, present);
+    if present.hosts == 0 && head.uri.authority().is_none() {
+        name_host(&mut head, &pool);
+    }
     encode_target(&mut head);
     live.caller.door.via.add(&mut head.headers, head.version);
     fields::forget(&mut head.extensions);
@@ -185,11 +189,15 @@ fn check_expectation(head: &mut Parts, present: &Present) -> Result<(), Refusal>
 }
 
 /// The destination: the listener's own, or the one that the target's host belongs to.
-fn choose(policy: &crate::policy::snapshot::Snapshot, listener: &Listener, target: &Target) -> Result<usize, Refusal> {
+fn choose(
+    policy: &crate::policy::snapshot::Snapshot,
+    listener: &Listener,
+    target: &Target<'_>,
+) -> Result<usize, Refusal> {
     match listener.target {
         Towards::To(position) => Ok(position),
         Towards::Forward => policy.hosts.find(target.bare_host()).ok_or_else(|| {
-            let host = target.host();
+            let host = target.host;
             Refusal::plain(Kind::NoDestination, format!(
                 "the policy has no destination with the host {host:?}; add it to `hosts`, or a destination with the host \"*\""
             ))
@@ -198,19 +206,19 @@ fn choose(policy: &crate::policy::snapshot::Snapshot, listener: &Listener, targe
 }
 
 /// The pool of the destination, or of the place where the caller was going.
-fn pool(live: &Live, target: &Target) -> Result<Rc<Pool>, Refusal> {
+fn pool(live: &Live, target: &Target<'_>) -> Result<Rc<Pool>, Refusal> {
     let position = live.destination();
     let upstreams = &live.worker.upstreams;
     let values = live.destination_values();
     if !values.endpoints.is_empty() {
         return Ok(Rc::clone(live.view.pool(position, upstreams)));
     }
-    if target.host().is_empty() {
+    if target.host.is_empty() {
         return Err(Refusal::plain(Kind::NoRoute, "the destination has no endpoints and the request names no host"));
     }
     let port = target.port.unwrap_or(if values.tls.is_some() { 443 } else { 80 });
     let parent = &live.view.destination(position).cluster;
-    upstreams.place(parent, target.host(), port).map_err(|error| Refusal::plain(Kind::TlsFailed, error.to_string()))
+    upstreams.place(parent, target.host, port).map_err(|error| Refusal::plain(Kind::TlsFailed, error.to_string()))
 }
 
 /// Takes a place in flight, if there is one at once.
@@ -266,12 +274,9 @@ fn encode_target(head: &mut Parts) {
     }
 }
 
-/// Exactly one Host field: what the caller asked for, or the destination's own name if it asked for none.
-fn name_host(head: &mut Parts, target: &Target, pool: &Pool) {
-    let host = if target.host().is_empty() && head.version == Version::HTTP_10 {
-        HeaderValue::from_str(&pool.cluster.identity.host).unwrap_or_else(|_| target.authority().clone())
-    } else {
-        target.authority().clone()
-    };
-    head.headers.insert(header::HOST, host);
+/// An HTTP/1.0 caller may name no host; then it means the destination.
+fn name_host(head: &mut Parts, pool: &Pool) {
+    if let Ok(host) = HeaderValue::from_str(&pool.cluster.identity.host) {
+        head.headers.insert(header::HOST, host);
+    }
 }

@@ -102,7 +102,8 @@ pub async fn http2(worker: Rc<Worker>, caller: Rc<Caller>, io: Io) {
     let member = worker.crowd.join();
     let mut watch = Watch::new(&worker, &caller, io.activity());
     let streams = Streams { worker: Rc::clone(&worker), caller: Rc::clone(&caller) };
-    let service = service_fn(|request| begin(&worker, &caller, request));
+    // Boxed, because hyper moves it with the stream from the connection to the stream's own task.
+    let service = service_fn(|request| Box::pin(begin(&worker, &caller, request)));
     let mut connection = pin!(
         http2::Builder::new(streams)
             .timer(TokioTimer::new())

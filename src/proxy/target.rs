@@ -3,16 +3,14 @@
 //! Everything ambiguous ends here, before anything is forwarded (RFC 9112 sections 3.2 and 3.3, RFC 9113 section
 //! 8.3.1): no host, two hosts, two different ones, user information, a target in a form that the method does not have.
 
-use http::header::{HeaderMap, HeaderValue};
+use http::header::HeaderMap;
 use http::{Method, Uri, Version, header};
 
 /// Host and port of a request.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Target {
-    /// As the caller wrote it: `host` or `host:port`; empty where an HTTP/1.0 request names none.
-    authority: HeaderValue,
-    /// How long the host part of it is.
-    host: usize,
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Target<'a> {
+    /// The host without the port, as the caller wrote it; empty where an HTTP/1.0 request names none.
+    pub host: &'a str,
     /// The port, where one is written.
     pub port: Option<u16>,
 }
@@ -40,26 +38,20 @@ pub enum TargetError {
     BadScheme,
 }
 
-impl Target {
+impl<'a> Target<'a> {
     /// Reads the target of a request.
     ///
     /// # Errors
     /// A target that is missing, doubled, contradictory or malformed.
-    pub fn read(method: &Method, uri: &Uri, version: Version, fields: &HeaderMap) -> Result<Self, TargetError> {
+    pub fn read(method: &Method, uri: &'a Uri, version: Version, fields: &'a HeaderMap) -> Result<Self, TargetError> {
         check_form(method, uri, version)?;
         let mut hosts = fields.get_all(header::HOST).iter();
         let host = hosts.next();
         if hosts.next().is_some() {
             return Err(TargetError::TwoHosts);
         }
-        let host = host.map(Self::parse).transpose()?;
-        let named = match uri.authority() {
-            Some(authority) => {
-                let value = HeaderValue::from_str(authority.as_str()).map_err(|_| TargetError::BadHost)?;
-                Some(Self::parse(&value)?)
-            }
-            None => None,
-        };
+        let host = host.map(|value| Self::parse(value.as_bytes())).transpose()?;
+        let named = uri.authority().map(|authority| Self::parse(authority.as_str().as_bytes())).transpose()?;
         match (named, host) {
             (Some(named), host) if version == Version::HTTP_2 => match host {
                 Some(host) if !same(&host, &named) => Err(TargetError::HostsDiffer),
@@ -69,49 +61,32 @@ impl Target {
             (Some(_), None) if version == Version::HTTP_11 => Err(TargetError::NoHost),
             (Some(named), _) => Ok(named),
             (None, Some(host)) => Ok(host),
-            (None, None) if version <= Version::HTTP_10 => Ok(Self::none()),
+            (None, None) if version <= Version::HTTP_10 => Ok(Self { host: "", port: None }),
             (None, None) => Err(TargetError::NoHost),
         }
     }
 
-    fn none() -> Self {
-        Self { authority: HeaderValue::from_static(""), host: 0, port: None }
-    }
-
     /// Checks `host` or `host:port` byte by byte.
-    fn parse(value: &HeaderValue) -> Result<Self, TargetError> {
-        let bytes = value.as_bytes();
-        let host = host_length(bytes).ok_or(TargetError::BadHost)?;
+    fn parse(bytes: &'a [u8]) -> Result<Self, TargetError> {
+        let host = host_length(bytes).filter(|length| *length > 0).ok_or(TargetError::BadHost)?;
         let port = match &bytes[host..] {
             [] | [b':'] => None,
             [b':', digits @ ..] => Some(parse_port(digits).ok_or(TargetError::BadHost)?),
             _ => return Err(TargetError::BadHost),
         };
-        if host == 0 {
-            return Err(TargetError::BadHost);
-        }
-        Ok(Self { authority: value.clone(), host, port })
+        // Only visible ASCII has passed `host_length`.
+        let host = std::str::from_utf8(&bytes[..host]).map_err(|_| TargetError::BadHost)?;
+        Ok(Self { host, port })
     }
 
-    /// The host without the port, as the caller wrote it.
-    pub fn host(&self) -> &str {
-        // Only visible ASCII passes `host_length`.
-        std::str::from_utf8(&self.authority.as_bytes()[..self.host]).unwrap_or_default()
-    }
-
-    /// The host without port, and without the brackets of an IPv6 address.
-    pub fn bare_host(&self) -> &str {
-        self.host().trim_start_matches('[').trim_end_matches(']')
-    }
-
-    /// `host` or `host:port`, as the caller wrote it.
-    pub fn authority(&self) -> &HeaderValue {
-        &self.authority
+    /// The host without the brackets of an IPv6 address.
+    pub fn bare_host(&self) -> &'a str {
+        self.host.trim_start_matches('[').trim_end_matches(']')
     }
 }
 
-fn same(one: &Target, other: &Target) -> bool {
-    one.host().eq_ignore_ascii_case(other.host()) && one.port == other.port
+fn same(one: &Target<'_>, other: &Target<'_>) -> bool {
+    one.host.eq_ignore_ascii_case(other.host) && one.port == other.port
 }
 
 fn check_form(method: &Method, uri: &Uri, version: Version) -> Result<(), TargetError> {
@@ -202,6 +177,7 @@ fn parse_port(digits: &[u8]) -> Option<u16> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use http::header::HeaderValue;
 
     fn read(method: &str, uri: &str, version: Version, hosts: &[&str]) -> Result<String, TargetError> {
         let mut fields = HeaderMap::new();
@@ -210,7 +186,7 @@ mod tests {
         }
         let method = Method::from_bytes(method.as_bytes()).unwrap();
         Target::read(&method, &uri.parse().unwrap(), version, &fields)
-            .map(|target| format!("{} {:?}", target.host(), target.port))
+            .map(|target| format!("{} {:?}", target.host, target.port))
     }
 
     #[test]

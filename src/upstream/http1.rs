@@ -58,6 +58,11 @@ impl Http1 {
         self.drive(cx).is_pending() && self.sender.is_ready()
     }
 
+    /// The same right after an answer: asks hyper only, which has just read from the stream.
+    pub fn is_reusable(&mut self, cx: &mut Context<'_>) -> bool {
+        self.sender.is_ready() || self.is_fresh(cx)
+    }
+
     /// The stream itself and what was read beyond the answer's head, after the protocol has been switched.
     pub fn into_stream(self) -> (Io, Bytes) {
         let parts = self.connection.into_parts();

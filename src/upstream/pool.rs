@@ -80,7 +80,7 @@ impl Lease {
     ) {
         // What cannot be used again, or is shared anyway, ends as if it had been dropped.
         let again = match &mut self.carrier {
-            Some(Carrier::Http1(connection)) => connection.is_fresh(cx),
+            Some(Carrier::Http1(connection)) => connection.is_reusable(cx),
             _ => false,
         };
         if again && let Some(Carrier::Http1(connection)) = self.carrier.take() {

@@ -124,10 +124,15 @@ fn parse_segment(text: &str) -> Result<Parsed, SegmentFault> {
 
 /// Whether a call is gRPC, by its content type: `application/grpc`, alone or with `+proto`, `-web` and the like.
 pub fn is_grpc(headers: &HeaderMap) -> bool {
+    headers.get(CONTENT_TYPE).is_some_and(is_grpc_type)
+}
+
+/// The same, of the content type itself. gRPC-Web is another protocol.
+pub fn is_grpc_type(kind: &HeaderValue) -> bool {
     const GRPC: &[u8] = b"application/grpc";
-    let Some(kind) = headers.get(CONTENT_TYPE).map(HeaderValue::as_bytes) else { return false };
+    let kind = kind.as_bytes();
     kind.get(..GRPC.len()).is_some_and(|start| start.eq_ignore_ascii_case(GRPC))
-        && matches!(kind.get(GRPC.len()), None | Some(b'+' | b';' | b'-' | b' '))
+        && matches!(kind.get(GRPC.len()), None | Some(b'+' | b';' | b' '))
 }
 
 /// The order in which routes of one path are tried: the more a route asks for, the earlier. The file's order decides

@@ -102,7 +102,7 @@ fn what_grpc_is_called_is_recognised() {
         ("application/grpc", true),
         ("Application/GRPC+json", true),
         ("application/grpc; x=y", true),
-        ("application/grpc-web", true),
+        ("application/grpc-web", false),
         ("application/grpcx", false),
         ("application/json", false),
         ("", false),
