@@ -160,7 +160,7 @@ impl Explanation<'_> {
         rows.push(Row::bare("endpoints", there));
         rows.push(Row::bare("protocol", destination.protocol.to_string()));
         if let Some(tls) = &destination.tls {
-            let name = tls.server_name.as_deref().unwrap_or("the request's host");
+            let name = tls.server_name.as_deref().unwrap_or("the endpoint's or the destination's name");
             let roots = tls.ca.as_ref().map_or_else(|| "the system's roots".into(), |ca| ca.display().to_string());
             rows.push(Row::bare("tls", format!("for {name}, trusting {roots}")));
         }

@@ -43,7 +43,7 @@ impl fmt::Display for Endpoint {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub enum Protocol {
-    /// What the upstream agrees to by ALPN; without TLS, what the caller speaks.
+    /// What the upstream agrees to by ALPN; without TLS, HTTP/2 for gRPC and HTTP/1.1 for everything else.
     #[default]
     Auto,
     /// HTTP/1.1 always.
@@ -68,7 +68,8 @@ impl fmt::Display for Protocol {
 pub struct TlsSpec {
     /// File of trusted certificates (PEM), relative to the policy's folder. Default: the system's roots.
     pub ca: Option<String>,
-    /// The name that the upstream's certificate must bear. Default: the request's host.
+    /// The name that the upstream's certificate must bear. Default: the endpoint's name, else a host of
+    /// the destination; see docs/policy.md.
     pub server_name: Option<String>,
 }
 
@@ -77,7 +78,7 @@ pub struct TlsSpec {
 pub struct Tls {
     /// Trusted certificates; None for the system's roots.
     pub ca: Option<PathBuf>,
-    /// The name that the certificate must bear, lower case; None for the request's host.
+    /// The name that the certificate must bear, lower case; None for the default.
     pub server_name: Option<String>,
 }
 
