@@ -11,7 +11,7 @@ pub const ADMIN: &str = "127.0.0.1:15000";
 #[derive(Debug, Clone)]
 pub struct Settings {
     /// The policy's file, or directory of files, to be followed; none where nothing is to be followed.
-    pub policy: Option<PathBuf>,
+    pub policy: Option<Followed>,
     /// Who we are if the policy does not say so.
     pub service: String,
     /// Where the admin door is.
@@ -22,6 +22,15 @@ pub struct Settings {
     pub grace: Duration,
     /// How long callers are still accepted after SIGTERM.
     pub drain_delay: Duration,
+}
+
+/// A policy on the disk whose changes are taken up.
+#[derive(Debug, Clone)]
+pub struct Followed {
+    /// The file, or the directory of files.
+    pub path: PathBuf,
+    /// What it looked like just before it was read, so that no change after that is missed.
+    pub fingerprint: u64,
 }
 
 /// As many workers as the process may use processors: the cgroup's limit, else the machine's, at least one.

@@ -41,19 +41,18 @@ pub(super) fn start(shared: &Arc<Shared>, requests: Requests) -> io::Result<Join
 
 /// Follows the files for as long as the process serves.
 async fn follow(shared: &Arc<Shared>) {
-    let Some(path) = shared.settings.policy.clone() else {
+    let Some(followed) = shared.settings.policy.clone() else {
         return std::future::pending().await;
     };
-    let mut seen = Seen { policy: load::fingerprint(&path), certificates: 0 };
     let mut files = certificate_files(shared);
-    seen.certificates = contents(&files);
-    let mut watch = watch(&path, &files);
+    let mut seen = Seen { policy: followed.fingerprint, certificates: contents(&files) };
+    let mut watch = watch(&followed.path, &files);
+    // The first look comes at once: the files may have changed since they were read.
     loop {
-        watch.changed().await;
-        let policy = load::fingerprint(&path);
+        let policy = load::fingerprint(&followed.path);
         if policy != seen.policy {
             seen.policy = policy;
-            reload(shared, &path);
+            reload(shared, &followed.path);
         }
         let named_now = certificate_files(shared);
         let contents_now = contents(&named_now);
@@ -63,8 +62,9 @@ async fn follow(shared: &Arc<Shared>) {
         seen.certificates = contents_now;
         if named_now != files {
             files = named_now;
-            watch = self::watch(&path, &files);
+            watch = self::watch(&followed.path, &files);
         }
+        watch.changed().await;
     }
 }
 

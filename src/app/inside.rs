@@ -60,7 +60,7 @@ impl Inside for Window {
         };
         let policy = shared.policy.load();
         let addresses = shared.doors().addresses();
-        let path = shared.settings.policy.as_ref();
+        let path = shared.settings.policy.as_ref().map(|followed| &followed.path);
         StatusView {
             service: policy.service.to_string(),
             state: match shared.drain.phase() {

@@ -8,7 +8,7 @@ use tokio::time::{Instant, sleep};
 
 use crate::app::App;
 use crate::cli::{LogForm, RunArgs};
-use crate::config::{self, Settings};
+use crate::config::{self, Followed, Settings};
 use crate::policy::load;
 use crate::runtime::drain::Phase;
 use crate::runtime::signals::{Ended, Signals};
@@ -28,6 +28,7 @@ pub(super) fn run(args: RunArgs) -> ExitCode {
         eprintln!("error: --log: {error}");
         return BAD_COMMAND_LINE.into();
     }
+    let fingerprint = load::fingerprint(&args.policy);
     let model = match load::load(&args.policy) {
         Ok(model) => model,
         Err(error) => {
@@ -37,7 +38,7 @@ pub(super) fn run(args: RunArgs) -> ExitCode {
         }
     };
     let settings = Settings {
-        policy: Some(args.policy),
+        policy: Some(Followed { path: args.policy, fingerprint }),
         service: args.service,
         admin: args.admin,
         workers: args.workers.map_or_else(config::default_workers, usize::from),

@@ -115,7 +115,12 @@ async fn open(live: &mut Live, pool: &Rc<Pool>, want: Want) -> Result<Lease, Ref
             Ok(Ok(lease)) => return Ok(lease),
             Ok(Err(error)) => {
                 endpoint.load.failed(now.saturating_duration_since(tried), now);
-                refusal = Some(refused_by(&error, endpoint.address.socket));
+                let by = refused_by(&error, endpoint.address.socket);
+                if !matches!(error, ConnectError::Network(_)) {
+                    // Somebody was reached; that is what has to be said, and not whether anybody else is there.
+                    return Err(by);
+                }
+                refusal = Some(by);
             }
             Err(late) => {
                 endpoint.load.failed(now.saturating_duration_since(tried), now);
@@ -161,7 +166,7 @@ fn refused(error: &ConnectError) -> Refusal {
     let kind = match error {
         ConnectError::Network(_) => Kind::ConnectFailed,
         ConnectError::Tls(_) => Kind::TlsFailed,
-        ConnectError::Handshake(_) => Kind::UpstreamProtocol,
+        ConnectError::Handshake(_) | ConnectError::NotHttp2 => Kind::UpstreamProtocol,
         ConnectError::NoAddress(_) => Kind::DnsFailed,
     };
     Refusal::plain(kind, error.to_string())

@@ -27,6 +27,9 @@ pub enum ConnectError {
     /// The HTTP/2 preface could not be exchanged.
     #[error("HTTP/2: {0}")]
     Handshake(#[source] hyper::Error),
+    /// The peer did not answer the HTTP/2 preface.
+    #[error("the peer does not speak HTTP/2")]
+    NotHttp2,
     /// No address is known.
     #[error("{0}")]
     NoAddress(String),

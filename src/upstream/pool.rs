@@ -260,9 +260,8 @@ impl Pool {
         if http2 {
             Http2::new(io, now).await.map(Carrier::Http2)
         } else {
-            Http1::new(io, now).await.map(Carrier::Http1)
+            Http1::new(io, now).await.map(Carrier::Http1).map_err(ConnectError::Handshake)
         }
-        .map_err(ConnectError::Handshake)
     }
 
     /// A new stream to `endpoint` that belongs to no pool and speaks whatever its user speaks.
