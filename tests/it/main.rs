@@ -7,6 +7,9 @@
 mod grpc_peers; // grpcio on both sides
 mod h2spec; // the HTTP/2 conformance tests
 mod http1_corpus; // malformed, ambiguous, and odd but legal messages
+mod limits; // places, the queue, who is sent away
 mod script; // running the Python peers
+mod slow_callers; // what a slow caller holds is bounded
 mod streams; // WebSocket and SSE libraries
 mod support; // the proxy, callers, upstreams
+mod timeouts; // every timeout, and what its victim hears
