@@ -4,10 +4,14 @@
 #![allow(clippy::print_stdout, reason = "a test that is not run says so")]
 #![allow(missing_docs, reason = "the names of the tests say what they hold")]
 
+mod fields; // header fields: which pass, which end here, which are ours
 mod grpc_peers; // grpcio on both sides
 mod h2spec; // the HTTP/2 conformance tests
+mod http1; // old callers, pipelines, Expect, upstreams that hang up
 mod http1_corpus; // malformed, ambiguous, and odd but legal messages
 mod limits; // places, the queue, who is sent away
+mod protocols; // every protocol with every other
+mod routing; // hosts, paths, methods, header fields, gRPC
 mod script; // running the Python peers
 mod slow_callers; // what a slow caller holds is bounded
 mod streams; // WebSocket and SSE libraries
