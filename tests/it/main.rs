@@ -13,6 +13,8 @@ mod http1_corpus; // malformed, ambiguous, and odd but legal messages
 mod limits; // places, the queue, who is sent away
 mod pools; // connections to upstreams
 mod protocols; // every protocol with every other
+mod recovery; // an upstream that dies and comes back
+mod reload; // a policy that changes
 mod routing; // hosts, paths, methods, header fields, gRPC
 mod script; // running the Python peers
 mod slow_callers; // what a slow caller holds is bounded

@@ -3,6 +3,7 @@
 
 pub(crate) mod certificates;
 pub(crate) mod http;
+pub(crate) mod load;
 pub(crate) mod program;
 pub(crate) mod upstream;
 pub(crate) mod wire;
@@ -15,7 +16,7 @@ use std::time::Duration;
 
 use hopguard::app::App;
 use hopguard::config::Settings;
-use hopguard::policy::load;
+use hopguard::policy::load::load_str;
 use hopguard::telemetry::{PageFormat, Sink};
 
 /// How long a test waits for what has to happen.
@@ -44,7 +45,7 @@ impl Mesh {
             drain_delay: Duration::ZERO,
         };
         change(&mut settings);
-        let model = load::load_str("policy.yaml", policy).unwrap_or_else(|error| panic!("{}", error.render(false)));
+        let model = load_str("policy.yaml", policy).unwrap_or_else(|error| panic!("{}", error.render(false)));
         let (sink, lines) = Sink::memory();
         let app = App::start(settings, model, sink).unwrap();
         Self { app, lines }
@@ -138,7 +139,7 @@ impl Mesh {
 
     /// Puts another policy into force.
     pub(crate) async fn reload(&self, policy: &str) {
-        let model = load::load_str("policy.yaml", policy).unwrap_or_else(|error| panic!("{}", error.render(false)));
+        let model = load_str("policy.yaml", policy).unwrap_or_else(|error| panic!("{}", error.render(false)));
         self.app.replace(model).unwrap();
     }
 
