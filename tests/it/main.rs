@@ -4,7 +4,10 @@
 #![allow(clippy::print_stdout, reason = "a test that is not run says so")]
 #![allow(missing_docs, reason = "the names of the tests say what they hold")]
 
+mod admin; // probes, metrics, the policy in force
+mod command_line; // the commands that a user types
 mod discovery; // several endpoints, and names
+mod drain; // the end, and beginnings that fail
 mod fields; // header fields: which pass, which end here, which are ours
 mod grpc_peers; // grpcio on both sides
 mod h2spec; // the HTTP/2 conformance tests

@@ -54,6 +54,11 @@ impl Program {
             command.args(["--workers", "1"]);
         }
         command.args(more);
+        Self::start(command).await
+    }
+
+    /// Starts a command that logs JSON, and waits until it is ready.
+    pub(crate) async fn start(mut command: Command) -> Self {
         let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let access = gather(child.stdout.take().unwrap());
         let log = gather(child.stderr.take().unwrap());
@@ -80,6 +85,11 @@ impl Program {
     /// The access log so far.
     pub(crate) fn access(&self) -> Vec<Value> {
         self.access.lock().unwrap().iter().map(|line| serde_json::from_str(line).unwrap()).collect()
+    }
+
+    /// The same where it is not JSON.
+    pub(crate) fn access_text(&self) -> Vec<String> {
+        self.access.lock().unwrap().clone()
     }
 
     pub(crate) fn admin(&self) -> SocketAddr {
