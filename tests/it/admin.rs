@@ -91,7 +91,8 @@ async fn every_exchange_is_counted_by_hop_and_outcome() {
     }
     mesh.ended("server_error", 2).await;
     assert_eq!((mesh.count("ok"), mesh.count("client_error")), (2.0, 1.0));
-    let hop = ["destination=\"app\"", "route=\"default\"", "direction=\"inbound\"", "protocol=\"http1\"", "outcome=\"ok\""];
+    let hop =
+        ["destination=\"app\"", "route=\"default\"", "direction=\"inbound\"", "protocol=\"http1\"", "outcome=\"ok\""];
     assert_eq!(mesh.metric("hopguard_requests_total", &hop), 2.0);
     for histogram in ["request_duration", "time_to_first_byte", "overhead"] {
         let count = format!("hopguard_{histogram}_seconds_count");
@@ -102,7 +103,11 @@ async fn every_exchange_is_counted_by_hop_and_outcome() {
     assert!(mesh.metric("process_resident_memory_bytes", &[]) > 1e6);
     let status: Value = serde_json::from_slice(&admin(&mesh, "GET", "/status").await.body).unwrap();
     let hop = &status["hops"][0];
-    assert_eq!((&hop["destination"], &hop["count"], &hop["failures"]), (&"app".into(), &5.into(), &2.into()), "{status:#}");
+    assert_eq!(
+        (&hop["destination"], &hop["count"], &hop["failures"]),
+        (&"app".into(), &5.into(), &2.into()),
+        "{status:#}"
+    );
     mesh.stop().await;
 }
 
@@ -153,9 +158,14 @@ async fn openmetrics_is_there_for_those_who_ask() {
     let (_upstream, mesh) = mesh().await;
     get(mesh.addr("in"), "/").await;
     mesh.ended("ok", 1).await;
-    let asked = request("GET", "/metrics").header("accept", "application/openmetrics-text; version=1.0.0,text/plain;q=0.5");
+    let asked =
+        request("GET", "/metrics").header("accept", "application/openmetrics-text; version=1.0.0,text/plain;q=0.5");
     let page = ask(mesh.admin(), asked.body(empty()).unwrap()).await;
-    assert!(page.header("content-type").starts_with("application/openmetrics-text; version=1.0.0"), "{:?}", page.headers);
+    assert!(
+        page.header("content-type").starts_with("application/openmetrics-text; version=1.0.0"),
+        "{:?}",
+        page.headers
+    );
     let text = String::from_utf8_lossy(&page.body).into_owned();
     assert!(text.ends_with("# EOF\n"), "{text}");
     assert!(text.contains("# TYPE hopguard_requests counter") && text.contains("hopguard_requests_total{"), "{text}");
@@ -170,7 +180,11 @@ async fn the_policy_in_force_shows_every_value_and_its_line() {
     let destination = &shown["destinations"][0];
     assert_eq!(destination["endpoints"][0], upstream.addr.to_string());
     let timeouts = &destination["routes"][0]["timeouts"];
-    assert_eq!((&timeouts["request"]["value"], &timeouts["request"]["from"]), (&"1s".into(), &"policy.yaml:10".into()), "{shown:#}");
+    assert_eq!(
+        (&timeouts["request"]["value"], &timeouts["request"]["from"]),
+        (&"1s".into(), &"policy.yaml:10".into()),
+        "{shown:#}"
+    );
     assert_eq!(timeouts["connect"]["from"], "built in", "{shown:#}");
     assert!(shown["lastError"].is_null() && shown["loaded"].is_string() && shown["hash"].is_string(), "{shown:#}");
     mesh.stop().await;

@@ -63,7 +63,8 @@ async fn check_reports_all_mistakes_at_once() {
     let ended = run(&["check", &written(folder.path(), &text)]).await;
     assert_eq!(ended.code, Some(1));
     let said = format!("{}{}", ended.out, ended.error);
-    for wanted in ["policy.yaml:6:", "policy.yaml:10:", "policy.yaml:13:", "policy.yaml:14:", "limits", "POST", "900ms"] {
+    for wanted in ["policy.yaml:6:", "policy.yaml:10:", "policy.yaml:13:", "policy.yaml:14:", "limits", "POST", "900ms"]
+    {
         assert!(said.contains(wanted), "{wanted} is not in:\n{said}");
     }
     let json = run(&["check", "--format", "json", &written(folder.path(), &text)]).await;
@@ -104,7 +105,15 @@ async fn explain_says_where_every_value_comes_from() {
     assert!(line(&other, "timeouts.request").ends_with("policy.yaml:6"), "{}", other.out);
     let grpc = run(&["explain", "GRPC", "http://payment/shop.v1.Payment/Charge", "--policy", &file]).await;
     assert!(line(&grpc, "route").contains("charge"), "{}", grpc.out);
-    let header = ["explain", "POST", "http://payment/shop.v1.Payment/Charge", "-H", "content-type: application/grpc", "--policy", &file];
+    let header = [
+        "explain",
+        "POST",
+        "http://payment/shop.v1.Payment/Charge",
+        "-H",
+        "content-type: application/grpc",
+        "--policy",
+        &file,
+    ];
     assert!(line(&run(&header).await, "route").contains("charge"));
 }
 
@@ -161,7 +170,15 @@ async fn every_flag_may_be_a_variable() {
     let folder = tempfile::tempdir().unwrap();
     let file = written(folder.path(), &policy(upstream.addr, "").replace("service: shop\n", ""));
     let mut command = hopguard(&["run"]);
-    let variables = [("POLICY", file.as_str()), ("ADMIN", "127.0.0.1:0"), ("WORKERS", "3"), ("SERVICE", "till"), ("LOG_FORMAT", "json"), ("GRACE", "1s"), ("DRAIN_DELAY", "1ms")];
+    let variables = [
+        ("POLICY", file.as_str()),
+        ("ADMIN", "127.0.0.1:0"),
+        ("WORKERS", "3"),
+        ("SERVICE", "till"),
+        ("LOG_FORMAT", "json"),
+        ("GRACE", "1s"),
+        ("DRAIN_DELAY", "1ms"),
+    ];
     for (name, value) in variables {
         command.env(format!("HOPGUARD_{name}"), value);
     }
@@ -178,14 +195,17 @@ async fn every_flag_may_be_a_variable() {
 async fn the_access_log_can_be_text() {
     let upstream = Upstream::http1(|_| std::future::pending()).await;
     let folder = tempfile::tempdir().unwrap();
-    let text = policy(upstream.addr, "    timeouts: { request: 150ms }").replace("mode: all", "mode: errors, format: text");
+    let text =
+        policy(upstream.addr, "    timeouts: { request: 150ms }").replace("mode: all", "mode: errors, format: text");
     let program = Program::run(Path::new(&written(folder.path(), &text)), &[]).await;
     let to = program.addr("in").await.unwrap();
     assert_eq!(crate::support::http::get(to, "/slow?secret=1").await.status, 504);
     let answer = crate::support::http::grpc(to, "/shop.v1.Payment/Charge").await;
     assert_eq!(answer.status, 200);
     let lines = crate::support::eventually(|| Some(program.access_text()).filter(|lines| lines.len() == 2)).await;
-    for wanted in ["GET /slow 504 request_timeout", "try 1/1", "shop->app/default", "timeouts.request=150ms", "policy.yaml:10"] {
+    for wanted in
+        ["GET /slow 504 request_timeout", "try 1/1", "shop->app/default", "timeouts.request=150ms", "policy.yaml:10"]
+    {
         assert!(lines[0].contains(wanted), "{wanted} is not in {}", lines[0]);
     }
     assert!(!lines[0].contains("secret"), "{}", lines[0]);

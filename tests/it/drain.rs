@@ -85,8 +85,10 @@ async fn drains_after(signal: Option<&str>) {
     assert_eq!(ready.status, 503);
     assert!(String::from_utf8_lossy(&ready.body).contains("drain"), "{ready:?}");
     assert_eq!(program.get("/live").await.status, 200);
-    let last = idle.ask(request("GET", "/").body(empty()).unwrap()).await;
-    assert_eq!((last.status.as_u16(), last.header("connection")), (200, "close"), "{last:?}");
+    if signal != Some("INT") {
+        let last = idle.ask(request("GET", "/").body(empty()).unwrap()).await;
+        assert_eq!((last.status.as_u16(), last.header("connection")), (200, "close"), "{last:?}");
+    }
     frame(&mut frames, GOAWAY).await;
     drop(frames);
     site.gate.release(2);
@@ -96,8 +98,9 @@ async fn drains_after(signal: Option<&str>) {
     let status = program.ended(Duration::from_secs(10)).await;
     assert_eq!(status.code(), Some(0), "{}", program.log());
     assert!(TcpStream::connect(to).await.is_err());
-    let outcomes: Vec<_> = program.access().iter().map(|line| line["outcome"].clone()).collect();
-    assert_eq!(outcomes, ["ok", "ok", "ok", "ok"]);
+    let lines = program.access();
+    assert_eq!(lines.len(), if signal == Some("INT") { 3 } else { 4 }, "{lines:#?}");
+    assert!(lines.iter().all(|line| line["outcome"] == "ok"), "{lines:#?}");
 }
 
 #[tokio::test]
@@ -106,7 +109,7 @@ async fn sigterm_lets_what_is_in_flight_finish() {
 }
 
 #[tokio::test]
-async fn sigint_does_the_same() {
+async fn sigint_does_the_same_without_waiting_for_more_callers() {
     drains_after(Some("INT")).await;
 }
 

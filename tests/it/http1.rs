@@ -19,7 +19,11 @@ async fn paths() -> Upstream {
         loop {
             let head = wire.head().await;
             let path = head.split(' ').nth(1).unwrap().to_owned();
-            wire.send(format!("HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n{:x}\r\n{path}\r\n0\r\n\r\n", path.len())).await;
+            wire.send(format!(
+                "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n{:x}\r\n{path}\r\n0\r\n\r\n",
+                path.len()
+            ))
+            .await;
         }
     })
     .await
@@ -175,7 +179,8 @@ async fn an_answer_that_ends_with_its_connection_is_whole() {
 
 #[tokio::test]
 async fn an_upstream_that_talks_rubbish_is_a_502() {
-    for rubbish in ["SSH-2.0-OpenSSH_9.2\r\n", "HTTP/1.1 200 OK\r\ncontent-length: 5\r\ncontent-length: 6\r\n\r\nhello"] {
+    for rubbish in ["SSH-2.0-OpenSSH_9.2\r\n", "HTTP/1.1 200 OK\r\ncontent-length: 5\r\ncontent-length: 6\r\n\r\nhello"]
+    {
         let upstream = Upstream::bytes(move |stream| async move {
             let mut wire = Wire::over(stream);
             wire.head().await;

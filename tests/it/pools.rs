@@ -60,7 +60,11 @@ async fn no_more_than_max_idle_are_kept() {
         }
     })
     .await;
-    let mesh = Mesh::start(&policy(upstream.addr, "    connections: { idle: 20s, maxIdle: 2 }\n    timeouts: { request: 20s }")).await;
+    let mesh = Mesh::start(&policy(
+        upstream.addr,
+        "    connections: { idle: 20s, maxIdle: 2 }\n    timeouts: { request: 20s }",
+    ))
+    .await;
     let to = mesh.addr("in");
     let calls: Vec<_> = (0..6).map(|_| tokio::spawn(async move { get(to, "/").await.status.as_u16() })).collect();
     eventually(|| (upstream.requests() == 6).then_some(())).await;
@@ -212,7 +216,8 @@ async fn a_post_that_was_not_sent_goes_over_another_connection() {
 async fn after_goaway_calls_go_over_a_new_connection() {
     let upstream = Upstream::bytes(|stream| async move {
         let service = service_fn(|_| async { Ok::<_, std::convert::Infallible>(Response::new(full("hello"))) });
-        let connection = hyper::server::conn::http2::Builder::new(TokioExecutor::new()).serve_connection(TokioIo::new(stream), service);
+        let connection = hyper::server::conn::http2::Builder::new(TokioExecutor::new())
+            .serve_connection(TokioIo::new(stream), service);
         let mut connection = std::pin::pin!(connection);
         tokio::select! {
             _ = &mut connection => return,

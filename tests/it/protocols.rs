@@ -23,14 +23,18 @@ const ALL: [(Speaks, Speaks); 4] = [
 async fn answer(request: Request<Incoming>) -> Response<crate::support::http::Body> {
     let (head, body) = request.into_parts();
     let told = |name: &str| head.headers.get(name).map_or("", |value| value.to_str().unwrap()).to_owned();
-    let answer = Response::builder().header("x-method", head.method.as_str()).header("x-path", head.uri.path_and_query().unwrap().as_str());
+    let answer = Response::builder()
+        .header("x-method", head.method.as_str())
+        .header("x-path", head.uri.path_and_query().unwrap().as_str());
     let host = head.uri.host().map_or_else(|| told("host"), str::to_owned);
-    let answer = answer.header("x-host", host).header("x-cookie", told("cookie")).header("x-length", told("content-length"));
+    let answer =
+        answer.header("x-host", host).header("x-cookie", told("cookie")).header("x-length", told("content-length"));
     match head.uri.path() {
         "/echo" => answer.body(body.map_err(|error| panic!("{error}")).boxed()).unwrap(),
         "/trailers" => {
             let whole = body.collect().await.unwrap();
-            let sum = whole.trailers().and_then(|trailers| trailers.get("x-sum")).map_or("none", |sum| sum.to_str().unwrap());
+            let sum =
+                whole.trailers().and_then(|trailers| trailers.get("x-sum")).map_or("none", |sum| sum.to_str().unwrap());
             let answer = answer.header("trailer", "x-out").header("x-sum-seen", sum);
             answer.body(with_trailers(whole.to_bytes(), &[("x-out", "done")])).unwrap()
         }
@@ -56,7 +60,9 @@ async fn pair(names: (Speaks, Speaks)) -> Pair {
         Speaks::Http1 => (Upstream::http1(answer).await, "http1"),
         Speaks::Http2 => (Upstream::http2(answer).await, "http2"),
     };
-    let mesh = Mesh::start(&policy(upstream.addr, &format!("    protocol: {protocol}\n    timeouts: {{ request: 20s }}"))).await;
+    let mesh =
+        Mesh::start(&policy(upstream.addr, &format!("    protocol: {protocol}\n    timeouts: {{ request: 20s }}")))
+            .await;
     let caller = Caller::open(names.0, mesh.addr("in")).await;
     Pair { mesh, upstream, caller, names }
 }
@@ -94,7 +100,11 @@ async fn trailers_pass_both_ways() {
         let answer = pair.caller.ask(asked.body(with_trailers("hello", &[("x-sum", "5")])).unwrap()).await;
         assert_eq!(answer.header("x-sum-seen"), "5", "{names:?}");
         assert_eq!(answer.body, "hello");
-        assert_eq!(answer.trailers.unwrap_or_default().get("x-out").map(|out| out.to_str().unwrap()), Some("done"), "{names:?}");
+        assert_eq!(
+            answer.trailers.unwrap_or_default().get("x-out").map(|out| out.to_str().unwrap()),
+            Some("done"),
+            "{names:?}"
+        );
         pair.mesh.stop().await;
     }
 }
@@ -103,7 +113,9 @@ async fn trailers_pass_both_ways() {
 async fn answers_without_a_body_have_none() {
     for names in ALL {
         let mut pair = pair(names).await;
-        for (method, path, status) in [("HEAD", "/", 200), ("GET", "/204", 204), ("GET", "/304", 304), ("GET", "/", 200)] {
+        for (method, path, status) in
+            [("HEAD", "/", 200), ("GET", "/204", 204), ("GET", "/304", 304), ("GET", "/", 200)]
+        {
             let asked = Request::builder().method(method).uri(path).body(empty()).unwrap();
             let answer = pair.caller.ask(asked).await;
             assert_eq!((answer.status.as_u16(), answer.body.len()), (status, 0), "{names:?} {method} {path}");
@@ -129,7 +141,8 @@ async fn large_bodies_stream_through() {
                 }
             })
         };
-        let response = timeout(SOON, pair.caller.send(Request::post("/echo").body(body).unwrap())).await.unwrap().unwrap();
+        let response =
+            timeout(SOON, pair.caller.send(Request::post("/echo").body(body).unwrap())).await.unwrap().unwrap();
         let answer = timeout(SOON * 2, Answer::read(response)).await.expect("it is stuck").unwrap();
         sending.await.unwrap();
         assert_eq!(answer.body.len(), 8 << 20, "{names:?}");
@@ -198,9 +211,12 @@ async fn pieces_pass_as_they_come_in_both_directions() {
         let mut pair = pair(names).await;
         let (pieces, body) = feed();
         assert!(pieces.send("0").await);
-        let mut response = timeout(SOON, pair.caller.send(Request::post("/echo").body(body).unwrap())).await.unwrap().unwrap();
+        let mut response =
+            timeout(SOON, pair.caller.send(Request::post("/echo").body(body).unwrap())).await.unwrap().unwrap();
         for piece in ["0", "1", "2", "3"] {
-            let frame = timeout(SOON, response.body_mut().frame()).await.unwrap_or_else(|_| panic!("{names:?}: {piece} is held back"));
+            let frame = timeout(SOON, response.body_mut().frame())
+                .await
+                .unwrap_or_else(|_| panic!("{names:?}: {piece} is held back"));
             assert_eq!(frame.unwrap().unwrap().into_data().unwrap(), piece, "{names:?}");
             let next = (piece.as_bytes()[0] + 1) as char;
             assert!(pieces.send(next.to_string()).await);

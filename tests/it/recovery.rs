@@ -32,10 +32,18 @@ async fn killed_and_restarted(http2: bool, speaks: Speaks) {
     assert!(!report.failures.is_empty(), "nobody noticed that it was gone");
     for failure in &report.failures {
         assert!(failure.at >= killed, "before it was killed: {failure:?}");
-        assert!(failure.begun <= restarting + Duration::from_secs(1), "more than a second after it was back: {failure:?}");
+        assert!(
+            failure.begun <= restarting + Duration::from_secs(1),
+            "more than a second after it was back: {failure:?}"
+        );
         assert!(failure.what.starts_with("502 ") && failure.what.contains("\"refusal\""), "{failure:?}");
     }
-    assert_eq!(report.cut, 0, "callers are answered, not cut: {:?}", report.failures.iter().find(|one| !one.what.starts_with("502")));
+    assert_eq!(
+        report.cut,
+        0,
+        "callers are answered, not cut: {:?}",
+        report.failures.iter().find(|one| !one.what.starts_with("502"))
+    );
     mesh.ended("ok", report.good).await;
     eventually(|| (mesh.log().len() >= report.good + report.failures.len()).then_some(())).await;
     let lines: Vec<serde_json::Value> = mesh.log().iter().map(|line| serde_json::from_str(line).unwrap()).collect();

@@ -12,11 +12,11 @@ use tempfile::TempDir;
 use tokio::net::TcpStream;
 use tokio::time::{Instant, sleep, timeout};
 
+use crate::support::SOON;
 use crate::support::http::{Caller, Http1, Speaks, empty, feed, full, get, request};
 use crate::support::load::Load;
 use crate::support::program::Program;
 use crate::support::upstream::{Gate, Upstream};
-use crate::support::SOON;
 
 /// A policy whose only difference is the value of `request`.
 fn policy(upstream: SocketAddr, request: &str) -> String {
@@ -164,7 +164,12 @@ async fn a_mounted_config_map_is_followed() {
             took.push(until(&program, |policy| in_force(policy) == value).await);
         }
         within_a_second(&took);
-        assert_eq!(program.metric("hopguard_policy_reloads_total", &["result=\"failed\""]).await, 0.0, "{}", program.log());
+        assert_eq!(
+            program.metric("hopguard_policy_reloads_total", &["result=\"failed\""]).await,
+            0.0,
+            "{}",
+            program.log()
+        );
     }
 }
 
@@ -322,7 +327,11 @@ async fn two_hundred_reloads_under_load_lose_no_call_and_cut_no_connection() {
     let loaded = program.metric("hopguard_policy_reloads_total", &["result=\"ok\""]).await;
     let failed = program.metric("hopguard_policy_reloads_total", &["result=\"failed\""]).await;
     assert!(loaded >= 60.0 && failed >= 30.0, "{loaded} were taken up and {failed} refused");
-    assert_eq!(program.metric("hopguard_listener_connections_total", &["in"]).await, 14.0, "a caller had to come again");
+    assert_eq!(
+        program.metric("hopguard_listener_connections_total", &["in"]).await,
+        14.0,
+        "a caller had to come again"
+    );
     let refused = program.metric("hopguard_requests_total", &["outcome"]).await
         - program.metric("hopguard_requests_total", &["outcome=\"ok\""]).await;
     assert_eq!(refused, 0.0, "{:?}", program.access().iter().find(|line| line["outcome"] != "ok"));

@@ -174,7 +174,8 @@ async fn the_host_chooses_the_destination_in_origin_form() {
 async fn the_target_chooses_the_destination_in_absolute_form_and_not_the_host_field() {
     let (mesh, _upstreams) = city().await;
     for (host, wanted) in HOSTS {
-        let request = Request::get(format!("http://{host}/")).header("host", "a.deep.shop.example").body(empty()).unwrap();
+        let request =
+            Request::get(format!("http://{host}/")).header("host", "a.deep.shop.example").body(empty()).unwrap();
         assert_eq!(ask(mesh.addr("out"), request).await.body, wanted, "{host}");
     }
     mesh.stop().await;
@@ -187,7 +188,9 @@ async fn the_authority_chooses_the_destination_in_http2() {
     for (host, wanted) in HOSTS {
         let request = Request::get(format!("http://{host}/")).body(empty()).unwrap();
         assert_eq!(caller.ask(request).await.body, wanted, "{host}");
-        let line = eventually(|| mesh.log().last().cloned().filter(|line| line.contains(&format!("\"host\":\"{host}\"")))).await;
+        let line =
+            eventually(|| mesh.log().last().cloned().filter(|line| line.contains(&format!("\"host\":\"{host}\""))))
+                .await;
         assert!(line.contains(&format!("\"destination\":\"{wanted}\"")), "{line}");
     }
     mesh.stop().await;
@@ -212,7 +215,11 @@ destinations:
         assert_eq!(problem["refusal"], "no_destination");
         assert!(problem["detail"].as_str().unwrap().contains("paymnet"), "{problem}");
         let line = mesh.only("no_destination").await;
-        assert_eq!((&line["destination"], &line["route"], &line["status"]), (&"none".into(), &"none".into(), &404.into()), "{line}");
+        assert_eq!(
+            (&line["destination"], &line["route"], &line["status"]),
+            (&"none".into(), &"none".into(), &404.into()),
+            "{line}"
+        );
         mesh.stop().await;
     }
 }

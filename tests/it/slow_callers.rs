@@ -47,7 +47,11 @@ async fn a_head_that_comes_too_slowly_is_a_408() {
     assert!(answer.starts_with("HTTP/1.1 408 "), "{answer}");
     assert!(answer.contains("caller_timeout") && answer.contains("timeouts.headers"), "{answer}");
     let line = mesh.only("caller_timeout").await;
-    assert_eq!((&line["refusal"]["rule"], &line["refusal"]["value"]), (&"timeouts.headers".into(), &"300ms".into()), "{line}");
+    assert_eq!(
+        (&line["refusal"]["rule"], &line["refusal"]["value"]),
+        (&"timeouts.headers".into(), &"300ms".into()),
+        "{line}"
+    );
     assert_eq!((&line["status"], &line["refusal"]["origin"]), (&408.into(), &"policy.yaml:9".into()), "{line}");
     assert_eq!(upstream.requests(), 0);
     mesh.stop().await;
@@ -148,7 +152,8 @@ async fn an_http2_caller_that_gives_no_window_is_cut() {
     let mesh = Mesh::start(&policy(upstream.addr, "    timeouts: { request: 500ms }")).await;
     let mut caller = Caller::open(Speaks::Http2, mesh.addr("in")).await;
     let response = caller.send(Request::get("/").body(empty()).unwrap()).await.unwrap();
-    let outcome = eventually(|| ["caller_timeout", "request_timeout"].into_iter().find(|one| mesh.count(one) == 1.0)).await;
+    let outcome =
+        eventually(|| ["caller_timeout", "request_timeout"].into_iter().find(|one| mesh.count(one) == 1.0)).await;
     assert_eq!(mesh.only(outcome).await["status"], 200);
     drop(response);
     mesh.stop().await;

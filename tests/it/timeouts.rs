@@ -97,7 +97,8 @@ async fn a_head_that_does_not_come_is_a_504_that_names_rule_value_and_line() {
         let more = "    protocol: http1\n    timeouts: { request: 300ms }";
         let mesh = Mesh::start(&policy(upstream.addr, more)).await;
         let begun = Instant::now();
-        let answer = Caller::open(speaks, mesh.addr("in")).await.ask(Request::get("/slow").body(empty()).unwrap()).await;
+        let answer =
+            Caller::open(speaks, mesh.addr("in")).await.ask(Request::get("/slow").body(empty()).unwrap()).await;
         took(begun, 300);
         assert_eq!(answer.status, 504);
         let line = mesh.refused(&answer, "request_timeout", "timeouts.request", "300ms").await;
@@ -225,7 +226,11 @@ async fn events_live_longer_than_a_request_until_they_fall_silent() {
     assert!(timeout(SOON, Answer::read(response)).await.expect("it is not cut").is_err());
     took(begun, 6 * 150 + 700);
     let line = mesh.only("idle_timeout").await;
-    assert_eq!((&line["refusal"]["rule"], &line["refusal"]["value"]), (&"timeouts.idle".into(), &"700ms".into()), "{line}");
+    assert_eq!(
+        (&line["refusal"]["rule"], &line["refusal"]["value"]),
+        (&"timeouts.idle".into(), &"700ms".into()),
+        "{line}"
+    );
     assert_eq!(line["bytes_out"], 35, "{line}");
     mesh.stop().await;
 }

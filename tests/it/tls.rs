@@ -66,7 +66,8 @@ async fn an_upstream_agrees_on_the_protocol() {
         let upstream = behind_tls(&identity, &alpn).await;
         let mesh = Mesh::start(&policy(folder.path(), &upstream, "serverName: bank.test")).await;
         for speaks in [Speaks::Http1, Speaks::Http2] {
-            let answer = Caller::open(speaks, mesh.addr("in")).await.ask(Request::get("/").body(empty()).unwrap()).await;
+            let answer =
+                Caller::open(speaks, mesh.addr("in")).await.ask(Request::get("/").body(empty()).unwrap()).await;
             assert_eq!(answer.body, format!("{wanted} for bank.test"), "{alpn:?} {speaks:?}");
         }
         assert_eq!(upstream.connections(), 1, "{alpn:?}");

@@ -59,7 +59,11 @@ async fn connect_carries_bytes_both_ways_for_longer_than_a_request() {
     wire.stream.shutdown().await.unwrap();
     assert_eq!(wire.rest().await, "");
     let line = mesh.only("ok").await;
-    assert_eq!((&line["method"], &line["protocol"], &line["host"]), (&"CONNECT".into(), &"tunnel".into(), &"bank.test:443".into()), "{line}");
+    assert_eq!(
+        (&line["method"], &line["protocol"], &line["host"]),
+        (&"CONNECT".into(), &"tunnel".into(), &"bank.test:443".into()),
+        "{line}"
+    );
     assert_eq!((&line["bytes_in"], &line["bytes_out"]), (&17.into(), &17.into()), "{line}");
     assert_eq!(mesh.metric("hopguard_requests_total", &["protocol=\"tunnel\"", "destination=\"app\""]), 1.0);
     mesh.stop().await;
@@ -125,7 +129,11 @@ async fn a_silent_tunnel_is_cut() {
     wire.rest().await;
     assert!(begun.elapsed() >= Duration::from_millis(450), "{:?}", begun.elapsed());
     let line = mesh.only("idle_timeout").await;
-    assert_eq!((&line["refusal"]["rule"], &line["refusal"]["value"]), (&"timeouts.idle".into(), &"500ms".into()), "{line}");
+    assert_eq!(
+        (&line["refusal"]["rule"], &line["refusal"]["value"]),
+        (&"timeouts.idle".into(), &"500ms".into()),
+        "{line}"
+    );
     mesh.stop().await;
 }
 

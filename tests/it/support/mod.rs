@@ -113,15 +113,26 @@ impl Mesh {
     /// Waits for the only exchange that ended so: its access log line, when the metric has counted it too.
     pub(crate) async fn only(&self, outcome: &str) -> serde_json::Value {
         self.ended(outcome, 1).await;
-        eventually(|| self.log().iter().any(|line| line.contains(&format!("\"outcome\":\"{outcome}\""))).then_some(())).await;
+        eventually(|| self.log().iter().any(|line| line.contains(&format!("\"outcome\":\"{outcome}\""))).then_some(()))
+            .await;
         assert_eq!(self.count(outcome), 1.0, "{outcome}");
         self.line(outcome)
     }
 
     /// An exchange that was refused once: the answer, the log line and the metric say so, and name the rule and its value.
-    pub(crate) async fn refused(&self, answer: &http::Answer, outcome: &str, rule: &str, value: &str) -> serde_json::Value {
+    pub(crate) async fn refused(
+        &self,
+        answer: &http::Answer,
+        outcome: &str,
+        rule: &str,
+        value: &str,
+    ) -> serde_json::Value {
         let line = self.only(outcome).await;
-        assert_eq!((line["refusal"]["rule"].as_str(), line["refusal"]["value"].as_str()), (Some(rule), Some(value)), "{line}");
+        assert_eq!(
+            (line["refusal"]["rule"].as_str(), line["refusal"]["value"].as_str()),
+            (Some(rule), Some(value)),
+            "{line}"
+        );
         assert_eq!(line["status"], answer.status.as_u16(), "{line}");
         let proxy_status = answer.header("proxy-status");
         assert!(proxy_status.contains("hopguard") && proxy_status.contains(outcome), "{answer:?}");
