@@ -5,6 +5,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use crate::support::Mesh;
+use crate::support::http::{ask, full, get, raw, request};
 use crate::support::upstream::{Upstream, policy};
 use crate::support::wire::Wire;
 
@@ -38,9 +39,8 @@ async fn an_http10_caller_gets_no_chunks_and_a_closed_connection() {
     let answer = wire.rest().await;
     assert!(answer.starts_with("HTTP/1.0 200") || answer.starts_with("HTTP/1.1 200"), "{answer}");
     assert!(answer.ends_with("\r\n\r\n/old") && !answer.to_lowercase().contains("chunked"), "{answer}");
-    let mut wire = Wire::open(mesh.addr("in")).await;
-    wire.send("GET /bare HTTP/1.0\r\n\r\n").await;
-    assert!(wire.rest().await.ends_with("/bare"), "an HTTP/1.0 call needs no host on a listener with `to`");
+    let bare = raw(mesh.addr("in"), b"GET /bare HTTP/1.0\r\n\r\n").await;
+    assert!(bare.ends_with("/bare"), "an HTTP/1.0 call needs no host on a listener with `to`");
     mesh.ended("ok", 2).await;
     mesh.stop().await;
 }
@@ -169,7 +169,7 @@ async fn an_answer_that_ends_with_its_connection_is_whole() {
     .await;
     let mesh = mesh(&upstream).await;
     for _ in 0..3 {
-        let answer = crate::support::http::get(mesh.addr("in"), "/").await;
+        let answer = get(mesh.addr("in"), "/").await;
         assert_eq!((answer.status.as_u16(), &answer.body[..]), (200, &b"all of it"[..]));
     }
     assert_eq!(upstream.connections(), 3);
@@ -189,7 +189,7 @@ async fn an_upstream_that_talks_rubbish_is_a_502() {
         })
         .await;
         let mesh = mesh(&upstream).await;
-        let answer = crate::support::http::get(mesh.addr("in"), "/").await;
+        let answer = get(mesh.addr("in"), "/").await;
         assert_eq!(answer.status, 502, "{answer:?}");
         assert_eq!(answer.problem()["refusal"], "upstream_protocol");
         assert_eq!(mesh.only("upstream_protocol").await["status"], 502);
@@ -205,10 +205,67 @@ async fn an_upstream_that_hangs_up_is_a_502() {
     })
     .await;
     let mesh = mesh(&upstream).await;
-    let asked = crate::support::http::request("POST", "/").body(crate::support::http::full("x")).unwrap();
-    let answer = crate::support::http::ask(mesh.addr("in"), asked).await;
+    let asked = request("POST", "/").body(full("x")).unwrap();
+    let answer = ask(mesh.addr("in"), asked).await;
     assert_eq!((answer.status.as_u16(), answer.problem()["refusal"].as_str()), (502, Some("upstream_reset")));
     let line = mesh.only("upstream_reset").await;
     assert_eq!(line["refusal"]["closed_by"], "upstream", "{line}");
+    mesh.stop().await;
+}
+
+#[tokio::test]
+async fn an_early_hint_does_not_disturb_the_answer() {
+    let upstream = Upstream::bytes(|stream| async move {
+        let mut wire = Wire::over(stream);
+        loop {
+            wire.head().await;
+            wire.send("HTTP/1.1 103 Early Hints\r\nlink: </a.css>\r\n\r\n").await;
+            wire.send("HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\ndone").await;
+        }
+    })
+    .await;
+    let mesh = mesh(&upstream).await;
+    for _ in 0..3 {
+        assert_eq!(get(mesh.addr("in"), "/").await.body, "done");
+    }
+    let old = raw(mesh.addr("in"), b"GET / HTTP/1.0\r\nhost: a\r\n\r\n").await;
+    assert!(!old.contains("103"), "an HTTP/1.0 caller knows no interim answers: {old}");
+    mesh.ended("ok", 4).await;
+    assert_eq!(upstream.connections(), 1);
+    mesh.stop().await;
+}
+
+#[tokio::test]
+async fn what_an_upstream_says_unasked_is_never_an_answer() {
+    let upstream = Upstream::bytes(|stream| async move {
+        let mut wire = Wire::over(stream);
+        wire.head().await;
+        let right = "HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nright";
+        wire.send(format!("{right}HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nwrong")).await;
+        wire.rest().await;
+    })
+    .await;
+    let mesh = mesh(&upstream).await;
+    for _ in 0..5 {
+        assert_eq!(get(mesh.addr("in"), "/").await.body, "right");
+    }
+    assert_eq!(upstream.connections(), 5);
+    mesh.stop().await;
+}
+
+#[tokio::test]
+async fn an_answer_with_an_endless_head_is_a_502() {
+    let upstream = Upstream::bytes(|stream| async move {
+        let mut wire = Wire::over(stream);
+        wire.head().await;
+        wire.send("HTTP/1.1 200 OK\r\n").await;
+        wire.send(format!("x-large: {}\r\n", "x".repeat(1 << 20))).await;
+        wire.rest().await;
+    })
+    .await;
+    let mesh = mesh(&upstream).await;
+    let answer = get(mesh.addr("in"), "/").await;
+    assert_eq!((answer.status.as_u16(), answer.problem()["refusal"].as_str()), (502, Some("upstream_protocol")));
+    mesh.only("upstream_protocol").await;
     mesh.stop().await;
 }

@@ -4,6 +4,7 @@
 #![allow(clippy::print_stdout, reason = "a test that is not run says so")]
 #![allow(missing_docs, reason = "the names of the tests say what they hold")]
 
+mod access_log; // what is written, and what is not
 mod admin; // probes, metrics, the policy in force
 mod command_line; // the commands that a user types
 mod discovery; // several endpoints, and names

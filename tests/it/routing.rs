@@ -44,8 +44,10 @@ fn reversed() -> String {
     lines.join("\n")
 }
 
+type Fields = &'static [(&'static str, &'static str)];
+
 /// Method, path, header fields, and the route that must be met.
-const CALLS: [(&str, &str, &[(&str, &str)], &str); 15] = [
+const CALLS: [(&str, &str, Fields, &str); 15] = [
     ("PUT", "/orders/7/items", &[], "rest"),
     ("GET", "/orders/7/items", &[], "rest"),
     ("GET", "/", &[], "any-get"),

@@ -150,7 +150,7 @@ async fn a_listener_offers_both_protocols() {
         assert_eq!(stream.get_ref().1.alpn_protocol(), agreed.map(str::as_bytes), "{alpn:?}");
         if agreed == Some("h2") {
             let (sender, connection) =
-                hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await.unwrap();
+                Box::pin(hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(stream))).await.unwrap();
             tokio::spawn(connection);
             let answer = Caller::Http2(sender).ask(Request::get("/").body(empty()).unwrap()).await;
             assert_eq!(answer.body, "hello");

@@ -243,3 +243,49 @@ async fn an_upgrade_to_http2_is_not_passed_on() {
     assert!(answer.starts_with("HTTP/1.1 200 ") && answer.ends_with("not told"), "{answer}");
     mesh.stop().await;
 }
+
+#[tokio::test]
+async fn a_destination_without_endpoints_tunnels_to_where_the_caller_was_going() {
+    let upstream = echo().await;
+    let policy = "apiVersion: hopguard.dev/v1alpha1
+kind: Policy
+accessLog: { mode: all }
+listeners:
+  - { name: out, bind: \"127.0.0.1:0\", forward: true }
+destinations:
+  - { name: others, hosts: [\"*\"] }
+";
+    let mesh = Mesh::start(policy).await;
+    let mut wire = Wire::open(mesh.addr("out")).await;
+    let target = upstream.addr;
+    wire.send(format!("CONNECT {target} HTTP/1.1\r\nhost: {target}\r\n\r\n")).await;
+    assert!(wire.head().await.starts_with("HTTP/1.1 200 "));
+    wire.send("hello").await;
+    wire.until("hello").await;
+    drop(wire);
+    assert_eq!(mesh.only("ok").await["endpoint"], target.to_string());
+    mesh.stop().await;
+}
+
+#[tokio::test]
+async fn a_tunnel_whose_upstream_is_down_is_a_502() {
+    let gone = echo().await.addr;
+    let upstream = echo().await;
+    let mesh = proxy(&upstream, "request: 1s").await;
+    mesh.reload(&format!(
+        "apiVersion: hopguard.dev/v1alpha1
+kind: Policy
+accessLog: {{ mode: all }}
+listeners:
+  - {{ name: out, bind: \"127.0.0.1:0\", forward: true }}
+destinations:
+  - {{ name: app, hosts: [bank.test], endpoints: [\"{gone}\"] }}
+"
+    ))
+    .await;
+    let mut wire = Wire::open(mesh.addr("out")).await;
+    wire.send("CONNECT bank.test:443 HTTP/1.1\r\nhost: bank.test:443\r\n\r\n").await;
+    assert!(wire.head().await.starts_with("HTTP/1.1 502 "));
+    assert_eq!(mesh.only("connect_failed").await["method"], "CONNECT");
+    mesh.stop().await;
+}

@@ -92,10 +92,6 @@ impl Program {
         self.access.lock().unwrap().clone()
     }
 
-    pub(crate) fn admin(&self) -> SocketAddr {
-        self.admin
-    }
-
     /// GET from the admin door.
     pub(crate) async fn get(&self, path: &str) -> Answer {
         timeout(SOON, get(self.admin, path)).await.expect("the admin door does not answer")
