@@ -110,7 +110,10 @@ async fn a_refusal_leaves_out_what_it_does_not_have() {
     get(mesh.addr("in"), "/").await;
     let refusal = mesh.only("connect_failed").await["refusal"].clone();
     let fields = refusal.as_object().unwrap();
-    assert!(fields.values().all(|value| value != "" && !value.is_null()), "a field without a value is left out: {refusal}");
+    assert!(
+        fields.values().all(|value| value != "" && !value.is_null()),
+        "a field without a value is left out: {refusal}"
+    );
     assert!(fields.contains_key("detail") && fields.contains_key("closed_by"), "{refusal}");
     mesh.stop().await;
 }
@@ -123,7 +126,10 @@ async fn no_caller_can_write_lines_of_its_own() {
         let mesh = Mesh::start(&text).await;
         for target in ["/a%0A%22,\"evil\":1", "/\"}{\"", "/%1b[31mred", "/back\\slash"] {
             let mut wire = Wire::open(mesh.addr("in")).await;
-            wire.send(format!("GET {target} HTTP/1.1\r\nhost: a\r\nconnection: close\r\nuser-agent: \u{e9}\"\t\r\n\r\n")).await;
+            wire.send(format!(
+                "GET {target} HTTP/1.1\r\nhost: a\r\nconnection: close\r\nuser-agent: \u{e9}\"\t\r\n\r\n"
+            ))
+            .await;
             wire.rest().await;
         }
         eventually(|| (mesh.log().len() >= 4).then_some(())).await;
@@ -140,7 +146,10 @@ async fn no_caller_can_write_lines_of_its_own() {
 #[tokio::test]
 async fn grpc_can_be_read() {
     let upstream = Upstream::http2(|_| async {
-        let body = with_trailers(&b"\0\0\0\0\0"[..], &[("grpc-status", "14"), ("grpc-message", "bank is down%0Aand out %22now%22")]);
+        let body = with_trailers(
+            &b"\0\0\0\0\0"[..],
+            &[("grpc-status", "14"), ("grpc-message", "bank is down%0Aand out %22now%22")],
+        );
         Response::builder().header("content-type", "application/grpc").body(body).unwrap()
     })
     .await;
@@ -154,7 +163,11 @@ async fn grpc_can_be_read() {
         let line = eventually(|| mesh.log().first().cloned()).await;
         if format == "json" {
             let line: Value = serde_json::from_str(&line).unwrap();
-            assert_eq!((&line["grpc_status"], &line["path"]), (&"UNAVAILABLE".into(), &"/shop.Payment/Charge".into()), "{line}");
+            assert_eq!(
+                (&line["grpc_status"], &line["path"]),
+                (&"UNAVAILABLE".into(), &"/shop.Payment/Charge".into()),
+                "{line}"
+            );
             assert_eq!(line["grpc_message"], "bank is down\nand out \"now\"", "{line}");
         } else {
             assert!(line.contains(" shop.Payment/Charge UNAVAILABLE \"bank is down"), "{line}");

@@ -197,9 +197,14 @@ async fn a_reload_neither_forgets_who_is_inside_nor_who_waits() {
     let third = call(&mesh, "/3");
     queued(&mesh, 2).await;
     mesh.reload(&text(2, 21)).await;
-    shop.asked(2).await;
-    assert_eq!(*shop.asked.lock().unwrap(), ["/1", "/2"], "a raised limit lets the first one in at once");
-    shop.gate.release(3);
+    shop.gate.release(1);
+    shop.asked(3).await;
+    assert_eq!(
+        *shop.asked.lock().unwrap(),
+        ["/1", "/2", "/3"],
+        "with the next place given back, the limit is the new one"
+    );
+    shop.gate.release(2);
     for call in [first, second, third] {
         assert_eq!(call.await.unwrap().status, 200);
     }

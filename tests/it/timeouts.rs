@@ -150,8 +150,8 @@ where
     let handler = move |_| async move {
         let (pieces, body) = feed();
         tokio::spawn(async move {
-            // For gRPC that is one whole message, of no bytes.
-            pieces.send(if content_type == "application/grpc" { "\0\0\0\0\0" } else { "begin" }).await;
+            // For gRPC that is the beginning of a message.
+            pieces.send(if content_type == "application/grpc" { "\0\0\0\0\x09half" } else { "begin" }).await;
             go_on(pieces).await;
         });
         Response::builder().header("content-type", content_type).body(body).unwrap()
@@ -180,13 +180,13 @@ async fn a_body_that_goes_on_too_long_is_cut() {
 }
 
 #[tokio::test]
-async fn a_grpc_answer_that_goes_on_too_long_ends_with_trailers() {
+async fn a_grpc_message_that_takes_too_long_ends_with_trailers() {
     let upstream = begins("application/grpc", true, |pieces| async move { pieces.unwanted().await }).await;
     let mesh = Mesh::start(&policy(upstream.addr, "    timeouts: { request: 400ms }")).await;
     let begun = Instant::now();
     let answer = grpc(mesh.addr("in"), "/shop.v1.Payment/Charge").await;
     took(begun, 400);
-    assert_eq!((answer.status.as_u16(), &answer.body[..]), (200, &b"\0\0\0\0\0"[..]));
+    assert_eq!((answer.status.as_u16(), &answer.body[..]), (200, &b"\0\0\0\0\x09half"[..]));
     let trailers = answer.trailers.expect("the status stands in trailers");
     assert_eq!(trailers["grpc-status"], "4");
     let message = trailers["grpc-message"].to_str().unwrap();

@@ -8,7 +8,7 @@ use tokio::net::TcpStream;
 use tokio_rustls::client::TlsStream;
 
 use crate::support::certificates::{Authority, Identity};
-use crate::support::http::{Caller, Http1, Speaks, empty, full, get, request};
+use crate::support::http::{Caller, Http1, Speaks, ask, empty, full, get, request};
 use crate::support::program::Program;
 use crate::support::upstream::Upstream;
 use crate::support::{Mesh, eventually};
@@ -77,13 +77,40 @@ async fn an_upstream_agrees_on_the_protocol() {
 }
 
 #[tokio::test]
-async fn without_a_server_name_the_request_says_it() {
+async fn without_a_server_name_it_is_the_destinations_host() {
     let (folder, authority) = (tempfile::tempdir().unwrap(), Authority::new());
     std::fs::write(folder.path().join("ca.crt"), authority.pem()).unwrap();
-    let upstream = behind_tls(&authority.issue("shop.test"), &["http/1.1"]).await;
+    let upstream = behind_tls(&authority.issue("bank.test"), &["http/1.1"]).await;
     let text = policy(folder.path(), &upstream, "").replace(", }", " }");
+    let mesh = Mesh::start(&text.replace("    timeouts", "    hosts: [\"*.test\", bank.test]\n    timeouts")).await;
+    assert_eq!(get(mesh.addr("in"), "/").await.body, "HTTP/1.1 for bank.test");
+    mesh.stop().await;
+}
+
+#[tokio::test]
+async fn without_endpoints_the_certificate_must_bear_the_name_that_was_asked_for() {
+    let (folder, authority) = (tempfile::tempdir().unwrap(), Authority::new());
+    std::fs::write(folder.path().join("ca.crt"), authority.pem()).unwrap();
+    let text = format!(
+        "apiVersion: hopguard.dev/v1alpha1
+kind: Policy
+accessLog: {{ mode: all }}
+listeners:
+  - {{ name: out, bind: \"127.0.0.1:0\", forward: true }}
+destinations:
+  - {{ name: others, hosts: [\"*\"], timeouts: {{ connect: 2s, request: 5s }}, tls: {{ ca: \"{}\" }} }}
+",
+        folder.path().join("ca.crt").display()
+    );
+    let right = behind_tls(&authority.issue("localhost"), &["http/1.1"]).await;
+    let wrong = behind_tls(&authority.issue("elsewhere.test"), &["http/1.1"]).await;
     let mesh = Mesh::start(&text).await;
-    assert_eq!(get(mesh.addr("in"), "/").await.body, "HTTP/1.1 for shop.test");
+    for (upstream, status) in [(&right, 200), (&wrong, 502)] {
+        let host = format!("localhost:{}", upstream.addr.port());
+        let answer = ask(mesh.addr("out"), Request::get("/").header("host", host).body(empty()).unwrap()).await;
+        assert_eq!(answer.status, status, "{answer:?}");
+    }
+    assert_eq!(mesh.only("tls_failed").await["destination"], "others");
     mesh.stop().await;
 }
 
@@ -150,7 +177,9 @@ async fn a_listener_offers_both_protocols() {
         assert_eq!(stream.get_ref().1.alpn_protocol(), agreed.map(str::as_bytes), "{alpn:?}");
         if agreed == Some("h2") {
             let (sender, connection) =
-                Box::pin(hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(stream))).await.unwrap();
+                Box::pin(hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(stream)))
+                    .await
+                    .unwrap();
             tokio::spawn(connection);
             let answer = Caller::Http2(sender).ask(Request::get("/").body(empty()).unwrap()).await;
             assert_eq!(answer.body, "hello");
