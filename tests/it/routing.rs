@@ -47,7 +47,9 @@ fn reversed() -> String {
 type Fields = &'static [(&'static str, &'static str)];
 
 /// Method, path, header fields, and the route that must be met.
-const CALLS: [(&str, &str, Fields, &str); 15] = [
+type Call = (&'static str, &'static str, Fields, &'static str);
+
+const CALLS: [Call; 15] = [
     ("PUT", "/orders/7/items", &[], "rest"),
     ("GET", "/orders/7/items", &[], "rest"),
     ("GET", "/", &[], "any-get"),

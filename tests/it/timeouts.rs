@@ -197,6 +197,46 @@ async fn a_grpc_message_that_takes_too_long_ends_with_trailers() {
 }
 
 #[tokio::test]
+async fn a_grpc_call_whose_messages_go_on_is_a_stream() {
+    let upstream = Upstream::http2(|_| async {
+        let (pieces, body) = feed();
+        tokio::spawn(async move {
+            for _ in 0..4 {
+                pieces.send("\0\0\0\0\x01x").await;
+                sleep(Duration::from_millis(200)).await;
+            }
+            pieces.trailers(&[("grpc-status", "0")]).await;
+        });
+        Response::builder().header("content-type", "application/grpc").body(body).unwrap()
+    })
+    .await;
+    let mesh = Mesh::start(&policy(upstream.addr, "    timeouts: { request: 300ms }")).await;
+    let answer = grpc(mesh.addr("in"), "/shop.v1.Payment/Watch").await;
+    assert_eq!((answer.grpc_status(), answer.body.len()), ("0", 24), "{answer:?}");
+    let line = mesh.only("ok").await;
+    assert_eq!(line["grpc_status"], "OK", "{line}");
+    assert!(line["duration_ms"].as_f64() >= Some(800.0), "{line}");
+    mesh.stop().await;
+}
+
+#[tokio::test]
+async fn a_grpc_answer_without_a_message_is_bound_to_the_request_timeout() {
+    let upstream = Upstream::http2(|_| async {
+        let (pieces, body) = feed();
+        tokio::spawn(async move { pieces.unwanted().await });
+        Response::builder().header("content-type", "application/grpc").body(body).unwrap()
+    })
+    .await;
+    let mesh = Mesh::start(&policy(upstream.addr, "    timeouts: { request: 300ms }")).await;
+    let begun = Instant::now();
+    let answer = grpc(mesh.addr("in"), "/shop.v1.Payment/Charge").await;
+    took(begun, 300);
+    assert_eq!(answer.grpc_status(), "4", "{answer:?}");
+    assert_eq!(mesh.only("request_timeout").await["grpc_status"], "DEADLINE_EXCEEDED");
+    mesh.stop().await;
+}
+
+#[tokio::test]
 async fn a_try_may_be_shorter_than_the_call() {
     let upstream = silent().await;
     let more = "    routes:\n      - { name: pay, match: { path: /pay }, timeouts: { request: 5s, perTry: 250ms } }";
