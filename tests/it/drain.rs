@@ -182,9 +182,9 @@ async fn a_policy_with_mistakes_is_exit_code_1() {
 }
 
 #[tokio::test]
-async fn a_policy_that_cannot_be_read_is_exit_code_3() {
+async fn a_policy_that_cannot_be_read_is_exit_code_1_too() {
     let ended = end(hopguard(&["run", "--policy", "/no/such/policy.yaml", "--admin", "127.0.0.1:0"])).await;
-    assert_eq!(ended.code, Some(3), "{}", ended.error);
+    assert_eq!(ended.code, Some(1), "{}", ended.error);
     assert!(ended.error.contains("/no/such/policy.yaml"), "{}", ended.error);
 }
 

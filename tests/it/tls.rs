@@ -102,12 +102,13 @@ destinations:
 ",
         folder.path().join("ca.crt").display()
     );
-    let right = behind_tls(&authority.issue("localhost"), &["http/1.1"]).await;
+    let right = behind_tls(&authority.issue("127.0.0.1"), &["http/1.1"]).await;
     let wrong = behind_tls(&authority.issue("elsewhere.test"), &["http/1.1"]).await;
     let mesh = Mesh::start(&text).await;
     for (upstream, status) in [(&right, 200), (&wrong, 502)] {
-        let host = format!("localhost:{}", upstream.addr.port());
-        let answer = ask(mesh.addr("out"), Request::get("/").header("host", host).body(empty()).unwrap()).await;
+        let answer =
+            ask(mesh.addr("out"), Request::get("/").header("host", upstream.addr.to_string()).body(empty()).unwrap())
+                .await;
         assert_eq!(answer.status, status, "{answer:?}");
     }
     assert_eq!(mesh.only("tls_failed").await["destination"], "others");
