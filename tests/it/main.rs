@@ -4,9 +4,26 @@
 #![allow(clippy::print_stdout, reason = "a test that is not run says so")]
 #![allow(missing_docs, reason = "the names of the tests say what they hold")]
 
+mod access_log; // what is written, and what is not
+mod admin; // probes, metrics, the policy in force
+mod command_line; // the commands that a user types
+mod discovery; // several endpoints, and names
+mod drain; // the end, and beginnings that fail
+mod fields; // header fields: which pass, which end here, which are ours
 mod grpc_peers; // grpcio on both sides
 mod h2spec; // the HTTP/2 conformance tests
+mod http1; // old callers, pipelines, Expect, upstreams that hang up
 mod http1_corpus; // malformed, ambiguous, and odd but legal messages
+mod limits; // places, the queue, who is sent away
+mod pools; // connections to upstreams
+mod protocols; // every protocol with every other
+mod recovery; // an upstream that dies and comes back
+mod reload; // a policy that changes
+mod routing; // hosts, paths, methods, header fields, gRPC
 mod script; // running the Python peers
+mod slow_callers; // what a slow caller holds is bounded
 mod streams; // WebSocket and SSE libraries
 mod support; // the proxy, callers, upstreams
+mod timeouts; // every timeout, and what its victim hears
+mod tls; // TLS on both sides, certificates that change
+mod tunnels; // CONNECT and WebSocket

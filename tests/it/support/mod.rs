@@ -1,8 +1,12 @@
 //! What the tests share: hopguard itself, in this process, on ports that the system chooses, and a way to find the real
 //! peers that they need.
 
+pub(crate) mod certificates;
 pub(crate) mod http;
+pub(crate) mod load;
+pub(crate) mod program;
 pub(crate) mod upstream;
+pub(crate) mod wire;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -12,7 +16,7 @@ use std::time::Duration;
 
 use hopguard::app::App;
 use hopguard::config::Settings;
-use hopguard::policy::load;
+use hopguard::policy::load::load_str;
 use hopguard::telemetry::{PageFormat, Sink};
 
 /// How long a test waits for what has to happen.
@@ -41,7 +45,7 @@ impl Mesh {
             drain_delay: Duration::ZERO,
         };
         change(&mut settings);
-        let model = load::load_str("policy.yaml", policy).unwrap_or_else(|error| panic!("{}", error.render(false)));
+        let model = load_str("policy.yaml", policy).unwrap_or_else(|error| panic!("{}", error.render(false)));
         let (sink, lines) = Sink::memory();
         let app = App::start(settings, model, sink).unwrap();
         Self { app, lines }
@@ -106,9 +110,47 @@ impl Mesh {
         lines[0].clone()
     }
 
+    /// Waits for the only exchange that ended so: its access log line, when the metric has counted it too.
+    pub(crate) async fn only(&self, outcome: &str) -> serde_json::Value {
+        self.ended(outcome, 1).await;
+        eventually(|| self.log().iter().any(|line| line.contains(&format!("\"outcome\":\"{outcome}\""))).then_some(()))
+            .await;
+        assert_eq!(self.count(outcome), 1.0, "{outcome}");
+        self.line(outcome)
+    }
+
+    /// An exchange that was refused once: the answer, the log line and the metric say so, and name the rule and its value.
+    pub(crate) async fn refused(
+        &self,
+        answer: &http::Answer,
+        outcome: &str,
+        rule: &str,
+        value: &str,
+    ) -> serde_json::Value {
+        let line = self.only(outcome).await;
+        assert_eq!(
+            (line["refusal"]["rule"].as_str(), line["refusal"]["value"].as_str()),
+            (Some(rule), Some(value)),
+            "{line}"
+        );
+        assert_eq!(line["status"], answer.status.as_u16(), "{line}");
+        let proxy_status = answer.header("proxy-status");
+        assert!(proxy_status.contains("hopguard") && proxy_status.contains(outcome), "{answer:?}");
+        if answer.header("content-type").starts_with("application/grpc") {
+            let message = answer.header("grpc-message");
+            assert!(message.contains(outcome) && message.contains(rule) && message.contains(value), "{answer:?}");
+        } else {
+            let problem = answer.problem();
+            assert_eq!((&problem["refusal"], &problem["status"]), (&outcome.into(), &line["status"]), "{problem}");
+            assert_eq!((&problem["rule"], &problem["value"]), (&rule.into(), &value.into()), "{problem}");
+            assert_eq!(problem["policy"], line["refusal"]["origin"], "{problem}");
+        }
+        line
+    }
+
     /// Puts another policy into force.
     pub(crate) async fn reload(&self, policy: &str) {
-        let model = load::load_str("policy.yaml", policy).unwrap_or_else(|error| panic!("{}", error.render(false)));
+        let model = load_str("policy.yaml", policy).unwrap_or_else(|error| panic!("{}", error.render(false)));
         self.app.replace(model).unwrap();
     }
 

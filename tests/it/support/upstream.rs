@@ -9,6 +9,7 @@ use hyper::service::service_fn;
 use hyper::{Request, Response};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 
 use super::http::{Body, full};
@@ -132,4 +133,24 @@ destinations:
 {more}
 "
     )
+}
+
+/// Holds up the answers of an upstream until the test lets them go, one by one.
+#[derive(Clone)]
+pub(crate) struct Gate(Arc<Semaphore>);
+
+impl Gate {
+    pub(crate) fn closed() -> Self {
+        Self(Arc::new(Semaphore::new(0)))
+    }
+
+    /// Waits for a place and uses it up.
+    pub(crate) async fn pass(&self) {
+        self.0.acquire().await.unwrap().forget();
+    }
+
+    /// Lets so many pass.
+    pub(crate) fn release(&self, places: usize) {
+        self.0.add_permits(places);
+    }
 }

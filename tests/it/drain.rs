@@ -1,0 +1,207 @@
+//! The end of hopguard, and beginnings that fail: what is in flight finishes, callers are told, exit codes say what happened.
+
+use std::time::Duration;
+
+use hyper::{Request, Response};
+use tempfile::TempDir;
+use tokio::io::AsyncReadExt;
+use tokio::net::TcpStream;
+use tokio::time::{Instant, timeout};
+
+use crate::support::http::{Caller, Http1, Speaks, empty, full, get, request};
+use crate::support::program::{Program, end, hopguard};
+use crate::support::upstream::{Gate, Upstream, policy};
+use crate::support::wire::Wire;
+use crate::support::{SOON, eventually};
+
+struct Site {
+    _folder: TempDir,
+    file: std::path::PathBuf,
+    upstream: Upstream,
+    gate: Gate,
+}
+
+impl Site {
+    /// An upstream that holds up what is asked for below `/slow`.
+    async fn open() -> Self {
+        let gate = Gate::closed();
+        let held = gate.clone();
+        let upstream = Upstream::http1(move |request: Request<hyper::body::Incoming>| {
+            let held = held.clone();
+            async move {
+                if request.uri().path() == "/slow" {
+                    held.pass().await;
+                }
+                Response::new(full("done"))
+            }
+        })
+        .await;
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("policy.yaml");
+        let more = "    protocol: http1\n    timeouts: { request: 20s }";
+        std::fs::write(&file, policy(upstream.addr, more)).unwrap();
+        Self { _folder: folder, file, upstream, gate }
+    }
+}
+
+/// Reads frames of HTTP/2 until one of this type comes.
+async fn frame(wire: &mut Wire, wanted: u8) {
+    let read = async {
+        loop {
+            let mut head = [0; 9];
+            wire.stream.read_exact(&mut head).await.expect("closed before the frame came");
+            let length = u32::from_be_bytes([0, head[0], head[1], head[2]]);
+            wire.stream.read_exact(&mut vec![0; length as usize]).await.unwrap();
+            if head[3] == wanted {
+                return;
+            }
+        }
+    };
+    timeout(SOON, read).await.unwrap_or_else(|_| panic!("no frame of type {wanted}"));
+}
+
+const GOAWAY: u8 = 7;
+const SETTINGS: u8 = 4;
+
+async fn drains_after(signal: Option<&str>) {
+    let site = Site::open().await;
+    let mut program = Program::run(&site.file, &["--drain-delay", "2s", "--grace", "15s"]).await;
+    let to = program.addr("in").await.unwrap();
+    let (mut idle, mut busy) = (Http1::open(to).await, Caller::open(Speaks::Http2, to).await);
+    assert_eq!(idle.ask(request("GET", "/").body(empty()).unwrap()).await.body, "done");
+    let mut frames = Wire::open(to).await;
+    frames.send(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await;
+    frame(&mut frames, SETTINGS).await;
+    let slow = || Request::get("/slow").body(empty()).unwrap();
+    let over_http1 = tokio::spawn(async move { get(to, "/slow").await });
+    let over_http2 = tokio::spawn(async move { busy.ask(slow()).await });
+    eventually(|| (site.upstream.requests() == 3).then_some(())).await;
+    match signal {
+        Some(signal) => program.signal(signal).await,
+        None => assert_eq!(program.drain().await.status, 202),
+    }
+    program.said("draining").await;
+    let ready = program.get("/ready").await;
+    assert_eq!(ready.status, 503);
+    assert!(String::from_utf8_lossy(&ready.body).contains("drain"), "{ready:?}");
+    assert_eq!(program.get("/live").await.status, 200);
+    if signal != Some("INT") {
+        let last = idle.ask(request("GET", "/").body(empty()).unwrap()).await;
+        assert_eq!((last.status.as_u16(), last.header("connection")), (200, "close"), "{last:?}");
+    }
+    frame(&mut frames, GOAWAY).await;
+    drop(frames);
+    site.gate.release(2);
+    let (first, second) = (over_http1.await.unwrap(), over_http2.await.unwrap());
+    assert_eq!((&first.body[..], first.header("connection")), (&b"done"[..], "close"));
+    assert_eq!(second.body, "done");
+    let status = program.ended(Duration::from_secs(10)).await;
+    assert_eq!(status.code(), Some(0), "{}", program.log());
+    assert!(TcpStream::connect(to).await.is_err());
+    let lines = program.access();
+    assert_eq!(lines.len(), if signal == Some("INT") { 3 } else { 4 }, "{lines:#?}");
+    assert!(lines.iter().all(|line| line["outcome"] == "ok"), "{lines:#?}");
+}
+
+#[tokio::test]
+async fn sigterm_lets_what_is_in_flight_finish() {
+    drains_after(Some("TERM")).await;
+}
+
+#[tokio::test]
+async fn sigint_does_the_same_without_waiting_for_more_callers() {
+    drains_after(Some("INT")).await;
+}
+
+#[tokio::test]
+async fn the_admin_door_does_the_same() {
+    drains_after(None).await;
+}
+
+#[tokio::test]
+async fn an_idle_connection_does_not_hold_up_the_end() {
+    let site = Site::open().await;
+    let mut program = Program::run(&site.file, &["--drain-delay", "1ms", "--grace", "20s"]).await;
+    let to = program.addr("in").await.unwrap();
+    let mut idle = Wire::open(to).await;
+    idle.send("GET / HTTP/1.1\r\nhost: a\r\n\r\n").await;
+    idle.until("done").await;
+    let mut silent = Wire::open(to).await;
+    let http2 = Caller::open(Speaks::Http2, to).await;
+    let begun = Instant::now();
+    program.signal("TERM").await;
+    assert_eq!((idle.rest().await, silent.rest().await), (String::new(), String::new()));
+    assert_eq!(program.ended(Duration::from_secs(10)).await.code(), Some(0));
+    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+    drop(http2);
+}
+
+#[tokio::test]
+async fn what_does_not_finish_in_the_grace_time_is_cut() {
+    let site = Site::open().await;
+    let mut program = Program::run(&site.file, &["--drain-delay", "1ms", "--grace", "500ms"]).await;
+    let to = program.addr("in").await.unwrap();
+    let mut caller = Http1::open(to).await;
+    let call = tokio::spawn(async move { caller.send(request("GET", "/slow").body(empty()).unwrap()).await.map(drop) });
+    eventually(|| (site.upstream.requests() == 1).then_some(())).await;
+    let begun = Instant::now();
+    program.signal("TERM").await;
+    program.ended(Duration::from_secs(10)).await;
+    assert!(begun.elapsed() >= Duration::from_millis(500), "{:?}", begun.elapsed());
+    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+    let _cut_or_told = timeout(SOON, call).await.expect("the caller hears nothing").unwrap();
+    let log = program.log();
+    assert!(log.contains("in flight"), "it does not say that something was cut: {log}");
+}
+
+#[tokio::test]
+async fn a_port_that_is_taken_is_exit_code_3() {
+    let site = Site::open().await;
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    let file = site.file.to_str().unwrap();
+    let admin = end(hopguard(&["run", "--policy", file, "--admin", &address])).await;
+    assert_eq!(admin.code, Some(3), "{}", admin.error);
+    assert!(admin.error.contains(&address), "{}", admin.error);
+    let text = std::fs::read_to_string(file).unwrap().replace("127.0.0.1:0", &address);
+    std::fs::write(file, text).unwrap();
+    let listener = end(hopguard(&["run", "--policy", file, "--admin", "127.0.0.1:0"])).await;
+    assert_eq!(listener.code, Some(3), "{}", listener.error);
+    assert!(listener.error.contains(&address) && listener.error.contains("in use"), "{}", listener.error);
+}
+
+#[tokio::test]
+async fn a_policy_with_mistakes_is_exit_code_1() {
+    let site = Site::open().await;
+    let file = site.file.to_str().unwrap();
+    let text = std::fs::read_to_string(file).unwrap().replace("endpoints", "endpoint");
+    std::fs::write(file, text).unwrap();
+    let ended = end(hopguard(&["run", "--policy", file, "--admin", "127.0.0.1:0"])).await;
+    assert_eq!(ended.code, Some(1), "{}", ended.error);
+    assert!(ended.error.contains("policy.yaml:9") && ended.error.contains("endpoints"), "{}", ended.error);
+}
+
+#[tokio::test]
+async fn a_policy_that_cannot_be_read_is_exit_code_1_too() {
+    let ended = end(hopguard(&["run", "--policy", "/no/such/policy.yaml", "--admin", "127.0.0.1:0"])).await;
+    assert_eq!(ended.code, Some(1), "{}", ended.error);
+    assert!(ended.error.contains("/no/such/policy.yaml"), "{}", ended.error);
+}
+
+#[tokio::test]
+async fn a_wrong_command_line_is_exit_code_2() {
+    let wrong: [&[&str]; 7] = [
+        &[],
+        &["walk"],
+        &["run"],
+        &["run", "--policy", "x", "--polcy"],
+        &["run", "--policy", "x", "--admin", "here"],
+        &["run", "--policy", "x", "--workers", "0"],
+        &["run", "--policy", "x", "--grace", "5"],
+    ];
+    for args in wrong {
+        let ended = end(hopguard(args)).await;
+        assert_eq!(ended.code, Some(2), "{args:?}: {}", ended.error);
+        assert!(!ended.error.is_empty(), "{args:?}");
+    }
+}

@@ -1,0 +1,72 @@
+//! An upstream that dies under load and comes back: errors only in between, each explained, and over within a second.
+
+use std::time::Duration;
+
+use hyper::Response;
+use tokio::time::{Instant, sleep};
+
+use crate::support::http::{Speaks, full};
+use crate::support::load::Load;
+use crate::support::upstream::{Upstream, policy};
+use crate::support::{Mesh, eventually};
+
+async fn killed_and_restarted(http2: bool, speaks: Speaks) {
+    let start = |addr| Upstream::on(addr, |_| async { Response::new(full("hello")) }, http2);
+    let upstream = start("127.0.0.1:0".parse().unwrap()).await;
+    let addr = upstream.addr;
+    let protocol = if http2 { "http2" } else { "http1" };
+    let mesh = Mesh::start(&policy(addr, &format!("    protocol: {protocol}"))).await;
+    let load = Load::none().add(mesh.addr("in"), speaks, 8, Duration::from_millis(5));
+    eventually(|| (load.good() > 100).then_some(())).await;
+    let killed = Instant::now();
+    drop(upstream);
+    sleep(Duration::from_millis(1200)).await;
+    let restarting = Instant::now();
+    let good = load.good();
+    let upstream = start(addr).await;
+    let restarted = Instant::now();
+    eventually(|| (load.good() > good).then_some(())).await;
+    assert!(restarted.elapsed() < Duration::from_secs(1), "recovered after {:?}", restarted.elapsed());
+    sleep(Duration::from_millis(1500)).await;
+    let report = load.end().await;
+    assert!(!report.failures.is_empty(), "nobody noticed that it was gone");
+    for failure in &report.failures {
+        assert!(failure.at >= killed, "before it was killed: {failure:?}");
+        assert!(
+            failure.begun <= restarting + Duration::from_secs(1),
+            "more than a second after it was back: {failure:?}"
+        );
+        assert!(failure.what.starts_with("502 ") && failure.what.contains("\"refusal\""), "{failure:?}");
+    }
+    assert_eq!(
+        report.cut,
+        0,
+        "callers are answered, not cut: {:?}",
+        report.failures.iter().find(|one| !one.what.starts_with("502"))
+    );
+    mesh.ended("ok", report.good).await;
+    eventually(|| (mesh.log().len() >= report.good + report.failures.len()).then_some(())).await;
+    let lines: Vec<serde_json::Value> = mesh.log().iter().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let explained: Vec<_> = lines.iter().filter(|line| line["outcome"] != "ok").collect();
+    assert_eq!(explained.len(), report.failures.len());
+    for line in explained {
+        let outcome = line["outcome"].as_str().unwrap();
+        assert!(["connect_failed", "upstream_reset"].contains(&outcome), "{line}");
+        assert!(line["refusal"]["detail"].as_str().is_some_and(|detail| !detail.is_empty()), "{line}");
+        assert_eq!(line["endpoint"], addr.to_string(), "{line}");
+    }
+    let failed = mesh.count("connect_failed") + mesh.count("upstream_reset");
+    assert_eq!(failed as usize, report.failures.len());
+    assert!(upstream.requests() > 0);
+    mesh.stop().await;
+}
+
+#[tokio::test]
+async fn an_http1_upstream_may_die_and_come_back() {
+    killed_and_restarted(false, Speaks::Http1).await;
+}
+
+#[tokio::test]
+async fn an_http2_upstream_may_die_and_come_back() {
+    killed_and_restarted(true, Speaks::Http2).await;
+}
