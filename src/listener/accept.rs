@@ -82,7 +82,7 @@ impl Acceptor {
                 None => return Ok(()),
             },
         };
-        let caller = Caller::new(Rc::clone(&self.door), peer);
+        let caller = Caller::new(Rc::clone(&self.door), peer, spoken == Spoken::Http1);
         let worker = Rc::clone(&self.worker);
         match spoken {
             Spoken::Http1 => serve::http1(worker, caller, io).await,

@@ -88,9 +88,16 @@ fn want(pool: &Pool, grpc: bool) -> Want {
 /// A connection that is open already, to the endpoint that is the best one now.
 async fn borrow(live: &mut Live, pool: &Rc<Pool>, want: Want, now: Instant) -> Option<Lease> {
     let endpoint = pool.pick_now(now)?;
-    let lease = pool.lend(&endpoint, want, now).await;
+    let quiet = Rc::clone(&live.quiet);
+    let lease = with_context(|cx| quiet.hush(cx, |cx| pool.lend(&endpoint, want, now, cx))).await;
     live.picked = lease.is_none().then_some(endpoint);
     lease
+}
+
+/// Does something that needs the context of the task.
+async fn with_context<T>(work: impl FnOnce(&mut Context<'_>) -> T) -> T {
+    let mut work = Some(work);
+    poll_fn(|cx| work.take().map_or(Poll::Pending, |work| Poll::Ready(work(cx)))).await
 }
 
 /// A new connection, within `timeouts.connect`.
@@ -183,14 +190,19 @@ async fn exchange(live: &mut Live, mut lease: Lease) -> Result<Option<Response<I
     wait.look_at(began)?;
     let answer = match lease.carrier() {
         Some(Carrier::Http1(connection)) => {
-            let mut answer = pin!(connection.send(for_http1(wait.live)));
+            let quiet = Rc::clone(&wait.live.quiet);
+            let request = for_http1(wait.live);
+            let sent = with_context(|cx| quiet.hush(cx, |_| connection.send(request))).await;
+            let mut answer = pin!(sent);
             poll_fn(|cx| {
-                // The connection has no task of its own: this is what moves it.
-                let _over = connection.drive(cx);
-                if wait.released() {
+                let polled = quiet.poll(cx, |cx| {
+                    // The connection has no task of its own: this is what moves it.
                     let _over = connection.drive(cx);
-                }
-                let polled = answer.as_mut().poll(cx);
+                    if wait.released() {
+                        let _over = connection.drive(cx);
+                    }
+                    answer.as_mut().poll(cx)
+                });
                 wait.poll(cx, polled)
             })
             .await

@@ -5,6 +5,7 @@
 //! gRPC caller gets trailers with a status, and any other caller sees the body cut, never a shorter whole.
 
 use std::pin::Pin;
+use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
@@ -182,30 +183,18 @@ impl Body for ResponseBody {
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Cut>>> {
         let this = &mut *self;
-        // Once for what is there, once more after the connection has been moved.
-        for moved in [false, true] {
-            let incoming = match &mut this.source {
-                Source::Empty => return Poll::Ready(None),
-                Source::Whole(bytes) => {
-                    let bytes = std::mem::take(bytes);
-                    this.source = Source::Empty;
-                    return Poll::Ready(Some(Ok(Frame::data(bytes))));
+        let polled = match &this.live {
+            Some(live) => {
+                let quiet = Rc::clone(&live.quiet);
+                match &live.lease {
+                    Some(lease) if lease.is_http1() => quiet.poll(cx, |cx| this.advance(cx)),
+                    _ => this.advance(cx),
                 }
-                Source::Upstream(incoming) => incoming,
-            };
-            match Pin::new(&mut *incoming).poll_frame(cx) {
-                Poll::Ready(Some(Ok(frame))) => {
-                    let last = incoming.is_end_stream();
-                    return Poll::Ready(Some(Ok(this.take(frame, last, cx))));
-                }
-                Poll::Ready(Some(Err(error))) => return this.broken(error),
-                Poll::Ready(None) => {
-                    this.end(cx);
-                    return Poll::Ready(None);
-                }
-                Poll::Pending if !moved => this.move_connection(cx),
-                Poll::Pending => {}
             }
+            None => this.advance(cx),
+        };
+        if polled.is_ready() {
+            return polled;
         }
         match this.poll_patience(cx) {
             Poll::Ready(refusal) => this.refuse(&refusal),
@@ -227,6 +216,36 @@ impl Body for ResponseBody {
 }
 
 impl ResponseBody {
+    /// What the upstream has sent, if it has sent anything.
+    fn advance(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Cut>>> {
+        // Once for what is there, once more after the connection has been moved.
+        for moved in [false, true] {
+            let incoming = match &mut self.source {
+                Source::Empty => return Poll::Ready(None),
+                Source::Whole(bytes) => {
+                    let bytes = std::mem::take(bytes);
+                    self.source = Source::Empty;
+                    return Poll::Ready(Some(Ok(Frame::data(bytes))));
+                }
+                Source::Upstream(incoming) => incoming,
+            };
+            match Pin::new(&mut *incoming).poll_frame(cx) {
+                Poll::Ready(Some(Ok(frame))) => {
+                    let last = incoming.is_end_stream();
+                    return Poll::Ready(Some(Ok(self.take(frame, last, cx))));
+                }
+                Poll::Ready(Some(Err(error))) => return self.broken(error),
+                Poll::Ready(None) => {
+                    self.end(cx);
+                    return Poll::Ready(None);
+                }
+                Poll::Pending if !moved => self.move_connection(cx),
+                Poll::Pending => {}
+            }
+        }
+        Poll::Pending
+    }
+
     fn move_connection(&mut self, cx: &mut Context<'_>) {
         let lease = self.live.as_mut().and_then(|live| live.lease.as_mut());
         if let Some(Carrier::Http1(connection)) = lease.and_then(|lease| lease.carrier()) {

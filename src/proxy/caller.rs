@@ -12,6 +12,7 @@ use crate::policy::snapshot::Snapshot;
 use crate::proxy::fields::Via;
 use crate::proxy::refusal::{Kind, Refusal};
 use crate::proxy::tunnel::Handoff;
+use crate::runtime::quiet::Quiet;
 
 /// A listener as one worker has it open.
 pub struct Door {
@@ -45,22 +46,29 @@ pub struct Caller {
     begun: Cell<u64>,
     over: Cell<u64>,
     over_at: Cell<Option<Instant>>,
+    quiet: Option<Rc<Quiet>>,
     newest: RefCell<Option<Rc<Flow>>>,
     handoff: RefCell<Option<Handoff>>,
 }
 
 impl Caller {
-    /// A connection without an exchange.
-    pub fn new(door: Rc<Door>, peer: SocketAddr) -> Rc<Self> {
+    /// A connection without an exchange. With `one_task`, all its exchanges run in the task of the connection.
+    pub fn new(door: Rc<Door>, peer: SocketAddr, one_task: bool) -> Rc<Self> {
         Rc::new(Self {
             door,
             peer,
             begun: Cell::new(0),
             over: Cell::new(0),
             over_at: Cell::new(None),
+            quiet: one_task.then(Rc::default),
             newest: RefCell::new(None),
             handoff: RefCell::new(None),
         })
+    }
+
+    /// The quiet waker of the task that an exchange runs in.
+    pub fn quiet(&self) -> Rc<Quiet> {
+        self.quiet.as_ref().map_or_else(Rc::default, Rc::clone)
     }
 
     /// Notes an exchange that begins.

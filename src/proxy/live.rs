@@ -18,6 +18,7 @@ use crate::proxy::patience::Patience;
 use crate::proxy::refusal::{Kind, Refusal};
 use crate::proxy::worker::{View, Worker};
 use crate::rules::gate::Pass;
+use crate::runtime::quiet::Quiet;
 use crate::runtime::timer::Timer;
 use crate::telemetry::{Exchange, Protocol, RequestLine};
 use crate::upstream::endpoint::Endpoint;
@@ -37,6 +38,8 @@ pub struct Live {
     pub view: Rc<View>,
     /// The connection that it came over.
     pub caller: Rc<Caller>,
+    /// The waker that its upstream connection is moved with.
+    pub quiet: Rc<Quiet>,
     /// Its timer.
     pub timer: Timer,
     /// The request as it goes out, until it has been handed to a connection.
@@ -95,6 +98,7 @@ impl Live {
             caller: Rc::clone(caller),
             request: None,
             picked: None,
+            quiet: caller.quiet(),
             lease: None,
             named: Vec::new(),
             expects: false,

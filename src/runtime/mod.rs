@@ -4,6 +4,7 @@
 //! data path is locked or sent between threads.
 
 pub mod drain;
+pub mod quiet;
 pub mod signals;
 pub mod tasks;
 pub mod timer;

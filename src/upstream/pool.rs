@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::future::poll_fn;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::task::Context;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use tokio::sync::watch;
@@ -62,6 +62,11 @@ impl Lease {
             }
         };
         Self { endpoint, carrier: Some(carrier), reused, born }
+    }
+
+    /// True if the connection is lent to this request alone, which then has to move it.
+    pub fn is_http1(&self) -> bool {
+        matches!(self.carrier, Some(Carrier::Http1(_)))
     }
 
     /// The connection.
@@ -208,7 +213,7 @@ impl Pool {
     }
 
     /// A connection to `endpoint` that is open already.
-    pub async fn lend(&self, endpoint: &Rc<Endpoint>, want: Want, now: Instant) -> Option<Lease> {
+    pub fn lend(&self, endpoint: &Rc<Endpoint>, want: Want, now: Instant, cx: &mut Context<'_>) -> Option<Lease> {
         if want != Want::Http1
             && let Some(connection) = endpoint.shared()
         {
@@ -217,7 +222,7 @@ impl Pool {
         if want == Want::Http2 {
             return None;
         }
-        let idle = poll_fn(|cx| endpoint.take_idle(cx, now).into()).await;
+        let idle = endpoint.take_idle(cx, now);
         idle.map(|connection| Lease::new(Rc::clone(endpoint), Carrier::Http1(connection), true))
     }
 
@@ -229,7 +234,7 @@ impl Pool {
         // One caller opens an HTTP/2 connection, the others wait for it instead of opening one each.
         while endpoint.opening.get() {
             endpoint.opened.notified().await;
-            if let Some(lease) = self.lend(endpoint, want, Instant::now()).await {
+            if let Some(lease) = poll_fn(|cx| Poll::Ready(self.lend(endpoint, want, Instant::now(), cx))).await {
                 return Ok(lease);
             }
         }
