@@ -204,9 +204,9 @@ def policy_hash(admin):
 
 
 def reload_metric(admin):
-    """Sum and count of `hopguard_policy_reload_duration_seconds`; a gauge has no count."""
+    """Sum and count of `hopguard_policy_load_duration_seconds`; a gauge has no count."""
     _, body = loads.fetch(admin, "/metrics")
-    pattern = r"^hopguard_policy_reload_duration_seconds(_sum|_count)?(?:\{[^}]*\})? (\S+)"
+    pattern = r"^hopguard_policy_load_duration_seconds(_sum|_count)?(?:\{[^}]*\})? (\S+)"
     found = re.findall(pattern, body.decode(), re.MULTILINE)
     return {kind: sum(float(value) for other, value in found if other == kind) for kind, _ in found}
 

@@ -82,7 +82,7 @@ fn reload(shared: &Arc<Shared>, path: &Path) {
     let begun = Instant::now();
     match load::load(path) {
         Err(error) => refuse(shared, &problems(&error)),
-        Ok(model) => match replace(shared, model) {
+        Ok(model) => match replace(shared, model, begun) {
             Ok(()) => {
                 let took = begun.elapsed();
                 tracing::info!(hash = shared.policy.load().hash, ?took, "the policy was reloaded");
@@ -108,9 +108,8 @@ fn refuse(shared: &Shared, message: &str) {
     *shared.last_error.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
 }
 
-/// Puts a checked policy into force.
-pub(super) fn replace(shared: &Arc<Shared>, model: Model) -> Result<(), StartError> {
-    let begun = Instant::now();
+/// Puts a checked policy into force; `begun` is when the work on it began.
+pub(super) fn replace(shared: &Arc<Shared>, model: Model, begun: Instant) -> Result<(), StartError> {
     let old = shared.policy.load_full();
     let follow = |cluster: &_| shared.discovery.follow(cluster);
     let service = &shared.settings.service;

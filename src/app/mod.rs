@@ -142,7 +142,7 @@ impl App {
     /// # Errors
     /// As for [`App::start`]; the old policy stays in force then.
     pub fn replace(&self, model: Model) -> Result<(), StartError> {
-        control::replace(&self.shared, model)
+        control::replace(&self.shared, model, tokio::time::Instant::now())
     }
 
     /// Follows the way down, which the admin door can begin too.
