@@ -59,7 +59,7 @@ pub fn hand_over(
             let handoff = Handoff { upstream, live };
             match later {
                 Some(later) => join_later(later, handoff),
-                None => caller.hand_off(handoff),
+                None => caller.hand_off(Box::new(move |stream| Box::pin(handoff.join(stream)))),
             }
             return answer;
         }

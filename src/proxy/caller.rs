@@ -2,16 +2,17 @@
 
 use std::cell::{Cell, RefCell};
 use std::net::SocketAddr;
+use std::pin::Pin;
 use std::rc::Rc;
 
 use tokio::time::Instant;
 
 use crate::net::flow::Flow;
+use crate::net::io::Io;
 use crate::policy::model::Listener;
 use crate::policy::snapshot::Snapshot;
 use crate::proxy::fields::Via;
 use crate::proxy::refusal::{Kind, Refusal};
-use crate::proxy::tunnel::Handoff;
 use crate::runtime::quiet::Quiet;
 
 /// A listener as one worker has it open.
@@ -37,6 +38,9 @@ impl Door {
     }
 }
 
+/// What goes on with the caller's stream when its HTTP part is over.
+pub type Joining = Box<dyn FnOnce(Io) -> Pin<Box<dyn Future<Output = ()>>>>;
+
 /// One caller's connection.
 pub struct Caller {
     /// Where it came in.
@@ -48,7 +52,7 @@ pub struct Caller {
     over_at: Cell<Option<Instant>>,
     quiet: Option<Rc<Quiet>>,
     newest: RefCell<Option<Rc<Flow>>>,
-    handoff: RefCell<Option<Handoff>>,
+    handoff: RefCell<Option<Joining>>,
 }
 
 impl Caller {
@@ -107,13 +111,13 @@ impl Caller {
         self.newest.borrow_mut().take()
     }
 
-    /// Leaves a stream to be joined with this connection once its HTTP part is over.
-    pub fn hand_off(&self, handoff: Handoff) {
-        *self.handoff.borrow_mut() = Some(handoff);
+    /// Leaves what is to go on with this connection's stream once its HTTP part is over.
+    pub fn hand_off(&self, joining: Joining) {
+        *self.handoff.borrow_mut() = Some(joining);
     }
 
-    /// The stream that was left.
-    pub fn take_handoff(&self) -> Option<Handoff> {
+    /// What was left.
+    pub fn take_handoff(&self) -> Option<Joining> {
         self.handoff.borrow_mut().take()
     }
 }

@@ -77,7 +77,7 @@ pub async fn http1(worker: Rc<Worker>, caller: Rc<Caller>, io: Io) {
     let stream = parts.io.into_inner();
     match end {
         End::Over(Ok(())) => match caller.take_handoff() {
-            Some(handoff) => handoff.join(stream.with_prefix(parts.read_buf)).await,
+            Some(join) => join(stream.with_prefix(parts.read_buf)).await,
             None => close(stream).await,
         },
         End::Over(Err(error)) => {
