@@ -55,6 +55,16 @@ pub struct Present {
     pub upgrade: bool,
     /// `traceparent`.
     pub trace: bool,
+    /// One of the fields that carry a trace id, `traceparent` included.
+    pub traced: bool,
+    /// `grpc-timeout` or `x-envoy-expected-rq-timeout-ms`.
+    pub deadline: bool,
+    /// `Retry-After` or `grpc-retry-pushback-ms`.
+    pub pushback: bool,
+    /// `Proxy-Status`.
+    pub proxy_status: bool,
+    /// `Idempotency-Key`.
+    pub idempotency_key: bool,
     /// `TE`.
     pub te: bool,
     /// `Host`.
@@ -90,11 +100,17 @@ impl Present {
                 header::UPGRADE => found.upgrade = true,
                 header::TE => found.te = true,
                 header::COOKIE => found.cookies += 1,
+                header::RETRY_AFTER => found.pushback = true,
                 header::PROXY_AUTHENTICATE | header::PROXY_AUTHORIZATION => found.obsolete = true,
                 _ => match name.as_str() {
                     "keep-alive" => found.keep_alive = true,
                     "proxy-connection" | "http2-settings" => found.obsolete = true,
-                    "traceparent" => found.trace = true,
+                    "traceparent" => (found.trace, found.traced) = (true, true),
+                    "b3" | "x-b3-traceid" | "x-request-id" => found.traced = true,
+                    "grpc-timeout" | "x-envoy-expected-rq-timeout-ms" => found.deadline = true,
+                    "grpc-retry-pushback-ms" => found.pushback = true,
+                    "proxy-status" => found.proxy_status = true,
+                    "idempotency-key" => found.idempotency_key = true,
                     _ => {}
                 },
             }

@@ -27,6 +27,8 @@ pub struct Refusal {
     pub rule: Option<Rule>,
     /// What happened, in one sentence.
     pub detail: Cow<'static, str>,
+    /// When it makes sense to call again.
+    pub retry_after: Option<Duration>,
 }
 
 /// A rule's value and where it comes from.
@@ -89,6 +91,14 @@ pub enum Kind {
     ConnectDenied,
     /// We are shutting down.
     Draining,
+    /// The caller's deadline is over.
+    DeadlineExceeded,
+    /// The caller's deadline was over already.
+    DeadlineSpent,
+    /// The circuit breaker is open.
+    CircuitOpen,
+    /// Too many calls in too short a time.
+    RateLimited,
 }
 
 /// What each refusal looks like from outside. No `_` anywhere: a new kind has to be given a face.
@@ -117,6 +127,10 @@ impl Kind {
             Self::LoopDetected => Outcome::LoopDetected,
             Self::ConnectDenied => Outcome::ConnectDenied,
             Self::Draining => Outcome::Draining,
+            Self::DeadlineExceeded => Outcome::DeadlineExceeded,
+            Self::DeadlineSpent => Outcome::DeadlineSpent,
+            Self::CircuitOpen => Outcome::CircuitOpen,
+            Self::RateLimited => Outcome::RateLimited,
         }
     }
 
@@ -126,8 +140,13 @@ impl Kind {
             | Self::PerTryTimeout
             | Self::ConnectTimeout
             | Self::IdleTimeout
-            | Self::MaxDuration => StatusCode::GATEWAY_TIMEOUT,
-            Self::QueueFull | Self::QueueTimeout | Self::Draining => StatusCode::SERVICE_UNAVAILABLE,
+            | Self::MaxDuration
+            | Self::DeadlineExceeded
+            | Self::DeadlineSpent => StatusCode::GATEWAY_TIMEOUT,
+            Self::QueueFull | Self::QueueTimeout | Self::Draining | Self::CircuitOpen => {
+                StatusCode::SERVICE_UNAVAILABLE
+            }
+            Self::RateLimited => StatusCode::TOO_MANY_REQUESTS,
             Self::NoDestination | Self::NoRoute => StatusCode::NOT_FOUND,
             Self::ConnectFailed
             | Self::DnsFailed
@@ -151,12 +170,17 @@ impl Kind {
             | Self::ConnectTimeout
             | Self::IdleTimeout
             | Self::MaxDuration
+            | Self::DeadlineExceeded
+            | Self::DeadlineSpent
             | Self::CallerTimeout => Code::DeadlineExceeded,
-            Self::QueueFull | Self::QueueTimeout | Self::HeaderTooLarge => Code::ResourceExhausted,
+            Self::QueueFull | Self::QueueTimeout | Self::HeaderTooLarge | Self::RateLimited => Code::ResourceExhausted,
             Self::NoDestination | Self::NoRoute => Code::Unimplemented,
-            Self::ConnectFailed | Self::DnsFailed | Self::TlsFailed | Self::UpstreamReset | Self::Draining => {
-                Code::Unavailable
-            }
+            Self::ConnectFailed
+            | Self::DnsFailed
+            | Self::TlsFailed
+            | Self::UpstreamReset
+            | Self::Draining
+            | Self::CircuitOpen => Code::Unavailable,
             Self::UpstreamProtocol
             | Self::BadRequest
             | Self::UnknownCoding
@@ -170,7 +194,9 @@ impl Kind {
     /// The error type of RFC 9209, section 2.3.
     const fn error(self) -> &'static str {
         match self {
-            Self::RequestTimeout | Self::PerTryTimeout => "http_response_timeout",
+            Self::RequestTimeout | Self::PerTryTimeout | Self::DeadlineExceeded | Self::DeadlineSpent => {
+                "http_response_timeout"
+            }
             Self::ConnectTimeout => "connection_timeout",
             Self::IdleTimeout | Self::MaxDuration => "connection_read_timeout",
             Self::QueueFull | Self::QueueTimeout => "connection_limit_reached",
@@ -187,8 +213,8 @@ impl Kind {
             | Self::HeaderTooLarge
             | Self::CallerTimeout => "http_request_error",
             Self::LoopDetected => "proxy_loop_detected",
-            Self::ConnectDenied => "http_request_denied",
-            Self::Draining => "destination_unavailable",
+            Self::ConnectDenied | Self::RateLimited => "http_request_denied",
+            Self::Draining | Self::CircuitOpen => "destination_unavailable",
         }
     }
 
@@ -216,6 +242,10 @@ impl Kind {
             Self::LoopDetected => "The request goes in circles",
             Self::ConnectDenied => "CONNECT is not allowed here",
             Self::Draining => "This listener is closing",
+            Self::DeadlineExceeded => "The deadline is over",
+            Self::DeadlineSpent => "The deadline was over already",
+            Self::CircuitOpen => "The destination is failing",
+            Self::RateLimited => "Too many calls in this time",
         }
     }
 
@@ -242,7 +272,11 @@ impl Kind {
             | Self::CallerTimeout
             | Self::LoopDetected
             | Self::ConnectDenied
-            | Self::Draining => Side::Hopguard,
+            | Self::Draining
+            | Self::DeadlineExceeded
+            | Self::DeadlineSpent
+            | Self::CircuitOpen
+            | Self::RateLimited => Side::Hopguard,
         }
     }
 }
@@ -250,19 +284,24 @@ impl Kind {
 impl Refusal {
     /// A refusal that follows from no value of the policy.
     pub fn plain(kind: Kind, detail: impl Into<Cow<'static, str>>) -> Self {
-        Self { kind, rule: None, detail: detail.into() }
+        Self { kind, rule: None, detail: detail.into(), retry_after: None }
+    }
+
+    /// A refusal that follows from a rule.
+    pub fn ruled(kind: Kind, rule: Rule, detail: impl Into<Cow<'static, str>>) -> Self {
+        Self { kind, rule: Some(rule), detail: detail.into(), retry_after: None }
     }
 
     /// A refusal that a time limit of the policy demands.
     pub fn timed(kind: Kind, name: &'static str, limit: &Set<Duration>, detail: impl Into<Cow<'static, str>>) -> Self {
         let rule = Rule { name, value: crate::rules::duration::format(limit.value), origin: limit.origin.clone() };
-        Self { kind, rule: Some(rule), detail: detail.into() }
+        Self::ruled(kind, rule, detail)
     }
 
     /// A refusal that a number of the policy demands.
     pub fn counted(kind: Kind, name: &'static str, limit: &Set<u32>, detail: impl Into<Cow<'static, str>>) -> Self {
         let rule = Rule { name, value: limit.value.to_string(), origin: limit.origin.clone() };
-        Self { kind, rule: Some(rule), detail: detail.into() }
+        Self::ruled(kind, rule, detail)
     }
 
     /// The status of the answer to a caller that speaks HTTP.

@@ -82,6 +82,23 @@ pub struct RefusalRecord {
     pub closed_by: Side,
 }
 
+/// What the rules had to say about an exchange; most have nothing to say.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Notes {
+    /// Why there was no further try after one that failed.
+    pub retry: Option<&'static str>,
+    /// Where the failure happened, if that was further down than the destination.
+    pub failed_at: Option<Box<str>>,
+    /// What limited the call's time, where that was not the policy: `caller` or `inbound`.
+    pub deadline_from: Option<&'static str>,
+    /// How long the call had when it came, if the policy did not say so.
+    pub deadline: Option<Duration>,
+    /// The fault of the policy that was injected.
+    pub fault: Option<Box<str>>,
+    /// Rules in `warn` that would have acted.
+    pub would: Vec<&'static str>,
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum End {
     Open,
@@ -112,6 +129,7 @@ pub struct Exchange {
     pub(super) attempt: u16,
     pub(super) attempts: u16,
     expected: Option<u64>,
+    notes: Option<Box<Notes>>,
     /// Body bytes of the request that were passed on.
     pub bytes_in: u64,
     /// Body bytes of the answer that were passed on.
@@ -143,6 +161,7 @@ impl Exchange {
             attempt: 0,
             attempts: 0,
             expected: None,
+            notes: None,
             bytes_in: 0,
             bytes_out: 0,
         }
@@ -238,6 +257,21 @@ impl Exchange {
     /// The refusal, where there is one.
     pub fn refusal(&self) -> Option<&RefusalRecord> {
         self.refusal.as_deref()
+    }
+
+    /// Takes a refusal back: another try follows.
+    pub fn forgive(&mut self) {
+        self.refusal = None;
+    }
+
+    /// What the rules said, to be added to.
+    pub fn note(&mut self) -> &mut Notes {
+        self.notes.get_or_insert_default()
+    }
+
+    /// What the rules said.
+    pub fn notes(&self) -> Option<&Notes> {
+        self.notes.as_deref()
     }
 
     /// The end of the answer was reached: call it when the body has ended, or at once when there is none.

@@ -74,6 +74,7 @@ fn json(out: &mut String, entry: &Entry<'_>) -> fmt::Result {
     json_answer(&mut object, entry.exchange)?;
     json_times(&mut object, entry)?;
     json_connection(&mut object, entry.exchange)?;
+    json_notes(&mut object, entry.exchange)?;
     if let Some(refusal) = entry.exchange.refusal() {
         object.key("refusal");
         json_refusal(object.out, refusal)?;
@@ -154,6 +155,25 @@ fn json_connection(object: &mut Object<'_>, exchange: &Exchange) -> fmt::Result 
     Ok(())
 }
 
+fn json_notes(object: &mut Object<'_>, exchange: &Exchange) -> fmt::Result {
+    let Some(notes) = exchange.notes() else { return Ok(()) };
+    object.milliseconds("deadline_ms", notes.deadline)?;
+    for (key, value) in [
+        ("deadline_from", notes.deadline_from),
+        ("retry", notes.retry),
+        ("failed_at", notes.failed_at.as_deref()),
+        ("fault", notes.fault.as_deref()),
+    ] {
+        if let Some(value) = value {
+            object.string(key, value)?;
+        }
+    }
+    if !notes.would.is_empty() {
+        object.string("would", &notes.would.join(","))?;
+    }
+    Ok(())
+}
+
 fn json_refusal(out: &mut String, refusal: &RefusalRecord) -> fmt::Result {
     out.push('{');
     let mut object = Object { out, separator: "" };
@@ -202,8 +222,32 @@ fn text(out: &mut String, entry: &Entry<'_>) -> fmt::Result {
         }
         write!(out, " closed by {}", refusal.closed_by.as_str())?;
     }
+    text_notes(out, exchange)?;
     if let Some(id) = trace_id(exchange.request.traceparent.as_ref()) {
         write!(out, " trace {id}")?;
+    }
+    Ok(())
+}
+
+fn text_notes(out: &mut String, exchange: &Exchange) -> fmt::Result {
+    let Some(notes) = exchange.notes() else { return Ok(()) };
+    if let (Some(deadline), Some(from)) = (notes.deadline, notes.deadline_from) {
+        out.push_str(" deadline ");
+        short_duration(out, deadline)?;
+        write!(out, " from {from}")?;
+    }
+    for (what, value) in [
+        ("no retry:", notes.retry),
+        ("failed at", notes.failed_at.as_deref()),
+        ("fault", notes.fault.as_deref()),
+    ] {
+        if let Some(value) = value {
+            write!(out, " {what} ")?;
+            escape(out, value, Quoting::Bare)?;
+        }
+    }
+    for rule in &notes.would {
+        write!(out, " {rule} would have acted")?;
     }
     Ok(())
 }

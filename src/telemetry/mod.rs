@@ -17,6 +17,7 @@
 
 pub mod access_log;
 mod collect;
+mod events;
 mod exchange;
 pub mod families;
 mod histogram;
@@ -39,7 +40,8 @@ use jiff::Timestamp;
 use tokio::time::Instant;
 
 pub use access_log::{AccessLog, AccessLogMode, AccessLogSettings, LineFormat, MemoryLines, Sink};
-pub use exchange::{Connection, Exchange, RefusalRecord, RequestLine, Side};
+pub use events::Again;
+pub use exchange::{Connection, Exchange, Notes, RefusalRecord, RequestLine, Side};
 pub use families::{DestinationMetrics, ListenerMetrics, ProcessMetrics};
 pub use histogram::{Buckets, Histogram, LATENCY_BOUNDS, LatencyHistogram, OVERHEAD_BOUNDS, OverheadHistogram};
 pub use hop::{Direction, HopId, HopLabels, Hops, MAX_HOPS};

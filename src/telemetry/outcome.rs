@@ -45,7 +45,7 @@ named! {
 }
 
 named! {
-    /// How an exchange ended. Everything from `request_timeout` to `draining` is a refusal: we answered, or cut, in the
+    /// How an exchange ended. Everything from `request_timeout` on is a refusal: we answered, or cut, in the
     /// upstream's place.
     Outcome {
         /// A status from 100 to 399, or gRPC status OK, and a complete body.
@@ -100,6 +100,14 @@ named! {
         ConnectDenied = "connect_denied",
         /// We are shutting down.
         Draining = "draining",
+        /// The caller's deadline, or that of the request that caused the call, was over before the answer was.
+        DeadlineExceeded = "deadline_exceeded",
+        /// The deadline was over, or as good as over, when the call came.
+        DeadlineSpent = "deadline_spent",
+        /// The destination's circuit breaker is open.
+        CircuitOpen = "circuit_open",
+        /// More calls than `rateLimit` allows.
+        RateLimited = "rate_limited",
     }
 }
 
@@ -128,7 +136,7 @@ mod tests {
             assert!(name.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_'), "{name}");
             assert_eq!(Outcome::ALL.iter().filter(|other| other.as_str() == name).count(), 1);
         }
-        assert_eq!(Outcome::ALL.iter().filter(|outcome| outcome.is_refusal()).count(), 20);
+        assert_eq!(Outcome::ALL.iter().filter(|outcome| outcome.is_refusal()).count(), 24);
         assert!(Outcome::ALL.len() * Protocol::ALL.len() <= 256, "the series key is one byte");
     }
 }

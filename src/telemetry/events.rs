@@ -1,0 +1,80 @@
+//! What the rules did: counted when it happens, by name, because it is rare.
+//!
+//! A retry, a refusal to retry, a change of a breaker, an ejection, a fault, a rule in `warn` that would have acted. Each is
+//! looked up by its labels at that moment; nothing here is called for an exchange that simply goes well.
+
+use super::Telemetry;
+use super::families::{
+    BREAKER_CHANGES, BREAKER_STATE, DEADLINE_JOINS, EJECTED, EJECTIONS, FAULTS, RETRIES, RETRIES_WITHHELD, WOULD_ACT,
+};
+use super::instruments::{Counter, Family, Labels};
+
+/// Why a request goes out once more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Again {
+    /// A try failed, and the policy has it tried again.
+    Failed,
+    /// Nobody has seen the request: the connection or the callee's sidecar says so.
+    Unsent,
+}
+
+impl Again {
+    const fn as_str(self) -> &'static str {
+        match self {
+            Again::Failed => "failed",
+            Again::Unsent => "unsent",
+        }
+    }
+}
+
+impl Telemetry {
+    fn tally(&self, family: Family, labels: Labels) -> Counter {
+        self.instruments.counter(family, labels, None)
+    }
+
+    /// A request to `destination` goes out once more.
+    pub fn retried(&self, destination: &str, again: Again) {
+        let labels = vec![("destination", destination.to_owned()), ("because", again.as_str().to_owned())];
+        self.tally(RETRIES, labels).increment();
+    }
+
+    /// A failed request to `destination` does not go out once more; `why` is one of a closed set.
+    pub fn retry_withheld(&self, destination: &str, why: &'static str) {
+        let labels = vec![("destination", destination.to_owned()), ("why", why.to_owned())];
+        self.tally(RETRIES_WITHHELD, labels).increment();
+    }
+
+    /// The circuit breaker of `destination` is in another state: its name, and its number for the gauge
+    /// (0 closed, 1 half-open, 2 open).
+    pub fn breaker_changed(&self, destination: &str, state: &'static str, number: i64) {
+        let labels = vec![("destination", destination.to_owned()), ("to", state.to_owned())];
+        self.tally(BREAKER_CHANGES, labels).increment();
+        self.instruments.gauge(BREAKER_STATE, vec![("destination", destination.to_owned())], None).set(number);
+    }
+
+    /// An endpoint of `destination` is `out` or `in` again; `out_now` of them are out.
+    pub fn ejection_changed(&self, destination: &str, change: &'static str, out_now: usize) {
+        let labels = vec![("destination", destination.to_owned()), ("change", change.to_owned())];
+        self.tally(EJECTIONS, labels).increment();
+        let count = i64::try_from(out_now).unwrap_or(i64::MAX);
+        self.instruments.gauge(EJECTED, vec![("destination", destination.to_owned())], None).set(count);
+    }
+
+    /// A rule in `warn` would have acted on a call to `destination`.
+    pub fn would_act(&self, destination: &str, rule: &'static str) {
+        let labels = vec![("destination", destination.to_owned()), ("rule", rule.to_owned())];
+        self.tally(WOULD_ACT, labels).increment();
+    }
+
+    /// A fault of the policy was injected into a call to `destination`.
+    pub fn fault_injected(&self, destination: &str, fault: &str) {
+        let labels = vec![("destination", destination.to_owned()), ("fault", fault.to_owned())];
+        self.tally(FAULTS, labels).increment();
+    }
+
+    /// The counter of outbound calls that were, or were not, joined with the inbound request that caused them. Resolve
+    /// once and keep: calls are many.
+    pub fn joins(&self, how: &'static str) -> Counter {
+        self.tally(DEADLINE_JOINS, vec![("how", how.to_owned())])
+    }
+}
