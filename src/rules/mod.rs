@@ -2,7 +2,12 @@
 //!
 //! A rule knows plain values and the `now` it is given: no socket, no HTTP server, no clock, no metric.
 
+pub mod deadline;
 pub mod duration;
 pub mod gate;
+pub mod joined;
 pub mod limits;
+pub mod mark;
+pub mod spent;
 pub mod timeouts;
+pub mod trace;

@@ -1,0 +1,118 @@
+//! The calls whose tries were used up here a moment ago, so that the same failure is not retried again.
+//!
+//! Retry in one place needs it where no sidecar carries the mark of a failure up through the app: the app calls once
+//! more under the same id, and the tries of this hop would multiply with its own. Asked only when a retry is considered,
+//! told only of failures, so one lock is enough. Shared by all workers, bounded in time and in size.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use foldhash::fast::RandomState;
+use tokio::time::Instant;
+
+use super::trace::{TraceKey, TraceKeys};
+
+/// How long a call is remembered.
+pub const REMEMBERED: Duration = Duration::from_secs(10);
+
+/// The most that is remembered; the oldest goes first.
+pub const MOST: usize = 8192;
+
+type Call = (TraceKey, u64);
+
+/// The memory.
+#[derive(Debug, Default)]
+pub struct Spent(Mutex<Memory>);
+
+#[derive(Debug, Default)]
+struct Memory {
+    last: HashMap<Call, Instant, RandomState>,
+    /// Each note once, oldest first; a call noted again stands here again, and its older notes no longer count.
+    notes: VecDeque<(Instant, Call)>,
+}
+
+impl Spent {
+    /// Remembers under each of these ids that the tries at a destination (its hash) were used up at `now`.
+    pub fn note(&self, keys: TraceKeys, destination: u64, now: Instant) {
+        let mut memory = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        for key in keys.iter() {
+            let call = (key, destination);
+            memory.last.insert(call, now);
+            memory.notes.push_back((now, call));
+        }
+        memory.forget(now);
+    }
+
+    /// Whether the tries at a destination were used up, under any of these ids, less than [`REMEMBERED`] ago.
+    pub fn knows(&self, keys: TraceKeys, destination: u64, now: Instant) -> bool {
+        let memory = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        keys.iter().any(|key| memory.last.get(&(key, destination)).is_some_and(|noted| is_fresh(*noted, now)))
+    }
+}
+
+impl Memory {
+    fn forget(&mut self, now: Instant) {
+        while let Some(&(noted, call)) = self.notes.front() {
+            if self.notes.len() <= MOST && is_fresh(noted, now) {
+                return;
+            }
+            self.notes.pop_front();
+            if self.last.get(&call) == Some(&noted) {
+                self.last.remove(&call);
+            }
+        }
+    }
+}
+
+fn is_fresh(noted: Instant, now: Instant) -> bool {
+    now.saturating_duration_since(noted) < REMEMBERED
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn key(id: u128) -> TraceKeys {
+        TraceKey::Trace(id).into()
+    }
+
+    #[test]
+    fn a_call_is_known_for_ten_seconds_and_only_at_its_destination() {
+        let (spent, now) = (Spent::default(), Instant::now());
+        spent.note(key(1), 7, now);
+        assert!(spent.knows(key(1), 7, now));
+        assert!(spent.knows(key(1), 7, now + Duration::from_millis(9_999)));
+        assert!(!spent.knows(key(1), 7, now + REMEMBERED));
+        assert!(!spent.knows(key(1), 8, now));
+        assert!(!spent.knows(key(2), 7, now));
+        assert!(!spent.knows(TraceKeys::default(), 7, now));
+    }
+
+    #[test]
+    fn a_call_noted_again_is_remembered_from_then_on() {
+        let (spent, now) = (Spent::default(), Instant::now());
+        let later = now + Duration::from_secs(8);
+        spent.note(key(1), 7, now);
+        spent.note(key(1), 7, later);
+        spent.note(key(2), 7, now + REMEMBERED);
+        assert!(spent.knows(key(1), 7, later + Duration::from_secs(9)));
+    }
+
+    #[test]
+    fn the_oldest_goes_first_and_nothing_stays_for_ever() {
+        let (spent, now) = (Spent::default(), Instant::now());
+        for id in 0..=MOST as u128 {
+            spent.note(key(id + 1), 7, now);
+        }
+        assert!(!spent.knows(key(1), 7, now));
+        assert!(spent.knows(key(2), 7, now));
+        let size = |spent: &Spent| {
+            let memory = spent.0.lock().unwrap();
+            (memory.last.len(), memory.notes.len())
+        };
+        assert_eq!(size(&spent), (MOST, MOST));
+        spent.note(key(1), 7, now + REMEMBERED);
+        assert_eq!(size(&spent), (1, 1));
+    }
+}
