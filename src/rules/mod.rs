@@ -3,6 +3,12 @@
 //! A rule knows plain values and the `now` it is given: no socket, no HTTP server, no clock, no metric.
 
 pub mod duration;
+pub mod faults;
 pub mod gate;
 pub mod limits;
+pub mod mode;
+pub mod rate_limit;
 pub mod timeouts;
+
+#[cfg(test)]
+mod tests;
