@@ -4,10 +4,16 @@
 
 pub mod deadline;
 pub mod duration;
+pub mod faults;
 pub mod gate;
 pub mod joined;
 pub mod limits;
 pub mod mark;
+pub mod mode;
+pub mod rate_limit;
 pub mod spent;
 pub mod timeouts;
 pub mod trace;
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,343 @@
+//! Faults: what goes wrong on purpose, for which calls, and until when.
+//!
+//! A call meets them where it would meet the upstream, so that timeouts, retries and the breaker act on them as on the
+//! real thing. Here is only which fault a call meets; making it happen is the work of the path.
+//!
+//! Invariants: every fault has an end, and from then on no call meets it. A call meets at most one, the first of the
+//! list that applies. A checked fault does not contradict itself.
+
+mod spec;
+
+use std::hash::{Hash, Hasher};
+use std::time::Duration;
+
+use http::StatusCode;
+use http::header::{HeaderName, HeaderValue};
+use jiff::Timestamp;
+
+pub use self::spec::{AbortSpec, FaultSpec, Size, SlowBodySpec, Status, Until};
+use crate::problems::{self, At, Set, near_miss};
+
+/// The faults of a route, in the order in which they are tried. None by default.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
+pub struct Faults(Vec<Fault>);
+
+/// What goes wrong on purpose.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Fault {
+    /// Unique in its list; the label in metrics and logs. Its line is that of the entry's name.
+    pub name: Set<String>,
+    /// So much time passes before anything else happens.
+    pub delay: Option<Set<Duration>>,
+    /// What comes after the delay.
+    pub ending: Ending,
+    /// The share of the calls that it befalls.
+    pub share: Set<Share>,
+    /// Only calls with each of these, with exactly this value. Sorted by name.
+    pub headers: Vec<(HeaderName, HeaderValue)>,
+    /// From then on it befalls no call.
+    pub until: Set<Timestamp>,
+}
+
+/// What comes of a call that meets a fault.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Ending {
+    /// The upstream is called, and its answer comes, if not as it was sent.
+    Answer {
+        /// The connection seems to close after so many bytes of the body.
+        cut_after: Option<Set<u64>>,
+        /// At most so many bytes of the body a second; at least 1.
+        bytes_per_second: Option<Set<u64>>,
+    },
+    /// Instead of calling the upstream, this answer.
+    Abort(Set<Abort>),
+    /// Instead of calling the upstream, a connection that seems to close without an answer.
+    Reset(Set<()>),
+}
+
+/// An answer in the place of the upstream's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Abort {
+    /// With this status, 200 to 599.
+    Status(StatusCode),
+    /// With this gRPC status.
+    Grpc(GrpcCode),
+}
+
+/// A share of calls: above 0, up to 1.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Share(f64);
+
+/// Above 0 and up to 1 there is no NaN, so a share equals itself.
+impl Eq for Share {}
+
+impl Hash for Share {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.0.to_bits().hash(state);
+    }
+}
+
+/// A gRPC status code, 0 to 16.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct GrpcCode(u8);
+
+impl Faults {
+    /// Checks a list. It stands in the place of the layer below as a whole; an empty one means no faults.
+    ///
+    /// Reports what an entry lacks, where it contradicts itself, and names that stand twice. Not an `until` that is over:
+    /// an old policy must stay readable; see [`Fault::is_over`].
+    pub fn check(specs: &[FaultSpec], at: &At<'_>) -> Self {
+        let mut names: Vec<Set<&str>> = Vec::with_capacity(specs.len());
+        let mut faults = Vec::with_capacity(specs.len());
+        for (index, spec) in specs.iter().enumerate() {
+            let at = at.index(index);
+            if let Some(name) = &spec.name {
+                let name = at.key("name").set(name.as_str());
+                if let Some(first) = names.iter().find(|other| **other == name) {
+                    let message = format!("another fault is named `{}` already, at {}", name.value, first.origin);
+                    at.key("name").report(message, "choose another name");
+                }
+                names.push(name);
+            }
+            faults.extend(spec.check(&at));
+        }
+        Self(faults)
+    }
+
+    /// The fault that this call meets: the first that is not over, whose headers the call has, and whose share is drawn.
+    ///
+    /// `header` gives a call's value of a header, `random` a number from 0 up to but not including 1. Each fault is drawn
+    /// by itself: of two with a share of 0.1, the second befalls 0.09 of the calls. A fault that befalls all draws nothing.
+    pub fn draw<'a>(
+        &self,
+        header: impl Fn(&HeaderName) -> Option<&'a [u8]>,
+        now: Timestamp,
+        mut random: impl FnMut() -> f64,
+    ) -> Option<&Fault> {
+        self.0.iter().find(|fault| {
+            let has = |(name, value): &(HeaderName, HeaderValue)| header(name) == Some(value.as_bytes());
+            !fault.is_over(now) && fault.headers.iter().all(has) && fault.share.value.takes(&mut random)
+        })
+    }
+
+    /// Whether there is none, over or not: then nobody need look at the clock.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// All of them, over or not, in their order.
+    pub fn iter(&self) -> impl Iterator<Item = &Fault> {
+        self.0.iter()
+    }
+}
+
+impl Fault {
+    /// Whether its end has come.
+    pub fn is_over(&self, now: Timestamp) -> bool {
+        now >= self.until.value
+    }
+}
+
+impl Share {
+    /// None for what is not above 0 and up to 1.
+    pub fn new(share: f64) -> Option<Self> {
+        (share > 0.0 && share <= 1.0).then_some(Self(share))
+    }
+
+    /// Above 0, up to 1.
+    pub fn get(self) -> f64 {
+        self.0
+    }
+
+    fn takes(self, random: &mut impl FnMut() -> f64) -> bool {
+        self.0 >= 1.0 || random() < self.0
+    }
+}
+
+impl GrpcCode {
+    /// The names, each at the place of its number. Source: grpc/grpc doc/statuscodes.md.
+    pub const NAMES: [&str; 17] = [
+        "ok",
+        "cancelled",
+        "unknown",
+        "invalid_argument",
+        "deadline_exceeded",
+        "not_found",
+        "already_exists",
+        "permission_denied",
+        "resource_exhausted",
+        "failed_precondition",
+        "aborted",
+        "out_of_range",
+        "unimplemented",
+        "internal",
+        "unavailable",
+        "data_loss",
+        "unauthenticated",
+    ];
+
+    /// Reads a name.
+    ///
+    /// # Errors
+    /// What is none, with the name that was probably meant.
+    pub fn parse(text: &str) -> Result<Self, problems::Fault> {
+        let at = (0..).zip(Self::NAMES).find(|(_, name)| *name == text);
+        at.map(|(code, _)| Self(code)).ok_or_else(|| {
+            // `canceled` is how half of the world writes it.
+            let hint = near_miss(text, Self::NAMES).map_or_else(
+                || format!("write one of: {}", Self::NAMES.join(", ")),
+                |near| format!("did you mean `{near}`?"),
+            );
+            problems::Fault::new(format!("`{text}` is no gRPC status"), hint)
+        })
+    }
+
+    /// 0 to 16.
+    pub fn number(self) -> u32 {
+        u32::from(self.0)
+    }
+
+    /// Its name, as in a policy.
+    pub fn as_str(self) -> &'static str {
+        Self::NAMES.get(usize::from(self.0)).copied().unwrap_or("unknown")
+    }
+}
+
+impl FaultSpec {
+    fn check(&self, at: &At<'_>) -> Option<Fault> {
+        at.missing("name", "give it a name, unique among its like");
+        if let Some(name) = &self.name {
+            check_name(name, &at.key("name"));
+        }
+        let why = "a fault without an end is an outage that somebody forgot: write `until: 2026-12-01T00:00:00Z`";
+        at.missing("until", why);
+        self.check_does_something(at);
+        self.check_contradictions(at);
+        let (ending, headers) = (self.ending(at), self.check_headers(&at.key("headers")));
+        Some(Fault {
+            name: at.key("name").set(self.name.clone()?),
+            delay: self.delay.map(|span| at.key("delay").set(span.0)),
+            ending: ending?,
+            share: self.share.map_or(Set::built_in(Share(1.0)), |share| at.key("share").set(share)),
+            headers,
+            until: at.key("until").set(self.until?.0),
+        })
+    }
+
+    fn check_does_something(&self, at: &At<'_>) {
+        // What was refused was meant to do something.
+        let is_given = |key: &&str| at.key(key).is_given();
+        let is_set = self.delay.is_some() || self.abort.is_some() || self.reset.is_some() || self.does_to_body();
+        if !is_set && !["delay", "abort", "reset", "cutAfter", "slowBody"].iter().any(is_given) {
+            at.report("the fault does nothing", "write one or more of delay, abort, reset, cutAfter and slowBody");
+        }
+        if self.reset == Some(false) {
+            at.key("reset").report("`reset: false` does nothing", "write `reset: true`, or remove the line");
+        }
+    }
+
+    fn does_to_body(&self) -> bool {
+        self.cut_after.is_some() || self.slow_body.is_some()
+    }
+
+    /// Where there is no answer of the upstream, nothing can happen to its body.
+    fn check_contradictions(&self, at: &At<'_>) {
+        let instead = match (&self.abort, self.reset) {
+            (Some(_), Some(true)) => {
+                let message = "`reset` and `abort` stand together";
+                at.key("reset").report(message, "a call that is reset has no answer: remove one of the two");
+                return;
+            }
+            (Some(_), _) => "abort",
+            (None, Some(true)) => "reset",
+            (None, _) => return,
+        };
+        let body = [("cutAfter", self.cut_after.is_some()), ("slowBody", self.slow_body.is_some())];
+        for (key, _) in body.into_iter().filter(|(_, is_set)| *is_set) {
+            let hint = format!("with `{instead}` the upstream's answer never comes: remove one of the two");
+            at.key(key).report(format!("`{key}` and `{instead}` stand together"), hint);
+        }
+    }
+
+    fn ending(&self, at: &At<'_>) -> Option<Ending> {
+        if let Some(abort) = &self.abort {
+            return abort.check(&at.key("abort")).map(Ending::Abort);
+        }
+        if self.reset == Some(true) {
+            return Some(Ending::Reset(at.key("reset").set(())));
+        }
+        let bytes_per_second = match &self.slow_body {
+            Some(slow) => Some(slow.check(&at.key("slowBody"))?),
+            None => None,
+        };
+        Some(Ending::Answer { cut_after: self.cut_after.map(|size| at.key("cutAfter").set(size.0)), bytes_per_second })
+    }
+
+    fn check_headers(&self, at: &At<'_>) -> Vec<(HeaderName, HeaderValue)> {
+        let mut headers: Vec<(HeaderName, HeaderValue)> = Vec::new();
+        for (name, value) in self.headers.iter().flatten() {
+            let at = at.key(name);
+            let Ok(field) = HeaderName::from_bytes(name.as_bytes()) else {
+                let hint = "write a name like `x-test`";
+                at.report_key(problems::Fault::new(format!("`{name}` is no header name"), hint));
+                continue;
+            };
+            if headers.iter().any(|(other, _)| *other == field) {
+                let hint = "header names have no case: remove one of the two";
+                at.report_key(problems::Fault::new(format!("header `{field}` stands twice"), hint));
+            }
+            match HeaderValue::from_str(value) {
+                Ok(_) if value.trim() != value => {
+                    at.report(format!("`{value}` never matches"), "remove the blanks around the value");
+                }
+                Ok(value) => headers.push((field, value)),
+                Err(_) => at.report("not a header value", "write printable ASCII characters"),
+            }
+        }
+        headers.sort_by(|a, b| a.0.as_str().cmp(b.0.as_str()));
+        headers
+    }
+}
+
+impl AbortSpec {
+    fn check(&self, at: &At<'_>) -> Option<Set<Abort>> {
+        match (self.status, self.grpc) {
+            (Some(_), Some(_)) => {
+                at.key("grpc")
+                    .report("`status` and `grpc` stand together", "a call has one answer: remove one of the two");
+                None
+            }
+            (Some(status), None) => Some(at.key("status").set(Abort::Status(status.0))),
+            (None, Some(code)) => Some(at.key("grpc").set(Abort::Grpc(code))),
+            (None, None) => {
+                if !at.key("status").is_given() && !at.key("grpc").is_given() {
+                    at.report("`abort` has no answer", "write `{ status: 503 }` or `{ grpc: unavailable }`");
+                }
+                None
+            }
+        }
+    }
+}
+
+impl SlowBodySpec {
+    fn check(&self, at: &At<'_>) -> Option<Set<u64>> {
+        at.missing("bytesPerSecond", "write how fast the body comes, like `bytesPerSecond: 10KiB`");
+        let rate = self.bytes_per_second?;
+        if rate.0 == 0 {
+            let hint = "write at least 1; for a body that never comes, write a `delay`";
+            at.key("bytesPerSecond").report("0 bytes a second never end", hint);
+        }
+        Some(at.key("bytesPerSecond").set(rate.0))
+    }
+}
+
+/// Names become metric labels and parts of header values: 1 to 63 letters, digits, `-`, `_` or `.`.
+fn check_name(name: &str, at: &At<'_>) {
+    let is_good = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.');
+    if !(1..=63).contains(&name.len()) || !name.bytes().all(is_good) {
+        at.report(format!("`{name}` is no good name"), "write 1 to 63 letters, digits, `-`, `_` or `.`");
+    }
+}
+
+#[cfg(test)]
+mod tests;

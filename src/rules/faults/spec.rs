@@ -1,0 +1,337 @@
+//! The shape of `faults:`: what each entry may say, and how single values are read.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::fmt;
+
+use jiff::Timestamp;
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
+use serde::Deserialize;
+use serde::de::{self, Deserializer, Visitor};
+
+use super::{GrpcCode, Share};
+use crate::problems::Fault;
+use crate::rules::duration::Span;
+
+/// One of `faults:` of a destination or of a route: what goes wrong on purpose, for which calls, and until when.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize, JsonSchema)]
+#[serde(
+    default,
+    deny_unknown_fields,
+    rename_all = "camelCase",
+    expecting = "a fault with name, until and what it does"
+)]
+#[schemars(extend("required" = ["name", "until"], "anyOf" = [
+    { "required": ["delay"] }, { "required": ["abort"] }, { "required": ["reset"] },
+    { "required": ["cutAfter"] }, { "required": ["slowBody"] },
+]))]
+pub struct FaultSpec {
+    /// Unique in its list; the label in metrics and logs. Required.
+    pub name: Option<String>,
+    /// The upstream seems to take so much longer before anything else happens. Default: none.
+    pub delay: Option<Span>,
+    /// The upstream seems to answer so, and gets no call. Default: its own answer.
+    pub abort: Option<AbortSpec>,
+    /// The upstream seems to close the connection instead of answering, and gets no call. Default: its own answer.
+    pub reset: Option<bool>,
+    /// The upstream seems to close the connection after so many bytes of the answer's body. Default: never.
+    pub cut_after: Option<Size>,
+    /// The answer's body comes slowly. Default: as fast as it is sent.
+    pub slow_body: Option<SlowBodySpec>,
+    /// The share of the calls that it befalls, drawn for each. Default 1.0: all.
+    pub share: Option<Share>,
+    /// Only calls with exactly these header values, all of them. Default: any call.
+    pub headers: Option<BTreeMap<String, String>>,
+    /// When it ends by itself, as in 2026-12-01T00:00:00Z. Required.
+    pub until: Option<Until>,
+}
+
+/// `abort:` of a fault; one of the two.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase", expecting = "a mapping with status or grpc")]
+#[schemars(extend("oneOf" = [{ "required": ["status"] }, { "required": ["grpc"] }]))]
+pub struct AbortSpec {
+    /// An HTTP status, 200 to 599.
+    pub status: Option<Status>,
+    /// A gRPC status by its name, like unavailable.
+    pub grpc: Option<GrpcCode>,
+}
+
+/// `slowBody:` of a fault.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase", expecting = "a mapping with bytesPerSecond")]
+#[schemars(extend("required" = ["bytesPerSecond"]))]
+pub struct SlowBodySpec {
+    /// At most so many bytes of the body a second, at least 1. Required.
+    pub bytes_per_second: Option<Size>,
+}
+
+/// A number of bytes in a document: `500`, `1KiB`, `2MiB`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Size(pub u64);
+
+/// An HTTP status in a document, 200 to 599.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Status(pub http::StatusCode);
+
+/// A point in time in a document, as RFC 3339 has it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Until(pub Timestamp);
+
+impl Size {
+    fn parse(text: &str) -> Option<u64> {
+        let (number, unit) = text.split_at(text.bytes().take_while(u8::is_ascii_digit).count());
+        let unit = match unit {
+            "" => 1,
+            "KiB" => 1 << 10,
+            "MiB" => 1 << 20,
+            _ => return None,
+        };
+        number.parse::<u64>().ok()?.checked_mul(unit)
+    }
+}
+
+impl Until {
+    /// Reads `2026-12-01T00:00:00Z`, or with an offset like `+01:00`. Other forms of ISO 8601 are refused: without an
+    /// offset it is another time on each machine.
+    ///
+    /// # Errors
+    /// Anything else, with a hint that names what to write.
+    pub fn parse(text: &str) -> Result<Self, Fault> {
+        if has_shape(text)
+            && let Ok(time) = text.parse()
+        {
+            return Ok(Self(time));
+        }
+        // The near forms: a day alone, a blank for the T, no offset.
+        let candidates = [format!("{text}T00:00:00Z"), text.replacen(' ', "T", 1), format!("{text}Z")];
+        let both = format!("{}Z", candidates[1]);
+        let near =
+            candidates.into_iter().chain([both]).find(|near| has_shape(near) && near.parse::<Timestamp>().is_ok());
+        let hint = match near {
+            Some(near) => format!("write `{near}`"),
+            None => "write date, time and offset, like `2026-12-01T00:00:00Z`".to_owned(),
+        };
+        Err(Fault::new(format!("`{text}` is no point in time"), hint))
+    }
+}
+
+/// RFC 3339, section 5.6: `date-time`. Whether it exists is for the parser to say.
+fn has_shape(text: &str) -> bool {
+    let fits = |text: &str, shape: &str| {
+        let same = |(byte, wanted): (u8, u8)| if wanted == b'0' { byte.is_ascii_digit() } else { byte == wanted };
+        text.len() == shape.len() && text.bytes().zip(shape.bytes()).all(same)
+    };
+    let text = text.to_ascii_uppercase();
+    let Some((head, tail)) = text.split_at_checked("0000-00-00T00:00:00".len()) else { return false };
+    let offset = match tail.strip_prefix('.') {
+        Some(fraction) => {
+            let offset = fraction.trim_start_matches(|c: char| c.is_ascii_digit());
+            // Nanoseconds are as fine as time gets here.
+            if !(1..=9).contains(&(fraction.len() - offset.len())) {
+                return false;
+            }
+            offset
+        }
+        None => tail,
+    };
+    fits(head, "0000-00-00T00:00:00") && (offset == "Z" || fits(offset, "+00:00") || fits(offset, "-00:00"))
+}
+
+impl<'de> Deserialize<'de> for Size {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Read;
+        impl Visitor<'_> for Read {
+            type Value = Size;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a size like `1KiB`")
+            }
+
+            fn visit_u64<E: de::Error>(self, bytes: u64) -> Result<Size, E> {
+                Ok(Size(bytes))
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Size, E> {
+                Size::parse(text).map(Size).ok_or_else(|| {
+                    let hint = "write a whole number of bytes, or one with KiB or MiB, like `1KiB`";
+                    E::custom(Fault::new(format!("`{text}` is not a size"), hint))
+                })
+            }
+        }
+        deserializer.deserialize_any(Read)
+    }
+}
+
+impl JsonSchema for Size {
+    fn inline_schema() -> bool {
+        true
+    }
+
+    fn schema_name() -> Cow<'static, str> {
+        "FaultSize".into()
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({
+            "anyOf": [
+                { "type": "integer", "minimum": 0 },
+                { "type": "string", "pattern": "^[0-9]+(KiB|MiB)?$" },
+            ],
+            "examples": ["1KiB", 1024],
+        })
+    }
+}
+
+impl<'de> Deserialize<'de> for Share {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Read;
+        impl Visitor<'_> for Read {
+            type Value = Share;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a number above 0 and up to 1")
+            }
+
+            fn visit_f64<E: de::Error>(self, share: f64) -> Result<Share, E> {
+                Share::new(share).ok_or_else(|| {
+                    let hint = "write a number above 0 and up to 1, like 0.01 for one in a hundred";
+                    E::custom(Fault::new(format!("{share} is out of range"), hint))
+                })
+            }
+
+            fn visit_u64<E: de::Error>(self, whole: u64) -> Result<Share, E> {
+                // Only 1 is in range; the exact value of others does not matter.
+                self.visit_f64(f64::from(u16::try_from(whole).unwrap_or(u16::MAX)))
+            }
+        }
+        deserializer.deserialize_any(Read)
+    }
+}
+
+impl JsonSchema for Share {
+    fn inline_schema() -> bool {
+        true
+    }
+
+    fn schema_name() -> Cow<'static, str> {
+        "Share".into()
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({ "type": "number", "exclusiveMinimum": 0, "maximum": 1 })
+    }
+}
+
+impl<'de> Deserialize<'de> for Status {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Read;
+        impl Visitor<'_> for Read {
+            type Value = Status;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an HTTP status from 200 to 599")
+            }
+
+            fn visit_u64<E: de::Error>(self, number: u64) -> Result<Status, E> {
+                let known = u16::try_from(number).ok().filter(|number| (200..=599).contains(number));
+                known.and_then(|number| http::StatusCode::from_u16(number).ok()).map(Status).ok_or_else(|| {
+                    E::custom(Fault::new(format!("{number} is out of range"), "write a final HTTP status, 200 to 599"))
+                })
+            }
+        }
+        deserializer.deserialize_any(Read)
+    }
+}
+
+impl JsonSchema for Status {
+    fn inline_schema() -> bool {
+        true
+    }
+
+    fn schema_name() -> Cow<'static, str> {
+        "FaultStatus".into()
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({ "type": "integer", "minimum": 200, "maximum": 599 })
+    }
+}
+
+impl<'de> Deserialize<'de> for GrpcCode {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Read;
+        impl Visitor<'_> for Read {
+            type Value = GrpcCode;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("the name of a gRPC status, like `unavailable`")
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<GrpcCode, E> {
+                GrpcCode::parse(text).map_err(E::custom)
+            }
+
+            fn visit_u64<E: de::Error>(self, number: u64) -> Result<GrpcCode, E> {
+                let name = usize::try_from(number).ok().and_then(|number| GrpcCode::NAMES.get(number));
+                let hint = name.map_or_else(|| "write its name, like `unavailable`".into(), |n| format!("write `{n}`"));
+                Err(E::custom(Fault::new(format!("a gRPC status is written by its name, not as {number}"), hint)))
+            }
+        }
+        deserializer.deserialize_any(Read)
+    }
+}
+
+impl JsonSchema for GrpcCode {
+    fn inline_schema() -> bool {
+        true
+    }
+
+    fn schema_name() -> Cow<'static, str> {
+        "GrpcCode".into()
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({ "type": "string", "enum": GrpcCode::NAMES })
+    }
+}
+
+impl<'de> Deserialize<'de> for Until {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Read;
+        impl Visitor<'_> for Read {
+            type Value = Until;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a point in time like `2026-12-01T00:00:00Z`")
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Until, E> {
+                Until::parse(text).map_err(E::custom)
+            }
+
+            fn visit_u64<E: de::Error>(self, number: u64) -> Result<Until, E> {
+                self.visit_str(&number.to_string())
+            }
+        }
+        deserializer.deserialize_any(Read)
+    }
+}
+
+impl JsonSchema for Until {
+    fn inline_schema() -> bool {
+        true
+    }
+
+    fn schema_name() -> Cow<'static, str> {
+        "Until".into()
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({
+            "type": "string",
+            "pattern": "^[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt][0-9]{2}:[0-9]{2}:[0-9]{2}([.][0-9]{1,9})?([Zz]|[+-][0-9]{2}:[0-9]{2})$",
+            "examples": ["2026-12-01T00:00:00Z", "2026-12-01T00:00:00+01:00"],
+        })
+    }
+}

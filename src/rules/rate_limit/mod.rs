@@ -1,0 +1,287 @@
+//! Rate limit: how many calls a time a route takes, from all, from each caller, or for each value of a header.
+//!
+//! The shape, the check and the checked values; `limiter` keeps the state. A route's limit replaces that of its
+//! destination as a whole, because half of one and half of another is a limit that nobody wrote. Without one, none holds.
+
+mod limiter;
+
+use std::borrow::Cow;
+use std::fmt;
+use std::net::IpAddr;
+use std::time::Duration;
+
+use http::header::HeaderName;
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
+use serde::Deserialize;
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{self, Deserializer, MapAccess, Visitor};
+
+pub use self::limiter::{Key, MOST_KEYS, RateLimiter, Refused};
+use super::duration::{self, Span};
+use super::limits::Count;
+use crate::problems::{At, Fault, Set, near_miss};
+
+/// A burst must come back within this time: then no sum of times overflows.
+const LONGEST: Duration = Duration::from_secs(365 * 24 * 3600);
+
+/// Time is counted in whole nanoseconds. From this distance between calls on, rounding takes less than a thousandth.
+const SHORTEST: Duration = Duration::from_micros(1);
+
+const FIELDS: &[&str] = &["requests", "per", "burst", "by"];
+
+/// `rateLimit:` of a destination or of a route.
+#[derive(Debug, Clone, PartialEq)]
+pub enum RateLimitSpec {
+    /// The word `off`: no limit here, whatever the destination says.
+    Off,
+    /// A limit.
+    Limit(RateLimitFields),
+}
+
+/// A rate limit that is not off.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize, JsonSchema)]
+#[serde(
+    default,
+    deny_unknown_fields,
+    rename_all = "camelCase",
+    expecting = "a mapping with requests, per, burst and by"
+)]
+#[schemars(extend("required" = ["requests"]))]
+pub struct RateLimitFields {
+    /// Calls in each `per`, evenly spaced once the burst is used up. Required.
+    pub requests: Option<Count<1>>,
+    /// Default 1s.
+    pub per: Option<Span>,
+    /// Calls that may come at once after a pause. Default: as many as `requests`.
+    pub burst: Option<Count<1>>,
+    /// What is counted together: all calls of the `route`, those of one `caller` (its address), or those with one value
+    /// of a header, as in `header:x-api-key`. Default route.
+    pub by: Option<By>,
+}
+
+/// The rate limit of a route.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct RateLimit {
+    /// Calls in each `per`; at least 1, and at most one a microsecond.
+    pub requests: Set<u32>,
+    /// In which time.
+    pub per: Set<Duration>,
+    /// Calls that may come at once; at least 1, and back within a year.
+    pub burst: Set<u32>,
+    /// What is counted together.
+    pub by: Set<By>,
+}
+
+/// What is counted together. Shows as in a policy.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum By {
+    /// All calls of the route.
+    Route,
+    /// The calls of one address.
+    Caller,
+    /// The calls with one value of this header; those without it together.
+    Header(HeaderName),
+}
+
+impl RateLimit {
+    /// What holds where no policy says otherwise: no limit.
+    pub const fn built_in() -> Set<Option<Self>> {
+        Set::built_in(None)
+    }
+}
+
+impl RateLimitSpec {
+    /// The limit, or None for `off`, with the line of the entry. It stands in the place of the layer below as a whole.
+    ///
+    /// Reports a missing `requests`, and numbers that cannot be kept exactly.
+    pub fn check(&self, at: &At<'_>) -> Set<Option<RateLimit>> {
+        match self {
+            Self::Off => at.set(None),
+            Self::Limit(spec) => at.set(spec.check(at)),
+        }
+    }
+}
+
+impl RateLimitFields {
+    fn check(&self, at: &At<'_>) -> Option<RateLimit> {
+        let Some(requests) = self.requests else {
+            at.missing("requests", "write how many calls are let through in each `per`, like `requests: 100`");
+            return None;
+        };
+        let requests = at.key("requests").set(requests.0);
+        let limit = RateLimit {
+            per: self.per.map_or(Set::built_in(Duration::from_secs(1)), |span| at.key("per").set(span.0)),
+            // A default that follows from `requests` comes from its line.
+            burst: self.burst.map_or_else(|| requests.clone(), |n| at.key("burst").set(n.0)),
+            by: self.by.clone().map_or(Set::built_in(By::Route), |by| at.key("by").set(by)),
+            requests,
+        };
+        report_too_fast(&limit, at);
+        report_too_slow(&limit, self.burst.is_some(), at);
+        Some(limit)
+    }
+}
+
+fn report_too_fast(limit: &RateLimit, at: &At<'_>) {
+    let (requests, per) = (limit.requests.value, limit.per.value);
+    if per < SHORTEST * requests {
+        let most = per.as_micros();
+        at.key("requests").report(
+            format!("{requests} calls in {} is more than one a microsecond", duration::format(per)),
+            format!("at most {most} here, or a longer `per`"),
+        );
+    }
+}
+
+fn report_too_slow(limit: &RateLimit, has_burst: bool, at: &At<'_>) {
+    let (requests, burst, per) = (limit.requests.value, limit.burst.value, limit.per.value);
+    let most = LONGEST.as_nanos() * u128::from(requests) / per.as_nanos().max(1);
+    if u128::from(burst) <= most {
+        return;
+    }
+    let message = format!("a burst of {burst} comes back only after more than a year");
+    if has_burst && most > 0 {
+        at.key("burst").report(message, format!("at most {most} here, or a shorter `per`"));
+    } else {
+        at.key("per").report(message, format!("write a shorter `per` than {}", duration::format(per)));
+    }
+}
+
+impl By {
+    /// Reads `route`, `caller` or `header:NAME`.
+    ///
+    /// # Errors
+    /// Anything else, with a hint that names what to write.
+    pub fn parse(text: &str) -> Result<Self, Fault> {
+        match text {
+            "route" => return Ok(Self::Route),
+            "caller" => return Ok(Self::Caller),
+            _ => {}
+        }
+        let refuse = |hint: String| Err(Fault::new(format!("`{text}` is nothing that calls are counted by"), hint));
+        let Some((word, name)) = text.split_once(':') else {
+            return refuse(match near_miss(text, ["route", "caller", "header"]) {
+                Some("header") => "name the header, like `header:x-api-key`".into(),
+                Some(near) => format!("did you mean `{near}`?"),
+                None if HeaderName::from_bytes(text.as_bytes()).is_ok() && text.contains('-') => {
+                    format!("write `header:{text}`")
+                }
+                None => "write `route`, `caller`, or a header like `header:x-api-key`".into(),
+            });
+        };
+        match HeaderName::from_bytes(name.trim().as_bytes()) {
+            Ok(field) if word == "header" && name.trim() == name => Ok(Self::Header(field)),
+            Ok(field) => refuse(format!("write `header:{field}`")),
+            Err(_) => refuse("write a header's name after the colon, like `header:x-api-key`".into()),
+        }
+    }
+
+    /// What a call is counted as. A caller's address is that of its connection, not one that it claims.
+    pub fn key<'a>(&self, caller: IpAddr, header: impl FnOnce(&HeaderName) -> Option<&'a [u8]>) -> Key<'a> {
+        match self {
+            Self::Route => Key::Route,
+            Self::Caller => Key::Address(caller.to_canonical()),
+            Self::Header(name) => Key::Header(header(name)),
+        }
+    }
+}
+
+impl fmt::Display for By {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Route => f.write_str("route"),
+            Self::Caller => f.write_str("caller"),
+            Self::Header(name) => write!(f, "header:{name}"),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for RateLimitSpec {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Read;
+        impl<'de> Visitor<'de> for Read {
+            type Value = RateLimitSpec;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("`off`, or a mapping with requests, per, burst and by")
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<RateLimitSpec, E> {
+                if text == "off" {
+                    return Ok(RateLimitSpec::Off);
+                }
+                let hint = "write `off`, or a mapping like `{ requests: 100, per: 1s }`";
+                Err(E::custom(Fault::new(format!("`{text}` is no rate limit"), hint)))
+            }
+
+            fn visit_bool<E: de::Error>(self, flag: bool) -> Result<RateLimitSpec, E> {
+                let hint = if flag { "write a mapping like `{ requests: 100, per: 1s }`" } else { "write `off`" };
+                Err(E::custom(Fault::new(format!("`{flag}` is no rate limit"), hint)))
+            }
+
+            fn visit_u64<E: de::Error>(self, number: u64) -> Result<RateLimitSpec, E> {
+                let hint = format!("write `{{ requests: {number}, per: 1s }}`");
+                Err(E::custom(Fault::new(format!("`{number}` is no rate limit"), hint)))
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<RateLimitSpec, A::Error> {
+                RateLimitFields::deserialize(MapAccessDeserializer::new(map)).map(RateLimitSpec::Limit)
+            }
+        }
+        // As a struct, so that a reader that reports all unknown fields at once can do so.
+        deserializer.deserialize_struct("RateLimitFields", FIELDS, Read)
+    }
+}
+
+impl JsonSchema for RateLimitSpec {
+    fn schema_name() -> Cow<'static, str> {
+        "RateLimitSpec".into()
+    }
+
+    fn json_schema(generator: &mut SchemaGenerator) -> Schema {
+        let limit = generator.subschema_for::<RateLimitFields>();
+        json_schema!({
+            "description": "How many calls a time; `off` for no limit.",
+            "anyOf": [{ "const": "off" }, limit],
+        })
+    }
+}
+
+impl<'de> Deserialize<'de> for By {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Read;
+        impl Visitor<'_> for Read {
+            type Value = By;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("`route`, `caller`, or a header like `header:x-api-key`")
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<By, E> {
+                By::parse(text).map_err(E::custom)
+            }
+        }
+        deserializer.deserialize_any(Read)
+    }
+}
+
+impl JsonSchema for By {
+    fn inline_schema() -> bool {
+        true
+    }
+
+    fn schema_name() -> Cow<'static, str> {
+        "RateLimitBy".into()
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({
+            "type": "string",
+            "pattern": "^(route|caller|header:[!#$%&'*+.^_`|~0-9A-Za-z-]+)$",
+            "examples": ["route", "caller", "header:x-api-key"],
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests;

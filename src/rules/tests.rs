@@ -1,0 +1,58 @@
+//! A document for the tests of the rules: what is written in it is found, and everything stands in its first line.
+
+use std::cell::RefCell;
+
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+use crate::problems::{At, Found, Place, Problem, Problems, Spot};
+
+/// Reads a spec from YAML and checks it. Gives the result, and each problem as `path: message | hint`.
+pub(super) fn checked<S: DeserializeOwned, T>(yaml: &str, check: impl FnOnce(&S, &At<'_>) -> T) -> (T, Vec<String>) {
+    let spec: S = serde_yaml::from_str(yaml).unwrap_or_else(|error| panic!("{yaml}: {error}"));
+    let value: Value = serde_yaml::from_str(yaml).unwrap();
+    let (file, node, problems) = ("p.yaml".into(), Node::of(&value), RefCell::new(Problems::default()));
+    let result = check(&spec, &At::root(&file, &node, &problems));
+    let shown = |p: &Problem| format!("{}: {} | {}", p.path, p.message, p.hint.as_deref().unwrap_or_default());
+    let problems = problems.borrow().iter().map(shown).collect();
+    (result, problems)
+}
+
+#[derive(Debug)]
+struct Node {
+    place: Place,
+    entries: Vec<(String, Node)>,
+    items: Vec<Node>,
+}
+
+impl Node {
+    fn of(value: &Value) -> Self {
+        let entries = value.as_object().into_iter().flatten().map(|(key, value)| (key.clone(), Self::of(value)));
+        let items = value.as_array().into_iter().flatten().map(Self::of);
+        let place = Place { span: 0..1, line: 1, column: 1 };
+        Self { place, entries: entries.collect(), items: items.collect() }
+    }
+}
+
+impl Spot for Node {
+    fn entry(&self, key: &str) -> Option<Found<'_>> {
+        let (_, spot) = self.entries.iter().find(|(name, _)| name == key)?;
+        Some(Found { key: Some(&self.place), index: 0, spot })
+    }
+
+    fn item(&self, index: usize) -> Option<Found<'_>> {
+        self.items.get(index).map(|spot| Found { key: None, index, spot })
+    }
+
+    fn size(&self) -> usize {
+        self.entries.len() + self.items.len()
+    }
+
+    fn place(&self) -> &Place {
+        &self.place
+    }
+
+    fn is_scalar(&self) -> bool {
+        self.size() == 0
+    }
+}
