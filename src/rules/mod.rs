@@ -2,7 +2,11 @@
 //!
 //! A rule knows plain values and the `now` it is given: no socket, no HTTP server, no clock, no metric.
 
+pub mod breaker;
+pub mod circuit_breaker;
 pub mod duration;
+pub mod ejection;
 pub mod gate;
 pub mod limits;
+pub mod switch;
 pub mod timeouts;
