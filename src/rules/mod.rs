@@ -2,8 +2,11 @@
 //!
 //! A rule knows plain values and the `now` it is given: no socket, no HTTP server, no clock, no metric.
 
+pub mod breaker;
+pub mod circuit_breaker;
 pub mod deadline;
 pub mod duration;
+pub mod ejection;
 pub mod faults;
 pub mod gate;
 pub mod joined;
@@ -12,6 +15,7 @@ pub mod mark;
 pub mod mode;
 pub mod rate_limit;
 pub mod spent;
+pub mod switch;
 pub mod timeouts;
 pub mod trace;
 

@@ -1,0 +1,380 @@
+//! The state machine behind `circuitBreaker` and `ejection`: closed, open, half-open, and what leads from one to the next.
+//!
+//! One breaker for all workers; it lives through reloads. What the policy says comes along with each call, so changed
+//! values hold at once and nothing is forgotten. Invariants:
+//! - only calls let in by the closed period that still lasts count towards opening it; whatever ends later decides nothing;
+//! - only probes of the half-open period that still lasts end it; a probe that is dropped gives its place back;
+//! - each change of state is handed out exactly once, to whoever caused it.
+//!
+//! While closed, letting a call in is one atomic load and a success a few relaxed ones. Refusing takes no lock either;
+//! probes and changes of state do. It reads no clock and draws no random number: callers bring both.
+
+mod change;
+mod window;
+
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Acquire, Ordering::Relaxed, Ordering::Release};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+pub use self::change::{Cause, Change, State};
+use self::window::Window;
+
+/// In [`Breaker::word`]: closed, and the rest of the word is the number of the period. Without it the word is the moment
+/// from which on a probe may be let through, in nanoseconds since the breaker was made.
+const CLOSED: u64 = 1 << 63;
+
+/// What a breaker goes by; plain values of the policy.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Thresholds {
+    /// So many failures one after the other open it; at least 1.
+    pub consecutive_failures: u32,
+    /// The share of failures that opens it; None where only failures in a row count.
+    pub rate: Option<Rate>,
+    /// The longest that the first opening lasts.
+    pub open_for: Duration,
+    /// The longest that any opening lasts.
+    pub open_for_max: Duration,
+    /// Probes under way at once; at least 1.
+    pub probes: u32,
+}
+
+/// A share of failures over a while.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Rate {
+    /// Above 0, up to 1.
+    pub share: f64,
+    /// How long the while is; it slides.
+    pub window: Duration,
+    /// With fewer calls the share says nothing.
+    pub min_requests: u32,
+}
+
+/// How a call ended, as far as a breaker cares. What ended neither way is not recorded at all.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// The callee answered as it should.
+    Success,
+    /// The callee failed.
+    Failure,
+}
+
+/// The answer to a call that asks to be let through.
+#[derive(Debug)]
+pub enum Admission {
+    /// Go on, and record how it ends.
+    Pass(Pass),
+    /// Go on, as one of the few that decide whether the breaker closes.
+    Probe {
+        /// The place among the probes.
+        probe: Probe,
+        /// The change to half-open, if this call caused it.
+        change: Option<Change>,
+    },
+    /// Do not go on.
+    Refuse {
+        /// When it is worth asking again.
+        retry_after: Duration,
+    },
+}
+
+/// The right to count: the closed period in which a call was let through.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Pass(u64);
+
+/// A place among the probes; dropping it without a result gives it back.
+#[derive(Debug)]
+pub struct Probe {
+    breaker: Arc<Breaker>,
+    period: u64,
+}
+
+/// A breaker.
+#[derive(Debug)]
+pub struct Breaker {
+    /// What admission needs of `inner`; see [`CLOSED`]. Written under the lock only.
+    word: AtomicU64,
+    consecutive: AtomicU32,
+    born: Instant,
+    inner: Mutex<Inner>,
+    window: Window,
+}
+
+#[derive(Debug)]
+struct Inner {
+    state: State,
+    /// Counts the changes of state.
+    period: u64,
+    /// When the state began, in nanoseconds since the breaker was made.
+    since: u64,
+    /// Until when it is open, likewise.
+    until: u64,
+    /// Openings in a row.
+    openings: u32,
+    /// Probes under way.
+    probes: u32,
+}
+
+impl Breaker {
+    /// A closed breaker.
+    pub fn new(now: Instant) -> Arc<Self> {
+        let inner = Inner { state: State::Closed, period: 0, since: 0, until: 0, openings: 0, probes: 0 };
+        Arc::new(Self {
+            word: AtomicU64::new(CLOSED),
+            consecutive: AtomicU32::new(0),
+            born: now,
+            inner: Mutex::new(inner),
+            window: Window::default(),
+        })
+    }
+
+    /// Lets a call through, as one of many or as a probe, or refuses it.
+    pub fn admit(self: &Arc<Self>, thresholds: &Thresholds, now: Instant) -> Admission {
+        let word = self.word.load(Acquire);
+        if word & CLOSED != 0 {
+            return Admission::Pass(Pass(word));
+        }
+        let tick = self.tick(now);
+        match word.checked_sub(tick).map(Duration::from_nanos) {
+            // Longer than the longest: the policy has become shorter since.
+            Some(retry_after) if !retry_after.is_zero() && retry_after <= thresholds.open_for_max => {
+                Admission::Refuse { retry_after }
+            }
+            _ => self.admit_shut(thresholds, now),
+        }
+    }
+
+    /// Counts how a call that was let through has ended. A share of failures is judged when a failure comes in.
+    ///
+    /// `random` is from 0 to 1 and decides how long it opens, if it does.
+    pub fn record(
+        &self,
+        pass: Pass,
+        thresholds: &Thresholds,
+        outcome: Outcome,
+        now: Instant,
+        random: f64,
+    ) -> Option<Change> {
+        let cause = self.note(pass, thresholds, outcome, now)?;
+        self.open(pass, cause, thresholds, now, random)
+    }
+
+    /// What it does with calls now. An open time that is over counts as half-open, before the first probe as well.
+    pub fn state(&self, now: Instant) -> State {
+        let inner = self.lock();
+        if inner.state == State::Open && inner.until <= self.tick(now) { State::HalfOpen } else { inner.state }
+    }
+
+    /// Whether a call would be refused now; one atomic load.
+    pub fn is_shut(&self, now: Instant) -> bool {
+        let word = self.word.load(Acquire);
+        word & CLOSED == 0 && self.tick(now) < word
+    }
+
+    /// Whether a call would be let through as a probe now; one atomic load.
+    pub fn is_due(&self, now: Instant) -> bool {
+        let word = self.word.load(Acquire);
+        word & CLOSED == 0 && self.tick(now) >= word
+    }
+
+    /// Whether it is closed; one atomic load.
+    pub fn is_closed(&self) -> bool {
+        self.word.load(Acquire) & CLOSED != 0
+    }
+
+    /// When it is worth asking again; None while it refuses nobody.
+    pub fn retry_after(&self, now: Instant) -> Option<Duration> {
+        let word = self.word.load(Acquire);
+        let wait = word.checked_sub(self.tick(now)).filter(|_| word & CLOSED == 0);
+        wait.filter(|wait| *wait > 0).map(Duration::from_nanos)
+    }
+
+    /// Failures one after the other so far.
+    pub fn consecutive(&self) -> u32 {
+        self.consecutive.load(Relaxed)
+    }
+
+    /// Counts a result, and says why the breaker has to open, if it has.
+    pub(super) fn note(&self, pass: Pass, thresholds: &Thresholds, outcome: Outcome, now: Instant) -> Option<Cause> {
+        if self.word.load(Acquire) != pass.0 {
+            return None;
+        }
+        let elapsed = now.saturating_duration_since(self.born);
+        if let Some(rate) = &thresholds.rate {
+            self.window.add(outcome == Outcome::Failure, elapsed, rate.window);
+        }
+        if outcome == Outcome::Success {
+            if self.consecutive.load(Relaxed) != 0 {
+                self.consecutive.store(0, Relaxed);
+            }
+            return None;
+        }
+        let consecutive = self.consecutive.fetch_add(1, Relaxed).saturating_add(1);
+        if consecutive >= thresholds.consecutive_failures {
+            return Some(Cause::ConsecutiveFailures);
+        }
+        let rate = thresholds.rate.as_ref()?;
+        let (requests, failures) = self.window.sum(elapsed, rate.window);
+        let is_reached = requests >= rate.min_requests && f64::from(failures) >= rate.share * f64::from(requests);
+        is_reached.then_some(Cause::FailureRate)
+    }
+
+    /// Opens it, unless somebody else was faster.
+    pub(super) fn open(
+        &self,
+        pass: Pass,
+        cause: Cause,
+        thresholds: &Thresholds,
+        now: Instant,
+        random: f64,
+    ) -> Option<Change> {
+        let mut inner = self.lock();
+        if self.word.load(Acquire) != pass.0 {
+            return None;
+        }
+        // It has been well for so long that what was before is another story.
+        if self.tick(now).saturating_sub(inner.since) >= nanos(thresholds.open_for_max) {
+            inner.openings = 0;
+        }
+        Some(self.shut(&mut inner, cause, thresholds, now, random))
+    }
+
+    /// Closes it, whatever it was; None if it was closed.
+    pub(super) fn close(&self, cause: Cause, now: Instant) -> Option<Change> {
+        let mut inner = self.lock();
+        (inner.state != State::Closed).then(|| self.let_in(&mut inner, cause, None, now))
+    }
+
+    fn admit_shut(self: &Arc<Self>, thresholds: &Thresholds, now: Instant) -> Admission {
+        let tick = self.tick(now);
+        let mut inner = self.lock();
+        let mut change = None;
+        match inner.state {
+            State::Closed => return Admission::Pass(Pass(CLOSED | inner.period)),
+            State::Open => {
+                inner.until = inner.until.min(inner.since.saturating_add(nanos(thresholds.open_for_max)));
+                if let Some(wait) = inner.until.checked_sub(tick).filter(|wait| *wait > 0) {
+                    self.word.store(inner.until, Release);
+                    return Admission::Refuse { retry_after: Duration::from_nanos(wait) };
+                }
+                change =
+                    Some(self.turn(&mut inner, State::HalfOpen, Cause::OpenTimeOver, thresholds.rate.as_ref(), now));
+                self.word.store(0, Release);
+            }
+            State::HalfOpen => {}
+        }
+        let spacing = thresholds.open_for / 4;
+        // Between the look at the word and the lock, somebody else may have taken the turn.
+        if let Some(wait) = self.word.load(Acquire).checked_sub(tick).filter(|wait| *wait > 0) {
+            return Admission::Refuse { retry_after: Duration::from_nanos(wait) };
+        }
+        self.word.store(later(tick, spacing), Release);
+        if inner.probes >= thresholds.probes {
+            return Admission::Refuse { retry_after: spacing };
+        }
+        inner.probes += 1;
+        Admission::Probe { probe: Probe { breaker: Arc::clone(self), period: inner.period }, change }
+    }
+
+    /// A probe has ended. Only the first that ends decides; the period of the others is over then.
+    fn settle(
+        &self,
+        period: u64,
+        thresholds: &Thresholds,
+        outcome: Outcome,
+        now: Instant,
+        random: f64,
+    ) -> Option<Change> {
+        let mut inner = self.lock();
+        if inner.period != period {
+            return None;
+        }
+        Some(match outcome {
+            Outcome::Success => self.let_in(&mut inner, Cause::ProbeSucceeded, thresholds.rate.as_ref(), now),
+            Outcome::Failure => {
+                self.consecutive.fetch_add(1, Relaxed);
+                self.shut(&mut inner, Cause::ProbeFailed, thresholds, now, random)
+            }
+        })
+    }
+
+    /// A probe has ended without a result. Once none is under way, the next need not wait.
+    fn release(&self, period: u64) {
+        let mut inner = self.lock();
+        if inner.period != period {
+            return;
+        }
+        inner.probes = inner.probes.saturating_sub(1);
+        if inner.probes == 0 {
+            self.word.store(0, Release);
+        }
+    }
+
+    fn shut(&self, inner: &mut Inner, cause: Cause, thresholds: &Thresholds, now: Instant, random: f64) -> Change {
+        inner.openings = inner.openings.saturating_add(1);
+        // Written so that a number that is none is 0.
+        let share = if random > 0.0 { random.min(1.0) } else { 0.0 };
+        let doubled = thresholds.open_for.saturating_mul(1 << (inner.openings - 1).min(30));
+        let open_for = doubled.min(thresholds.open_for_max).mul_f64(0.5 + share / 2.0);
+        let change = self.turn(inner, State::Open, cause, thresholds.rate.as_ref(), now);
+        inner.until = later(inner.since, open_for);
+        self.word.store(inner.until, Release);
+        Change { open_for: Some(open_for), ..change }
+    }
+
+    fn let_in(&self, inner: &mut Inner, cause: Cause, rate: Option<&Rate>, now: Instant) -> Change {
+        let change = self.turn(inner, State::Closed, cause, rate, now);
+        self.consecutive.store(0, Relaxed);
+        self.window.clear();
+        // Last, so that whoever sees the new period counts from nothing.
+        self.word.store(CLOSED | inner.period, Release);
+        change
+    }
+
+    fn turn(&self, inner: &mut Inner, to: State, cause: Cause, rate: Option<&Rate>, now: Instant) -> Change {
+        let from = inner.state;
+        (inner.state, inner.since, inner.probes) = (to, self.tick(now), 0);
+        inner.period += 1;
+        let elapsed = now.saturating_duration_since(self.born);
+        let (requests, failures) = rate.map_or((0, 0), |rate| self.window.sum(elapsed, rate.window));
+        Change { from, to, cause, consecutive: self.consecutive(), failures, requests, open_for: None }
+    }
+
+    fn tick(&self, now: Instant) -> u64 {
+        nanos(now.saturating_duration_since(self.born))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        // Each critical section leaves plain numbers behind, whatever happens.
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Probe {
+    /// Says how the probe has ended: a success closes the breaker, a failure opens it again, for longer.
+    ///
+    /// None if another probe has decided already. `random` is from 0 to 1.
+    pub fn record(self, thresholds: &Thresholds, outcome: Outcome, now: Instant, random: f64) -> Option<Change> {
+        self.breaker.settle(self.period, thresholds, outcome, now, random)
+    }
+}
+
+impl Drop for Probe {
+    /// After a result this does nothing: the period is over then.
+    fn drop(&mut self) {
+        self.breaker.release(self.period);
+    }
+}
+
+/// Never reaches [`CLOSED`]: nobody runs for the 292 years that this takes.
+fn later(tick: u64, duration: Duration) -> u64 {
+    tick.saturating_add(nanos(duration)).min(CLOSED - 1)
+}
+
+fn nanos(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX).min(CLOSED - 1)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,347 @@
+//! The circuit breaker of a destination: when it opens, for how long, and how it is tried again.
+//!
+//! The shape, the check and the checked value; the state machine is a file of its own, shared with `ejection`.
+
+use std::borrow::Cow;
+use std::fmt;
+use std::hash::{Hash, Hasher};
+use std::time::Duration;
+
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
+use serde::Deserialize;
+use serde::de::{self, Deserializer, Visitor};
+
+use super::breaker::{Rate, Thresholds};
+use super::duration::{self, Span};
+use super::limits::Count;
+use super::switch::{Keys, Switch};
+use crate::problems::{At, Fault, Origin, Set};
+
+/// `circuitBreaker:` of `defaults` or of a destination, where it is not `off`.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase", expecting = "a mapping of breaker values")]
+pub struct CircuitBreakerSpec {
+    /// So many failures one after the other open it. Default 5.
+    pub consecutive_failures: Option<Count<1>>,
+    /// The share of failures among the calls of the window that opens it. Default 0.5.
+    pub failure_rate: Option<Ratio>,
+    /// The time over which the share is taken; it slides. Default 10s.
+    pub window: Option<Span>,
+    /// With fewer calls in the window the share says nothing. Default 20.
+    pub min_requests: Option<Count<1>>,
+    /// How long it stays open the first time; half to the whole of it, by chance. Default 250ms.
+    pub open_for: Option<Span>,
+    /// The longest time open: each opening in a row doubles the one before, up to this. Default 1s.
+    pub open_for_max: Option<Span>,
+    /// Calls let through at once to find out whether the destination is back. Default 3.
+    pub probes: Option<Count<1>>,
+}
+
+impl Keys for CircuitBreakerSpec {
+    const KEYS: &'static [&'static str] =
+        &["consecutiveFailures", "failureRate", "window", "minRequests", "openFor", "openForMax", "probes"];
+}
+
+/// The circuit breaker of a destination.
+#[derive(Debug, Clone, PartialEq)]
+pub struct CircuitBreaker {
+    /// Whether there is one at all.
+    pub on: Set<bool>,
+    /// So many failures one after the other open it; at least 1.
+    pub consecutive_failures: Set<u32>,
+    /// The share of failures that opens it; above 0, up to 1.
+    pub failure_rate: Set<f64>,
+    /// The time over which the share is taken.
+    pub window: Set<Duration>,
+    /// With fewer calls in the window the share says nothing; at least 1.
+    pub min_requests: Set<u32>,
+    /// The longest that the first opening lasts; never longer than `open_for_max`.
+    pub open_for: Set<Duration>,
+    /// The longest that any opening lasts.
+    pub open_for_max: Set<Duration>,
+    /// Calls let through at once while half-open; at least 1.
+    pub probes: Set<u32>,
+}
+
+impl Hash for CircuitBreaker {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        let Self { on, consecutive_failures, failure_rate, window, min_requests, open_for, open_for_max, probes } =
+            self;
+        (on, consecutive_failures, failure_rate.value.to_bits(), window).hash(state);
+        (min_requests, open_for, open_for_max, probes).hash(state);
+    }
+}
+
+impl CircuitBreaker {
+    /// What holds where no policy says otherwise.
+    pub const fn built_in() -> Self {
+        Self {
+            on: Set::built_in(true),
+            consecutive_failures: Set::built_in(5),
+            failure_rate: Set::built_in(0.5),
+            window: Set::built_in(Duration::from_secs(10)),
+            min_requests: Set::built_in(20),
+            open_for: Set::built_in(Duration::from_millis(250)),
+            open_for_max: Set::built_in(Duration::from_secs(1)),
+            probes: Set::built_in(3),
+        }
+    }
+
+    /// The values as the state machine takes them; None when it is off.
+    pub fn thresholds(&self) -> Option<Thresholds> {
+        self.on.value.then_some(Thresholds {
+            consecutive_failures: self.consecutive_failures.value,
+            rate: Some(Rate {
+                share: self.failure_rate.value,
+                window: self.window.value,
+                min_requests: self.min_requests.value,
+            }),
+            open_for: self.open_for.value,
+            open_for_max: self.open_for_max.value,
+            probes: self.probes.value,
+        })
+    }
+}
+
+impl Switch<CircuitBreakerSpec> {
+    /// Lays this layer over another. Reports a first opening that is longer than the longest.
+    pub fn check(&self, base: &CircuitBreaker, at: &At<'_>) -> CircuitBreaker {
+        let Self::On(spec) = self else {
+            return CircuitBreaker { on: at.set(false), ..base.clone() };
+        };
+        let count = |key: &str, spec: Option<Count<1>>, below: &Set<u32>| {
+            spec.map_or_else(|| below.clone(), |count| at.key(key).set(count.0))
+        };
+        let (open_for, open_for_max) =
+            check_open_times((spec.open_for, spec.open_for_max), (&base.open_for, &base.open_for_max), at);
+        CircuitBreaker {
+            on: at.set(true),
+            consecutive_failures: count("consecutiveFailures", spec.consecutive_failures, &base.consecutive_failures),
+            failure_rate: spec
+                .failure_rate
+                .map_or_else(|| base.failure_rate.clone(), |ratio| at.key("failureRate").set(ratio.0)),
+            window: spec.window.map_or_else(|| base.window.clone(), |span| at.key("window").set(span.0)),
+            min_requests: count("minRequests", spec.min_requests, &base.min_requests),
+            open_for,
+            open_for_max,
+            probes: count("probes", spec.probes, &base.probes),
+        }
+    }
+}
+
+/// `openFor` and `openForMax` of a layer over those of the layer below.
+///
+/// A built-in value gives way to one that was written, and stays built in: a layer above is not told about what nobody
+/// wrote. Two written ones that contradict each other
+/// are reported.
+pub(super) fn check_open_times(
+    (first, longest): (Option<Span>, Option<Span>),
+    below: (&Set<Duration>, &Set<Duration>),
+    at: &At<'_>,
+) -> (Set<Duration>, Set<Duration>) {
+    let mut open_for = first.map_or_else(|| below.0.clone(), |span| at.key("openFor").set(span.0));
+    let mut open_for_max = longest.map_or_else(|| below.1.clone(), |span| at.key("openForMax").set(span.0));
+    if open_for.value <= open_for_max.value {
+        return (open_for, open_for_max);
+    }
+    let (long, short) = (duration::format(open_for.value), duration::format(open_for_max.value));
+    if open_for_max.origin == Origin::BuiltIn {
+        open_for_max.value = open_for.value;
+    } else if open_for.origin == Origin::BuiltIn {
+        open_for.value = open_for_max.value;
+    } else if first.is_some() {
+        let message = format!("`openFor` {long} is longer than `openForMax` {short} ({})", open_for_max.origin);
+        at.key("openFor").report(message, format!("at most {short}, or a longer `openForMax`"));
+    } else if longest.is_some() {
+        let message = format!("`openForMax` {short} is shorter than `openFor` {long} ({})", open_for.origin);
+        at.key("openForMax").report(message, format!("at least {long}, or a shorter `openFor` here"));
+    }
+    (open_for, open_for_max)
+}
+
+/// A share in a document: more than 0, at most 1.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Ratio(pub f64);
+
+impl<'de> Deserialize<'de> for Ratio {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Read;
+        impl Visitor<'_> for Read {
+            type Value = Ratio;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a number above 0 and up to 1")
+            }
+
+            fn visit_f64<E: de::Error>(self, ratio: f64) -> Result<Ratio, E> {
+                if ratio > 0.0 && ratio <= 1.0 {
+                    return Ok(Ratio(ratio));
+                }
+                let hint = "write a number above 0 and up to 1, like 0.5 for every second";
+                Err(E::custom(Fault::new(format!("{ratio} is out of range"), hint)))
+            }
+
+            fn visit_u64<E: de::Error>(self, whole: u64) -> Result<Ratio, E> {
+                // Above one the exact value does not matter: it is refused.
+                self.visit_f64(f64::from(u16::try_from(whole).unwrap_or(u16::MAX)))
+            }
+        }
+        deserializer.deserialize_any(Read)
+    }
+}
+
+impl JsonSchema for Ratio {
+    fn inline_schema() -> bool {
+        true
+    }
+
+    fn schema_name() -> Cow<'static, str> {
+        "Ratio".into()
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({ "type": "number", "exclusiveMinimum": 0, "maximum": 1 })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::problems::{Found, Place, Problems, Spot};
+    use std::cell::RefCell;
+    use std::sync::Arc;
+
+    /// A mapping whose keys are all there, in line 7.
+    struct Anything(Place);
+
+    impl Spot for Anything {
+        fn entry(&self, _: &str) -> Option<Found<'_>> {
+            Some(Found { key: Some(&self.0), index: 0, spot: self })
+        }
+        fn item(&self, _: usize) -> Option<Found<'_>> {
+            None
+        }
+        fn size(&self) -> usize {
+            0
+        }
+        fn place(&self) -> &Place {
+            &self.0
+        }
+        fn is_scalar(&self) -> bool {
+            false
+        }
+    }
+
+    /// Offers what it has, as the reader of policies does; serde_json insists on a mapping where a struct is asked for.
+    struct Offer(serde_json::Value);
+
+    impl<'de> Deserializer<'de> for Offer {
+        type Error = serde_json::Error;
+
+        fn deserialize_any<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Self::Error> {
+            self.0.deserialize_any(visitor)
+        }
+
+        serde::forward_to_deserialize_any! {
+            bool i8 i16 i32 i64 u8 u16 u32 u64 f32 f64 char str string bytes byte_buf option unit unit_struct
+            newtype_struct seq tuple tuple_struct map struct enum identifier ignored_any
+        }
+    }
+
+    fn checked(json: serde_json::Value, base: &CircuitBreaker) -> (CircuitBreaker, Vec<String>) {
+        let spec: Switch<CircuitBreakerSpec> = Deserialize::deserialize(Offer(json)).unwrap();
+        let (file, spot) = (Arc::from("p.yaml"), Anything(Place { span: 0..1, line: 7, column: 1 }));
+        let problems = RefCell::new(Problems::default());
+        let breaker = spec.check(base, &At::root(&file, &spot, &problems));
+        let messages = problems.borrow().iter().map(|p| format!("{}: {} / {:?}", p.path, p.message, p.hint)).collect();
+        (breaker, messages)
+    }
+
+    #[test]
+    fn off_switches_it_off_and_a_mapping_above_switches_it_on_again() {
+        let base = CircuitBreaker::built_in();
+        let (off, problems) = checked(serde_json::json!("off"), &base);
+        assert!(problems.is_empty() && off.thresholds().is_none());
+        assert_eq!(off.on.origin.to_string(), "p.yaml:7");
+        let (on, _) = checked(serde_json::json!({}), &off);
+        assert_eq!(on, base);
+        let (on, _) = checked(serde_json::json!({ "probes": 1, "failureRate": 1 }), &off);
+        let thresholds = on.thresholds().unwrap();
+        assert_eq!((thresholds.probes, thresholds.consecutive_failures), (1, 5));
+        assert_eq!(thresholds.rate.unwrap().share, 1.0);
+    }
+
+    #[test]
+    fn false_is_what_some_tools_make_of_off() {
+        assert!(checked(serde_json::json!(false), &CircuitBreaker::built_in()).0.thresholds().is_none());
+    }
+
+    #[test]
+    fn anything_else_is_refused_with_what_to_write() {
+        for (json, wanted) in [
+            (serde_json::json!("on"), "`off`, or a mapping"),
+            (serde_json::json!(true), "`{}` switches it on"),
+            (serde_json::json!(3), "`off` or a mapping"),
+            (serde_json::json!({ "failureRate": 0 }), "above 0 and up to 1"),
+            (serde_json::json!({ "failureRate": 1.01 }), "above 0 and up to 1"),
+            (serde_json::json!({ "probes": 0 }), "whole number from 1"),
+            (serde_json::json!({ "openfor": "1s" }), "unknown field"),
+        ] {
+            let error = Switch::<CircuitBreakerSpec>::deserialize(Offer(json.clone())).unwrap_err().to_string();
+            assert!(error.contains(wanted), "{json}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_first_opening_longer_than_the_longest_is_reported_where_it_was_made_so() {
+        let base = CircuitBreaker::built_in();
+        let (both, problems) = checked(serde_json::json!({ "openFor": "2s", "openForMax": "1s" }), &base);
+        assert_eq!(problems.len(), 1, "{problems:?}");
+        assert!(problems[0].starts_with("openFor: `openFor` 2s is longer than `openForMax` 1s (p.yaml:7)"));
+        assert!(problems[0].contains("at most 1s"), "{problems:?}");
+        let (low, problems) = checked(serde_json::json!({ "openFor": "2s", "openForMax": "3s" }), &both);
+        assert!(problems.is_empty());
+        let (_, problems) = checked(serde_json::json!({ "openForMax": "1s" }), &low);
+        assert!(problems[0].starts_with("openForMax: `openForMax` 1s is shorter"), "{problems:?}");
+        // Said in the layer that made it so, not again in each layer above.
+        let (_, problems) = checked(serde_json::json!({ "probes": 2 }), &both);
+        assert!(problems.is_empty());
+    }
+
+    #[test]
+    fn a_built_in_open_time_gives_way_to_a_written_one() {
+        let base = CircuitBreaker::built_in();
+        let (long, problems) = checked(serde_json::json!({ "openFor": "5s" }), &base);
+        assert!(problems.is_empty());
+        assert_eq!(long.open_for_max.value, Duration::from_secs(5));
+        let (longer, problems) = checked(serde_json::json!({ "openFor": "9s" }), &long);
+        assert!(problems.is_empty());
+        assert_eq!(longer.open_for_max.value, Duration::from_secs(9));
+        let (short, problems) = checked(serde_json::json!({ "openForMax": "100ms" }), &base);
+        assert!(problems.is_empty());
+        assert_eq!(short.open_for.value, Duration::from_millis(100));
+    }
+
+    #[test]
+    fn the_list_of_keys_is_that_of_the_fields() {
+        let schema = schemars::schema_for!(CircuitBreakerSpec).to_value();
+        let mut fields: Vec<_> = schema["properties"].as_object().unwrap().keys().map(String::as_str).collect();
+        let mut keys = CircuitBreakerSpec::KEYS.to_vec();
+        fields.sort_unstable();
+        keys.sort_unstable();
+        assert_eq!(fields, keys);
+    }
+
+    #[test]
+    fn a_changed_rate_changes_the_hash() {
+        let hash = |breaker: &CircuitBreaker| {
+            let mut hasher = std::hash::DefaultHasher::new();
+            breaker.hash(&mut hasher);
+            hasher.finish()
+        };
+        let base = CircuitBreaker::built_in();
+        let (other, _) = checked(serde_json::json!({ "failureRate": 0.4 }), &base);
+        assert_ne!(hash(&base), hash(&other));
+        assert_eq!(hash(&base), hash(&checked(serde_json::json!({}), &base).0));
+    }
+}

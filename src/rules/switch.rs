@@ -1,0 +1,74 @@
+//! A rule that can be switched off: the word `off`, or a mapping of its fields.
+//!
+//! A mapping always means "on", also an empty one and also over a layer that says `off`. A reader of policies is asked
+//! for a struct, so that it names unknown keys, and has to offer whatever it finds there.
+
+use std::borrow::Cow;
+use std::fmt;
+use std::marker::PhantomData;
+
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{self, Deserialize, Deserializer, MapAccess, Visitor};
+
+use crate::problems::Fault;
+
+/// `off`, or a mapping.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Switch<T> {
+    /// The word `off`; `false` as well, because YAML 1.1 tools turn the word into that.
+    Off,
+    /// A mapping of fields.
+    On(T),
+}
+
+/// The keys of a mapping, so that a reader can name all unknown ones at once.
+pub trait Keys {
+    /// Each key as YAML writes it.
+    const KEYS: &'static [&'static str];
+}
+
+impl<'de, T: Deserialize<'de> + Keys> Deserialize<'de> for Switch<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Read<T>(PhantomData<T>);
+        impl<'de, T: Deserialize<'de>> Visitor<'de> for Read<T> {
+            type Value = Switch<T>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("`off` or a mapping")
+            }
+
+            fn visit_str<E: de::Error>(self, word: &str) -> Result<Switch<T>, E> {
+                if word == "off" { Ok(Switch::Off) } else { Err(E::custom(neither(word))) }
+            }
+
+            fn visit_bool<E: de::Error>(self, value: bool) -> Result<Switch<T>, E> {
+                if value { Err(E::custom(neither("true"))) } else { Ok(Switch::Off) }
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Switch<T>, A::Error> {
+                T::deserialize(MapAccessDeserializer::new(map)).map(Switch::On)
+            }
+        }
+        deserializer.deserialize_struct("", T::KEYS, Read(PhantomData))
+    }
+}
+
+fn neither(word: &str) -> Fault {
+    let message = format!("expected `off` or a mapping, found `{word}`");
+    Fault::new(message, "write `off`, or a mapping of what shall differ; `{}` switches it on as it is")
+}
+
+impl<T: JsonSchema> JsonSchema for Switch<T> {
+    fn inline_schema() -> bool {
+        true
+    }
+
+    fn schema_name() -> Cow<'static, str> {
+        format!("{}OrOff", T::schema_name()).into()
+    }
+
+    fn json_schema(generator: &mut SchemaGenerator) -> Schema {
+        json_schema!({ "anyOf": [{ "const": "off" }, generator.subschema_for::<T>()] })
+    }
+}
