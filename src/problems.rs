@@ -27,6 +27,8 @@ pub enum Origin {
         /// Counted from 1.
         line: u32,
     },
+    /// Said by a request; who, in words.
+    Request(&'static str),
 }
 
 impl fmt::Display for Origin {
@@ -34,6 +36,7 @@ impl fmt::Display for Origin {
         match self {
             Self::BuiltIn => f.write_str("built in"),
             Self::At { file, line } => write!(f, "{file}:{line}"),
+            Self::Request(who) => write!(f, "asked by {who}"),
         }
     }
 }

@@ -12,7 +12,13 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 
 use crate::problems::{Origin, Set};
+use crate::rules::circuit_breaker::CircuitBreaker;
+use crate::rules::ejection::Ejection;
+use crate::rules::faults::Faults;
 use crate::rules::limits::Limits;
+use crate::rules::mode::Modes;
+use crate::rules::rate_limit::RateLimit;
+use crate::rules::retry::Retry;
 use crate::rules::timeouts::Timeouts;
 use crate::upstream::spec::{Connections, Endpoint, Protocol, Tls};
 
@@ -26,6 +32,8 @@ pub struct Model {
     pub service: Option<String>,
     /// Which exchanges get a log line.
     pub access_log: AccessLog,
+    /// How strictly each rule is kept.
+    pub modes: Modes,
     /// In the order of the files.
     pub listeners: Vec<Listener>,
     /// In the order of the files.
@@ -154,6 +162,10 @@ pub struct Destination {
     pub tls: Option<Tls>,
     /// How many calls it gets at once.
     pub limits: Limits,
+    /// When it gets none for a while.
+    pub circuit_breaker: CircuitBreaker,
+    /// When one of its endpoints gets none for a while.
+    pub ejection: Ejection,
     /// Pooled connections to it.
     pub connections: Connections,
     /// In the order of the file; the last is the implicit one that matches all.
@@ -192,6 +204,12 @@ pub struct Route {
     pub matches: RouteMatch,
     /// How long these calls may take.
     pub timeouts: Timeouts,
+    /// Which failed calls are sent again.
+    pub retry: Retry,
+    /// How many calls it takes in which time.
+    pub rate_limit: Set<Option<RateLimit>>,
+    /// Failures on purpose.
+    pub faults: Faults,
     /// Lives by `idle` and `max_duration`, not by `request`, once the head of the answer is there.
     pub stream: bool,
     /// The line of its entry; built in for the implicit one.
@@ -258,6 +276,7 @@ impl Model {
     pub fn content_hash(&self) -> u64 {
         let mut state = Fnv(0xcbf2_9ce4_8422_2325);
         self.service.hash(&mut state);
+        self.modes.hash(&mut state);
         (self.access_log.mode, self.access_log.format, self.access_log.ratio.to_bits()).hash(&mut state);
         for l in &self.listeners {
             (&l.name, l.bind, l.target, l.direction, &l.tls).hash(&mut state);
@@ -265,8 +284,10 @@ impl Model {
         }
         for d in &self.destinations {
             (&d.name, &d.hosts, &d.endpoints, d.protocol, &d.tls, &d.limits, &d.connections).hash(&mut state);
+            (&d.circuit_breaker, &d.ejection).hash(&mut state);
             for r in &d.routes {
                 (&r.name, &r.matches, &r.timeouts, r.stream).hash(&mut state);
+                (&r.retry, &r.rate_limit, &r.faults).hash(&mut state);
             }
         }
         state.0

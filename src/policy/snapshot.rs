@@ -7,13 +7,17 @@ use std::collections::HashMap;
 use std::sync::{Arc, OnceLock};
 
 use jiff::Timestamp;
+use tokio::time::Instant;
 
 use crate::net::certificates::CertificateError;
 use crate::policy::index::{HostIndex, RouteIndex};
 use crate::policy::model::{self, Direction, Host, Listener, Model};
+use crate::rules::breaker::Thresholds;
 use crate::rules::gate::Gate;
+use crate::rules::mode::Modes;
+use crate::rules::rate_limit::RateLimiter;
 use crate::telemetry::{self, HopId, HopLabels, Hops};
-use crate::upstream::cluster::{Cluster, Identity};
+use crate::upstream::cluster::{Cluster, Health, Identity};
 use crate::upstream::spec::Endpoint;
 
 /// One policy, ready for use.
@@ -32,6 +36,8 @@ pub struct Snapshot {
     pub hosts: HostIndex,
     /// The checked policy itself, to be shown.
     pub model: Arc<Model>,
+    /// Whether there are callers on both sides of the app, so that an outbound call has an inbound request behind it.
+    pub ties: bool,
     unrouted: [HopId; 2],
 }
 
@@ -45,6 +51,16 @@ pub struct Destination {
     pub gate: Arc<Gate>,
     /// Which of its routes a request meets.
     pub index: RouteIndex,
+    /// What the circuit breaker goes by; `None` where it is off.
+    pub breaker: Option<Thresholds>,
+    /// What ejection goes by; `None` where it is off.
+    pub ejection: Option<Thresholds>,
+    /// Whether ejected endpoints get no calls.
+    pub ejects: bool,
+    /// The rate limiters of the routes that have a rate limit, by the routes' position.
+    pub limiters: Vec<Option<Arc<RateLimiter>>>,
+    /// Of its name: the same in every policy.
+    pub id: u64,
     hops: Vec<[OnceLock<HopId>; 2]>,
 }
 
@@ -68,7 +84,9 @@ impl Snapshot {
         let destinations = model
             .destinations
             .iter()
-            .map(|values| Destination::compile(values, before.get(values.name.as_str()).copied(), &mut follow))
+            .map(|values| {
+                Destination::compile(values, &model.modes, before.get(values.name.as_str()).copied(), &mut follow)
+            })
             .collect::<Result<_, _>>()?;
         let unrouted = [Direction::Inbound, Direction::Outbound]
             .map(|direction| hops.register(HopLabels::unrouted(Arc::clone(&service), label(direction))));
@@ -79,6 +97,7 @@ impl Snapshot {
             listeners: model.listeners.clone(),
             destinations,
             hosts: HostIndex::new(&model.destinations),
+            ties: has_both_sides(&model),
             model: Arc::new(model),
             unrouted,
         })
@@ -116,6 +135,7 @@ fn label(direction: Direction) -> telemetry::Direction {
 impl Destination {
     fn compile(
         values: &model::Destination,
+        modes: &Modes,
         before: Option<&Self>,
         follow: &mut impl FnMut(&Arc<Cluster>),
     ) -> Result<Self, CertificateError> {
@@ -123,7 +143,9 @@ impl Destination {
         let cluster = match before {
             Some(before) if before.cluster.identity == identity => Arc::clone(&before.cluster),
             _ => {
-                let cluster = Cluster::new(identity)?;
+                let now = Instant::now();
+                let health = before.map_or_else(|| Health::new(now), |before| before.cluster.health.clone());
+                let cluster = Cluster::new(identity, health)?;
                 follow(&cluster);
                 cluster
             }
@@ -132,10 +154,41 @@ impl Destination {
             cluster,
             gate: before.map_or_else(|| Gate::new(values.limits.in_flight.value), |before| Arc::clone(&before.gate)),
             index: RouteIndex::new(&values.routes),
+            breaker: values.circuit_breaker.thresholds().filter(|_| !modes.circuit_breaker.value.is_off()),
+            ejection: values.ejection.thresholds().filter(|_| !modes.ejection.value.is_off()),
+            ejects: values.ejection.on.value && modes.ejection.value.is_enforced(),
+            limiters: limiters(values, before),
+            id: name_id(&values.name),
             hops: values.routes.iter().map(|_| [OnceLock::new(), OnceLock::new()]).collect(),
             values: values.clone(),
         })
     }
+}
+
+/// One limiter for each route with a rate limit; one whose limit has not changed goes on counting.
+fn limiters(values: &model::Destination, before: Option<&Destination>) -> Vec<Option<Arc<RateLimiter>>> {
+    let known = |route: &model::Route| {
+        let before = before?;
+        let at = before.values.routes.iter().position(|other| other.name == route.name)?;
+        (before.values.routes[at].rate_limit == route.rate_limit).then(|| before.limiters[at].clone())?
+    };
+    let limiter = |route: &model::Route| {
+        route.rate_limit.value.as_ref()?;
+        Some(known(route).unwrap_or_else(|| Arc::new(RateLimiter::new(Instant::now()))))
+    };
+    values.routes.iter().map(limiter).collect()
+}
+
+fn has_both_sides(model: &Model) -> bool {
+    let is_there = |direction| model.listeners.iter().any(|listener| listener.direction == direction);
+    is_there(Direction::Inbound) && is_there(Direction::Outbound)
+}
+
+fn name_id(name: &str) -> u64 {
+    use std::hash::{Hash, Hasher};
+    let mut state = model::Fnv(0xcbf2_9ce4_8422_2325);
+    name.hash(&mut state);
+    state.finish()
 }
 
 fn identity(values: &model::Destination) -> Identity {

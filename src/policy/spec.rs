@@ -14,8 +14,15 @@ use serde::de::{self, Deserializer, Visitor};
 
 use super::model::{Direction, LogFormat, LogMode};
 use crate::problems::Fault;
+use crate::rules::circuit_breaker::CircuitBreakerSpec;
 use crate::rules::duration::Span;
+use crate::rules::ejection::EjectionSpec;
+use crate::rules::faults::FaultSpec;
 use crate::rules::limits::LimitsSpec;
+use crate::rules::mode::ModesSpec;
+use crate::rules::rate_limit::RateLimitSpec;
+use crate::rules::retry::RetrySpec;
+use crate::rules::switch::Switch;
 use crate::rules::timeouts::TimeoutsSpec;
 use crate::upstream::spec::{ConnectionsSpec, Endpoint, Protocol, TlsSpec};
 
@@ -49,6 +56,8 @@ pub struct PolicySpec {
     pub access_log: Option<AccessLogSpec>,
     /// Where calls come in.
     pub listeners: Option<Vec<ListenerSpec>>,
+    /// How strictly each rule is kept.
+    pub rules: Option<ModesSpec>,
     /// What every destination begins with.
     pub defaults: Option<DefaultsSpec>,
     /// Where calls go.
@@ -77,6 +86,12 @@ pub struct DefaultsSpec {
     pub limits: Option<LimitsSpec>,
     /// Pooled upstream connections.
     pub connections: Option<ConnectionsSpec>,
+    /// Which failed calls are sent again.
+    pub retry: Option<RetrySpec>,
+    /// When a destination gets no calls for a while.
+    pub circuit_breaker: Option<Switch<CircuitBreakerSpec>>,
+    /// When one endpoint gets no calls for a while.
+    pub ejection: Option<Switch<EjectionSpec>>,
 }
 
 /// One of `listeners:`.
@@ -149,6 +164,16 @@ pub struct DestinationSpec {
     pub limits: Option<LimitsSpec>,
     /// Pooled connections to it.
     pub connections: Option<ConnectionsSpec>,
+    /// Which failed calls are sent again.
+    pub retry: Option<RetrySpec>,
+    /// When it gets no calls for a while.
+    pub circuit_breaker: Option<Switch<CircuitBreakerSpec>>,
+    /// When one of its endpoints gets no calls for a while.
+    pub ejection: Option<Switch<EjectionSpec>>,
+    /// How many calls each of its routes takes in which time.
+    pub rate_limit: Option<RateLimitSpec>,
+    /// Failures on purpose, for those of its routes that have none of their own.
+    pub faults: Option<Vec<FaultSpec>>,
     /// Calls that are treated differently; the most specific wins, whatever the order.
     pub routes: Option<Vec<RouteSpec>>,
 }
@@ -164,6 +189,12 @@ pub struct RouteSpec {
     pub r#match: Option<MatchSpec>,
     /// How long these calls may take.
     pub timeouts: Option<TimeoutsSpec>,
+    /// Which of these calls are sent again when they fail.
+    pub retry: Option<RetrySpec>,
+    /// How many of these calls are taken in which time.
+    pub rate_limit: Option<RateLimitSpec>,
+    /// Failures on purpose.
+    pub faults: Option<Vec<FaultSpec>>,
     /// Lives by idle and maxDuration, not by request, once the head of the answer is there.
     pub stream: Option<bool>,
 }

@@ -16,8 +16,10 @@ use crate::proxy::body::ResponseBody;
 use crate::proxy::fields::{self, Kind, Present};
 use crate::proxy::grpc::{self, Code};
 use crate::proxy::live::Live;
-use crate::proxy::refusal::{self, Refusal};
+use crate::proxy::refusal::{self, Context, PROXY_STATUS, Refusal};
+use crate::proxy::ties;
 use crate::proxy::tunnel::Handoff;
+use crate::rules::retry::{Failure, is_failure};
 use crate::runtime::tasks;
 
 /// What the pipeline comes to.
@@ -87,7 +89,13 @@ fn join_later(later: OnUpgrade, handoff: Handoff) {
 fn refuse(live: &mut Live, refusal: &Refusal) -> Response<ResponseBody> {
     live.record.refuse(refusal.record());
     let is_grpc = live.patience.grpc;
-    let answer = refusal.answer(is_grpc, live.record.tries(), ResponseBody::whole);
+    ties::refused(live, refusal.kind, Instant::now());
+    let context = Context {
+        attempt: live.record.tries(),
+        retry: live.record.notes().and_then(|notes| notes.retry),
+        mark: live.mark.as_deref(),
+    };
+    let answer = refusal.answer(is_grpc, &context, ResponseBody::whole);
     if is_grpc {
         let message = answer.headers().get(grpc::MESSAGE).cloned();
         live.record.grpc(refusal.grpc().0 as u32, message);
@@ -129,6 +137,9 @@ pub fn from_upstream(live: &mut Live, mut answer: Response<Incoming>) -> Result<
     }
     live.caller.door.via.add(fields, version);
     fields::forget(answer.extensions_mut());
+    if status.is_server_error() {
+        ties::mark_answer(live, status, answer.headers_mut(), present.proxy_status);
+    }
     if live.patience.grpc {
         return Ok(grpc_answer(live, &present, answer));
     }
@@ -139,10 +150,13 @@ pub fn from_upstream(live: &mut Live, mut answer: Response<Incoming>) -> Result<
 }
 
 /// A gRPC caller cannot read an answer that is not gRPC; it gets the status that the HTTP status stands for.
-fn grpc_answer(live: &mut Live, present: &Present, answer: Response<Incoming>) -> Reply {
-    let fields = answer.headers();
+fn grpc_answer(live: &mut Live, present: &Present, mut answer: Response<Incoming>) -> Reply {
+    let fields = answer.headers_mut();
     if let Some((code, message)) = grpc::read_status(fields) {
         live.record.grpc(code, message);
+        if is_failure(Failure::Grpc(code)) {
+            ties::mark_answer(live, StatusCode::OK, fields, present.proxy_status);
+        }
         return Reply::Upstream(answer);
     }
     if present.kind == Kind::Grpc {
@@ -151,7 +165,11 @@ fn grpc_answer(live: &mut Live, present: &Present, answer: Response<Incoming>) -
     let status = answer.status();
     let code = Code::of_http(status);
     let message = format!("the upstream answered with HTTP status {} and no gRPC status", status.as_u16());
-    let translated = grpc::trailers_only(code, &message, ResponseBody::empty());
+    let mut translated = grpc::trailers_only(code, &message, ResponseBody::empty());
+    for said in answer.headers().get_all(PROXY_STATUS) {
+        translated.headers_mut().append(PROXY_STATUS, said.clone());
+    }
+    ties::push_back(live, translated.headers_mut());
     live.record.grpc(code as u32, translated.headers().get(grpc::MESSAGE).cloned());
     Reply::Own(translated)
 }

@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use http::header::{HeaderMap, HeaderName};
 use http::uri::{Authority, PathAndQuery};
 use http::{HeaderValue, Method, Request, Response, Uri, Version, header};
 use http_body::Body;
@@ -24,11 +25,15 @@ use crate::net::io::Io;
 use crate::proxy::live::Live;
 use crate::proxy::patience::Verdict;
 use crate::proxy::refusal::{Kind, Refusal};
+use crate::proxy::{ties, trial};
 use crate::telemetry::Connection;
 use crate::upstream::connect::ConnectError;
 use crate::upstream::endpoint::Endpoint;
 use crate::upstream::pool::{Carrier, Lease, Pool, Want};
 use crate::upstream::spec::Protocol;
+
+const ATTEMPT_COUNT: HeaderName = HeaderName::from_static("x-envoy-attempt-count");
+const PREVIOUS_ATTEMPTS: HeaderName = HeaderName::from_static("grpc-previous-rpc-attempts");
 
 /// Connections that may hand a request back unsent before we give up.
 const UNSENT: usize = 3;
@@ -47,6 +52,7 @@ const CONTINUE_AFTER: Duration = Duration::from_secs(1);
 pub async fn send(live: &mut Live, pool: &Rc<Pool>, switching: bool) -> Result<Response<Incoming>, Refusal> {
     // Only HTTP/1.1 has a way to switch a whole connection to another protocol.
     let want = if switching { Want::Http1 } else { want(pool, live.patience.grpc) };
+    live.unsent = true;
     for _ in 0..UNSENT {
         let mut begun = Instant::now();
         let lease = match borrow(live, pool, want, begun).await {
@@ -58,6 +64,7 @@ pub async fn send(live: &mut Live, pool: &Rc<Pool>, switching: bool) -> Result<R
             }
         };
         live.patience.try_began = begun;
+        live.reused = lease.reused;
         let address = lease.endpoint.address.socket;
         let connection = match lease.reused {
             true => Connection::Reused { age: begun.saturating_duration_since(lease.born) },
@@ -87,11 +94,25 @@ fn want(pool: &Pool, grpc: bool) -> Want {
 
 /// A connection that is open already, to the endpoint that is the best one now.
 async fn borrow(live: &mut Live, pool: &Rc<Pool>, want: Want, now: Instant) -> Option<Lease> {
-    let endpoint = pool.pick_now(now)?;
+    let endpoint = pick(live, pool, now)?;
     let quiet = Rc::clone(&live.quiet);
     let lease = with_context(|cx| quiet.hush(cx, |cx| pool.lend(&endpoint, want, now, cx))).await;
     live.picked = lease.is_none().then_some(endpoint);
     lease
+}
+
+/// The best endpoint that this call has not tried, with a turn taken at it.
+fn pick(live: &mut Live, pool: &Pool, now: Instant) -> Option<Rc<Endpoint>> {
+    live.endpoint = None;
+    let obeys = live.view.destination(live.destination()).ejects;
+    let mut endpoint = pool.pick_now(now, &live.tried, obeys)?;
+    if !trial::enlist(live, &endpoint, now) {
+        // Somebody else is just trying it.
+        endpoint = pool.pick_now(now, &live.tried, obeys)?;
+        trial::enlist(live, &endpoint, now);
+    }
+    live.endpoint = Some(Rc::clone(&endpoint));
+    Some(endpoint)
 }
 
 /// Does something that needs the context of the task.
@@ -103,16 +124,20 @@ async fn with_context<T>(work: impl FnOnce(&mut Context<'_>) -> T) -> T {
 /// A new connection, within `timeouts.connect`.
 async fn open(live: &mut Live, pool: &Rc<Pool>, want: Want) -> Result<Lease, Refusal> {
     let began = Instant::now();
-    let until =
-        (began + live.route().timeouts.connect.value).min(live.patience.began + live.route().timeouts.request.value);
-    let endpoint = match live.picked.take() {
-        Some(endpoint) => endpoint,
-        None => within(live, until, pool.pick()).await?.map_err(|error| refused(&error))?,
+    let timeouts = &live.route().timeouts;
+    let until = (began + timeouts.connect.value).min(live.patience.request_at(timeouts));
+    let mut next = match live.picked.take() {
+        Some(endpoint) => Some(endpoint),
+        None => {
+            within(live, until, pool.known()).await?.map_err(|error| refused(&error))?;
+            pick(live, pool, Instant::now())
+        }
     };
     let mut refusal = None;
     // Nothing has been sent, so that whoever can be reached may have the call.
-    for endpoint in std::iter::once(endpoint).chain(std::iter::from_fn(|| pool.pick_other(Instant::now()))).take(TRIED)
-    {
+    for _ in 0..TRIED {
+        let Some(endpoint) = next.take() else { break };
+        live.endpoint = Some(Rc::clone(&endpoint));
         live.record.towards(endpoint.address.socket);
         let tried = Instant::now();
         let opened = within(live, until, Box::pin(pool.open(&endpoint, want))).await;
@@ -128,6 +153,11 @@ async fn open(live: &mut Live, pool: &Rc<Pool>, want: Want) -> Result<Lease, Ref
                     return Err(by);
                 }
                 refusal = Some(by);
+                if pool.has_other(&live.tried, &endpoint) {
+                    trial::unreachable(live, &endpoint, now);
+                    live.tried.push(endpoint.address.socket);
+                    next = pick(live, pool, now);
+                }
             }
             Err(late) => {
                 endpoint.load.failed(now.saturating_duration_since(tried), now);
@@ -154,7 +184,9 @@ async fn within<F: Future>(live: &mut Live, until: Instant, future: F) -> Result
 pub async fn bare_stream(live: &mut Live, pool: &Rc<Pool>) -> Result<Io, Refusal> {
     let began = Instant::now();
     let until = began + live.route().timeouts.connect.value;
-    let endpoint = within(live, until, pool.pick()).await?.map_err(|error| refused(&error))?;
+    within(live, until, pool.known()).await?.map_err(|error| refused(&error))?;
+    let none = || Refusal::plain(Kind::ConnectFailed, "no endpoint could be tried");
+    let endpoint = pick(live, pool, Instant::now()).ok_or_else(none)?;
     live.record.towards(endpoint.address.socket);
     let opened = within(live, until, pool.bare_stream(&endpoint)).await;
     live.record.connected(began.elapsed());
@@ -183,6 +215,7 @@ fn refused(error: &ConnectError) -> Refusal {
 /// unsent, into `live`.
 async fn exchange(live: &mut Live, mut lease: Lease) -> Result<Option<Response<Incoming>>, Refusal> {
     let endpoint = Rc::clone(&lease.endpoint);
+    live.unsent = false;
     let goes_on = hold_for_continue(live, &mut lease);
     let began = live.patience.try_began;
     let patience = CONTINUE_AFTER.min(live.route().timeouts.request.value / 2);
@@ -233,6 +266,7 @@ async fn exchange(live: &mut Live, mut lease: Lease) -> Result<Option<Response<I
         Ok(Err(mut error)) => {
             if let Some(back) = error.take_message() {
                 live.request = Some(back);
+                live.unsent = true;
                 return Ok(None);
             }
             endpoint.load.failed(took, now);
@@ -357,7 +391,20 @@ fn for_http1(live: &mut Live) -> Request<RequestBody> {
 /// The request, which is there unless a connection has it.
 fn outgoing(live: &mut Live) -> Request<RequestBody> {
     let flow = &live.flow;
-    live.request.take().unwrap_or_else(|| Request::new(RequestBody::empty(Rc::clone(flow))))
+    let mut request = live.request.take().unwrap_or_else(|| Request::new(RequestBody::empty(Rc::clone(flow))));
+    if live.attempt > 1 {
+        count_tries(live, request.headers_mut());
+    }
+    ties::tell(live, request.headers_mut(), live.patience.try_began);
+    request
+}
+
+/// Says which try this is: counted from 1 as Envoy does, and without the first as gRPC does (gRFC A6).
+fn count_tries(live: &Live, fields: &mut HeaderMap) {
+    fields.insert(ATTEMPT_COUNT, HeaderValue::from(live.attempt));
+    if live.patience.grpc {
+        fields.insert(PREVIOUS_ATTEMPTS, HeaderValue::from(live.attempt - 1));
+    }
 }
 
 /// Control data in the target, no Host field (RFC 9113, 8.3.1).

@@ -9,6 +9,8 @@ use http::{Response, StatusCode, header};
 
 /// `grpc-status`
 pub const STATUS: HeaderName = HeaderName::from_static("grpc-status");
+/// `grpc-retry-pushback-ms`: when to try again; negative for never (gRFC A6).
+pub const PUSHBACK: HeaderName = HeaderName::from_static("grpc-retry-pushback-ms");
 /// `grpc-message`
 pub const MESSAGE: HeaderName = HeaderName::from_static("grpc-message");
 

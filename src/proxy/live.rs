@@ -3,6 +3,7 @@
 //! It travels with the request, then with the answer's body; dropping it, at whatever point, gives
 //! everything back and writes the record.
 
+use std::net::SocketAddr;
 use std::rc::Rc;
 
 use http::header::HeaderName;
@@ -16,11 +17,18 @@ use crate::proxy::caller::Caller;
 use crate::proxy::fields::{self, Present};
 use crate::proxy::patience::Patience;
 use crate::proxy::refusal::{Kind, Refusal};
+use crate::proxy::ties::Ties;
+use crate::proxy::trial::Trial;
+use crate::proxy::tries::Spare;
 use crate::proxy::worker::{View, Worker};
 use crate::rules::gate::Pass;
+use crate::rules::mark::Mark;
+use crate::rules::mode::RuleName;
+use crate::rules::retry::is_idempotent;
 use crate::runtime::quiet::Quiet;
 use crate::runtime::timer::Timer;
 use crate::telemetry::{Exchange, Protocol, RequestLine};
+use crate::upstream::cluster::Health;
 use crate::upstream::endpoint::Endpoint;
 use crate::upstream::pool::{Lease, Pool};
 
@@ -58,6 +66,30 @@ pub struct Live {
     pub keep_alive: Option<u32>,
     /// When the head of the answer was there; the end of the exchange once that is known.
     pub over_at: Instant,
+    /// Whose call it is, seen from our service.
+    pub direction: Direction,
+    /// What another try needs; `None` where there can be none.
+    pub spare: Option<Box<Spare>>,
+    /// Which try this is.
+    pub attempt: u16,
+    /// Where the present try goes.
+    pub endpoint: Option<Rc<Endpoint>>,
+    /// Where the tries before went.
+    pub tried: Vec<SocketAddr>,
+    /// The present try is on a connection that had been used before.
+    pub reused: bool,
+    /// The present try has ended without that anybody can have seen the request.
+    pub unsent: bool,
+    /// The method or a key of the request says that it may be repeated.
+    pub is_safe: bool,
+    /// What the present try says about the callee is still to be judged.
+    pub trial: Trial,
+    /// How the exchange hangs together with others.
+    pub ties: Option<Box<Ties>>,
+    /// What its answer tells the sidecars above.
+    pub mark: Option<Box<Mark>>,
+    /// The deadline that would have ended it, were the rule enforced.
+    pub late_at: Option<Instant>,
     destination: usize,
     route: usize,
     place: Option<(Pass, Rc<Pool>)>,
@@ -91,7 +123,7 @@ impl Live {
         Box::new(Self {
             record: Exchange::begin(Rc::clone(&worker.shard), now, hop, protocol, line),
             flow,
-            patience: Patience { began: now, try_began: now, answered: false, stream: false, grpc },
+            patience: Patience { began: now, try_began: now, answered: false, stream: false, grpc, until: None },
             timer: worker.timers.at(now + crate::rules::timeouts::Timeouts::built_in().request.value),
             worker: Rc::clone(worker),
             view,
@@ -105,6 +137,18 @@ impl Live {
             takes_trailers: false,
             keep_alive: None,
             over_at: now,
+            direction: caller.door.values.direction,
+            spare: None,
+            attempt: 0,
+            endpoint: None,
+            tried: Vec::new(),
+            reused: false,
+            unsent: false,
+            is_safe: present.idempotency_key || is_idempotent(request.method().as_str()),
+            trial: Trial::default(),
+            ties: None,
+            mark: None,
+            late_at: None,
             destination: usize::MAX,
             route: 0,
             place: None,
@@ -115,9 +159,22 @@ impl Live {
     pub fn met(&mut self, destination: usize, route: usize, direction: Direction) {
         self.destination = destination;
         self.route = route;
+        self.direction = direction;
         let hops = &self.worker.shard.telemetry().hops;
         self.record.set_hop(self.view.policy.hop(hops, destination, route, direction));
         self.patience.stream = self.view.destination(destination).values.routes[route].stream;
+    }
+
+    /// True before a destination is known.
+    pub fn is_unrouted(&self) -> bool {
+        self.destination == usize::MAX
+    }
+
+    /// Notes that a rule in `warn` would have acted: for the log line, and for the metric.
+    pub fn would(&mut self, rule: RuleName) {
+        self.record.note().would.push(rule.as_str());
+        let name = &self.view.destination(self.destination).values.name;
+        self.worker.shard.telemetry().would_act(name, rule.as_str());
     }
 
     /// The position of the destination.
@@ -133,6 +190,11 @@ impl Live {
     /// The values of the route.
     pub fn route(&self) -> &model::Route {
         &self.destination_values().routes[self.route]
+    }
+
+    /// What the failures of the destination have led to; `None` before the exchange has a place there.
+    pub fn health(&self) -> Option<&Health> {
+        self.place.as_ref().map(|(_, pool)| &pool.cluster.health)
     }
 
     /// Takes up the place in flight, which is given back at the end.
@@ -177,6 +239,9 @@ impl Drop for Live {
             };
             let refusal = Refusal::timed(Kind::CallerTimeout, name, limit, "the caller stopped reading the answer");
             self.record.refuse(refusal.record());
+        }
+        if self.late_at.is_some_and(|at| self.over_at > at) {
+            self.would(RuleName::Deadline);
         }
         if let Some((_, pool)) = &self.place {
             pool.metrics.in_flight.decrement();

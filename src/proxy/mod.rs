@@ -1,8 +1,9 @@
 //! Level 5: the path of one request.
 //!
 //! In the order in which a request meets them: `serve` (hyper), [`pipeline`] (which rule comes when),
-//! `target` and `fields` (what may pass), `attempt` (one try at one endpoint), `body` (the answer on its way),
-//! `refusal` (what we say instead), `grpc`, `upgrade`. `worker` is what all of one worker's requests share and
+//! `target` and `fields` (what may pass), `ties` (its deadline, and what it has to do with other requests), `tries` (whether
+//! one more follows), `trial` (what a try says about the callee), `attempt` (one try at one endpoint), `body` (the answer on
+//! its way), `refusal` (what we say instead), `grpc`, `upgrade`. `worker` is what all of one worker's requests share and
 //! `live` what one request holds.
 
 pub mod answer;
@@ -17,6 +18,9 @@ pub mod pipeline;
 pub mod refusal;
 pub mod serve;
 pub mod target;
+pub mod ties;
+pub mod trial;
+pub mod tries;
 pub mod tunnel;
 pub mod upgrade;
 pub mod watch;

@@ -12,6 +12,7 @@ use tokio::time::Instant;
 use crate::net::flow::Flow;
 use crate::problems::Set;
 use crate::proxy::refusal::{Kind, Refusal};
+use crate::rules::deadline::Source;
 use crate::rules::timeouts::Timeouts;
 
 /// What has been seen of an exchange when it is judged.
@@ -27,6 +28,19 @@ pub struct Patience {
     pub stream: bool,
     /// It is a gRPC call.
     pub grpc: bool,
+    /// The deadline of somebody other than the policy, where that is earlier than `timeouts.request`.
+    pub until: Option<Until>,
+}
+
+/// A deadline that came with the request.
+#[derive(Debug, Clone, Copy)]
+pub struct Until {
+    /// From then on it is late.
+    pub at: Instant,
+    /// Who said so.
+    pub from: Source,
+    /// How long the call had when it came.
+    pub whole: Duration,
 }
 
 /// What to do.
@@ -41,11 +55,18 @@ pub enum Verdict {
 impl Patience {
     /// Judges the exchange at `now`.
     pub fn judge(&self, now: Instant, limits: &Timeouts, flow: &Flow) -> Verdict {
-        let request_at = self.began + limits.request.value;
+        let request_at = self.request_at(limits);
+        if let Some(until) = self.until.filter(|until| self.grpc && now >= until.at) {
+            // A gRPC deadline is that of the whole call, streams included.
+            return Verdict::Over(Refusal::ruled(Kind::DeadlineExceeded, until.rule(), "the deadline is over"));
+        }
         let streams = (self.stream && self.answered) || (now >= request_at && self.shows_a_stream(flow));
         let mut next = self.began + limits.max_duration.value;
+        if let Some(until) = self.until.filter(|_| self.grpc) {
+            next = next.min(until.at);
+        }
         if streams {
-            if now >= next {
+            if now >= self.began + limits.max_duration.value {
                 return over(
                     Kind::MaxDuration,
                     "timeouts.maxDuration",
@@ -92,7 +113,18 @@ impl Patience {
         } else {
             (Kind::RequestTimeout, "no answer in time")
         };
-        Refusal::timed(kind, "timeouts.request", &limits.request, detail)
+        match self.until {
+            Some(until) if kind == Kind::RequestTimeout => {
+                Refusal::ruled(Kind::DeadlineExceeded, until.rule(), detail)
+            }
+            _ => Refusal::timed(kind, "timeouts.request", &limits.request, detail),
+        }
+    }
+
+    /// When a unary call is over: at the policy's `request`, or earlier where its deadline is.
+    pub fn request_at(&self, limits: &Timeouts) -> Instant {
+        let request_at = self.began + limits.request.value;
+        self.until.map_or(request_at, |until| request_at.min(until.at))
     }
 }
 
@@ -113,7 +145,7 @@ mod tests {
     }
 
     fn patience(now: Instant) -> Patience {
-        Patience { began: now, try_began: now, answered: false, stream: false, grpc: false }
+        Patience { began: now, try_began: now, answered: false, stream: false, grpc: false, until: None }
     }
 
     fn kind(verdict: Verdict) -> Option<Kind> {

@@ -8,15 +8,16 @@ use std::borrow::Cow;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::header::{HeaderName, HeaderValue};
+use http::header::{HeaderMap, HeaderName, HeaderValue};
 use http::{Response, StatusCode, header};
 
 use crate::problems::{Origin, Set};
-use crate::proxy::grpc::{self, Code};
+use crate::proxy::grpc::{self, Code, PUSHBACK};
+use crate::rules::mark::Mark;
 use crate::telemetry::{Outcome, RefusalRecord, Side};
 
 /// `Proxy-Status`
-const PROXY_STATUS: HeaderName = HeaderName::from_static("proxy-status");
+pub const PROXY_STATUS: HeaderName = HeaderName::from_static("proxy-status");
 
 /// One refusal.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -281,6 +282,53 @@ impl Kind {
     }
 }
 
+impl Kind {
+    /// True if it stands for a callee that failed or that is protected: its hop has dealt with it.
+    pub const fn is_of_the_callee(self) -> bool {
+        matches!(
+            self,
+            Self::RequestTimeout
+                | Self::PerTryTimeout
+                | Self::ConnectTimeout
+                | Self::IdleTimeout
+                | Self::QueueFull
+                | Self::QueueTimeout
+                | Self::ConnectFailed
+                | Self::DnsFailed
+                | Self::TlsFailed
+                | Self::UpstreamReset
+                | Self::UpstreamProtocol
+                | Self::DeadlineExceeded
+                | Self::CircuitOpen
+        )
+    }
+
+    /// True if the app cannot have seen anything of the request.
+    pub const fn is_before_the_app(self) -> bool {
+        matches!(
+            self,
+            Self::ConnectTimeout
+                | Self::ConnectFailed
+                | Self::DnsFailed
+                | Self::QueueFull
+                | Self::QueueTimeout
+                | Self::CircuitOpen
+                | Self::Draining
+        )
+    }
+}
+
+/// What an answer of our own says beside the refusal itself.
+#[derive(Default)]
+pub struct Context<'a> {
+    /// The try it ended at, and how many there may be; zeroes before the first.
+    pub attempt: (u16, u16),
+    /// Why there was no further try.
+    pub retry: Option<&'static str>,
+    /// What it tells the sidecars above.
+    pub mark: Option<&'a Mark>,
+}
+
 impl Refusal {
     /// A refusal that follows from no value of the policy.
     pub fn plain(kind: Kind, detail: impl Into<Cow<'static, str>>) -> Self {
@@ -348,29 +396,46 @@ impl Refusal {
         (self.kind.code(), format!("hopguard {}: {}", self.kind.outcome().as_str(), self.sentence()))
     }
 
-    /// The whole answer: gRPC gets its trailers, everybody else a problem document. `attempt` is the try it ended at.
-    pub fn answer<B>(&self, is_grpc: bool, attempt: (u16, u16), body: impl FnOnce(Bytes) -> B) -> Response<B> {
+    /// The whole answer: gRPC gets its trailers, everybody else a problem document.
+    pub fn answer<B>(&self, is_grpc: bool, context: &Context<'_>, body: impl FnOnce(Bytes) -> B) -> Response<B> {
         let mut answer = if is_grpc {
             let (code, message) = self.grpc();
             grpc::trailers_only(code, &message, body(Bytes::new()))
         } else {
-            let document = self.document(attempt);
+            let document = self.document(context);
             let mut answer = Response::new(body(Bytes::from(document)));
             *answer.status_mut() = self.kind.status();
             answer.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
             answer
         };
-        if let Some(value) = self.proxy_status(attempt) {
+        if let Some(value) = self.proxy_status(context) {
             answer.headers_mut().insert(PROXY_STATUS, value);
         }
-        if self.kind.status() == StatusCode::SERVICE_UNAVAILABLE {
-            answer.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+        let busy = self.kind.status() == StatusCode::SERVICE_UNAVAILABLE;
+        if let Some(wait) = self.retry_after.or_else(|| busy.then_some(Duration::from_secs(1))) {
+            self.say_when(is_grpc, wait, context, answer.headers_mut());
         }
         answer
     }
 
-    fn proxy_status(&self, (attempt, of): (u16, u16)) -> Option<HeaderValue> {
+    /// When to call again (RFC 9110, 10.2.3; gRFC A6).
+    fn say_when(&self, is_grpc: bool, wait: Duration, context: &Context<'_>, fields: &mut HeaderMap) {
+        let is_final = context.mark.is_some_and(|mark| mark.is_final);
+        if is_grpc && is_final {
+            fields.insert(PUSHBACK, HeaderValue::from_static("-1"));
+        } else if is_grpc {
+            let millis = u32::try_from(wait.as_millis()).unwrap_or(u32::MAX);
+            fields.insert(PUSHBACK, HeaderValue::from(millis));
+        } else {
+            let seconds = wait.as_secs() + u64::from(wait.subsec_nanos() > 0);
+            fields.insert(header::RETRY_AFTER, HeaderValue::from(seconds.max(1)));
+        }
+    }
+
+    fn proxy_status(&self, context: &Context<'_>) -> Option<HeaderValue> {
+        let (attempt, of) = context.attempt;
         let tries = if attempt > 0 { format!("; try {attempt}/{of}") } else { String::new() };
+        let tries = context.retry.map_or_else(|| tries.clone(), |why| format!("{tries}; not tried again: {why}"));
         let details = format!("{}: {}{tries}", self.kind.outcome().as_str(), self.sentence());
         // A string of RFC 9651 has printable ASCII only, with `"` and `\` escaped.
         let escaped: String = details
@@ -378,10 +443,12 @@ impl Refusal {
             .map(|c| if c.is_ascii_graphic() || c == ' ' { c } else { '?' })
             .flat_map(|c| matches!(c, '"' | '\\').then_some('\\').into_iter().chain([c]))
             .collect();
-        HeaderValue::from_str(&format!("hopguard; error={}; details=\"{escaped}\"", self.kind.error())).ok()
+        let marks = context.mark.map_or_else(String::new, Mark::write_parameters);
+        HeaderValue::from_str(&format!("hopguard; error={}; details=\"{escaped}\"{marks}", self.kind.error())).ok()
     }
 
-    fn document(&self, (attempt, of): (u16, u16)) -> String {
+    fn document(&self, context: &Context<'_>) -> String {
+        let (attempt, of) = context.attempt;
         let name = self.kind.outcome().as_str();
         let mut document = serde_json::json!({
             "type": format!("https://hopguard.dev/refusals/{name}"),
@@ -399,6 +466,9 @@ impl Refusal {
         if attempt > 0 {
             document["attempt"] = format!("{attempt}/{of}").into();
         }
+        if let Some(why) = context.retry {
+            document["notTriedAgain"] = why.into();
+        }
         format!("{document}\n")
     }
 }
@@ -413,9 +483,13 @@ mod tests {
         Refusal::timed(Kind::RequestTimeout, "timeouts.request", &limit, "no answer in time")
     }
 
+    fn first() -> Context<'static> {
+        Context { attempt: (1, 1), ..Context::default() }
+    }
+
     #[test]
     fn a_refusal_names_rule_value_line_and_try() {
-        let answer = timeout().answer(false, (1, 1), |bytes| bytes);
+        let answer = timeout().answer(false, &first(), |bytes| bytes);
         assert_eq!(answer.status(), 504);
         assert_eq!(
             answer.headers()[PROXY_STATUS],
@@ -432,7 +506,7 @@ mod tests {
 
     #[test]
     fn grpc_gets_its_status_in_an_answer_without_body() {
-        let answer = timeout().answer(true, (1, 1), |bytes| bytes);
+        let answer = timeout().answer(true, &first(), |bytes| bytes);
         assert_eq!(answer.status(), 200);
         assert_eq!(answer.headers()[grpc::STATUS], "4");
         assert!(answer.body().is_empty());
@@ -442,7 +516,7 @@ mod tests {
     #[test]
     fn details_are_a_string_of_structured_fields_whatever_is_in_them() {
         let odd = Refusal::plain(Kind::ConnectFailed, "say \"hé\\llo\"\r\nx");
-        let answer = odd.answer(false, (0, 0), |bytes| bytes);
+        let answer = odd.answer(false, &Context::default(), |bytes| bytes);
         assert_eq!(
             answer.headers()[PROXY_STATUS],
             r#"hopguard; error=connection_refused; details="connect_failed: say \"h?\\llo\"??x""#

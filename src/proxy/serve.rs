@@ -23,7 +23,7 @@ use crate::net::io::Io;
 use crate::proxy::caller::Caller;
 use crate::proxy::live;
 use crate::proxy::pipeline::{self, Answer};
-use crate::proxy::refusal::{Kind, Refusal};
+use crate::proxy::refusal::{Context, Kind, Refusal};
 use crate::proxy::watch::{End, Watch};
 use crate::proxy::worker::Worker;
 use crate::runtime::drain::Phase;
@@ -182,7 +182,7 @@ fn record_unread(worker: &Rc<Worker>, caller: &Caller, refusal: &Refusal, began:
 
 /// Answers a head that did not come in time.
 async fn too_slow(mut stream: Io, refusal: &Refusal) {
-    let answer = refusal.answer(false, (0, 0), |document| document);
+    let answer = refusal.answer(false, &Context::default(), |document| document);
     let mut text = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\n".to_vec();
     for (name, value) in answer.headers() {
         text.extend_from_slice(name.as_str().as_bytes());

@@ -10,8 +10,12 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use arc_swap::ArcSwapOption;
 use rustls::ClientConfig;
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 use crate::net::certificates::{self, CertificateError};
+use crate::rules::breaker::Breaker;
+use crate::rules::budget::Budget;
+use crate::rules::ejection::Group;
 use crate::upstream::spec::{Endpoint, Protocol, Tls};
 
 /// One place to connect to.
@@ -49,12 +53,33 @@ pub struct Identity {
     pub host: Arc<str>,
 }
 
+/// What the failures of a destination have led to, shared by all workers. Lives as long as the policy names the destination,
+/// whatever becomes of its endpoints and values.
+#[derive(Clone)]
+pub struct Health {
+    /// The circuit breaker.
+    pub breaker: Arc<Breaker>,
+    /// Which endpoints are ejected.
+    pub group: Arc<Group>,
+    /// What may be spent on retries.
+    pub budget: Arc<Budget>,
+}
+
+impl Health {
+    /// Nothing has failed yet.
+    pub fn new(now: Instant) -> Self {
+        Self { breaker: Breaker::new(now), group: Group::new(now), budget: Budget::new() }
+    }
+}
+
 /// The shared side of a destination's endpoints.
 pub struct Cluster {
     /// Unique within the process; pools are found by it.
     pub id: u64,
     /// What it was made from.
     pub identity: Identity,
+    /// What its failures have led to.
+    pub health: Health,
     addresses: watch::Sender<Arc<Addresses>>,
     tls: ArcSwapOption<ClientConfig>,
 }
@@ -63,13 +88,14 @@ impl Cluster {
     /// A cluster whose fixed addresses are known and whose names are still to be resolved.
     ///
     /// Fails if TLS is wanted and the certificates cannot be used.
-    pub fn new(identity: Identity) -> Result<Arc<Self>, CertificateError> {
+    pub fn new(identity: Identity, health: Health) -> Result<Arc<Self>, CertificateError> {
         static NEXT: AtomicU64 = AtomicU64::new(1);
         let cluster = Self {
             id: NEXT.fetch_add(1, Relaxed),
             addresses: watch::Sender::new(Arc::new(fixed(&identity))),
             tls: ArcSwapOption::empty(),
             identity,
+            health,
         };
         cluster.load_certificates()?;
         Ok(Arc::new(cluster))
@@ -124,6 +150,8 @@ impl Cluster {
         self.addresses.send_if_modified(|now| {
             let changed = **now != next;
             if changed {
+                let sockets: Vec<_> = next.list.iter().map(|address| address.socket).collect();
+                self.health.group.retain(&sockets, Instant::now());
                 *now = Arc::new(next);
             }
             changed

@@ -15,7 +15,7 @@ use tokio::time::{Instant, sleep};
 
 use crate::net::certificates::CertificateError;
 use crate::runtime::tasks;
-use crate::upstream::cluster::{Address, Cluster, Identity};
+use crate::upstream::cluster::{Address, Cluster, Health, Identity};
 use crate::upstream::spec::Endpoint;
 
 /// An answer is believed for at least and at most so long.
@@ -128,8 +128,9 @@ impl Discovery {
             Ok(ip) => Endpoint::Address(SocketAddr::new(ip, port)),
             Err(_) => Endpoint::Dns { name: host.to_owned(), port },
         };
-        let cluster =
-            Cluster::new(Identity { endpoints: vec![endpoint], host: bare.into(), ..parent.identity.clone() })?;
+        let identity = Identity { endpoints: vec![endpoint], host: bare.into(), ..parent.identity.clone() };
+        // One place's failures say nothing about the others.
+        let cluster = Cluster::new(identity, Health::new(Instant::now()))?;
         places.insert(place, Arc::downgrade(&cluster));
         drop(places);
         self.follow(&cluster);

@@ -7,12 +7,14 @@
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
+use std::sync::Arc;
 use std::task::Context;
 use std::time::Duration;
 
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
+use crate::rules::ejection::Member;
 use crate::telemetry::DestinationMetrics;
 use crate::upstream::balance::Load;
 use crate::upstream::cluster::Address;
@@ -37,6 +39,8 @@ pub struct Endpoint {
     pub address: Address,
     /// How busy and how slow it is.
     pub load: Load,
+    /// Whether it is ejected, as all workers see it.
+    pub member: Arc<Member>,
     idle: RefCell<Vec<Idle>>,
     shared: RefCell<Vec<Rc<Http2>>>,
     lesson: Cell<Option<Lesson>>,
@@ -64,9 +68,10 @@ struct Lesson {
 
 impl Endpoint {
     /// An endpoint that nobody has called yet.
-    pub fn new(address: Address, metrics: DestinationMetrics, now: Instant) -> Rc<Self> {
+    pub fn new(address: Address, member: Arc<Member>, metrics: DestinationMetrics, now: Instant) -> Rc<Self> {
         Rc::new(Self {
             address,
+            member,
             load: Load::new(now),
             idle: RefCell::default(),
             shared: RefCell::default(),

@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 use std::collections::HashMap;
+use std::net::SocketAddr;
 use std::future::poll_fn;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -146,11 +147,12 @@ impl Pool {
         }
     }
 
-    /// Picks an endpoint for one request. Waits while the names of the cluster have never been resolved.
-    pub async fn pick(&self) -> Result<Rc<Endpoint>, ConnectError> {
+    /// Waits while the names of the cluster have never been resolved. Fails if they have no address.
+    pub async fn known(&self) -> Result<(), ConnectError> {
         loop {
-            if let Some(endpoint) = self.pick_now(Instant::now()) {
-                return Ok(endpoint);
+            self.follow(Instant::now());
+            if !self.endpoints.borrow().is_empty() {
+                return Ok(());
             }
             let mut addresses = self.cluster.subscribe();
             let (settled, problem) = {
@@ -168,27 +170,40 @@ impl Pool {
     }
 
     /// The best endpoint now; `None` while no address is known.
-    pub fn pick_now(&self, now: Instant) -> Option<Rc<Endpoint>> {
+    ///
+    /// Passes over those that were `tried`, those that are ejected (if `ejects`) and those that could not be reached a moment
+    /// ago, in this order of weight, as long as there are others. One whose ejection is over comes first: somebody has to
+    /// find out.
+    pub fn pick_now(&self, now: Instant, tried: &[SocketAddr], ejects: bool) -> Option<Rc<Endpoint>> {
         self.follow(now);
         let endpoints = self.endpoints.borrow();
         if let [only] = &endpoints[..] {
             return Some(Rc::clone(only));
         }
-        let load = |position: usize| &endpoints[position].load;
-        let best = balance::pick(endpoints.len(), load, &mut self.random.borrow_mut(), now)?;
-        let best = &endpoints[best];
-        if best.is_held_off(now)
-            && let Some(other) = endpoints.iter().find(|other| !other.is_held_off(now))
-        {
-            return Some(Rc::clone(other));
+        let mut random = self.random.borrow_mut();
+        if ejects && let Some(due) = due(&endpoints, tried, now, &mut random) {
+            return Some(Rc::clone(due));
         }
-        Some(Rc::clone(best))
+        let load = |position: usize| &endpoints[position].load;
+        let best = &endpoints[balance::pick(endpoints.len(), load, &mut random, now)?];
+        let faults = |endpoint: &Endpoint| {
+            let was_tried = tried.contains(&endpoint.address.socket);
+            let is_out = ejects && endpoint.member.is_out(now);
+            u8::from(was_tried) << 2 | u8::from(is_out) << 1 | u8::from(endpoint.is_held_off(now))
+        };
+        if faults(best) == 0 {
+            return Some(Rc::clone(best));
+        }
+        let fewest = endpoints.iter().map(|endpoint| faults(endpoint)).min()?;
+        let good: Vec<_> = endpoints.iter().filter(|endpoint| faults(endpoint) == fewest).collect();
+        let load = |position: usize| &good[position].load;
+        balance::pick(good.len(), load, &mut random, now).map(|position| Rc::clone(good[position]))
     }
 
-    /// An endpoint that can be tried after others could not be reached.
-    pub fn pick_other(&self, now: Instant) -> Option<Rc<Endpoint>> {
-        let other = self.pick_now(now)?;
-        (!other.is_held_off(now)).then_some(other)
+    /// Whether there is an endpoint that is neither `this` nor among those `tried`.
+    pub fn has_other(&self, tried: &[SocketAddr], this: &Endpoint) -> bool {
+        let is_new = |other: &SocketAddr| *other != this.address.socket && !tried.contains(other);
+        self.endpoints.borrow().iter().any(|other| is_new(&other.address.socket))
     }
 
     /// Takes up changed addresses; an endpoint that stays keeps its connections and its load.
@@ -199,14 +214,17 @@ impl Pool {
         }
         let mut old: HashMap<_, _> =
             self.endpoints.borrow_mut().drain(..).map(|endpoint| (endpoint.address.socket, endpoint)).collect();
-        let kept_or_new = addresses
-            .borrow_and_update()
+        let list = Arc::clone(&addresses.borrow_and_update());
+        let group = &self.cluster.health.group;
+        let kept_or_new = list
             .list
             .iter()
             .map(|address| {
                 old.remove(&address.socket)
                     .filter(|endpoint| endpoint.address == *address)
-                    .unwrap_or_else(|| Endpoint::new(address.clone(), self.metrics.clone(), now))
+                    .unwrap_or_else(|| {
+                        Endpoint::new(address.clone(), group.member(address.socket), self.metrics.clone(), now)
+                    })
             })
             .collect();
         *self.endpoints.borrow_mut() = kept_or_new;
@@ -281,6 +299,21 @@ impl Pool {
         // Every one is swept, whatever the one before it has left.
         endpoints.iter().filter(|endpoint| endpoint.sweep(cx, now)).count() > 0
     }
+}
+
+/// How many endpoints are looked at for one whose ejection is over, for each request.
+const LOOKED_AT: usize = 16;
+
+/// An endpoint whose ejection is over and that waits for a call that tries it.
+fn due<'a>(
+    endpoints: &'a [Rc<Endpoint>],
+    tried: &[SocketAddr],
+    now: Instant,
+    random: &mut fastrand::Rng,
+) -> Option<&'a Rc<Endpoint>> {
+    let begin = if endpoints.len() > LOOKED_AT { random.usize(..endpoints.len()) } else { 0 };
+    let some = endpoints.iter().cycle().skip(begin).take(endpoints.len().min(LOOKED_AT));
+    some.into_iter().find(|one| one.member.is_due(now) && !tried.contains(&one.address.socket))
 }
 
 /// The right to open the one HTTP/2 connection that others wait for.

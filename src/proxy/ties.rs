@@ -1,0 +1,268 @@
+//! How an exchange hangs together with others: its deadline, the inbound request behind an outbound call, and what sidecars
+//! tell each other about a failure.
+//!
+//! An outbound call gets no more time than the inbound request that caused it has left, also where the app passed on
+//! nothing but a trace id. The other way round, a call that failed for good tells the inbound request, so that the answer to
+//! *its* caller says that nobody above need try again (`rules/mark.rs` has the words). Each hop keeps a hundredth of the time,
+//! 1 to 10 ms, for the way back, so that of two hops that wait for the same thing the lower one speaks first.
+
+use std::time::Duration;
+
+use http::StatusCode;
+use http::header::{HeaderMap, HeaderValue};
+use http::request::Parts;
+use tokio::time::Instant;
+
+use crate::policy::model::Direction;
+use crate::problems::{Origin, Set};
+use crate::proxy::fields::Present;
+use crate::proxy::grpc::PUSHBACK;
+use crate::proxy::live::Live;
+use crate::proxy::patience::Until;
+use crate::proxy::refusal::{Kind, PROXY_STATUS, Refusal, Rule};
+use crate::rules::deadline::{self, Deadline, EXPECTED_RQ_TIMEOUT_MS, GRPC_TIMEOUT, Source};
+use crate::rules::joined::{Causes, Entered, Join};
+use crate::rules::mark::Mark;
+use crate::rules::mode::{Mode, Modes};
+use crate::rules::trace::{self, TraceKeys, X_REQUEST_ID};
+
+
+/// What ties an exchange to others; only where the policy has callers on both sides of the app.
+#[derive(Default)]
+pub struct Ties {
+    keys: TraceKeys,
+    /// Its place among the inbound requests under way.
+    entered: Option<Entered>,
+    /// The inbound requests that caused it.
+    causes: Option<Causes>,
+}
+
+/// A call that has less than this left cannot be answered in time.
+const LEAST: Duration = Duration::from_millis(1);
+
+/// Finds out how much time the call has, and ties it to others.
+///
+/// # Errors
+/// If the deadline is over, or cannot be read.
+pub fn begin(live: &mut Live, head: &mut Parts, present: &Present) -> Result<(), Refusal> {
+    let mode = live.view.policy.model.modes.deadline.value;
+    let ties = tie(live, head, present);
+    if mode.is_off() {
+        live.ties = ties;
+        return Ok(());
+    }
+    let now = live.patience.began;
+    let caller = if present.deadline { asked(live.patience.grpc, &head.headers)? } else { None };
+    let route = live.route();
+    let inbound = match &ties {
+        Some(Ties { causes: Some(causes), .. }) if !route.stream => causes.deadline(),
+        _ => None,
+    };
+    let deadline = Deadline::earliest(now, route.timeouts.request.value, caller, inbound);
+    live.ties = ties;
+    if deadline.from != Source::Policy {
+        limit(live, deadline, now)?;
+    }
+    enter(live, deadline.at);
+    Ok(())
+}
+
+/// The time that the request's own fields allow.
+fn asked(grpc: bool, fields: &HeaderMap) -> Result<Option<Duration>, Refusal> {
+    if grpc {
+        let Some(value) = fields.get(GRPC_TIMEOUT) else { return Ok(None) };
+        let malformed = |_| Refusal::plain(Kind::BadRequest, "grpc-timeout is malformed");
+        return deadline::parse_grpc_timeout(value.as_bytes()).map(Some).map_err(malformed);
+    }
+    // Not a standard's field: one that cannot be read is somebody else's.
+    let value = fields.get(EXPECTED_RQ_TIMEOUT_MS);
+    Ok(value.and_then(|value| deadline::parse_expected_rq_timeout_ms(value.as_bytes()).ok().flatten()))
+}
+
+/// Takes up a deadline that is tighter than the policy's.
+fn limit(live: &mut Live, deadline: Deadline, now: Instant) -> Result<(), Refusal> {
+    let left = deadline.left(now).unwrap_or_default();
+    let from = if deadline.from == Source::Caller { "caller" } else { "inbound" };
+    let notes = live.record.note();
+    (notes.deadline, notes.deadline_from) = (Some(left), Some(from));
+    let until = Until { at: deadline.at, from: deadline.from, whole: left };
+    if !live.view.policy.model.modes.deadline.value.is_enforced() {
+        live.late_at = Some(deadline.at);
+        return Ok(());
+    }
+    live.patience.until = Some(until);
+    if left >= LEAST {
+        return Ok(());
+    }
+    Err(Refusal::ruled(Kind::DeadlineSpent, until.rule(), "the call came too late to be answered"))
+}
+
+/// Joins an outbound call with the inbound request behind it, by trace id or because there is only one.
+fn tie(live: &Live, head: &mut Parts, present: &Present) -> Option<Box<Ties>> {
+    if !live.view.policy.ties {
+        return None;
+    }
+    let worker = &live.worker;
+    if live.direction == Direction::Inbound {
+        if !present.traced {
+            let id = trace::fresh_request_id(u128::from(fastrand::u64(..)) << 64 | u128::from(fastrand::u64(..)));
+            head.headers.insert(X_REQUEST_ID, HeaderValue::from_str(&id).ok()?);
+        }
+        return Some(Box::new(Ties { keys: TraceKeys::of(&head.headers), ..Ties::default() }));
+    }
+    let keys = TraceKeys::of(&head.headers);
+    let (counter, causes) = match worker.inbounds.join(keys) {
+        Join::ByTrace(causes) => (&worker.joins.by_trace, Some(causes)),
+        Join::OnlyOne(causes) => (&worker.joins.only_one, Some(causes)),
+        Join::NotJoined => (&worker.joins.not_joined, None),
+        Join::NoInbound => (&worker.joins.no_inbound, None),
+    };
+    counter.increment();
+    Some(Box::new(Ties { keys, causes, entered: None }))
+}
+
+/// Makes an inbound request known to the calls that it will cause.
+fn enter(live: &mut Live, at: Instant) {
+    if live.direction != Direction::Inbound {
+        return;
+    }
+    if let Some(ties) = &mut live.ties {
+        let at = at.checked_sub(reserve(at.saturating_duration_since(live.patience.began))).unwrap_or(at);
+        ties.entered = Some(live.worker.inbounds.enter(ties.keys, at));
+    }
+}
+
+/// What a hop keeps of the time for the way back.
+fn reserve(left: Duration) -> Duration {
+    (left / 100).clamp(Duration::from_millis(1), Duration::from_millis(10))
+}
+
+/// Writes what is left into the request, for the next hop.
+pub fn tell(live: &Live, fields: &mut HeaderMap, now: Instant) {
+    if !live.view.policy.model.modes.deadline.value.is_enforced() {
+        return;
+    }
+    let at = match live.patience.until {
+        Some(until) => until.at,
+        // Whether a gRPC call is a stream shows later; a stream must not be ended by a timeout that is meant for calls.
+        None if live.patience.grpc || live.patience.stream => return,
+        None => live.patience.began + live.route().timeouts.request.value,
+    };
+    let left = at.saturating_duration_since(now);
+    let left = left.saturating_sub(reserve(left));
+    if live.patience.grpc {
+        if let Ok(value) = HeaderValue::from_str(&deadline::format_grpc_timeout(left)) {
+            fields.insert(GRPC_TIMEOUT, value);
+        }
+    } else {
+        let millis = u64::try_from(left.as_millis()).unwrap_or(u64::MAX).max(1);
+        fields.insert(EXPECTED_RQ_TIMEOUT_MS, HeaderValue::from(millis));
+    }
+}
+
+impl Until {
+    /// The rule for a refusal's text.
+    pub fn rule(&self) -> Rule {
+        Rule {
+            name: "deadline",
+            value: format!("{}ms", self.whole.as_millis()),
+            origin: Origin::Request(self.from.as_str()),
+        }
+    }
+}
+
+/// True if the tries of this request were used up here a moment ago: whoever sends it again has tried for us.
+pub fn is_spent(live: &Live, now: Instant) -> bool {
+    let destination = live.view.destination(live.destination()).id;
+    live.ties.as_ref().is_some_and(|ties| live.worker.spent.knows(ties.keys, destination, now))
+}
+
+/// A call failed for good. Says so to the inbound request behind it, and in the answer.
+///
+/// `below` is what the answer said itself: a failure further down than the callee stays where it was. `is_final`: its tries
+/// are used up, and nobody above need try again.
+pub fn failed(live: &mut Live, below: Option<&Mark>, is_final: bool, now: Instant) {
+    if live.direction == Direction::Inbound {
+        return;
+    }
+    let is_final = is_final || below.is_some_and(|mark| mark.is_final);
+    let here = || live.destination_values().name.as_str().into();
+    let at = Some(below.and_then(|mark| mark.at.clone()).unwrap_or_else(here));
+    if below.is_some() {
+        live.record.note().failed_at.clone_from(&at);
+    }
+    let mark = Mark { is_final: is_final && is_enforced(live, |modes| &modes.retry_in_one_place), is_unsent: false, at };
+    if let Some(ties) = &live.ties {
+        if let Some(causes) = &ties.causes {
+            causes.blame(&mark);
+        }
+        if mark.is_final {
+            live.worker.spent.note(ties.keys, live.view.destination(live.destination()).id, now);
+        }
+    }
+    live.mark = Some(Box::new(mark));
+}
+
+fn is_enforced(live: &Live, mode: impl Fn(&Modes) -> &Set<Mode>) -> bool {
+    mode(&live.view.policy.model.modes).value.is_enforced()
+}
+
+/// The mark of an answer of our own: in the place of a callee that failed or is protected, or of an app that never got the
+/// request.
+pub fn refused(live: &mut Live, kind: Kind, now: Instant) {
+    if live.is_unrouted() {
+        return;
+    }
+    if live.direction == Direction::Outbound {
+        if kind.is_of_the_callee() {
+            failed(live, None, true, now);
+        }
+        return;
+    }
+    let is_unsent = kind.is_before_the_app() && is_enforced(live, |modes| &modes.unsent);
+    let mut mark = blamed(live).unwrap_or(Mark { is_final: false, is_unsent: false, at: None });
+    mark.is_unsent = is_unsent;
+    if mark.is_unsent || mark.is_final || mark.at.is_some() {
+        live.mark = Some(Box::new(mark));
+    }
+}
+
+/// What a failed call of the app has left for the answer to the inbound request that caused it.
+fn blamed(live: &Live) -> Option<Mark> {
+    live.ties.as_ref()?.entered.as_ref()?.inbound().blamed()
+}
+
+/// Marks the answer of an upstream that says that something failed.
+///
+/// An app may have copied the marks of its own callee; a member of ours at the end says what holds.
+pub fn mark_answer(live: &mut Live, status: StatusCode, fields: &mut HeaderMap, was_marked: bool) {
+    if live.direction == Direction::Inbound {
+        live.mark = blamed(live).map(Box::new);
+    }
+    if live.mark.is_none() && !was_marked {
+        return;
+    }
+    let said = live.mark.as_ref().map_or_else(String::new, |mark| mark.write_parameters());
+    if let Ok(value) = HeaderValue::from_str(&format!("hopguard; received-status={}{said}", status.as_u16())) {
+        fields.append(PROXY_STATUS, value);
+    }
+    push_back(live, fields);
+}
+
+/// The same for the trailers of a gRPC answer.
+pub fn mark_trailers(live: &mut Live, fields: &mut HeaderMap, code: u32, now: Instant) {
+    if code == 0 || !crate::rules::retry::is_failure(crate::rules::retry::Failure::Grpc(code)) {
+        return;
+    }
+    let was_marked = fields.contains_key(PROXY_STATUS);
+    let below = was_marked.then(|| Mark::read(fields.get_all(PROXY_STATUS).iter().map(HeaderValue::as_bytes))).flatten();
+    failed(live, below.as_ref(), false, now);
+    mark_answer(live, StatusCode::OK, fields, was_marked);
+}
+
+/// The word that gRPC has for "do not try again" (gRFC A6).
+pub fn push_back(live: &Live, fields: &mut HeaderMap) {
+    if live.patience.grpc && live.mark.as_ref().is_some_and(|mark| mark.is_final) {
+        fields.insert(PUSHBACK, HeaderValue::from_static("-1"));
+    }
+}

@@ -1,0 +1,190 @@
+//! What one try says about the destination and about the endpoint: the live side of `circuitBreaker` and `ejection`.
+//!
+//! Each try asks the breaker for leave and takes a turn at its endpoint; however it ends, it is judged once, or not at all: a
+//! caller that went away says nothing about the callee, and a failure that happened further down counts there. Each change
+//! of state is told once: a log line with its cause and counts, and a metric.
+
+use std::net::SocketAddr;
+use std::rc::Rc;
+
+use tokio::time::Instant;
+
+use crate::policy::snapshot::Destination;
+use crate::problems::Origin;
+use crate::proxy::live::Live;
+use crate::proxy::refusal::{Kind, Refusal, Rule};
+use crate::rules::breaker::{Admission, Change, Outcome, Pass, Probe, State};
+use crate::rules::ejection::{Event, Member};
+use crate::rules::mode::RuleName;
+use crate::telemetry::Telemetry;
+use crate::upstream::endpoint::Endpoint;
+
+/// A turn at a breaker, from the moment it let the try through until the try is judged.
+#[derive(Default)]
+enum Turn {
+    #[default]
+    None,
+    Pass(Pass),
+    Probe(Probe),
+}
+
+/// The turns of one try. Dropping them judges nothing and gives the places of probes back.
+#[derive(Default)]
+pub struct Trial {
+    destination: Turn,
+    endpoint: Turn,
+}
+
+/// Asks the circuit breaker of the destination.
+///
+/// # Errors
+/// If it is open.
+pub fn admit(live: &mut Live, now: Instant) -> Result<(), Refusal> {
+    live.trial = Trial::default();
+    let view = Rc::clone(&live.view);
+    let destination = view.destination(live.destination());
+    let Some(thresholds) = &destination.breaker else { return Ok(()) };
+    let Some(health) = live.health() else { return Ok(()) };
+    match health.breaker.admit(thresholds, now) {
+        Admission::Pass(pass) => live.trial.destination = Turn::Pass(pass),
+        Admission::Probe { probe, change } => {
+            if let Some(change) = change {
+                breaker_changed(live.worker.shard.telemetry(), destination, &change);
+            }
+            live.trial.destination = Turn::Probe(probe);
+        }
+        Admission::Refuse { retry_after } if view.policy.model.modes.circuit_breaker.value.is_enforced() => {
+            let values = &destination.values.circuit_breaker;
+            let failures = health.breaker.consecutive();
+            let rule = Rule {
+                name: "circuitBreaker.consecutiveFailures",
+                value: values.consecutive_failures.value.to_string(),
+                origin: values.consecutive_failures.origin.clone(),
+            };
+            let name = &destination.values.name;
+            let detail = format!("the circuit breaker of {name} is open after {failures} failures in a row");
+            let mut refusal = Refusal::ruled(Kind::CircuitOpen, rule, detail);
+            refusal.retry_after = Some(retry_after);
+            return Err(refusal);
+        }
+        Admission::Refuse { .. } => live.would(RuleName::CircuitBreaker),
+    }
+    Ok(())
+}
+
+/// Takes a turn at an endpoint that was picked; `false` if it is out, or is being tried by another call.
+pub fn enlist(live: &mut Live, endpoint: &Endpoint, now: Instant) -> bool {
+    let destination = live.view.destination(live.destination());
+    let Some(thresholds) = &destination.ejection else { return true };
+    live.trial.endpoint = match endpoint.member.admit(thresholds, now) {
+        Admission::Pass(pass) => Turn::Pass(pass),
+        Admission::Probe { probe, .. } => Turn::Probe(probe),
+        Admission::Refuse { .. } if live.view.policy.model.modes.ejection.value.is_enforced() => return false,
+        Admission::Refuse { .. } => Turn::None,
+    };
+    true
+}
+
+/// Judges the try: what it says about the destination, and about the endpoint if one was reached for.
+pub fn judge(live: &mut Live, outcome: Outcome, now: Instant) {
+    let trial = std::mem::take(&mut live.trial);
+    let destination = live.view.destination(live.destination());
+    let telemetry = live.worker.shard.telemetry();
+    if let (Some(thresholds), Some(health)) = (&destination.breaker, live.health()) {
+        let change = match trial.destination {
+            Turn::None => None,
+            Turn::Pass(pass) => health.breaker.record(pass, thresholds, outcome, now, random(outcome)),
+            Turn::Probe(probe) => probe.record(thresholds, outcome, now, random(outcome)),
+        };
+        if let Some(change) = change {
+            breaker_changed(telemetry, destination, &change);
+        }
+    }
+    if let Some(endpoint) = &live.endpoint {
+        judge_endpoint(destination, telemetry, endpoint, trial.endpoint, outcome, now);
+    }
+}
+
+/// Judges the endpoint alone: it could not be reached, and another one may have the call.
+pub fn unreachable(live: &mut Live, endpoint: &Rc<Endpoint>, now: Instant) {
+    let turn = std::mem::take(&mut live.trial.endpoint);
+    let destination = live.view.destination(live.destination());
+    judge_endpoint(destination, live.worker.shard.telemetry(), endpoint, turn, Outcome::Failure, now);
+}
+
+fn judge_endpoint(
+    destination: &Destination,
+    telemetry: &Telemetry,
+    endpoint: &Endpoint,
+    turn: Turn,
+    outcome: Outcome,
+    now: Instant,
+) {
+    let Some(thresholds) = &destination.ejection else { return };
+    let member = &endpoint.member;
+    let event = match turn {
+        Turn::None => None,
+        Turn::Pass(pass) => member.record(pass, thresholds, outcome, now, random(outcome)),
+        Turn::Probe(probe) => probe.record(thresholds, outcome, now, random(outcome)).map(Event::Ejected),
+    };
+    match event {
+        Some(Event::Ejected(change)) => ejection_changed(telemetry, destination, member, &change, now),
+        Some(Event::Kept { consecutive }) => {
+            let name = &destination.values.name;
+            telemetry.ejection_changed(name, "kept", out_now(destination, now));
+            let endpoint = member.address();
+            tracing::warn!(destination = name, %endpoint, consecutive, "the endpoint fails but is the last one: it stays in");
+        }
+        None => {}
+    }
+}
+
+/// Only a failure needs chance: it decides how long something stays open.
+fn random(outcome: Outcome) -> f64 {
+    if outcome == Outcome::Success { 0.0 } else { fastrand::f64() }
+}
+
+fn breaker_changed(telemetry: &Telemetry, destination: &Destination, change: &Change) {
+    let name = &destination.values.name;
+    let number = match change.to {
+        State::Closed => 0,
+        State::HalfOpen => 1,
+        State::Open => 2,
+    };
+    telemetry.breaker_changed(name, change.to.as_str(), number);
+    tracing::warn!(
+        destination = name,
+        from = change.from.as_str(),
+        to = change.to.as_str(),
+        cause = change.cause.as_str(),
+        consecutive = change.consecutive,
+        failures = change.failures,
+        requests = change.requests,
+        open_for_ms = change.open_for.map(|time| time.as_millis()),
+        "the circuit breaker changed its state"
+    );
+}
+
+fn ejection_changed(telemetry: &Telemetry, destination: &Destination, member: &Member, change: &Change, now: Instant) {
+    let name = &destination.values.name;
+    let word = match change.to {
+        State::Open => "out",
+        State::HalfOpen => "tried",
+        State::Closed => "in",
+    };
+    telemetry.ejection_changed(name, word, out_now(destination, now));
+    let endpoint: SocketAddr = member.address();
+    tracing::warn!(
+        destination = name,
+        %endpoint,
+        change = word,
+        cause = change.cause.as_str(),
+        consecutive = change.consecutive,
+        out_for_ms = change.open_for.map(|time| time.as_millis()),
+        "an endpoint changed its state"
+    );
+}
+
+fn out_now(destination: &Destination, now: Instant) -> usize {
+    destination.cluster.health.group.members().iter().filter(|member| member.is_out(now)).count()
+}

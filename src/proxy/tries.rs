@@ -1,0 +1,312 @@
+//! The tries of one request: when one fails, whether another follows, and what is told when none does.
+//!
+//! The decision itself is `rules/retry.rs`; this file finds out what happened (status, gRPC code, a reset, the marks of
+//! sidecars further down), has the try judged, waits, and sends the request again from what was kept of it. A request that
+//! goes well passes through here without a stop.
+
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+
+use http::header::HeaderMap;
+use http::{Request, Response, header, request};
+use http_body::Body;
+use hyper::body::Incoming;
+use tokio::time::Instant;
+
+use crate::net::body::Replay;
+use crate::policy::model::Direction;
+use crate::proxy::fields::Present;
+use crate::proxy::live::Live;
+use crate::proxy::refusal::{Kind, PROXY_STATUS, Refusal};
+use crate::proxy::{attempt, grpc, ties, trial};
+use crate::rules::breaker::Outcome;
+use crate::rules::mark::Mark;
+use crate::rules::mode::RuleName;
+use crate::rules::retry::{self, Decision, Failure, Pushback, Seen, Why};
+use crate::telemetry::Again;
+use crate::upstream::pool::{Carrier, Pool};
+
+/// What a request can be sent again from.
+pub struct Spare {
+    /// The head as it goes out, but for what depends on the connection.
+    pub head: request::Parts,
+    /// Its body, as far as it was kept.
+    pub body: Replay,
+}
+
+type Tried = Result<Response<Incoming>, Refusal>;
+
+/// Sends the request until there is an answer that stands: a good one, or the last bad one.
+///
+/// # Errors
+/// The refusal that the caller gets instead.
+pub async fn run(live: &mut Live, pool: &Rc<Pool>, switching: bool) -> Tried {
+    let most = match live.spare {
+        Some(_) => 1 + u16::try_from(live.route().retry.attempts.value).unwrap_or(u16::MAX - 1),
+        None => 1,
+    };
+    live.attempt = 1;
+    loop {
+        live.record.attempt(live.attempt, most);
+        let tried = match trial::admit(live, Instant::now()) {
+            Ok(()) => attempt::send(live, pool, switching).await,
+            Err(refusal) => Err(refusal),
+        };
+        if let Ok(answer) = &tried
+            && is_fine(live, answer)
+        {
+            return tried;
+        }
+        // Boxed, like everything that few requests meet.
+        match Box::pin(again(live, pool, tried)).await {
+            None => live.attempt += 1,
+            Some(tried) => return tried,
+        }
+    }
+}
+
+/// An answer that nobody has to think about.
+fn is_fine(live: &Live, answer: &Response<Incoming>) -> bool {
+    let status = answer.status().as_u16();
+    let is_wanted = status < 400 || (status < 500 && !live.route().retry.is_on(Failure::Status(status)));
+    is_wanted && !(live.patience.grpc && answer.headers().contains_key(grpc::STATUS))
+}
+
+/// After a try that did not go well. `None`: the request is ready for the next one. Else, what stands.
+async fn again(live: &mut Live, pool: &Rc<Pool>, tried: Tried) -> Option<Tried> {
+    let now = Instant::now();
+    let report = Report::of(live, pool, &tried);
+    judge(live, &report, now);
+    let why = match decide(live, &report, now) {
+        Decision::Again { after } => {
+            prepare(live, tried, &report);
+            pause(live, after).await;
+            return None;
+        }
+        Decision::Stop(why) => why,
+    };
+    tell(live, &report, why, &tried, now);
+    Some(tried)
+}
+
+/// What is known of a try that did not go well.
+struct Report {
+    /// `None`: no failure of the callee at all.
+    failure: Option<Failure>,
+    /// It says something about the callee.
+    counts: bool,
+    /// Nobody can have seen the request.
+    unseen: bool,
+    mark: Option<Mark>,
+    pushback: Option<Pushback>,
+}
+
+impl Report {
+    fn of(live: &Live, pool: &Pool, tried: &Tried) -> Self {
+        match tried {
+            Ok(answer) => Self::of_answer(live, pool, answer),
+            Err(refusal) => {
+                let failure = of_refusal(refusal.kind, live.unsent);
+                let unseen = refusal.kind != Kind::UpstreamProtocol && live.unsent;
+                Self { failure, counts: counts(live, refusal.kind), unseen, mark: None, pushback: None }
+            }
+        }
+    }
+
+    fn of_answer(live: &Live, pool: &Pool, answer: &Response<Incoming>) -> Self {
+        let fields = answer.headers();
+        let present = Present::scan(fields);
+        let modes = &live.view.policy.model.modes;
+        let mark = present.proxy_status.then(|| read_mark(fields)).flatten();
+        let code = live.patience.grpc.then(|| grpc::read_status(fields)).flatten();
+        let status = answer.status().as_u16();
+        let mut failure = match code {
+            Some((code, _)) => Failure::Grpc(code),
+            None => Failure::Status(status),
+        };
+        let is_unsent = mark.as_ref().is_some_and(|mark| mark.is_unsent) && modes.unsent.value.is_enforced();
+        // Where there is nobody else to send it to at once, it waits like any other failure.
+        if is_unsent && live.endpoint.as_ref().is_some_and(|this| pool.has_other(&live.tried, this)) {
+            failure = Failure::Unsent;
+        }
+        let elsewhere = mark.as_ref().is_some_and(|mark| mark.at.is_some()) && !modes.blame_in_one_place.value.is_off();
+        let counts = retry::is_failure(failure) && !(elsewhere && modes.blame_in_one_place.value.is_enforced());
+        let pushback = present.pushback.then(|| pushback(fields, code.is_some())).flatten();
+        Self { failure: Some(failure), counts, unseen: is_unsent, mark, pushback }
+    }
+}
+
+fn read_mark(fields: &HeaderMap) -> Option<Mark> {
+    Mark::read(fields.get_all(PROXY_STATUS).iter().map(http::HeaderValue::as_bytes))
+}
+
+/// What the upstream said about another try (RFC 9110, 10.2.3; gRFC A6).
+fn pushback(fields: &HeaderMap, grpc: bool) -> Option<Pushback> {
+    if grpc {
+        let value = fields.get(grpc::PUSHBACK)?;
+        let wait = value.to_str().ok().and_then(|text| text.trim().parse::<u32>().ok());
+        return Some(wait.map_or(Pushback::Stop, |millis| Pushback::Wait(Duration::from_millis(millis.into()))));
+    }
+    let seconds = fields.get(header::RETRY_AFTER)?.to_str().ok()?.trim().parse().ok()?;
+    Some(Pushback::Wait(Duration::from_secs(seconds)))
+}
+
+/// What a refusal of ours means for another try.
+fn of_refusal(kind: Kind, unsent: bool) -> Option<Failure> {
+    match kind {
+        Kind::ConnectFailed | Kind::ConnectTimeout | Kind::DnsFailed | Kind::TlsFailed => Some(Failure::Reset),
+        Kind::UpstreamReset if unsent => Some(Failure::Unsent),
+        Kind::UpstreamReset | Kind::UpstreamProtocol => Some(Failure::Reset),
+        Kind::PerTryTimeout => Some(Failure::Timeout),
+        _ => None,
+    }
+}
+
+/// Whether a refusal of ours is the callee's fault.
+fn counts(live: &Live, kind: Kind) -> bool {
+    match kind {
+        Kind::ConnectFailed
+        | Kind::ConnectTimeout
+        | Kind::DnsFailed
+        | Kind::TlsFailed
+        | Kind::UpstreamReset
+        | Kind::UpstreamProtocol
+        | Kind::PerTryTimeout
+        | Kind::RequestTimeout
+        | Kind::IdleTimeout => true,
+        // A caller in a hurry says nothing about the callee, unless the callee had half of what the policy gives it.
+        Kind::DeadlineExceeded => live
+            .patience
+            .until
+            .is_some_and(|until| until.whole >= live.route().timeouts.request.value / 2),
+        _ => false,
+    }
+}
+
+fn judge(live: &mut Live, report: &Report, now: Instant) {
+    if report.counts {
+        trial::judge(live, Outcome::Failure, now);
+    }
+}
+
+fn decide(live: &mut Live, report: &Report, now: Instant) -> Decision {
+    let (Some(failure), Some(spare)) = (report.failure, &live.spare) else {
+        return Decision::Stop(if report.failure.is_none() { Why::NotAFailure } else { Why::Off });
+    };
+    if live.direction == Direction::Inbound && !is_for_inbound(live, failure) {
+        return Decision::Stop(Why::AtTheCaller);
+    }
+    let modes = &live.view.policy.model.modes;
+    let marked = report.mark.as_ref().is_some_and(|mark| mark.is_final) || ties::is_spent(live, now);
+    let in_one_place = modes.retry_in_one_place.value;
+    let route = live.route();
+    let seen = Seen {
+        tries: live.attempt.into(),
+        failure,
+        is_safe: live.is_safe || report.unseen,
+        is_marked_final: marked && in_one_place.is_enforced(),
+        pushback: report.pushback,
+        is_replayable: spare.body.is_replayable(),
+        left: live.patience.request_at(&route.timeouts).saturating_duration_since(now),
+        random: fastrand::f64(),
+    };
+    let is_enforced = modes.retry.value.is_enforced();
+    let Some(budget) = live.health().map(|health| &health.budget) else { return Decision::Stop(Why::Off) };
+    let decision = match is_enforced {
+        true => route.retry.next(&seen, budget, now),
+        false => route.retry.decide(&seen),
+    };
+    if !matches!(decision, Decision::Again { .. }) {
+        return decision;
+    }
+    if marked && !in_one_place.is_off() {
+        live.would(RuleName::RetryInOnePlace);
+    }
+    if !is_enforced {
+        live.would(RuleName::Retry);
+        return Decision::Stop(Why::Off);
+    }
+    decision
+}
+
+/// The sidecar before the app leaves retries to the caller's, which has other endpoints; but the app's own keep-alive race
+/// nobody else can see.
+fn is_for_inbound(live: &Live, failure: Failure) -> bool {
+    match failure {
+        Failure::Unsent => true,
+        Failure::Reset => live.reused,
+        Failure::Status(_) | Failure::Grpc(_) | Failure::Timeout => false,
+    }
+}
+
+/// Makes the request ready for the next try.
+fn prepare(live: &mut Live, tried: Tried, report: &Report) {
+    if let Some(endpoint) = live.endpoint.take() {
+        live.tried.push(endpoint.address.socket);
+    }
+    match tried {
+        Ok(answer) => discard(live, answer),
+        Err(_) => live.lease = None,
+    }
+    if let Some(spare) = &live.spare
+        && let Some(body) = spare.body.again(&live.flow)
+    {
+        live.request = Some(Request::from_parts(spare.head.clone(), body));
+    }
+    let because = if report.failure == Some(Failure::Unsent) { Again::Unsent } else { Again::Failed };
+    live.worker.shard.telemetry().retried(&live.destination_values().name, because);
+}
+
+/// How much of a failed answer's body is read, so that its connection can be used again.
+const DISCARDED: usize = 64 << 10;
+
+/// Lets go of an answer that nobody will get. What has come already is read, so that its connection lives on; nothing is
+/// waited for.
+fn discard(live: &mut Live, answer: Response<Incoming>) {
+    let Some(mut lease) = live.lease.take() else { return };
+    let mut body = answer.into_body();
+    let mut cx = Context::from_waker(Waker::noop());
+    let mut read = 0;
+    while !body.is_end_stream() && read < DISCARDED {
+        if let Some(Carrier::Http1(connection)) = lease.carrier() {
+            let _over = connection.drive(&mut cx);
+        }
+        match Pin::new(&mut body).poll_frame(&mut cx) {
+            Poll::Ready(Some(Ok(frame))) => read += frame.data_ref().map_or(1, bytes::Bytes::len),
+            Poll::Ready(None) => break,
+            Poll::Ready(Some(Err(_))) | Poll::Pending => return,
+        }
+    }
+    if live.flow.request.ended() {
+        let keep = &live.destination_values().connections;
+        lease.give_back(&mut cx, keep.idle.value, keep.max_idle.value as usize, None, Instant::now());
+        live.worker.upstreams.note_idle();
+    }
+}
+
+/// Waits before the next try; the deadline is known to be later.
+async fn pause(live: &mut Live, after: Duration) {
+    if !after.is_zero() {
+        let until = Instant::now() + after;
+        live.timer.limit(until, std::future::pending::<()>()).await;
+    }
+}
+
+/// Says why there is no further try: to the log, to the metrics, and to the sidecars above.
+fn tell(live: &mut Live, report: &Report, why: Why, tried: &Tried, now: Instant) {
+    let is_failure = report.failure.is_some_and(retry::is_failure);
+    if is_failure && why != Why::Off && why != Why::NotAFailure {
+        live.record.note().retry = Some(why.as_str());
+        live.worker.shard.telemetry().retry_withheld(&live.destination_values().name, why.as_str());
+    }
+    if let (true, Ok(_)) = (is_failure, tried) {
+        let below = report.mark.as_ref();
+        let is_final = matches!(
+            why,
+            Why::TriesUsedUp | Why::RetriedBelow | Why::PushedBack | Why::Deadline | Why::Budget
+        );
+        ties::failed(live, below, is_final, now);
+    }
+}
