@@ -2,7 +2,11 @@
 //!
 //! A rule knows plain values and the `now` it is given: no socket, no HTTP server, no clock, no metric.
 
+pub mod budget;
 pub mod duration;
 pub mod gate;
 pub mod limits;
+pub mod ratio;
+pub mod retry;
+pub mod size;
 pub mod timeouts;
