@@ -24,6 +24,7 @@ use crate::net::certificates::CertificateError;
 use crate::net::socket;
 use crate::policy::model::Model;
 use crate::policy::snapshot::Snapshot;
+use crate::proxy::worker::Chain;
 use crate::runtime::drain::{Drain, Phase, Signal};
 use crate::telemetry::{Sink, Telemetry};
 use crate::upstream::discovery::Discovery;
@@ -70,6 +71,8 @@ struct Shared {
     last_error: Mutex<Option<PolicyError>>,
     /// The policy before the present one: a worker may be about to read it while it is replaced.
     replaced: Mutex<Option<Arc<Snapshot>>>,
+    /// What the workers know together about the calls under way.
+    chain: Chain,
 }
 
 /// A running hopguard.
@@ -106,6 +109,7 @@ impl App {
             doors: Mutex::new(doors),
             last_error: Mutex::default(),
             replaced: Mutex::default(),
+            chain: Chain::default(),
             settings,
         });
         let (alive, workers) = mpsc::channel(1);

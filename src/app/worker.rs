@@ -42,7 +42,7 @@ async fn run(shared: &Arc<Shared>, number: usize, mut commands: mpsc::Receiver<C
     let shard = shared.telemetry.shard(u32::try_from(number).unwrap_or(u32::MAX));
     let upstreams = Upstreams::new(Rc::new(Network), shared.discovery.clone(), Rc::clone(&shard));
     tasks::spawn(Upstreams::sweep(Rc::downgrade(&upstreams)));
-    let worker = Worker::new(Arc::clone(&shared.policy), upstreams, shard);
+    let worker = Worker::new(Arc::clone(&shared.policy), upstreams, shard, &shared.chain);
     let mut open: HashMap<u64, oneshot::Sender<()>> = HashMap::new();
     let drain = shared.drain.signal();
     let mut leaving = Box::pin(drain.reached(Phase::Leaving));

@@ -181,7 +181,8 @@ impl Flow {
         self.over.get()
     }
 
-    fn wake(&self) {
+    /// Wakes whoever reads the caller's body, to look again.
+    pub fn wake(&self) {
         if let Some(waker) = self.holder.borrow_mut().take() {
             waker.wake();
         }

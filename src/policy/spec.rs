@@ -21,7 +21,9 @@ use crate::rules::faults::FaultSpec;
 use crate::rules::limits::LimitsSpec;
 use crate::rules::mode::ModesSpec;
 use crate::rules::rate_limit::RateLimitSpec;
+use crate::rules::ratio::Ratio;
 use crate::rules::retry::RetrySpec;
+use crate::rules::size::Size;
 use crate::rules::switch::Switch;
 use crate::rules::timeouts::TimeoutsSpec;
 use crate::upstream::spec::{ConnectionsSpec, Endpoint, Protocol, TlsSpec};
@@ -116,8 +118,8 @@ pub struct ListenerSpec {
     pub direction: Option<Direction>,
     /// How long callers may take.
     pub timeouts: Option<ListenerTimeoutsSpec>,
-    /// The whole header section of a request, in bytes or KiB/MiB. Default 64KiB.
-    pub max_header_size: Option<Size>,
+    /// The whole header section of a request, in bytes or KiB/MiB: 1KiB to 256KiB. Default 64KiB.
+    pub max_header_size: Option<Size<1_024, 262_144>>,
     /// Certificate and key; without them calls come in as plain text.
     pub tls: Option<ListenerTlsSpec>,
 }
@@ -273,109 +275,5 @@ impl JsonSchema for Bind {
             "pattern": "^([0-9.]+|\\[[0-9A-Fa-f:.]+(%[0-9]+)?\\]):[0-9]{1,5}$",
             "examples": ["0.0.0.0:8080", "[::]:8080"],
         })
-    }
-}
-
-/// A size in a document: bytes as a number, or `64KiB`, `1MiB`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Size(pub u64);
-
-impl Size {
-    fn parse(text: &str) -> Option<u64> {
-        let (number, unit) = text.split_at(text.bytes().take_while(u8::is_ascii_digit).count());
-        let unit = match unit {
-            "" => 1,
-            "KiB" => 1 << 10,
-            "MiB" => 1 << 20,
-            _ => return None,
-        };
-        number.parse::<u64>().ok()?.checked_mul(unit)
-    }
-}
-
-impl<'de> Deserialize<'de> for Size {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Read;
-        impl Visitor<'_> for Read {
-            type Value = Size;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a size like `64KiB`")
-            }
-
-            fn visit_u64<E: de::Error>(self, bytes: u64) -> Result<Size, E> {
-                Ok(Size(bytes))
-            }
-
-            fn visit_str<E: de::Error>(self, text: &str) -> Result<Size, E> {
-                Size::parse(text).map(Size).ok_or_else(|| {
-                    let hint = "write a whole number of bytes, or one with KiB or MiB, like `64KiB`";
-                    E::custom(Fault::new(format!("`{text}` is not a size"), hint))
-                })
-            }
-        }
-        deserializer.deserialize_any(Read)
-    }
-}
-
-impl JsonSchema for Size {
-    fn schema_name() -> Cow<'static, str> {
-        "Size".into()
-    }
-
-    fn json_schema(_: &mut SchemaGenerator) -> Schema {
-        json_schema!({
-            "description": "Bytes as a number, or with KiB or MiB; 1KiB to 256KiB.",
-            "anyOf": [
-                { "type": "integer", "minimum": 1024, "maximum": 262_144 },
-                { "type": "string", "pattern": "^[0-9]+(KiB|MiB)?$" },
-            ],
-            "examples": ["64KiB", 65_536],
-        })
-    }
-}
-
-/// A share in a document: more than 0, at most 1.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Ratio(pub f64);
-
-impl<'de> Deserialize<'de> for Ratio {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Read;
-        impl Visitor<'_> for Read {
-            type Value = Ratio;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a number above 0 and up to 1")
-            }
-
-            fn visit_f64<E: de::Error>(self, ratio: f64) -> Result<Ratio, E> {
-                if ratio > 0.0 && ratio <= 1.0 {
-                    return Ok(Ratio(ratio));
-                }
-                let hint = "write a number above 0 and up to 1, like 0.01 for one in a hundred";
-                Err(E::custom(Fault::new(format!("{ratio} is out of range"), hint)))
-            }
-
-            fn visit_u64<E: de::Error>(self, whole: u64) -> Result<Ratio, E> {
-                // Above one thousand the exact value no longer matters: it is refused.
-                self.visit_f64(f64::from(u16::try_from(whole).unwrap_or(u16::MAX)))
-            }
-        }
-        deserializer.deserialize_any(Read)
-    }
-}
-
-impl JsonSchema for Ratio {
-    fn inline_schema() -> bool {
-        true
-    }
-
-    fn schema_name() -> Cow<'static, str> {
-        "Ratio".into()
-    }
-
-    fn json_schema(_: &mut SchemaGenerator) -> Schema {
-        json_schema!({ "type": "number", "exclusiveMinimum": 0, "maximum": 1 })
     }
 }

@@ -19,7 +19,7 @@ use crate::proxy::live::Live;
 use crate::proxy::refusal::{self, Context, PROXY_STATUS, Refusal};
 use crate::proxy::ties;
 use crate::proxy::tunnel::Handoff;
-use crate::rules::retry::{Failure, is_failure};
+use crate::rules::breaker::is_failed_code;
 use crate::runtime::tasks;
 
 /// What the pipeline comes to.
@@ -154,7 +154,7 @@ fn grpc_answer(live: &mut Live, present: &Present, mut answer: Response<Incoming
     let fields = answer.headers_mut();
     if let Some((code, message)) = grpc::read_status(fields) {
         live.record.grpc(code, message);
-        if is_failure(Failure::Grpc(code)) {
+        if is_failed_code(code) {
             ties::mark_answer(live, StatusCode::OK, fields, present.proxy_status);
         }
         return Reply::Upstream(answer);

@@ -19,6 +19,8 @@ use crate::proxy::grpc::{self, Code};
 use crate::proxy::live::Live;
 use crate::proxy::patience::Verdict;
 use crate::proxy::refusal::Refusal;
+use crate::proxy::{ties, trial};
+use crate::rules::breaker::Outcome;
 use crate::upstream::pool::Carrier;
 
 /// Why a body ends before its end.
@@ -81,6 +83,7 @@ impl ResponseBody {
             trailers::clean(fields, &live.named);
             if let Some((code, message)) = grpc::read_status(fields) {
                 live.record.grpc(code, message);
+                ties::mark_trailers(live, fields, code, live.over_at);
             }
         }
         if last {
@@ -96,7 +99,7 @@ impl ResponseBody {
         let Some(live) = &self.live else { return };
         let limits = &live.route().timeouts;
         let at = if live.patience.is_unary() {
-            live.patience.began + limits.request.value
+            live.patience.request_at(limits)
         } else {
             live.flow.last() + limits.idle.value
         };
@@ -125,6 +128,7 @@ impl ResponseBody {
     fn broken(&mut self, error: hyper::Error) -> Poll<Option<Result<Frame<Bytes>, Cut>>> {
         if let Some(live) = &mut self.live {
             live.record.upstream_cut();
+            trial::judge(live, Outcome::Failure, Instant::now());
             if live.patience.grpc {
                 live.record.grpc(Code::Unavailable as u32, None);
             }
@@ -136,6 +140,7 @@ impl ResponseBody {
     fn refuse(&mut self, refusal: &Refusal) -> Poll<Option<Result<Frame<Bytes>, Cut>>> {
         let (code, message) = refusal.grpc();
         if let Some(live) = &mut self.live {
+            trial::judge_late(live, refusal.kind, Instant::now());
             live.record.refuse(refusal.record());
             if live.patience.grpc {
                 live.record.grpc(code as u32, None);
@@ -166,6 +171,7 @@ fn finish(mut live: Box<Live>, cx: &mut Context<'_>) {
     live.flow.response.end();
     live.over_at = Instant::now();
     live.record.complete_at(live.over_at);
+    trial::judge_complete(&mut live);
     let Some(lease) = live.lease.take() else { return };
     if !live.flow.request.ended() {
         // The caller is still sending what nobody will read: the connection has no clean end.

@@ -92,7 +92,7 @@ pub struct Live {
     pub late_at: Option<Instant>,
     destination: usize,
     route: usize,
-    place: Option<(Pass, Rc<Pool>)>,
+    place: Option<(Option<Pass>, Rc<Pool>)>,
 }
 
 const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
@@ -182,6 +182,11 @@ impl Live {
         self.destination
     }
 
+    /// The position of the route in its destination.
+    pub fn route_position(&self) -> usize {
+        self.route
+    }
+
     /// The values of the destination.
     pub fn destination_values(&self) -> &model::Destination {
         &self.view.destination(self.destination).values
@@ -192,13 +197,19 @@ impl Live {
         &self.destination_values().routes[self.route]
     }
 
+    /// Whether its failure happened further down than the destination.
+    pub fn failed_below(&self) -> bool {
+        let is_enforced = self.view.policy.model.modes.blame_in_one_place.value.is_enforced();
+        is_enforced && self.record.notes().is_some_and(|notes| notes.failed_at.is_some())
+    }
+
     /// What the failures of the destination have led to; `None` before the exchange has a place there.
     pub fn health(&self) -> Option<&Health> {
         self.place.as_ref().map(|(_, pool)| &pool.cluster.health)
     }
 
-    /// Takes up the place in flight, which is given back at the end.
-    pub fn hold(&mut self, pass: Pass, pool: Rc<Pool>) {
+    /// Takes up the place in flight (none where `limits` is not enforced), which is given back at the end.
+    pub fn hold(&mut self, pass: Option<Pass>, pool: Rc<Pool>) {
         pool.metrics.in_flight.increment();
         self.place = Some((pass, pool));
     }

@@ -5,6 +5,7 @@ use std::rc::Rc;
 
 use http::request::Parts;
 use http::uri::PathAndQuery;
+use http::header::{HeaderMap, HeaderName};
 use http::{HeaderValue, Method, Request, Response, StatusCode, Uri, Version, header};
 use hyper::body::Incoming;
 use tokio::time::Instant;
@@ -13,16 +14,17 @@ use crate::net::body::RequestBody;
 use crate::net::flow::Flow;
 use crate::policy::model::{Listener, Target as Towards};
 use crate::proxy::answer::{self, Reply};
-use crate::proxy::attempt;
 use crate::proxy::body::ResponseBody;
 use crate::proxy::caller::Caller;
 use crate::proxy::fields::{self, Present};
 use crate::proxy::live::Live;
-use crate::proxy::refusal::{Kind, Refusal};
+use crate::proxy::refusal::{Kind, Refusal, Rule};
 use crate::proxy::target::{self, Target};
-use crate::proxy::upgrade;
+use crate::proxy::tries::{self, Spare};
+use crate::proxy::{ties, upgrade};
 use crate::proxy::worker::Worker;
 use crate::rules::gate::QueueFull;
+use crate::rules::mode::RuleName;
 use crate::upstream::pool::Pool;
 
 /// What a caller gets: an answer, always.
@@ -84,6 +86,8 @@ fn decide(live: &mut Live, request: Request<Incoming>, present: &Present) -> Res
     let route = view.destination(position).index.find(&head.method, head.uri.path(), &head.headers);
     live.met(position, route, listener.direction);
     let pool = pool(live, &target)?;
+    ties::begin(live, &mut head, present)?;
+    check_rate(live, &head.headers)?;
     if head.method == Method::CONNECT {
         upgrade::may_connect(listener)?;
         return Ok(Decision::Tunnel(pool, Box::new(head)));
@@ -109,9 +113,51 @@ fn decide(live: &mut Live, request: Request<Incoming>, present: &Present) -> Res
     if let Some(protocol) = &switch {
         upgrade::ask(&mut head.headers, protocol);
     }
-    let body = RequestBody::caller(body, Rc::clone(&live.flow), said.named);
-    live.request = Some(Request::from_parts(head, body));
+    let request = outgoing(live, head, body, said.named, switch.is_some());
+    live.request = Some(request);
     Ok(Decision::Send(pool, switch))
+}
+
+/// The request as it goes out; where the policy wants retries, with what another try needs kept aside.
+fn outgoing(
+    live: &mut Live,
+    head: Parts,
+    body: Incoming,
+    named: Vec<HeaderName>,
+    switching: bool,
+) -> Request<RequestBody> {
+    let retry = &live.route().retry;
+    let flow = Rc::clone(&live.flow);
+    if !retry.enabled.value || switching || live.view.policy.model.modes.retry.value.is_off() {
+        return Request::from_parts(head, RequestBody::caller(body, flow, named));
+    }
+    let limit = retry.replay_limit.value as usize;
+    let (body, replay) = RequestBody::repeatable(body, flow, named, limit);
+    live.spare = Some(Box::new(Spare { head: head.clone(), body: replay }));
+    Request::from_parts(head, body)
+}
+
+/// The rate limit of the route.
+fn check_rate(live: &mut Live, fields: &HeaderMap) -> Result<(), Refusal> {
+    let Some(limit) = &live.route().rate_limit.value else { return Ok(()) };
+    let mode = live.view.policy.model.modes.rate_limit.value;
+    let limiter = live.view.destination(live.destination()).limiters[live.route_position()].as_ref();
+    let Some(limiter) = limiter.filter(|_| !mode.is_off()) else { return Ok(()) };
+    let key = limit.by.value.key(live.caller.peer.ip(), |name| fields.get(name).map(HeaderValue::as_bytes));
+    let Err(refused) = limiter.check(limit, key, live.patience.began) else { return Ok(()) };
+    if !mode.is_enforced() {
+        live.would(RuleName::RateLimit);
+        return Ok(());
+    }
+    let per = crate::rules::duration::format(limit.per.value);
+    let rule = Rule {
+        name: "rateLimit.requests",
+        value: format!("{} per {per}", limit.requests.value),
+        origin: limit.requests.origin.clone(),
+    };
+    let mut refusal = Refusal::ruled(Kind::RateLimited, rule, format!("too many calls (counted by {})", limit.by.value));
+    refusal.retry_after = Some(refused.retry_after);
+    Err(refusal)
 }
 
 /// Does what was decided, within the rules.
@@ -126,9 +172,9 @@ async fn act(live: &mut Live, decision: Decision) -> Result<Reply, Refusal> {
     if !enter(live, &pool) {
         Box::pin(wait_in_queue(live, &pool)).await?;
     }
-    // One try. The answer is judged, and its body carries the exchange on.
-    live.record.attempt(1, 1);
-    let answer = attempt::send(live, &pool, switch.is_some()).await?;
+    // As many tries as it takes and as the policy allows. The answer's body carries the exchange on.
+    let answer = tries::run(live, &pool, switch.is_some()).await?;
+    live.spare = None;
     if answer.status() == StatusCode::SWITCHING_PROTOCOLS {
         return Box::pin(upgrade::switch(live, answer, switch)).await;
     }
@@ -224,10 +270,16 @@ fn pool(live: &Live, target: &Target<'_>) -> Result<Rc<Pool>, Refusal> {
 /// Takes a place in flight, if there is one at once.
 fn enter(live: &mut Live, pool: &Rc<Pool>) -> bool {
     let destination = live.view.destination(live.destination());
-    let Some(pass) = destination.gate.try_enter() else {
+    let mode = live.view.policy.model.modes.limits.value;
+    let pass = destination.gate.try_enter();
+    if pass.is_none() && mode.is_enforced() {
         return false;
-    };
+    }
+    let is_over = pass.is_none();
     live.hold(pass, Rc::clone(pool));
+    if is_over && !mode.is_off() {
+        live.would(RuleName::Limits);
+    }
     true
 }
 
@@ -244,7 +296,7 @@ async fn wait_in_queue(live: &mut Live, pool: &Rc<Pool>) -> Result<(), Refusal> 
     live.record.queued(began.elapsed());
     match entered {
         Some(Ok(pass)) => {
-            live.hold(pass, Rc::clone(pool));
+            live.hold(Some(pass), Rc::clone(pool));
             Ok(())
         }
         Some(Err(QueueFull)) => Err(Refusal::counted(

@@ -20,6 +20,7 @@ use crate::proxy::grpc::PUSHBACK;
 use crate::proxy::live::Live;
 use crate::proxy::patience::Until;
 use crate::proxy::refusal::{Kind, PROXY_STATUS, Refusal, Rule};
+use crate::rules::breaker::is_failed_code;
 use crate::rules::deadline::{self, Deadline, EXPECTED_RQ_TIMEOUT_MS, GRPC_TIMEOUT, Source};
 use crate::rules::joined::{Causes, Entered, Join};
 use crate::rules::mark::Mark;
@@ -54,10 +55,8 @@ pub fn begin(live: &mut Live, head: &mut Parts, present: &Present) -> Result<(),
     let now = live.patience.began;
     let caller = if present.deadline { asked(live.patience.grpc, &head.headers)? } else { None };
     let route = live.route();
-    let inbound = match &ties {
-        Some(Ties { causes: Some(causes), .. }) if !route.stream => causes.deadline(),
-        _ => None,
-    };
+    let causes = ties.as_ref().and_then(|ties| ties.causes.as_ref());
+    let inbound = causes.filter(|_| !route.stream).map(Causes::deadline);
     let deadline = Deadline::earliest(now, route.timeouts.request.value, caller, inbound);
     live.ties = ties;
     if deadline.from != Source::Policy {
@@ -251,7 +250,7 @@ pub fn mark_answer(live: &mut Live, status: StatusCode, fields: &mut HeaderMap, 
 
 /// The same for the trailers of a gRPC answer.
 pub fn mark_trailers(live: &mut Live, fields: &mut HeaderMap, code: u32, now: Instant) {
-    if code == 0 || !crate::rules::retry::is_failure(crate::rules::retry::Failure::Grpc(code)) {
+    if !is_failed_code(code) {
         return;
     }
     let was_marked = fields.contains_key(PROXY_STATUS);

@@ -10,10 +10,9 @@ use std::rc::Rc;
 use tokio::time::Instant;
 
 use crate::policy::snapshot::Destination;
-use crate::problems::Origin;
 use crate::proxy::live::Live;
 use crate::proxy::refusal::{Kind, Refusal, Rule};
-use crate::rules::breaker::{Admission, Change, Outcome, Pass, Probe, State};
+use crate::rules::breaker::{Admission, Change, Outcome, Pass, Probe, State, is_failed_code};
 use crate::rules::ejection::{Event, Member};
 use crate::rules::mode::RuleName;
 use crate::telemetry::Telemetry;
@@ -102,6 +101,48 @@ pub fn judge(live: &mut Live, outcome: Outcome, now: Instant) {
     }
     if let Some(endpoint) = &live.endpoint {
         judge_endpoint(destination, telemetry, endpoint, trial.endpoint, outcome, now);
+    }
+}
+
+/// Judges an exchange that has come to its end: the status was good, or has been judged; the trailers of gRPC may still speak
+/// against it.
+pub fn judge_complete(live: &mut Live) {
+    let now = live.over_at;
+    let is_failed = live.record.grpc_code().is_some_and(is_failed_code);
+    if !is_failed {
+        if let Some(health) = live.health() {
+            health.budget.earn();
+        }
+        judge(live, Outcome::Success, now);
+    } else if !live.failed_below() {
+        judge(live, Outcome::Failure, now);
+    }
+}
+
+/// Judges a try by a refusal of ours, where that is the callee's fault.
+pub fn judge_late(live: &mut Live, kind: Kind, now: Instant) {
+    if is_callees_fault(live, kind) {
+        judge(live, Outcome::Failure, now);
+    }
+}
+
+/// Whether a refusal of ours is the callee's fault.
+pub fn is_callees_fault(live: &Live, kind: Kind) -> bool {
+    match kind {
+        Kind::ConnectFailed
+        | Kind::ConnectTimeout
+        | Kind::DnsFailed
+        | Kind::TlsFailed
+        | Kind::UpstreamReset
+        | Kind::UpstreamProtocol
+        | Kind::PerTryTimeout
+        | Kind::RequestTimeout
+        | Kind::IdleTimeout => true,
+        // A caller in a hurry says nothing about the callee, unless the callee had half of what the policy gives it.
+        Kind::DeadlineExceeded => {
+            live.patience.until.is_some_and(|until| until.whole >= live.route().timeouts.request.value / 2)
+        }
+        _ => false,
     }
 }
 

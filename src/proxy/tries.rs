@@ -21,7 +21,7 @@ use crate::proxy::fields::Present;
 use crate::proxy::live::Live;
 use crate::proxy::refusal::{Kind, PROXY_STATUS, Refusal};
 use crate::proxy::{attempt, grpc, ties, trial};
-use crate::rules::breaker::Outcome;
+use crate::rules::breaker::{Outcome, is_failed_code, is_failed_status};
 use crate::rules::mark::Mark;
 use crate::rules::mode::RuleName;
 use crate::rules::retry::{self, Decision, Failure, Pushback, Seen, Why};
@@ -110,7 +110,7 @@ impl Report {
             Err(refusal) => {
                 let failure = of_refusal(refusal.kind, live.unsent);
                 let unseen = refusal.kind != Kind::UpstreamProtocol && live.unsent;
-                Self { failure, counts: counts(live, refusal.kind), unseen, mark: None, pushback: None }
+                Self { failure, counts: trial::is_callees_fault(live, refusal.kind), unseen, mark: None, pushback: None }
             }
         }
     }
@@ -132,7 +132,8 @@ impl Report {
             failure = Failure::Unsent;
         }
         let elsewhere = mark.as_ref().is_some_and(|mark| mark.at.is_some()) && !modes.blame_in_one_place.value.is_off();
-        let counts = retry::is_failure(failure) && !(elsewhere && modes.blame_in_one_place.value.is_enforced());
+        let is_failed = code.as_ref().map_or_else(|| is_failed_status(status), |(code, _)| is_failed_code(*code));
+        let counts = is_failed && !(elsewhere && modes.blame_in_one_place.value.is_enforced());
         let pushback = present.pushback.then(|| pushback(fields, code.is_some())).flatten();
         Self { failure: Some(failure), counts, unseen: is_unsent, mark, pushback }
     }
@@ -161,27 +162,6 @@ fn of_refusal(kind: Kind, unsent: bool) -> Option<Failure> {
         Kind::UpstreamReset | Kind::UpstreamProtocol => Some(Failure::Reset),
         Kind::PerTryTimeout => Some(Failure::Timeout),
         _ => None,
-    }
-}
-
-/// Whether a refusal of ours is the callee's fault.
-fn counts(live: &Live, kind: Kind) -> bool {
-    match kind {
-        Kind::ConnectFailed
-        | Kind::ConnectTimeout
-        | Kind::DnsFailed
-        | Kind::TlsFailed
-        | Kind::UpstreamReset
-        | Kind::UpstreamProtocol
-        | Kind::PerTryTimeout
-        | Kind::RequestTimeout
-        | Kind::IdleTimeout => true,
-        // A caller in a hurry says nothing about the callee, unless the callee had half of what the policy gives it.
-        Kind::DeadlineExceeded => live
-            .patience
-            .until
-            .is_some_and(|until| until.whole >= live.route().timeouts.request.value / 2),
-        _ => false,
     }
 }
 
@@ -298,8 +278,8 @@ async fn pause(live: &mut Live, after: Duration) {
 fn tell(live: &mut Live, report: &Report, why: Why, tried: &Tried, now: Instant) {
     let is_failure = report.failure.is_some_and(retry::is_failure);
     if is_failure && why != Why::Off && why != Why::NotAFailure {
-        live.record.note().retry = Some(why.as_str());
-        live.worker.shard.telemetry().retry_withheld(&live.destination_values().name, why.as_str());
+        live.record.note().retry = Some(why.name());
+        live.worker.shard.telemetry().retry_withheld(&live.destination_values().name, why.name());
     }
     if let (true, Ok(_)) = (is_failure, tried) {
         let below = report.mark.as_ref();

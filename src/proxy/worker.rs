@@ -10,7 +10,9 @@ use arc_swap::cache::Cache;
 use crate::policy::snapshot::{Destination, Snapshot};
 use crate::runtime::drain::{Crowd, Phase};
 use crate::runtime::timer::Timers;
-use crate::telemetry::Shard;
+use crate::rules::joined::Inbounds;
+use crate::rules::spent::Spent;
+use crate::telemetry::{Counter, Shard, Telemetry};
 use crate::upstream::pool::Pool;
 use crate::upstream::worker::Upstreams;
 
@@ -24,8 +26,52 @@ pub struct Worker {
     pub timers: Timers,
     /// Where exchanges record themselves.
     pub shard: Rc<Shard>,
+    /// The inbound requests under way in the whole process.
+    pub inbounds: Arc<Inbounds>,
+    /// Requests whose tries were used up here a moment ago.
+    pub spent: Arc<Spent>,
+    /// How outbound calls were joined with inbound requests.
+    pub joins: Joins,
     /// The open connections, and how far they are on their way down.
     pub crowd: Crowd,
+}
+
+/// What the workers know together about the calls through this process.
+#[derive(Clone)]
+pub struct Chain {
+    /// The inbound requests under way.
+    pub inbounds: Arc<Inbounds>,
+    /// Requests whose tries were used up here a moment ago.
+    pub spent: Arc<Spent>,
+}
+
+impl Default for Chain {
+    fn default() -> Self {
+        Self { inbounds: Inbounds::new(), spent: Arc::default() }
+    }
+}
+
+/// Counts how outbound calls were joined with inbound requests.
+pub struct Joins {
+    /// By a trace id.
+    pub by_trace: Counter,
+    /// Because there was only one.
+    pub only_one: Counter,
+    /// Not at all: several were under way, and no id told which.
+    pub not_joined: Counter,
+    /// None was under way.
+    pub no_inbound: Counter,
+}
+
+impl Joins {
+    fn new(telemetry: &Telemetry) -> Self {
+        Self {
+            by_trace: telemetry.joins("by_trace"),
+            only_one: telemetry.joins("only_one"),
+            not_joined: telemetry.joins("not_joined"),
+            no_inbound: telemetry.joins("no_inbound"),
+        }
+    }
 }
 
 /// One snapshot as one worker sees it: with this worker's pools. Requests keep the view with which they began.
@@ -54,9 +100,18 @@ impl View {
 
 impl Worker {
     /// A worker that reads its policy from `policy`.
-    pub fn new(policy: Arc<ArcSwap<Snapshot>>, upstreams: Rc<Upstreams>, shard: Rc<Shard>) -> Rc<Self> {
+    pub fn new(
+        policy: Arc<ArcSwap<Snapshot>>,
+        upstreams: Rc<Upstreams>,
+        shard: Rc<Shard>,
+        chain: &Chain,
+    ) -> Rc<Self> {
         let view = View::new(policy.load_full());
+        let joins = Joins::new(shard.telemetry());
         Rc::new(Self {
+            inbounds: Arc::clone(&chain.inbounds),
+            spent: Arc::clone(&chain.spent),
+            joins,
             policy: RefCell::new(Cache::new(policy)),
             view: RefCell::new(view),
             upstreams,

@@ -2,20 +2,18 @@
 //!
 //! The shape, the check and the checked value; the state machine is a file of its own, shared with `ejection`.
 
-use std::borrow::Cow;
-use std::fmt;
 use std::hash::{Hash, Hasher};
 use std::time::Duration;
 
-use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
+use schemars::JsonSchema;
 use serde::Deserialize;
-use serde::de::{self, Deserializer, Visitor};
 
 use super::breaker::{Rate, Thresholds};
 use super::duration::{self, Span};
 use super::limits::Count;
+use super::ratio::Ratio;
 use super::switch::{Keys, Switch};
-use crate::problems::{At, Fault, Origin, Set};
+use crate::problems::{At, Origin, Set};
 
 /// `circuitBreaker:` of `defaults` or of a destination, where it is not `off`.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize, JsonSchema)]
@@ -157,51 +155,6 @@ pub(super) fn check_open_times(
         at.key("openForMax").report(message, format!("at least {long}, or a shorter `openFor` here"));
     }
     (open_for, open_for_max)
-}
-
-/// A share in a document: more than 0, at most 1.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Ratio(pub f64);
-
-impl<'de> Deserialize<'de> for Ratio {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Read;
-        impl Visitor<'_> for Read {
-            type Value = Ratio;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a number above 0 and up to 1")
-            }
-
-            fn visit_f64<E: de::Error>(self, ratio: f64) -> Result<Ratio, E> {
-                if ratio > 0.0 && ratio <= 1.0 {
-                    return Ok(Ratio(ratio));
-                }
-                let hint = "write a number above 0 and up to 1, like 0.5 for every second";
-                Err(E::custom(Fault::new(format!("{ratio} is out of range"), hint)))
-            }
-
-            fn visit_u64<E: de::Error>(self, whole: u64) -> Result<Ratio, E> {
-                // Above one the exact value does not matter: it is refused.
-                self.visit_f64(f64::from(u16::try_from(whole).unwrap_or(u16::MAX)))
-            }
-        }
-        deserializer.deserialize_any(Read)
-    }
-}
-
-impl JsonSchema for Ratio {
-    fn inline_schema() -> bool {
-        true
-    }
-
-    fn schema_name() -> Cow<'static, str> {
-        "Ratio".into()
-    }
-
-    fn json_schema(_: &mut SchemaGenerator) -> Schema {
-        json_schema!({ "type": "number", "exclusiveMinimum": 0, "maximum": 1 })
-    }
 }
 
 #[cfg(test)]

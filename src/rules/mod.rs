@@ -3,6 +3,7 @@
 //! A rule knows plain values and the `now` it is given: no socket, no HTTP server, no clock, no metric.
 
 pub mod breaker;
+pub mod budget;
 pub mod circuit_breaker;
 pub mod deadline;
 pub mod duration;
@@ -14,6 +15,9 @@ pub mod limits;
 pub mod mark;
 pub mod mode;
 pub mod rate_limit;
+pub mod ratio;
+pub mod retry;
+pub mod size;
 pub mod spent;
 pub mod switch;
 pub mod timeouts;

@@ -249,6 +249,11 @@ impl Exchange {
         self.grpc_message = message;
     }
 
+    /// The gRPC status so far.
+    pub fn grpc_code(&self) -> Option<u32> {
+        self.grpc_status
+    }
+
     /// We answer, or cut, in the upstream's place. The first refusal stays: what follows is its consequence.
     pub fn refuse(&mut self, record: RefusalRecord) {
         self.refusal.get_or_insert_with(|| Box::new(record));
@@ -257,11 +262,6 @@ impl Exchange {
     /// The refusal, where there is one.
     pub fn refusal(&self) -> Option<&RefusalRecord> {
         self.refusal.as_deref()
-    }
-
-    /// Takes a refusal back: another try follows.
-    pub fn forgive(&mut self) {
-        self.refusal = None;
     }
 
     /// What the rules said, to be added to.

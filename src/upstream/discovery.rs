@@ -235,14 +235,14 @@ mod tests {
     }
 
     fn cluster() -> Arc<Cluster> {
-        Cluster::new(Identity {
+        let identity = Identity {
             name: "shop".into(),
             endpoints: vec![Endpoint::Dns { name: "shop.test".into(), port: 80 }],
             protocol: Protocol::Auto,
             tls: None,
             host: "shop".into(),
-        })
-        .unwrap()
+        };
+        Cluster::new(identity, Health::new(Instant::now())).unwrap()
     }
 
     /// Runs discovery over a script for some virtual seconds: when it asked, and the addresses at the end.

@@ -8,6 +8,8 @@ use crate::policy::index::normal;
 use crate::policy::model::{Destination, Host};
 use crate::policy::spec::DestinationSpec;
 use crate::problems::{At, Fault};
+use crate::rules::faults::Faults;
+use crate::rules::rate_limit::RateLimit;
 use crate::upstream::spec::{Endpoint, is_host_name};
 
 pub(super) fn check(spec: &DestinationSpec, base: &Layer, folder: &Path, at: &At<'_>) -> Destination {
@@ -26,7 +28,21 @@ pub(super) fn check(spec: &DestinationSpec, base: &Layer, folder: &Path, at: &At
         Some(spec) => spec.check(&base.connections, &at.key("connections")),
         None => base.connections.clone(),
     };
+    let circuit_breaker = match &spec.circuit_breaker {
+        Some(spec) => spec.check(&base.circuit_breaker, &at.key("circuitBreaker")),
+        None => base.circuit_breaker.clone(),
+    };
+    let ejection = match &spec.ejection {
+        Some(spec) => spec.check(&base.ejection, &at.key("ejection")),
+        None => base.ejection.clone(),
+    };
     let protocol = spec.protocol.unwrap_or_default();
+    let below = route::Below {
+        timeouts,
+        retry: spec.retry.as_ref().map_or_else(|| base.retry.clone(), |spec| spec.check(&base.retry, &at.key("retry"))),
+        rate_limit: spec.rate_limit.as_ref().map_or_else(RateLimit::built_in, |spec| spec.check(&at.key("rateLimit"))),
+        faults: Faults::check(spec.faults.as_deref().unwrap_or_default(), &at.key("faults")),
+    };
     Destination {
         name: required_name(spec.name.as_ref(), at),
         hosts: spec.hosts.iter().flatten().filter_map(|host| parse_host(host).ok()).collect(),
@@ -35,7 +51,9 @@ pub(super) fn check(spec: &DestinationSpec, base: &Layer, folder: &Path, at: &At
         tls: spec.tls.as_ref().map(|tls| tls.check(folder, &at.key("tls"))),
         limits,
         connections,
-        routes: route::check_all(spec.routes.as_deref().unwrap_or_default(), protocol, &timeouts, &at.key("routes")),
+        circuit_breaker,
+        ejection,
+        routes: route::check_all(spec.routes.as_deref().unwrap_or_default(), protocol, &below, &at.key("routes")),
         origin: at.origin(),
     }
 }

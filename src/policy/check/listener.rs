@@ -6,14 +6,13 @@ use std::time::Duration;
 
 use super::{Known, required_name};
 use crate::policy::model::{Direction, Listener, ListenerTls, Target};
-use crate::policy::spec::{ListenerSpec, ListenerTlsSpec, Size};
+use crate::policy::spec::{ListenerSpec, ListenerTlsSpec};
 use crate::problems::{At, Set, near_miss};
 use crate::rules::duration::Span;
 
 const HEADERS_TIMEOUT: Duration = Duration::from_secs(10);
 const IDLE: Duration = Duration::from_secs(60);
 const MAX_HEADER_SIZE: u32 = 64 << 10;
-const HEADER_SIZES: std::ops::RangeInclusive<u64> = (1 << 10)..=(256 << 10);
 
 pub(super) fn check(
     spec: &ListenerSpec,
@@ -40,7 +39,9 @@ pub(super) fn check(
         direction: spec.direction.unwrap_or(usual),
         headers_timeout: timeout("headers", timeouts.and_then(|t| t.headers), HEADERS_TIMEOUT),
         idle: timeout("idle", timeouts.and_then(|t| t.idle), IDLE),
-        max_header_size: max_header_size(spec.max_header_size, &at.key("maxHeaderSize")),
+        max_header_size: spec
+            .max_header_size
+            .map_or(Set::built_in(MAX_HEADER_SIZE), |size| at.key("maxHeaderSize").set(size.0)),
         tls: spec.tls.as_ref().map(|spec| tls(spec, folder, &at.key("tls"))),
         origin: at.origin(),
     }
@@ -87,17 +88,6 @@ fn find(name: &str, destinations: &[Known<'_>], is_complete: bool, at: &At<'_>) 
         at.report(format!("there is no destination `{name}`"), hint);
     }
     Target::To(usize::MAX)
-}
-
-fn max_header_size(size: Option<Size>, at: &At<'_>) -> Set<u32> {
-    let Some(Size(bytes)) = size else { return Set::built_in(MAX_HEADER_SIZE) };
-    match u32::try_from(bytes) {
-        Ok(size) if HEADER_SIZES.contains(&bytes) => at.set(size),
-        _ => {
-            at.report(format!("{bytes} bytes is out of range"), "write 1KiB to 256KiB");
-            at.set(MAX_HEADER_SIZE)
-        }
-    }
 }
 
 fn tls(spec: &ListenerTlsSpec, folder: &Path, at: &At<'_>) -> ListenerTls {

@@ -15,7 +15,11 @@ use std::sync::Arc;
 use super::model::{AccessLog, Listener, LogMode, Model, Target};
 use super::spec::{AccessLogSpec, DefaultsSpec, PolicySpec};
 use crate::problems::{At, Origin};
+use crate::rules::circuit_breaker::CircuitBreaker;
+use crate::rules::ejection::Ejection;
 use crate::rules::limits::Limits;
+use crate::rules::mode::Modes;
+use crate::rules::retry::Retry;
 use crate::rules::timeouts::Timeouts;
 use crate::upstream::spec::Connections;
 
@@ -35,6 +39,9 @@ struct Layer {
     timeouts: Timeouts,
     limits: Limits,
     connections: Connections,
+    retry: Retry,
+    circuit_breaker: CircuitBreaker,
+    ejection: Ejection,
 }
 
 /// Checks all files together. `is_complete` says that no file is missing here because it could not be read.
@@ -56,6 +63,7 @@ pub fn check(documents: &[Document<'_>], files: Vec<Arc<str>>, is_complete: bool
     let mut model = Model {
         service: head.service,
         access_log: head.access_log,
+        modes: head.modes,
         listeners: Vec::new(),
         destinations,
         hash: 0,
@@ -74,19 +82,26 @@ pub fn check(documents: &[Document<'_>], files: Vec<Arc<str>>, is_complete: bool
 struct Head {
     service: Option<String>,
     access_log: AccessLog,
+    modes: Modes,
     layer: Layer,
 }
 
 /// What may stand in one file only.
 fn head(documents: &[Document<'_>]) -> Head {
-    let mut layer =
-        Layer { timeouts: Timeouts::built_in(), limits: Limits::built_in(), connections: Connections::built_in() };
-    let (mut service, mut access_log) = (None, AccessLog::default());
+    let mut layer = Layer {
+        timeouts: Timeouts::built_in(),
+        limits: Limits::built_in(),
+        connections: Connections::built_in(),
+        retry: Retry::built_in(),
+        circuit_breaker: CircuitBreaker::built_in(),
+        ejection: Ejection::built_in(),
+    };
+    let (mut service, mut access_log, mut modes) = (None, AccessLog::default(), Modes::built_in());
     let mut seen: HashMap<&str, Origin> = HashMap::new();
     for Document { spec, at, .. } in documents {
         at.missing("apiVersion", "write `apiVersion: hopguard.dev/v1alpha1`");
         at.missing("kind", "write `kind: Policy`");
-        for key in ["service", "accessLog", "defaults"] {
+        for key in ["service", "accessLog", "rules", "defaults"] {
             let at = at.key(key);
             if !at.is_given() {
                 continue;
@@ -103,11 +118,14 @@ fn head(documents: &[Document<'_>]) -> Head {
         if let Some(spec) = &spec.access_log {
             access_log = check_access_log(spec, &at.key("accessLog"));
         }
+        if let Some(spec) = &spec.rules {
+            modes = spec.check(&modes, &at.key("rules"));
+        }
         if let Some(spec) = &spec.defaults {
             layer = check_defaults(spec, &layer, &at.key("defaults"));
         }
     }
-    Head { service, access_log, layer }
+    Head { service, access_log, modes, layer }
 }
 
 fn check_defaults(spec: &DefaultsSpec, below: &Layer, at: &At<'_>) -> Layer {
@@ -120,6 +138,15 @@ fn check_defaults(spec: &DefaultsSpec, below: &Layer, at: &At<'_>) -> Layer {
     }
     if let Some(connections) = &spec.connections {
         layer.connections = connections.check(&below.connections, &at.key("connections"));
+    }
+    if let Some(retry) = &spec.retry {
+        layer.retry = retry.check(&below.retry, &at.key("retry"));
+    }
+    if let Some(breaker) = &spec.circuit_breaker {
+        layer.circuit_breaker = breaker.check(&below.circuit_breaker, &at.key("circuitBreaker"));
+    }
+    if let Some(ejection) = &spec.ejection {
+        layer.ejection = ejection.check(&below.ejection, &at.key("ejection"));
     }
     layer
 }

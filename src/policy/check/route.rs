@@ -9,12 +9,23 @@ use super::{Names, check_not_empty, required_name};
 use crate::policy::index::{Segment, parse_template, precedence};
 use crate::policy::model::{DEFAULT_ROUTE, Path, Route, RouteMatch};
 use crate::policy::spec::{MatchSpec, RouteSpec};
-use crate::problems::{At, Fault, Origin};
+use crate::problems::{At, Fault, Origin, Set};
+use crate::rules::faults::Faults;
+use crate::rules::rate_limit::RateLimit;
+use crate::rules::retry::Retry;
 use crate::rules::timeouts::Timeouts;
 use crate::upstream::spec::Protocol;
 
+/// What the routes of a destination begin with.
+pub(super) struct Below {
+    pub(super) timeouts: Timeouts,
+    pub(super) retry: Retry,
+    pub(super) rate_limit: Set<Option<RateLimit>>,
+    pub(super) faults: Faults,
+}
+
 /// Checks all routes of a destination and adds the implicit last one.
-pub(super) fn check_all(specs: &[RouteSpec], protocol: Protocol, base: &Timeouts, at: &At<'_>) -> Vec<Route> {
+pub(super) fn check_all(specs: &[RouteSpec], protocol: Protocol, base: &Below, at: &At<'_>) -> Vec<Route> {
     let mut names = Names::default();
     let mut routes = Vec::with_capacity(specs.len() + 1);
     for (index, spec) in specs.iter().enumerate() {
@@ -30,23 +41,41 @@ pub(super) fn check_all(specs: &[RouteSpec], protocol: Protocol, base: &Timeouts
     routes.push(Route {
         name: DEFAULT_ROUTE.into(),
         matches: RouteMatch::default(),
-        timeouts: base.clone(),
+        timeouts: base.timeouts.clone(),
+        retry: base.retry.clone(),
+        rate_limit: base.rate_limit.clone(),
+        faults: base.faults.clone(),
         stream: false,
         origin: Origin::BuiltIn,
     });
     routes
 }
 
-fn check(spec: &RouteSpec, protocol: Protocol, base: &Timeouts, at: &At<'_>) -> Route {
+fn check(spec: &RouteSpec, protocol: Protocol, base: &Below, at: &At<'_>) -> Route {
     let matches_at = at.key("match");
     let timeouts = match &spec.timeouts {
-        Some(spec) => spec.check(base, &at.key("timeouts")),
-        None => base.clone(),
+        Some(spec) => spec.check(&base.timeouts, &at.key("timeouts")),
+        None => base.timeouts.clone(),
+    };
+    let retry = match &spec.retry {
+        Some(spec) => spec.check_route(&base.retry, &at.key("retry")),
+        None => base.retry.clone(),
+    };
+    let rate_limit = match &spec.rate_limit {
+        Some(spec) => spec.check(&at.key("rateLimit")),
+        None => base.rate_limit.clone(),
+    };
+    let faults = match &spec.faults {
+        Some(specs) => Faults::check(specs, &at.key("faults")),
+        None => base.faults.clone(),
     };
     Route {
         name: required_name(spec.name.as_ref(), at),
         matches: spec.r#match.as_ref().map_or_else(RouteMatch::default, |spec| matches(spec, protocol, &matches_at)),
         timeouts,
+        retry,
+        rate_limit,
+        faults,
         stream: spec.stream.unwrap_or(false),
         origin: at.origin(),
     }

@@ -90,6 +90,17 @@ pub struct Probe {
     period: u64,
 }
 
+/// Whether an HTTP status says that the callee failed: 5xx, but for those that are about the request (501, 505).
+pub const fn is_failed_status(status: u16) -> bool {
+    status >= 500 && status != 501 && status != 505
+}
+
+/// Whether a gRPC code does: UNKNOWN, DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, INTERNAL, UNAVAILABLE, DATA_LOSS, and codes
+/// that do not exist.
+pub const fn is_failed_code(code: u32) -> bool {
+    matches!(code, 2 | 4 | 8 | 13 | 14 | 15 | 17..)
+}
+
 /// A breaker.
 #[derive(Debug)]
 pub struct Breaker {

@@ -1,0 +1,54 @@
+//! Shares as policies write them: a number above 0 and up to 1.
+
+use std::borrow::Cow;
+use std::fmt;
+
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
+use serde::de::{self, Deserialize, Deserializer, Visitor};
+
+use crate::problems::Fault;
+
+/// A share in a document: more than 0, at most 1, and so never NaN.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Ratio(pub f64);
+
+impl<'de> Deserialize<'de> for Ratio {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Read;
+        impl Visitor<'_> for Read {
+            type Value = Ratio;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a number above 0 and up to 1")
+            }
+
+            fn visit_f64<E: de::Error>(self, ratio: f64) -> Result<Ratio, E> {
+                if ratio > 0.0 && ratio <= 1.0 {
+                    return Ok(Ratio(ratio));
+                }
+                let hint = "write a number above 0 and up to 1, like 0.01 for one in a hundred";
+                Err(E::custom(Fault::new(format!("{ratio} is out of range"), hint)))
+            }
+
+            fn visit_u64<E: de::Error>(self, whole: u64) -> Result<Ratio, E> {
+                // Above one thousand the exact value no longer matters: it is refused.
+                self.visit_f64(f64::from(u16::try_from(whole).unwrap_or(u16::MAX)))
+            }
+        }
+        deserializer.deserialize_any(Read)
+    }
+}
+
+impl JsonSchema for Ratio {
+    fn inline_schema() -> bool {
+        true
+    }
+
+    fn schema_name() -> Cow<'static, str> {
+        "Ratio".into()
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({ "type": "number", "exclusiveMinimum": 0, "maximum": 1 })
+    }
+}

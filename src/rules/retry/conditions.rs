@@ -1,0 +1,182 @@
+//! The failures that a policy wants tried again: HTTP statuses, gRPC codes, a reset, a try that took too long.
+//!
+//! A set of bits, so that asking costs nothing and a route's copy is small.
+
+use std::borrow::Cow;
+use std::fmt;
+
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
+use serde::de::{self, Deserialize, Deserializer, Visitor};
+
+use crate::problems::{Fault, near_miss};
+
+/// The gRPC codes that can mean a failure of the way or of the server, rather than an answer.
+const CODES: [(&str, u32); 8] = [
+    ("unavailable", 14),
+    ("cancelled", 1),
+    ("unknown", 2),
+    ("deadline_exceeded", 4),
+    ("resource_exhausted", 8),
+    ("aborted", 10),
+    ("internal", 13),
+    ("data_loss", 15),
+];
+
+const RESET: &str = "reset";
+const TIMEOUT: &str = "timeout";
+
+/// One of `on:`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Condition {
+    /// An HTTP status, 400 to 599.
+    Status(u16),
+    /// A gRPC status code.
+    Grpc(u32),
+    /// The connection or stream broke off before the answer.
+    Reset,
+    /// One try got no answer within `timeouts.perTry`.
+    Timeout,
+}
+
+/// A set of conditions. Shows as a policy lists them: `502, 503, reset`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+pub struct Conditions([u64; 4]);
+
+impl Condition {
+    /// Where its bit stands; None for what no policy can name.
+    const fn position(self) -> Option<usize> {
+        match self {
+            Self::Status(status @ 400..=599) => Some(status as usize - 400),
+            Self::Grpc(code @ 0..=16) => Some(200 + code as usize),
+            Self::Reset => Some(220),
+            Self::Timeout => Some(221),
+            Self::Status(_) | Self::Grpc(_) => None,
+        }
+    }
+
+    /// All that have a word, as a policy would list them.
+    fn words() -> impl Iterator<Item = (&'static str, Self)> {
+        let codes = CODES.into_iter().map(|(word, code)| (word, Self::Grpc(code)));
+        [(RESET, Self::Reset), (TIMEOUT, Self::Timeout)].into_iter().chain(codes)
+    }
+
+    fn parse(text: &str) -> Result<Self, Fault> {
+        if let Some((_, condition)) = Self::words().find(|(word, _)| *word == text) {
+            return Ok(condition);
+        }
+        let hint = if text.parse::<u16>().is_ok() {
+            format!("write `{text}` without quotes")
+        } else if let Some(near) = near_miss(text, Self::words().map(|(word, _)| word)) {
+            format!("did you mean `{near}`?")
+        } else {
+            let words: Vec<_> = Self::words().map(|(word, _)| word).collect();
+            format!("allowed here: statuses from 400 to 599, {}", words.join(", "))
+        };
+        Err(Fault::new(format!("unknown condition `{text}`"), hint))
+    }
+}
+
+impl fmt::Display for Condition {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Self::Status(status) = self {
+            return write!(f, "{status}");
+        }
+        let word = Self::words().find(|(_, condition)| condition == self);
+        f.write_str(word.map_or("another gRPC code", |(word, _)| word))
+    }
+}
+
+impl Conditions {
+    /// What holds where no policy says otherwise: 502, 503, 504, reset, timeout, unavailable.
+    pub const fn built_in() -> Self {
+        Self([0; 4])
+            .with(Condition::Status(502))
+            .with(Condition::Status(503))
+            .with(Condition::Status(504))
+            .with(Condition::Reset)
+            .with(Condition::Timeout)
+            .with(Condition::Grpc(14))
+    }
+
+    /// The same and one more; a condition that no policy can name changes nothing.
+    pub const fn with(mut self, condition: Condition) -> Self {
+        if let Some(position) = condition.position() {
+            self.0[position / 64] |= 1 << (position % 64);
+        }
+        self
+    }
+
+    /// Whether a condition is among them.
+    pub const fn contains(&self, condition: Condition) -> bool {
+        match condition.position() {
+            Some(position) => self.0[position / 64] & (1 << (position % 64)) != 0,
+            None => false,
+        }
+    }
+}
+
+impl fmt::Display for Conditions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let all = (400..600).map(Condition::Status).chain(Condition::words().map(|(_, condition)| condition));
+        for (index, condition) in all.filter(|condition| self.contains(*condition)).enumerate() {
+            let comma = if index == 0 { "" } else { ", " };
+            write!(f, "{comma}{condition}")?;
+        }
+        Ok(())
+    }
+}
+
+/// The code as its callers take it: one that gRPC does not define is UNKNOWN.
+pub(super) const fn known(code: u32) -> u32 {
+    if code > 16 { 2 } else { code }
+}
+
+/// Whether a gRPC code can mean a failure of the way or of the server; the others are answers.
+pub(super) fn is_failure(code: u32) -> bool {
+    CODES.iter().any(|(_, failure)| *failure == code)
+}
+
+impl<'de> Deserialize<'de> for Condition {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Read;
+        impl Visitor<'_> for Read {
+            type Value = Condition;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a condition like 503 or `reset`")
+            }
+
+            fn visit_u64<E: de::Error>(self, number: u64) -> Result<Condition, E> {
+                match u16::try_from(number) {
+                    Ok(status @ 400..=599) => Ok(Condition::Status(status)),
+                    _ => {
+                        let message = format!("{number} is no status that can be tried again");
+                        Err(E::custom(Fault::new(message, "write a status from 400 to 599")))
+                    }
+                }
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Condition, E> {
+                Condition::parse(text).map_err(E::custom)
+            }
+        }
+        deserializer.deserialize_any(Read)
+    }
+}
+
+impl JsonSchema for Condition {
+    fn inline_schema() -> bool {
+        true
+    }
+
+    fn schema_name() -> Cow<'static, str> {
+        "RetryCondition".into()
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        let words: Vec<_> = Self::words().map(|(word, _)| word).collect();
+        json_schema!({
+            "anyOf": [{ "type": "integer", "minimum": 400, "maximum": 599 }, { "enum": words }],
+        })
+    }
+}

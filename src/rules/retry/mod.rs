@@ -1,0 +1,217 @@
+//! Retries: which failed calls are sent again, when, and why the others are not.
+//!
+//! Only what is safe: what nobody has seen, what HTTP calls idempotent (RFC 9110, 9.2.2), what bears an idempotency key,
+//! or what the route declares. Never past the deadline, never where a hop further down has tried already, and within the
+//! destination's [`Budget`], which is asked last, so that no retry is paid for that is not made.
+//! The wait has full jitter: callers that failed together do not come back together.
+
+mod conditions;
+mod spec;
+
+use std::fmt;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+pub use self::conditions::{Condition, Conditions};
+pub use self::spec::{Backoff, BackoffSpec, Retry, RetrySpec, RetryValuesSpec};
+use super::budget::Budget;
+
+/// How a try ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Failure {
+    /// An HTTP answer with this status, be it good or bad.
+    Status(u16),
+    /// A gRPC answer with this code, be it good or bad.
+    Grpc(u32),
+    /// The connection or stream broke off before the answer; the upstream may have seen the request.
+    Reset,
+    /// No answer within `timeouts.perTry`.
+    Timeout,
+    /// Nobody has seen the request: no connection, or it was handed back, or the peer says that its app never got it.
+    Unsent,
+}
+
+/// What the upstream said about another try (`Retry-After`, `grpc-retry-pushback-ms`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pushback {
+    /// After so long.
+    Wait(Duration),
+    /// Not at all.
+    Stop,
+}
+
+/// All that counts for whether a call is sent again.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Seen {
+    /// Which try has just ended; the first is 1.
+    pub tries: u32,
+    /// How it ended.
+    pub failure: Failure,
+    /// Its method is idempotent or it bears an idempotency key.
+    pub is_safe: bool,
+    /// A hop further down has retried already and given up.
+    pub is_marked_final: bool,
+    /// What the upstream said about another try.
+    pub pushback: Option<Pushback>,
+    /// The request's body can be sent again from its beginning.
+    pub is_replayable: bool,
+    /// Time until the deadline.
+    pub left: Duration,
+    /// From 0 up to, but not including, 1.
+    pub random: f64,
+}
+
+/// What is to be done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Decision {
+    /// Send it again.
+    Again {
+        /// When this has passed.
+        after: Duration,
+    },
+    /// The caller gets what there is.
+    Stop(Why),
+}
+
+/// Why a call is not sent again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Why {
+    /// It did not fail.
+    NotAFailure,
+    /// The policy says `retry: off`.
+    Off,
+    /// `retry.on` does not name this failure.
+    ConditionOff,
+    /// The upstream may have done the work, and to do it twice may do harm.
+    NotSafe,
+    /// A hop further down has retried already.
+    RetriedBelow,
+    /// The upstream asked for no other try.
+    PushedBack,
+    /// As many tries were made as the policy allows.
+    TriesUsedUp,
+    /// More of the body has passed than `retry.replayLimit` keeps.
+    BodyTooLong,
+    /// The wait would end after the deadline.
+    Deadline,
+    /// The destination's retry budget is used up.
+    Budget,
+    /// The sidecar before the app leaves it to the caller's, which has other endpoints.
+    AtTheCaller,
+}
+
+/// Whether a method may be repeated without harm (RFC 9110, 9.2.2).
+pub fn is_idempotent(method: &str) -> bool {
+    matches!(method, "GET" | "HEAD" | "OPTIONS" | "TRACE" | "PUT" | "DELETE")
+}
+
+impl Retry {
+    /// Decides, and charges the budget for what it decides. A call that nobody has seen is not charged: its next try is
+    /// the first that anybody gets.
+    pub fn next(&self, seen: &Seen, budget: &Budget, now: Instant) -> Decision {
+        let decision = self.decide(seen);
+        let costs = matches!(decision, Decision::Again { .. }) && seen.failure != Failure::Unsent;
+        if costs && !budget.try_spend(&self.budget, now) {
+            return Decision::Stop(Why::Budget);
+        }
+        decision
+    }
+
+    /// Decides, but for the budget.
+    pub fn decide(&self, seen: &Seen) -> Decision {
+        match self.stands_against(seen) {
+            Some(why) => Decision::Stop(why),
+            None => match self.wait(seen) {
+                after if after < seen.left => Decision::Again { after },
+                _ => Decision::Stop(Why::Deadline),
+            },
+        }
+    }
+
+    /// The first reason against another try; first those that lie in the call, then those that lie in what has happened.
+    fn stands_against(&self, seen: &Seen) -> Option<Why> {
+        let is_unsent = seen.failure == Failure::Unsent;
+        let is_wanted = is_unsent || self.wants(seen.failure);
+        let reasons = [
+            (!is_wanted && !is_failure(seen.failure), Why::NotAFailure),
+            (!self.enabled.value, Why::Off),
+            (!is_wanted, Why::ConditionOff),
+            (!is_unsent && !seen.is_safe && !self.idempotent.value, Why::NotSafe),
+            // The mark speaks of tries that were seen; of this one nobody has seen anything.
+            (!is_unsent && seen.is_marked_final, Why::RetriedBelow),
+            (seen.pushback == Some(Pushback::Stop), Why::PushedBack),
+            (seen.tries > self.attempts.value, Why::TriesUsedUp),
+            (!seen.is_replayable, Why::BodyTooLong),
+        ];
+        reasons.into_iter().find_map(|(stands, why)| stands.then_some(why))
+    }
+
+    /// Whether `retry.on` names it.
+    pub fn is_on(&self, failure: Failure) -> bool {
+        self.enabled.value && self.wants(failure)
+    }
+
+    fn wants(&self, failure: Failure) -> bool {
+        let condition = match failure {
+            Failure::Status(status) => Condition::Status(status),
+            Failure::Grpc(code) => Condition::Grpc(conditions::known(code)),
+            Failure::Reset => Condition::Reset,
+            Failure::Timeout => Condition::Timeout,
+            Failure::Unsent => return false,
+        };
+        self.on.value.contains(condition)
+    }
+
+    /// What the upstream asked for, to the letter; nothing where another endpoint can have the call at once; else a
+    /// random part of the back-off.
+    fn wait(&self, seen: &Seen) -> Duration {
+        match (seen.pushback, seen.failure) {
+            (Some(Pushback::Wait(wait)), _) => wait,
+            (_, Failure::Unsent) => Duration::ZERO,
+            _ => {
+                let doublings = seen.tries.saturating_sub(1).min(16);
+                let most = self.backoff.base.value.saturating_mul(1 << doublings).min(self.backoff.max.value);
+                Duration::try_from_secs_f64(most.as_secs_f64() * seen.random).map_or(most, |wait| wait.min(most))
+            }
+        }
+    }
+}
+
+/// Whether it is one, whatever the policy says: an answer below 500, or one of gRPC's codes for what is wrong with the
+/// call itself, is what the caller asked for.
+pub fn is_failure(seen: Failure) -> bool {
+    match seen {
+        Failure::Status(status) => status >= 500,
+        Failure::Grpc(code) => conditions::is_failure(conditions::known(code)),
+        Failure::Reset | Failure::Timeout | Failure::Unsent => true,
+    }
+}
+
+impl Why {
+    /// Its stable name, for log lines and labels.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::NotAFailure => "not_a_failure",
+            Self::Off => "off",
+            Self::ConditionOff => "condition_off",
+            Self::NotSafe => "not_safe",
+            Self::RetriedBelow => "retried_below",
+            Self::PushedBack => "pushed_back",
+            Self::TriesUsedUp => "tries_used_up",
+            Self::BodyTooLong => "body_too_long",
+            Self::Deadline => "deadline",
+            Self::Budget => "budget",
+            Self::AtTheCaller => "at_the_caller",
+        }
+    }
+}
+
+impl fmt::Display for Why {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,263 @@
+//! What a policy says about retries: the word `off`, or a mapping, in each layer anew; its check, and the checked values.
+
+use std::borrow::Cow;
+use std::fmt;
+use std::time::Duration;
+
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
+use serde::Deserialize;
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{self, Deserializer, MapAccess, Visitor};
+
+use super::conditions::{Condition, Conditions};
+use crate::problems::{At, Fault, Origin, Set};
+use crate::rules::budget::{BudgetSpec, BudgetValues};
+use crate::rules::duration::{self, Span};
+use crate::rules::limits::Count;
+use crate::rules::size::Size;
+
+/// More retries than this of one call help nobody.
+const MOST_ATTEMPTS: u32 = 10;
+
+/// `retry:` of `defaults`, of a destination or of a route.
+#[derive(Debug, Clone, PartialEq)]
+pub enum RetrySpec {
+    /// `off`: no retries here, unless a layer above turns them on again.
+    Off,
+    /// Retries, with these values over those of the layer below.
+    On(RetryValuesSpec),
+}
+
+/// `retry:` as a mapping. That it is there, be it empty, turns retries on.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase", expecting = "`off` or a mapping of retry values")]
+#[schemars(rename = "Retry")]
+pub struct RetryValuesSpec {
+    /// Retries after the first try, 1 to 10. Default 2.
+    #[schemars(extend("maximum" = MOST_ATTEMPTS))]
+    pub attempts: Option<Count<1>>,
+    /// Failures that are tried again: statuses from 400 to 599, `reset`, `timeout`, gRPC codes in snake case. Default
+    /// [502, 503, 504, reset, timeout, unavailable].
+    pub on: Option<Vec<Condition>>,
+    /// These calls may be repeated whatever their method. Default false.
+    pub idempotent: Option<bool>,
+    /// How long to wait before a retry.
+    pub backoff: Option<BackoffSpec>,
+    /// How many retries the destination gets. Not on a route: the routes of a destination share one budget.
+    pub budget: Option<BudgetSpec>,
+    /// How much of a request's body is kept for a retry, in bytes or KiB/MiB: up to 4MiB, 0 for
+    /// nothing. Default 64KiB.
+    pub replay_limit: Option<Size<0, 4_194_304>>,
+}
+
+/// The fields of [`RetryValuesSpec`], for the reader: it reports all unknown ones at once.
+pub(super) const FIELDS: &[&str] = &["attempts", "on", "idempotent", "backoff", "budget", "replayLimit"];
+
+/// `backoff:` of `retry`. The wait is random, from nothing to `base`, then to twice that, up to `max`.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase", expecting = "a mapping with base and max")]
+pub struct BackoffSpec {
+    /// The longest wait before the first retry; doubles with each. Default 25ms.
+    pub base: Option<Span>,
+    /// The longest wait of all. Default 250ms.
+    pub max: Option<Span>,
+}
+
+/// The retries of a route, each value with its line.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Retry {
+    /// Whether anything is tried again at all.
+    pub enabled: Set<bool>,
+    /// Retries after the first try; 1 to 10.
+    pub attempts: Set<u32>,
+    /// Failures that are tried again.
+    pub on: Set<Conditions>,
+    /// The calls may be repeated whatever their method.
+    pub idempotent: Set<bool>,
+    /// How long to wait.
+    pub backoff: Backoff,
+    /// What the destination's budget earns.
+    pub budget: BudgetValues,
+    /// Bytes of a request's body that are kept.
+    pub replay_limit: Set<u32>,
+}
+
+/// How long to wait before a retry.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Backoff {
+    /// The longest wait before the first retry; never longer than `max`.
+    pub base: Set<Duration>,
+    /// The longest wait of all.
+    pub max: Set<Duration>,
+}
+
+impl Retry {
+    /// What holds where no policy says otherwise.
+    pub const fn built_in() -> Self {
+        Self {
+            enabled: Set::built_in(true),
+            attempts: Set::built_in(2),
+            on: Set::built_in(Conditions::built_in()),
+            idempotent: Set::built_in(false),
+            backoff: Backoff {
+                base: Set::built_in(Duration::from_millis(25)),
+                max: Set::built_in(Duration::from_millis(250)),
+            },
+            budget: BudgetValues::built_in(),
+            replay_limit: Set::built_in(64 << 10),
+        }
+    }
+}
+
+impl RetrySpec {
+    /// Lays this layer, of `defaults` or of a destination, over another.
+    pub fn check(&self, base: &Retry, at: &At<'_>) -> Retry {
+        match self {
+            Self::Off => Retry { enabled: at.set(false), ..base.clone() },
+            Self::On(values) => values.check(base, at),
+        }
+    }
+
+    /// The same for a route, which has no budget of its own: all calls of a destination draw on the same one.
+    pub fn check_route(&self, base: &Retry, at: &At<'_>) -> Retry {
+        if let Self::On(RetryValuesSpec { budget: Some(_), .. }) = self {
+            let hint = "move it to `retry` of the destination: all its routes share one budget";
+            at.key("budget").report_key(Fault::new("a route has no budget of its own", hint));
+        }
+        self.check(base, at)
+    }
+}
+
+impl RetryValuesSpec {
+    fn check(&self, base: &Retry, at: &At<'_>) -> Retry {
+        if let Some(Count(attempts)) = self.attempts.filter(|n| n.0 > MOST_ATTEMPTS) {
+            let hint = format!("write 1 to {MOST_ATTEMPTS}; it counts retries, not the first try");
+            at.key("attempts").report(format!("{attempts} is out of range"), hint);
+        }
+        let backoff_at = at.key("backoff");
+        let budget_at = at.key("budget");
+        Retry {
+            enabled: if base.enabled.value { base.enabled.clone() } else { at.set(true) },
+            attempts: self
+                .attempts
+                .map_or_else(|| base.attempts.clone(), |n| at.key("attempts").set(n.0.min(MOST_ATTEMPTS))),
+            on: self.on.as_ref().map_or_else(|| base.on.clone(), |list| conditions(list, &at.key("on"))),
+            idempotent: self.idempotent.map_or_else(|| base.idempotent.clone(), |is| at.key("idempotent").set(is)),
+            backoff: match &self.backoff {
+                Some(spec) => spec.check(&base.backoff, &backoff_at),
+                None => base.backoff.clone(),
+            },
+            budget: match &self.budget {
+                Some(spec) => spec.check(&base.budget, &budget_at),
+                None => base.budget.clone(),
+            },
+            replay_limit: self
+                .replay_limit
+                .map_or_else(|| base.replay_limit.clone(), |size| at.key("replayLimit").set(size.0)),
+        }
+    }
+}
+
+fn conditions(list: &[Condition], at: &At<'_>) -> Set<Conditions> {
+    // What was refused was there.
+    if list.is_empty() && at.size() == 0 {
+        at.report("the list is empty", "write at least one condition, like 503 or `reset`, or `retry: off`");
+    }
+    let mut all = Conditions::default();
+    for (index, condition) in list.iter().enumerate() {
+        if all.contains(*condition) {
+            at.index(index).report(format!("`{condition}` stands twice"), "remove one of the two");
+        }
+        all = all.with(*condition);
+    }
+    at.set(all)
+}
+
+impl BackoffSpec {
+    /// Reports a `base` that is longer than `max`, in the layer that makes it so.
+    fn check(&self, below: &Backoff, at: &At<'_>) -> Backoff {
+        let mut base = self.base.map_or_else(|| below.base.clone(), |span| at.key("base").set(span.0));
+        let mut max = self.max.map_or_else(|| below.max.clone(), |span| at.key("max").set(span.0));
+        if base.value > max.value {
+            // Nobody must be told about a value that he never wrote: what is built in gives way.
+            if base.origin == Origin::BuiltIn {
+                base = max.clone();
+            } else if max.origin == Origin::BuiltIn {
+                max = base.clone();
+            } else {
+                self.report_longer(&base, &max, at);
+            }
+        }
+        Backoff { base, max }
+    }
+
+    fn report_longer(&self, base: &Set<Duration>, max: &Set<Duration>, at: &At<'_>) {
+        let (long, short) = (duration::format(base.value), duration::format(max.value));
+        if self.base.is_some() {
+            let message = format!("`base` {long} is longer than `max` {short} ({})", max.origin);
+            at.key("base").report(message, format!("at most {short}, or a longer `max`"));
+        } else {
+            let message = format!("`max` {short} is shorter than `base` {long} ({})", base.origin);
+            at.key("max").report(message, format!("at least {long}, or a shorter `base` here"));
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for RetrySpec {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Read;
+        impl<'de> Visitor<'de> for Read {
+            type Value = RetrySpec;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("`off` or a mapping of retry values")
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<RetrySpec, E> {
+                match text {
+                    "off" => Ok(RetrySpec::Off),
+                    _ => Err(E::custom(no_retry(text))),
+                }
+            }
+
+            fn visit_bool<E: de::Error>(self, value: bool) -> Result<RetrySpec, E> {
+                Err(E::custom(no_retry(if value { "true" } else { "false" })))
+            }
+
+            fn visit_u64<E: de::Error>(self, number: u64) -> Result<RetrySpec, E> {
+                Err(E::custom(no_retry(&number.to_string())))
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<RetrySpec, A::Error> {
+                RetryValuesSpec::deserialize(MapAccessDeserializer::new(map)).map(RetrySpec::On)
+            }
+        }
+        // As a struct, so that the reader of policies knows the fields before it comes to the first.
+        deserializer.deserialize_struct("RetrySpec", FIELDS, Read)
+    }
+}
+
+fn no_retry(text: &str) -> Fault {
+    let hint = match text.to_ascii_lowercase().as_str() {
+        // Tools that read YAML 1.1, Helm among them, make a bare `off` this before we see it.
+        "false" => "write `off`, in quotes if a tool makes it `false`".to_owned(),
+        "no" | "none" | "never" | "disabled" | "of" | "0" => "write `off`".to_owned(),
+        number if number.parse::<u32>().is_ok() => format!("write `{{ attempts: {number} }}`"),
+        _ => "write `off`, or a mapping like `{ attempts: 2 }`; `{}` turns retries on as they were below".to_owned(),
+    };
+    Fault::new(format!("expected `off` or a mapping of retry values, found `{text}`"), hint)
+}
+
+impl JsonSchema for RetrySpec {
+    fn inline_schema() -> bool {
+        true
+    }
+
+    fn schema_name() -> Cow<'static, str> {
+        "RetrySpec".into()
+    }
+
+    fn json_schema(generator: &mut SchemaGenerator) -> Schema {
+        json_schema!({ "anyOf": [{ "const": "off" }, generator.subschema_for::<RetryValuesSpec>()] })
+    }
+}

@@ -1,0 +1,328 @@
+//! The decision by table, the shape and its check by example.
+
+use std::cell::RefCell;
+use std::sync::Arc;
+
+use schemars::SchemaGenerator;
+use serde::Deserialize;
+use serde::de::IntoDeserializer;
+use serde::de::value::Error as ValueError;
+use serde_json::{Value, json};
+
+use super::spec::FIELDS;
+use super::*;
+use crate::problems::{At, Found, Origin, Place, Problems, Spot};
+
+const SECOND: Duration = Duration::from_secs(1);
+
+fn millis(millis: u64) -> Duration {
+    Duration::from_millis(millis)
+}
+
+fn seen(failure: Failure) -> Seen {
+    Seen {
+        tries: 1,
+        failure,
+        is_safe: true,
+        is_marked_final: false,
+        pushback: None,
+        is_replayable: true,
+        left: SECOND,
+        random: 0.5,
+    }
+}
+
+fn again(after: u64) -> Decision {
+    Decision::Again { after: millis(after) }
+}
+
+#[test]
+fn each_failure_is_tried_again_if_the_policy_names_it() {
+    use Decision::Stop;
+    use Failure::{Grpc, Reset, Status, Timeout, Unsent};
+    let half_of_the_base = Decision::Again { after: Duration::from_micros(12_500) };
+    let table = [
+        (Status(200), Stop(Why::NotAFailure)),
+        (Status(404), Stop(Why::NotAFailure)),
+        (Status(429), Stop(Why::NotAFailure)),
+        (Status(500), Stop(Why::ConditionOff)),
+        (Status(501), Stop(Why::ConditionOff)),
+        (Status(502), half_of_the_base),
+        (Status(503), half_of_the_base),
+        (Status(504), half_of_the_base),
+        (Status(999), Stop(Why::ConditionOff)),
+        (Grpc(0), Stop(Why::NotAFailure)),
+        (Grpc(5), Stop(Why::NotAFailure)),
+        (Grpc(13), Stop(Why::ConditionOff)),
+        (Grpc(99), Stop(Why::ConditionOff)),
+        (Grpc(14), half_of_the_base),
+        (Reset, half_of_the_base),
+        (Timeout, half_of_the_base),
+        (Unsent, again(0)),
+    ];
+    for (failure, wanted) in table {
+        assert_eq!(Retry::built_in().decide(&seen(failure)), wanted, "{failure:?}");
+    }
+}
+
+#[test]
+fn what_the_policy_names_is_tried_again_even_below_500() {
+    let mut retry = Retry::built_in();
+    retry.on.value = Conditions::default().with(Condition::Status(429)).with(Condition::Grpc(2));
+    assert_eq!(retry.decide(&Seen { random: 0.0, ..seen(Failure::Status(429)) }), again(0));
+    assert_eq!(
+        retry.decide(&Seen { random: 0.0, ..seen(Failure::Grpc(77)) }),
+        again(0),
+        "an undefined code is UNKNOWN"
+    );
+    assert_eq!(retry.decide(&seen(Failure::Status(503))), Decision::Stop(Why::ConditionOff));
+    assert_eq!(retry.decide(&seen(Failure::Reset)), Decision::Stop(Why::ConditionOff));
+}
+
+#[test]
+fn each_reason_stops_a_call_that_was_seen() {
+    let good = seen(Failure::Status(503));
+    let table = [
+        (Seen { is_safe: false, ..good }, Why::NotSafe),
+        (Seen { is_marked_final: true, ..good }, Why::RetriedBelow),
+        (Seen { pushback: Some(Pushback::Stop), ..good }, Why::PushedBack),
+        (Seen { tries: 3, ..good }, Why::TriesUsedUp),
+        (Seen { is_replayable: false, ..good }, Why::BodyTooLong),
+        (Seen { left: millis(12), ..good }, Why::Deadline),
+        (Seen { left: Duration::ZERO, random: 0.0, ..good }, Why::Deadline),
+        (Seen { is_safe: false, tries: 9, is_marked_final: true, ..good }, Why::NotSafe),
+    ];
+    for (seen, why) in table {
+        assert_eq!(Retry::built_in().decide(&seen), Decision::Stop(why), "{seen:?}");
+    }
+    let mut off = Retry::built_in();
+    off.enabled.value = false;
+    assert_eq!(off.decide(&good), Decision::Stop(Why::Off));
+    assert_eq!(off.decide(&seen(Failure::Unsent)), Decision::Stop(Why::Off));
+    assert_eq!(off.decide(&seen(Failure::Status(200))), Decision::Stop(Why::NotAFailure));
+}
+
+#[test]
+fn a_route_may_declare_that_its_calls_can_be_repeated() {
+    let mut retry = Retry::built_in();
+    retry.idempotent.value = true;
+    let post = Seen { is_safe: false, random: 0.0, ..seen(Failure::Reset) };
+    assert_eq!(retry.decide(&post), again(0));
+}
+
+#[test]
+fn a_call_that_nobody_has_seen_goes_out_again_at_once_whatever_its_method() {
+    let unsent = Seen { is_safe: false, is_marked_final: true, random: 0.9, ..seen(Failure::Unsent) };
+    let mut retry = Retry::built_in();
+    retry.on.value = Conditions::default();
+    let table = [
+        (unsent, again(0)),
+        (Seen { tries: 2, ..unsent }, again(0)),
+        (Seen { tries: 3, ..unsent }, Decision::Stop(Why::TriesUsedUp)),
+        (Seen { is_replayable: false, ..unsent }, Decision::Stop(Why::BodyTooLong)),
+        (Seen { left: Duration::ZERO, ..unsent }, Decision::Stop(Why::Deadline)),
+        (Seen { pushback: Some(Pushback::Stop), ..unsent }, Decision::Stop(Why::PushedBack)),
+        (Seen { pushback: Some(Pushback::Wait(millis(7))), ..unsent }, again(7)),
+    ];
+    for (seen, wanted) in table {
+        assert_eq!(retry.decide(&seen), wanted, "{seen:?}");
+    }
+}
+
+#[test]
+fn the_wait_doubles_up_to_its_maximum_and_is_a_random_part_of_that() {
+    let mut retry = Retry::built_in();
+    retry.attempts.value = 10;
+    let longest = [25, 50, 100, 200, 250, 250, 250, 250, 250, 250];
+    for (tries, most) in (1..).zip(longest) {
+        for (random, wanted) in [(0.0, 0.0), (0.5, 0.5), (0.999, 0.999), (7.0, 1.0), (f64::NAN, 1.0), (-1.0, 1.0)] {
+            let decision = retry.decide(&Seen { tries, random, ..seen(Failure::Reset) });
+            let after = Duration::from_micros(most * 1000).mul_f64(wanted);
+            assert_eq!(decision, Decision::Again { after }, "try {tries}, random {random}");
+        }
+    }
+}
+
+#[test]
+fn what_the_upstream_asks_for_is_waited_for_to_the_letter_but_not_past_the_deadline() {
+    let asked = |wait| Seen { pushback: Some(Pushback::Wait(millis(wait))), ..seen(Failure::Status(503)) };
+    assert_eq!(Retry::built_in().decide(&asked(0)), again(0));
+    assert_eq!(Retry::built_in().decide(&asked(999)), again(999));
+    assert_eq!(Retry::built_in().decide(&asked(1000)), Decision::Stop(Why::Deadline));
+}
+
+#[test]
+fn the_budget_is_asked_last_and_not_for_what_nobody_has_seen() {
+    let (retry, budget, now) = (Retry::built_in(), Budget::new(), Instant::now());
+    let stopped = Seen { tries: 3, ..seen(Failure::Reset) };
+    for _ in 0..100 {
+        assert_eq!(retry.next(&stopped, &budget, now), Decision::Stop(Why::TriesUsedUp));
+        assert_eq!(retry.next(&seen(Failure::Unsent), &budget, now), again(0));
+    }
+    assert_eq!(budget.tokens(&retry.budget, now), 10.0);
+    for _ in 0..10 {
+        assert!(matches!(retry.next(&seen(Failure::Reset), &budget, now), Decision::Again { .. }));
+    }
+    assert_eq!(retry.next(&seen(Failure::Reset), &budget, now), Decision::Stop(Why::Budget));
+    assert_eq!(retry.next(&seen(Failure::Unsent), &budget, now), again(0));
+}
+
+#[test]
+fn idempotent_methods_are_those_of_rfc_9110() {
+    assert!(["GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"].into_iter().all(is_idempotent));
+    assert!(!["POST", "PATCH", "CONNECT", "get", "PURGE", ""].into_iter().any(is_idempotent));
+}
+
+/// A document that says nothing.
+struct Nothing(Place);
+
+impl Spot for Nothing {
+    fn entry(&self, _: &str) -> Option<Found<'_>> {
+        None
+    }
+    fn item(&self, _: usize) -> Option<Found<'_>> {
+        None
+    }
+    fn size(&self) -> usize {
+        0
+    }
+    fn place(&self) -> &Place {
+        &self.0
+    }
+    fn is_scalar(&self) -> bool {
+        false
+    }
+}
+
+fn read(value: &Value) -> Result<RetrySpec, String> {
+    let shown = |error: ValueError| error.to_string();
+    match value {
+        Value::String(text) => RetrySpec::deserialize(text.as_str().into_deserializer()).map_err(shown),
+        Value::Bool(value) => RetrySpec::deserialize(value.into_deserializer()).map_err(shown),
+        Value::Number(number) => RetrySpec::deserialize(number.as_u64().unwrap().into_deserializer()).map_err(shown),
+        other => serde_json::from_value(other.clone()).map_err(|error| error.to_string()),
+    }
+}
+
+/// Lays the layers over what is built in, the last as a route's; the problems as `path: message (hint)`.
+fn layered(layers: &[Value]) -> (Retry, Vec<String>) {
+    let (file, problems) = (Arc::from("p.yaml"), RefCell::new(Problems::default()));
+    let nothing = Nothing(Place { line: 7, ..Place::default() });
+    let at = At::root(&file, &nothing, &problems);
+    let mut retry = Retry::built_in();
+    for (index, layer) in layers.iter().enumerate() {
+        let spec = read(layer).unwrap();
+        let is_route = index == 2;
+        retry = if is_route { spec.check_route(&retry, &at) } else { spec.check(&retry, &at) };
+    }
+    let shown = |problem: &crate::problems::Problem| {
+        format!("{}: {} ({})", problem.path, problem.message, problem.hint.as_deref().unwrap_or_default())
+    };
+    let shown = problems.borrow().iter().map(shown).collect();
+    (retry, shown)
+}
+
+#[test]
+fn a_layer_changes_what_it_writes_and_brings_its_line_along() {
+    let everything = json!({
+        "attempts": 10, "on": [429, "data_loss", "cancelled", "timeout"], "idempotent": true,
+        "backoff": { "base": "1s", "max": "1s" }, "budget": { "ratio": 1, "minPerSecond": 0 }, "replayLimit": 0,
+    });
+    let (retry, problems) = layered(&[everything]);
+    assert!(problems.is_empty(), "{problems:?}");
+    assert_eq!(retry.on.value.to_string(), "429, timeout, cancelled, data_loss");
+    assert_eq!((retry.attempts.value, retry.replay_limit.value, retry.idempotent.value), (10, 0, true));
+    assert_eq!(
+        (retry.backoff.base.value, retry.budget.ratio.value, retry.budget.min_per_second.value),
+        (SECOND, 1.0, 0)
+    );
+    assert_eq!(retry.attempts.origin.to_string(), "p.yaml:7");
+    assert_eq!(retry.enabled.origin, Origin::BuiltIn, "it was on already");
+
+    let (retry, _) = layered(&[json!({ "attempts": 5 }), json!({ "replayLimit": "1MiB" })]);
+    assert_eq!((retry.attempts.value, retry.replay_limit.value), (5, 1 << 20));
+    assert_eq!(retry.on.value.to_string(), "502, 503, 504, reset, timeout, unavailable");
+}
+
+#[test]
+fn off_turns_retries_off_and_a_mapping_on_again_with_the_values_below() {
+    let (retry, _) = layered(&[json!({ "attempts": 5 }), json!("off")]);
+    assert!(!retry.enabled.value);
+    assert_eq!(retry.enabled.origin.to_string(), "p.yaml:7");
+    let (retry, _) = layered(&[json!({ "attempts": 5 }), json!("off"), json!({})]);
+    assert!(retry.enabled.value);
+    assert_eq!(retry.enabled.origin.to_string(), "p.yaml:7");
+    assert_eq!(retry.attempts.value, 5);
+}
+
+#[test]
+fn a_back_off_that_is_built_in_gives_way_and_a_written_one_is_reported() {
+    let backoff = |value: Value| json!({ "backoff": value });
+    let (retry, problems) = layered(&[backoff(json!({ "max": "10ms" }))]);
+    assert_eq!((retry.backoff.base.value, problems.len()), (millis(10), 0));
+    let (retry, problems) = layered(&[backoff(json!({ "base": "2s" }))]);
+    assert_eq!((retry.backoff.max.value, problems.len()), (millis(2000), 0));
+    let table = [
+        (vec![json!({ "base": "2s", "max": "1s" })], "backoff.base: `base` 2s is longer than `max` 1s"),
+        (vec![json!({ "max": "1s" }), json!({ "base": "2s" })], "at most 1s, or a longer `max`"),
+        (vec![json!({ "base": "2s" }), json!({ "max": "1s" })], "at least 2s, or a shorter `base` here"),
+    ];
+    for (layers, wanted) in table {
+        let layers: Vec<_> = layers.into_iter().map(backoff).collect();
+        let (_, problems) = layered(&layers);
+        assert!(problems.len() == 1 && problems[0].contains(wanted), "{problems:?}");
+    }
+}
+
+#[test]
+fn all_that_contradicts_is_reported_at_once() {
+    let wrong = json!({
+        "attempts": 11, "on": [503, "reset", 503],
+        "backoff": { "base": "2s", "max": "1s" }, "budget": { "ratio": 0.5 },
+    });
+    let (retry, problems) = layered(&[json!({}), json!({}), wrong]);
+    let paths: Vec<_> = problems.iter().map(|problem| problem.split(':').next().unwrap()).collect();
+    assert_eq!(paths, ["budget", "attempts", "on[2]", "backoff.base"]);
+    assert_eq!(retry.attempts.value, 10);
+    let (_, problems) = layered(&[json!({ "on": [] })]);
+    assert!(problems[0].contains("or `retry: off`"), "{problems:?}");
+}
+
+#[test]
+fn what_cannot_be_read_comes_with_what_to_write() {
+    let table = [
+        (json!(false), "write `off`, in quotes"),
+        (json!(true), "like `{ attempts: 2 }`"),
+        (json!("of"), "write `off`"),
+        (json!("OFF"), "write `off`"),
+        (json!("none"), "write `off`"),
+        (json!(3), "write `{ attempts: 3 }`"),
+        (json!(0), "write `off`"),
+        (json!({ "on": ["resets"] }), "did you mean `reset`?"),
+        (json!({ "on": ["DEADLINE_EXCEEDED"] }), "did you mean `deadline_exceeded`?"),
+        (json!({ "on": ["deadlineExceeded"] }), "did you mean `deadline_exceeded`?"),
+        (json!({ "on": ["503"] }), "write `503` without quotes"),
+        (json!({ "on": ["gateway-error"] }), "statuses from 400 to 599, reset, timeout, unavailable"),
+        (json!({ "on": [302] }), "400 to 599"),
+        (json!({ "on": [600] }), "400 to 599"),
+        (json!({ "attempts": 0 }), "from 1"),
+        (json!({ "replayLimit": "5MiB" }), "write 0 to 4MiB"),
+        (json!({ "backoff": { "base": "0ms" } }), "longer than zero"),
+        (json!({ "budget": { "ratio": 0 } }), "above 0"),
+        (json!({ "perTry": "1s" }), "perTry"),
+    ];
+    for (value, wanted) in table {
+        let error = read(&value).expect_err(&value.to_string());
+        assert!(error.contains(wanted), "{value}: {error}");
+    }
+}
+
+#[test]
+fn the_reader_is_told_of_every_field() {
+    let schema = SchemaGenerator::default().into_root_schema_for::<RetryValuesSpec>();
+    let mut known: Vec<_> = schema.get("properties").unwrap().as_object().unwrap().keys().cloned().collect();
+    let mut told = FIELDS.to_vec();
+    known.sort_unstable();
+    told.sort_unstable();
+    assert_eq!(known, told);
+}
