@@ -4,11 +4,25 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::problems::Origin;
+use crate::rules::circuit_breaker::CircuitBreaker;
+use crate::rules::ejection::Ejection;
+use crate::rules::faults::Faults;
+use crate::rules::rate_limit::RateLimit;
+use crate::rules::retry::Retry;
 use crate::rules::timeouts::Timeouts;
 
 fn route(matches: RouteMatch) -> Route {
     let timeouts = Timeouts::built_in();
-    Route { name: String::new(), matches, timeouts, stream: false, origin: Origin::BuiltIn }
+    Route {
+        name: String::new(),
+        matches,
+        timeouts,
+        retry: Retry::built_in(),
+        rate_limit: RateLimit::built_in(),
+        faults: Faults::default(),
+        stream: false,
+        origin: Origin::BuiltIn,
+    }
 }
 
 fn template(template: &str) -> RouteMatch {
@@ -121,6 +135,8 @@ fn destination(hosts: &[&str]) -> Destination {
         None => Host::Exact((*text).into()),
     };
     Destination {
+        circuit_breaker: CircuitBreaker::built_in(),
+        ejection: Ejection::built_in(),
         name: String::new(),
         hosts: hosts.iter().map(host).collect(),
         endpoints: Vec::new(),
