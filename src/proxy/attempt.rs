@@ -270,6 +270,7 @@ async fn exchange(live: &mut Live, mut lease: Lease) -> Result<Option<Response<I
                 return Ok(None);
             }
             endpoint.load.failed(took, now);
+            lease.lost_race(began, now);
             Err(broken(live, lease.reused, error.error()))
         }
         Err(refusal) => {

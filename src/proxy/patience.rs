@@ -114,9 +114,7 @@ impl Patience {
             (Kind::RequestTimeout, "no answer in time")
         };
         match self.until {
-            Some(until) if kind == Kind::RequestTimeout => {
-                Refusal::ruled(Kind::DeadlineExceeded, until.rule(), detail)
-            }
+            Some(until) if kind == Kind::RequestTimeout => Refusal::ruled(Kind::DeadlineExceeded, until.rule(), detail),
             _ => Refusal::timed(kind, "timeouts.request", &limits.request, detail),
         }
     }

@@ -3,9 +3,9 @@
 use std::convert::Infallible;
 use std::rc::Rc;
 
+use http::header::{HeaderMap, HeaderName};
 use http::request::Parts;
 use http::uri::PathAndQuery;
-use http::header::{HeaderMap, HeaderName};
 use http::{HeaderValue, Method, Request, Response, StatusCode, Uri, Version, header};
 use hyper::body::Incoming;
 use tokio::time::Instant;
@@ -21,8 +21,8 @@ use crate::proxy::live::Live;
 use crate::proxy::refusal::{Kind, Refusal, Rule};
 use crate::proxy::target::{self, Target};
 use crate::proxy::tries::{self, Spare};
-use crate::proxy::{ties, upgrade};
 use crate::proxy::worker::Worker;
+use crate::proxy::{ties, upgrade};
 use crate::rules::gate::QueueFull;
 use crate::rules::mode::RuleName;
 use crate::upstream::pool::Pool;
@@ -155,7 +155,8 @@ fn check_rate(live: &mut Live, fields: &HeaderMap) -> Result<(), Refusal> {
         value: format!("{} per {per}", limit.requests.value),
         origin: limit.requests.origin.clone(),
     };
-    let mut refusal = Refusal::ruled(Kind::RateLimited, rule, format!("too many calls (counted by {})", limit.by.value));
+    let mut refusal =
+        Refusal::ruled(Kind::RateLimited, rule, format!("too many calls (counted by {})", limit.by.value));
     refusal.retry_after = Some(refused.retry_after);
     Err(refusal)
 }

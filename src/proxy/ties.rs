@@ -27,7 +27,6 @@ use crate::rules::mark::Mark;
 use crate::rules::mode::{Mode, Modes};
 use crate::rules::trace::{self, TraceKeys, X_REQUEST_ID};
 
-
 /// What ties an exchange to others; only where the policy has callers on both sides of the app.
 #[derive(Default)]
 pub struct Ties {
@@ -36,7 +35,12 @@ pub struct Ties {
     entered: Option<Entered>,
     /// The inbound requests that caused it.
     causes: Option<Causes>,
+    /// The inbound request that caused it was ended by its deadline.
+    is_late: bool,
 }
+
+/// Inbound requests that were ended by their deadline stand here under a destination that there is not.
+const LATE: u64 = 0;
 
 /// A call that has less than this left cannot be answered in time.
 const LEAST: Duration = Duration::from_millis(1);
@@ -56,7 +60,8 @@ pub fn begin(live: &mut Live, head: &mut Parts, present: &Present) -> Result<(),
     let caller = if present.deadline { asked(live.patience.grpc, &head.headers)? } else { None };
     let route = live.route();
     let causes = ties.as_ref().and_then(|ties| ties.causes.as_ref());
-    let inbound = causes.filter(|_| !route.stream).map(Causes::deadline);
+    let late = ties.as_ref().is_some_and(|ties| ties.is_late).then_some(now);
+    let inbound = causes.filter(|_| !route.stream).map(Causes::deadline).or(late);
     let deadline = Deadline::earliest(now, route.timeouts.request.value, caller, inbound);
     live.ties = ties;
     if deadline.from != Source::Policy {
@@ -112,12 +117,16 @@ fn tie(live: &Live, head: &mut Parts, present: &Present) -> Option<Box<Ties>> {
     let keys = TraceKeys::of(&head.headers);
     let (counter, causes) = match worker.inbounds.join(keys) {
         Join::ByTrace(causes) => (&worker.joins.by_trace, Some(causes)),
+        _ if worker.late.knows(keys, LATE, live.patience.began) => {
+            worker.joins.late.increment();
+            return Some(Box::new(Ties { keys, is_late: true, ..Ties::default() }));
+        }
         Join::OnlyOne(causes) => (&worker.joins.only_one, Some(causes)),
         Join::NotJoined => (&worker.joins.not_joined, None),
         Join::NoInbound => (&worker.joins.no_inbound, None),
     };
     counter.increment();
-    Some(Box::new(Ties { keys, causes, entered: None }))
+    Some(Box::new(Ties { keys, causes, ..Ties::default() }))
 }
 
 /// Makes an inbound request known to the calls that it will cause.
@@ -190,7 +199,8 @@ pub fn failed(live: &mut Live, below: Option<&Mark>, is_final: bool, now: Instan
     if below.is_some() {
         live.record.note().failed_at.clone_from(&at);
     }
-    let mark = Mark { is_final: is_final && is_enforced(live, |modes| &modes.retry_in_one_place), is_unsent: false, at };
+    let mark =
+        Mark { is_final: is_final && is_enforced(live, |modes| &modes.retry_in_one_place), is_unsent: false, at };
     if let Some(ties) = &live.ties {
         if let Some(causes) = &ties.causes {
             causes.blame(&mark);
@@ -217,6 +227,12 @@ pub fn refused(live: &mut Live, kind: Kind, now: Instant) {
             failed(live, None, true, now);
         }
         return;
+    }
+    if matches!(kind, Kind::RequestTimeout | Kind::DeadlineExceeded)
+        && let Some(ties) = &live.ties
+    {
+        // The app may go on, and call others for a caller who has gone.
+        live.worker.late.note(ties.keys, LATE, now);
     }
     let is_unsent = kind.is_before_the_app() && is_enforced(live, |modes| &modes.unsent);
     let mut mark = blamed(live).unwrap_or(Mark { is_final: false, is_unsent: false, at: None });
@@ -254,7 +270,8 @@ pub fn mark_trailers(live: &mut Live, fields: &mut HeaderMap, code: u32, now: In
         return;
     }
     let was_marked = fields.contains_key(PROXY_STATUS);
-    let below = was_marked.then(|| Mark::read(fields.get_all(PROXY_STATUS).iter().map(HeaderValue::as_bytes))).flatten();
+    let below =
+        was_marked.then(|| Mark::read(fields.get_all(PROXY_STATUS).iter().map(HeaderValue::as_bytes))).flatten();
     failed(live, below.as_ref(), false, now);
     mark_answer(live, StatusCode::OK, fields, was_marked);
 }

@@ -12,7 +12,7 @@ use tokio::time::Instant;
 use crate::policy::snapshot::Destination;
 use crate::proxy::live::Live;
 use crate::proxy::refusal::{Kind, Refusal, Rule};
-use crate::rules::breaker::{Admission, Change, Outcome, Pass, Probe, State, is_failed_code};
+use crate::rules::breaker::{Admission, Change, Outcome, Pass, Probe, State, is_failed_code, is_failed_status};
 use crate::rules::ejection::{Event, Member};
 use crate::rules::mode::RuleName;
 use crate::telemetry::Telemetry;
@@ -104,10 +104,13 @@ pub fn judge(live: &mut Live, outcome: Outcome, now: Instant) {
     }
 }
 
-/// Judges an exchange that has come to its end: the status was good, or has been judged; the trailers of gRPC may still speak
-/// against it.
+/// Judges an exchange that has come to its end. A bad status was judged when it came; a good one may still be followed by
+/// trailers of gRPC that speak against it.
 pub fn judge_complete(live: &mut Live) {
     let now = live.over_at;
+    if live.record.status().is_some_and(|status| is_failed_status(status.as_u16())) {
+        return;
+    }
     let is_failed = live.record.grpc_code().is_some_and(is_failed_code);
     if !is_failed {
         if let Some(health) = live.health() {

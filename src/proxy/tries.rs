@@ -49,9 +49,11 @@ pub async fn run(live: &mut Live, pool: &Rc<Pool>, switching: bool) -> Tried {
     };
     live.attempt = 1;
     loop {
-        live.record.attempt(live.attempt, most);
         let tried = match trial::admit(live, Instant::now()) {
-            Ok(()) => attempt::send(live, pool, switching).await,
+            Ok(()) => {
+                live.record.attempt(live.attempt, most);
+                attempt::send(live, pool, switching).await
+            }
             Err(refusal) => Err(refusal),
         };
         if let Ok(answer) = &tried
@@ -110,7 +112,13 @@ impl Report {
             Err(refusal) => {
                 let failure = of_refusal(refusal.kind, live.unsent);
                 let unseen = refusal.kind != Kind::UpstreamProtocol && live.unsent;
-                Self { failure, counts: trial::is_callees_fault(live, refusal.kind), unseen, mark: None, pushback: None }
+                Self {
+                    failure,
+                    counts: trial::is_callees_fault(live, refusal.kind),
+                    unseen,
+                    mark: None,
+                    pushback: None,
+                }
             }
         }
     }
@@ -283,10 +291,8 @@ fn tell(live: &mut Live, report: &Report, why: Why, tried: &Tried, now: Instant)
     }
     if let (true, Ok(_)) = (is_failure, tried) {
         let below = report.mark.as_ref();
-        let is_final = matches!(
-            why,
-            Why::TriesUsedUp | Why::RetriedBelow | Why::PushedBack | Why::Deadline | Why::Budget
-        );
+        let is_final =
+            matches!(why, Why::TriesUsedUp | Why::RetriedBelow | Why::PushedBack | Why::Deadline | Why::Budget);
         ties::failed(live, below, is_final, now);
     }
 }

@@ -8,10 +8,10 @@ use arc_swap::ArcSwap;
 use arc_swap::cache::Cache;
 
 use crate::policy::snapshot::{Destination, Snapshot};
-use crate::runtime::drain::{Crowd, Phase};
-use crate::runtime::timer::Timers;
 use crate::rules::joined::Inbounds;
 use crate::rules::spent::Spent;
+use crate::runtime::drain::{Crowd, Phase};
+use crate::runtime::timer::Timers;
 use crate::telemetry::{Counter, Shard, Telemetry};
 use crate::upstream::pool::Pool;
 use crate::upstream::worker::Upstreams;
@@ -30,6 +30,8 @@ pub struct Worker {
     pub inbounds: Arc<Inbounds>,
     /// Requests whose tries were used up here a moment ago.
     pub spent: Arc<Spent>,
+    /// Inbound requests whose deadline ended them a moment ago, while the app may still be at work.
+    pub late: Arc<Spent>,
     /// How outbound calls were joined with inbound requests.
     pub joins: Joins,
     /// The open connections, and how far they are on their way down.
@@ -43,11 +45,13 @@ pub struct Chain {
     pub inbounds: Arc<Inbounds>,
     /// Requests whose tries were used up here a moment ago.
     pub spent: Arc<Spent>,
+    /// Inbound requests whose deadline ended them a moment ago.
+    pub late: Arc<Spent>,
 }
 
 impl Default for Chain {
     fn default() -> Self {
-        Self { inbounds: Inbounds::new(), spent: Arc::default() }
+        Self { inbounds: Inbounds::new(), spent: Arc::default(), late: Arc::default() }
     }
 }
 
@@ -55,6 +59,8 @@ impl Default for Chain {
 pub struct Joins {
     /// By a trace id.
     pub by_trace: Counter,
+    /// By a trace id, with a request whose deadline is over.
+    pub late: Counter,
     /// Because there was only one.
     pub only_one: Counter,
     /// Not at all: several were under way, and no id told which.
@@ -67,6 +73,7 @@ impl Joins {
     fn new(telemetry: &Telemetry) -> Self {
         Self {
             by_trace: telemetry.joins("by_trace"),
+            late: telemetry.joins("late"),
             only_one: telemetry.joins("only_one"),
             not_joined: telemetry.joins("not_joined"),
             no_inbound: telemetry.joins("no_inbound"),
@@ -100,17 +107,13 @@ impl View {
 
 impl Worker {
     /// A worker that reads its policy from `policy`.
-    pub fn new(
-        policy: Arc<ArcSwap<Snapshot>>,
-        upstreams: Rc<Upstreams>,
-        shard: Rc<Shard>,
-        chain: &Chain,
-    ) -> Rc<Self> {
+    pub fn new(policy: Arc<ArcSwap<Snapshot>>, upstreams: Rc<Upstreams>, shard: Rc<Shard>, chain: &Chain) -> Rc<Self> {
         let view = View::new(policy.load_full());
         let joins = Joins::new(shard.telemetry());
         Rc::new(Self {
             inbounds: Arc::clone(&chain.inbounds),
             spent: Arc::clone(&chain.spent),
+            late: Arc::clone(&chain.late),
             joins,
             policy: RefCell::new(Cache::new(policy)),
             view: RefCell::new(view),

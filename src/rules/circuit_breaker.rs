@@ -160,8 +160,8 @@ pub(super) fn check_open_times(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde::de::{Deserializer, Visitor};
     use crate::problems::{Found, Place, Problems, Spot};
+    use serde::de::{Deserializer, Visitor};
     use std::cell::RefCell;
     use std::sync::Arc;
 

@@ -5,6 +5,7 @@
 //! told only of failures, so one lock is enough. Shared by all workers, bounded in time and in size.
 
 use std::collections::{HashMap, VecDeque};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
@@ -23,7 +24,11 @@ type Call = (TraceKey, u64);
 
 /// The memory.
 #[derive(Debug, Default)]
-pub struct Spent(Mutex<Memory>);
+pub struct Spent {
+    memory: Mutex<Memory>,
+    /// False as long as there was never anything to remember: then nobody waits for the lock.
+    used: AtomicBool,
+}
 
 #[derive(Debug, Default)]
 struct Memory {
@@ -35,7 +40,8 @@ struct Memory {
 impl Spent {
     /// Remembers under each of these ids that the tries at a destination (its hash) were used up at `now`.
     pub fn note(&self, keys: TraceKeys, destination: u64, now: Instant) {
-        let mut memory = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        self.used.store(true, Relaxed);
+        let mut memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
         for key in keys.iter() {
             let call = (key, destination);
             memory.last.insert(call, now);
@@ -46,7 +52,10 @@ impl Spent {
 
     /// Whether the tries at a destination were used up, under any of these ids, less than [`REMEMBERED`] ago.
     pub fn knows(&self, keys: TraceKeys, destination: u64, now: Instant) -> bool {
-        let memory = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if !self.used.load(Relaxed) {
+            return false;
+        }
+        let memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
         keys.iter().any(|key| memory.last.get(&(key, destination)).is_some_and(|noted| is_fresh(*noted, now)))
     }
 }
@@ -108,7 +117,7 @@ mod tests {
         assert!(!spent.knows(key(1), 7, now));
         assert!(spent.knows(key(2), 7, now));
         let size = |spent: &Spent| {
-            let memory = spent.0.lock().unwrap();
+            let memory = spent.memory.lock().unwrap();
             (memory.last.len(), memory.notes.len())
         };
         assert_eq!(size(&spent), (MOST, MOST));

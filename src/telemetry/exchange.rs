@@ -249,6 +249,11 @@ impl Exchange {
         self.grpc_message = message;
     }
 
+    /// The HTTP status that the caller gets, once it is known.
+    pub fn status(&self) -> Option<StatusCode> {
+        self.status
+    }
+
     /// The gRPC status so far.
     pub fn grpc_code(&self) -> Option<u32> {
         self.grpc_status

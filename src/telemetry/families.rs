@@ -34,7 +34,8 @@ const CONNECT_FAILURES: Family =
 const CLOSES: Family =
     family("hopguard_pool_closes_total", "Connections to the upstream that were closed, by either side");
 
-pub(super) const RETRIES: Family = family("hopguard_retries_total", "Requests that went out once more, and because of what");
+pub(super) const RETRIES: Family =
+    family("hopguard_retries_total", "Requests that went out once more, and because of what");
 pub(super) const RETRIES_WITHHELD: Family =
     family("hopguard_retries_withheld_total", "Failed requests that did not go out once more, and why");
 pub(super) const BREAKER_STATE: Family =
@@ -47,8 +48,10 @@ pub(super) const EJECTIONS: Family =
 pub(super) const WOULD_ACT: Family =
     family("hopguard_would_act_total", "Calls on which a rule in warn would have acted");
 pub(super) const FAULTS: Family = family("hopguard_faults_total", "Faults that were injected");
-pub(super) const DEADLINE_JOINS: Family =
-    family("hopguard_deadline_joins_total", "Outbound calls, by how they were joined with the inbound request behind them");
+pub(super) const DEADLINE_JOINS: Family = family(
+    "hopguard_deadline_joins_total",
+    "Outbound calls, by how they were joined with the inbound request behind them",
+);
 
 const ACCEPTED: Family = family("hopguard_listener_connections_total", "Connections that callers opened");
 const OPEN: Family = family("hopguard_listener_open_connections", "Connections of callers that are open");

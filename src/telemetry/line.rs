@@ -236,11 +236,9 @@ fn text_notes(out: &mut String, exchange: &Exchange) -> fmt::Result {
         short_duration(out, deadline)?;
         write!(out, " from {from}")?;
     }
-    for (what, value) in [
-        ("no retry:", notes.retry),
-        ("failed at", notes.failed_at.as_deref()),
-        ("fault", notes.fault.as_deref()),
-    ] {
+    for (what, value) in
+        [("no retry:", notes.retry), ("failed at", notes.failed_at.as_deref()), ("fault", notes.fault.as_deref())]
+    {
         if let Some(value) = value {
             write!(out, " {what} ")?;
             escape(out, value, Quoting::Bare)?;

@@ -184,9 +184,13 @@ impl Endpoint {
         if now >= one.until {
             return;
         }
-        let lived = now.saturating_duration_since(one.connection.idle_since);
-        if lived >= SHORTEST_LESSON {
-            self.lesson.set(Some(Lesson { longest: lived.mul_f32(0.8), forget: now + LESSON_HOLDS }));
+        self.learn(now.saturating_duration_since(one.connection.idle_since), now);
+    }
+
+    /// Notes that the upstream closed a connection that had been idle for so long: none is kept that long any more.
+    pub fn learn(&self, idle: Duration, now: Instant) {
+        if idle >= SHORTEST_LESSON {
+            self.lesson.set(Some(Lesson { longest: idle.mul_f32(0.8), forget: now + LESSON_HOLDS }));
         }
     }
 }

@@ -2,8 +2,8 @@
 
 use std::cell::RefCell;
 use std::collections::HashMap;
-use std::net::SocketAddr;
 use std::future::poll_fn;
+use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -73,6 +73,16 @@ impl Lease {
     /// The connection.
     pub fn carrier(&mut self) -> Option<&mut Carrier> {
         self.carrier.as_mut()
+    }
+
+    /// The connection, which had been idle, broke off before it answered: most likely the upstream was closing it when the
+    /// request came. What it was kept for is too long.
+    pub fn lost_race(&self, sent: Instant, now: Instant) {
+        if self.reused
+            && let Some(Carrier::Http1(connection)) = &self.carrier
+        {
+            self.endpoint.learn(sent.saturating_duration_since(connection.idle_since), now);
+        }
     }
 
     /// Gives an HTTP/1.1 connection back for the next request, if it can take one.
@@ -220,11 +230,9 @@ impl Pool {
             .list
             .iter()
             .map(|address| {
-                old.remove(&address.socket)
-                    .filter(|endpoint| endpoint.address == *address)
-                    .unwrap_or_else(|| {
-                        Endpoint::new(address.clone(), group.member(address.socket), self.metrics.clone(), now)
-                    })
+                old.remove(&address.socket).filter(|endpoint| endpoint.address == *address).unwrap_or_else(|| {
+                    Endpoint::new(address.clone(), group.member(address.socket), self.metrics.clone(), now)
+                })
             })
             .collect();
         *self.endpoints.borrow_mut() = kept_or_new;
