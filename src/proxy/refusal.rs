@@ -25,7 +25,7 @@ pub struct Refusal {
     /// Which one.
     pub kind: Kind,
     /// The rule that it follows from, where there is one.
-    pub rule: Option<Rule>,
+    pub rule: Option<Box<Rule>>,
     /// What happened, in one sentence.
     pub detail: Cow<'static, str>,
     /// When it makes sense to call again.
@@ -337,7 +337,7 @@ impl Refusal {
 
     /// A refusal that follows from a rule.
     pub fn ruled(kind: Kind, rule: Rule, detail: impl Into<Cow<'static, str>>) -> Self {
-        Self { kind, rule: Some(rule), detail: detail.into(), retry_after: None }
+        Self { kind, rule: Some(Box::new(rule)), detail: detail.into(), retry_after: None }
     }
 
     /// A refusal that a time limit of the policy demands.

@@ -142,7 +142,9 @@ impl Report {
         let elsewhere = mark.as_ref().is_some_and(|mark| mark.at.is_some()) && !modes.blame_in_one_place.value.is_off();
         let is_failed = code.as_ref().map_or_else(|| is_failed_status(status), |(code, _)| is_failed_code(*code));
         let counts = is_failed && !(elsewhere && modes.blame_in_one_place.value.is_enforced());
-        let pushback = present.pushback.then(|| pushback(fields, code.is_some())).flatten();
+        // It speaks for its own endpoint; where another one can have the call, nobody need wait.
+        let obeys = present.pushback && failure != Failure::Unsent;
+        let pushback = obeys.then(|| pushback(fields, code.is_some())).flatten();
         Self { failure: Some(failure), counts, unseen: is_unsent, mark, pushback }
     }
 }

@@ -89,11 +89,17 @@ impl Endpoint {
         loop {
             let mut next = self.idle.borrow_mut().pop()?;
             self.metrics.idle.decrement();
-            if next.connection.is_fresh(cx) && now < next.until {
+            if next.connection.is_fresh(cx) && now < next.until && self.may_be_kept(&next, now) {
                 return Some(next.connection);
             }
             self.discard(next, now);
         }
+    }
+
+    /// False if the upstream has shown meanwhile that it closes connections that are idle for so long.
+    fn may_be_kept(&self, idle: &Idle, now: Instant) -> bool {
+        let lesson = self.lesson.get().filter(|lesson| now < lesson.forget);
+        lesson.is_none_or(|lesson| now.saturating_duration_since(idle.connection.idle_since) <= lesson.longest)
     }
 
     /// Takes a connection back after its answer ended. `announced` is what its `Keep-Alive` field said.
@@ -109,9 +115,7 @@ impl Endpoint {
         if let Some(announced) = announced {
             keep = keep.min(announced.mul_f32(0.9));
         }
-        if let Some(lesson) = self.lesson.get()
-            && now < lesson.forget
-        {
+        if let Some(lesson) = self.lesson.get().filter(|lesson| now < lesson.forget) {
             keep = keep.min(lesson.longest);
         }
         let mut idle = self.idle.borrow_mut();
