@@ -12,7 +12,6 @@ use std::time::Duration;
 use http::header::HeaderMap;
 use http::{Request, Response, header, request};
 use http_body::Body;
-use hyper::body::Incoming;
 use tokio::time::Instant;
 
 use crate::net::body::Replay;
@@ -26,6 +25,7 @@ use crate::rules::mark::Mark;
 use crate::rules::mode::RuleName;
 use crate::rules::retry::{self, Decision, Failure, Pushback, Seen, Why};
 use crate::telemetry::Again;
+use crate::upstream::answer::AnswerBody;
 use crate::upstream::pool::{Carrier, Pool};
 
 /// What a request can be sent again from.
@@ -36,7 +36,7 @@ pub struct Spare {
     pub body: Replay,
 }
 
-type Tried = Result<Response<Incoming>, Refusal>;
+type Tried = Result<Response<AnswerBody>, Refusal>;
 
 /// Sends the request until there is an answer that stands: a good one, or the last bad one.
 ///
@@ -70,7 +70,7 @@ pub async fn run(live: &mut Live, pool: &Rc<Pool>, switching: bool) -> Tried {
 }
 
 /// An answer that nobody has to think about.
-fn is_fine(live: &Live, answer: &Response<Incoming>) -> bool {
+fn is_fine(live: &Live, answer: &Response<AnswerBody>) -> bool {
     let status = answer.status().as_u16();
     let is_wanted = status < 400 || (status < 500 && !live.route().retry.is_on(Failure::Status(status)));
     is_wanted && !(live.patience.grpc && answer.headers().contains_key(grpc::STATUS))
@@ -123,7 +123,7 @@ impl Report {
         }
     }
 
-    fn of_answer(live: &Live, pool: &Pool, answer: &Response<Incoming>) -> Self {
+    fn of_answer(live: &Live, pool: &Pool, answer: &Response<AnswerBody>) -> Self {
         let fields = answer.headers();
         let present = Present::scan(fields);
         let modes = &live.view.policy.model.modes;
@@ -254,7 +254,7 @@ const DISCARDED: usize = 64 << 10;
 
 /// Lets go of an answer that nobody will get. What has come already is read, so that its connection lives on; nothing is
 /// waited for.
-fn discard(live: &mut Live, answer: Response<Incoming>) {
+fn discard(live: &mut Live, answer: Response<AnswerBody>) {
     let Some(mut lease) = live.lease.take() else { return };
     let mut body = answer.into_body();
     let mut cx = Context::from_waker(Waker::noop());

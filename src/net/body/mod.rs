@@ -78,6 +78,11 @@ impl RequestBody {
         flow.request.end();
         Self { source: Source::Empty, flow }
     }
+
+    /// The exchange that the body belongs to.
+    pub fn flow(&self) -> &Rc<Flow> {
+        &self.flow
+    }
 }
 
 impl Body for RequestBody {
