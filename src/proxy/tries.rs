@@ -56,20 +56,27 @@ pub async fn run(live: &mut Live, pool: &Rc<Pool>, switching: bool) -> Tried {
             }
             Err(refusal) => Err(refusal),
         };
-        if let Ok(answer) = &tried
-            && is_fine(live, answer)
-        {
-            return tried;
-        }
         // Boxed, like everything that few requests meet.
-        match Box::pin(again(live, pool, tried)).await {
+        let stands = match settle(live, tried) {
+            Ok(fine) => return Ok(fine),
+            Err(tried) => Box::pin(again(live, pool, tried)).await,
+        };
+        match stands {
             None => live.attempt += 1,
             Some(tried) => return tried,
         }
     }
 }
 
-/// An answer that nobody has to think about.
+/// The answer, if it is one that nobody has to think about. Takes and gives the try by value: what is only lent would be kept
+/// in the future of every request.
+fn settle(live: &Live, tried: Tried) -> Result<Response<Incoming>, Tried> {
+    match tried {
+        Ok(answer) if is_fine(live, &answer) => Ok(answer),
+        tried => Err(tried),
+    }
+}
+
 fn is_fine(live: &Live, answer: &Response<Incoming>) -> bool {
     let status = answer.status().as_u16();
     let is_wanted = status < 400 || (status < 500 && !live.route().retry.is_on(Failure::Status(status)));
