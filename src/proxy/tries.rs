@@ -113,7 +113,7 @@ struct Report {
 }
 
 impl Report {
-    fn of(live: &Live, pool: &Pool, tried: &Tried) -> Self {
+    fn of(live: &mut Live, pool: &Pool, tried: &Tried) -> Self {
         match tried {
             Ok(answer) => Self::of_answer(live, pool, answer),
             Err(refusal) => {
@@ -130,10 +130,9 @@ impl Report {
         }
     }
 
-    fn of_answer(live: &Live, pool: &Pool, answer: &Response<Incoming>) -> Self {
+    fn of_answer(live: &mut Live, pool: &Pool, answer: &Response<Incoming>) -> Self {
         let fields = answer.headers();
         let present = Present::scan(fields);
-        let modes = &live.view.policy.model.modes;
         let mark = present.proxy_status.then(|| read_mark(fields)).flatten();
         let code = live.patience.grpc.then(|| grpc::read_status(fields)).flatten();
         let status = answer.status().as_u16();
@@ -141,14 +140,14 @@ impl Report {
             Some((code, _)) => Failure::Grpc(code),
             None => Failure::Status(status),
         };
-        let is_unsent = mark.as_ref().is_some_and(|mark| mark.is_unsent) && modes.unsent.value.is_enforced();
+        let is_unsent = live.believes_unsent(mark.as_ref().is_some_and(|mark| mark.is_unsent));
         // Where there is nobody else to send it to at once, it waits like any other failure.
         if is_unsent && live.endpoint.as_ref().is_some_and(|this| pool.has_other(&live.tried, this)) {
             failure = Failure::Unsent;
         }
-        let elsewhere = mark.as_ref().is_some_and(|mark| mark.at.is_some()) && !modes.blame_in_one_place.value.is_off();
         let is_failed = code.as_ref().map_or_else(|| is_failed_status(status), |(code, _)| is_failed_code(*code));
-        let counts = is_failed && !(elsewhere && modes.blame_in_one_place.value.is_enforced());
+        let is_below = mark.as_ref().is_some_and(|mark| mark.at.is_some());
+        let counts = is_failed && !live.spares(is_below);
         // It speaks for its own endpoint; where another one can have the call, nobody need wait.
         let obeys = present.pushback && failure != Failure::Unsent;
         let pushback = obeys.then(|| pushback(fields, code.is_some())).flatten();

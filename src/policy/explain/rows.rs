@@ -135,7 +135,8 @@ pub(super) fn faults(faults: &Faults, now: Timestamp) -> Vec<Row> {
     if faults.is_empty() {
         return vec![Row::new("faults", "none", &Origin::BuiltIn)];
     }
-    let row = |fault: &Fault| Row::new(format!("faults.{}", fault.name.value), describe(fault, now), &fault.name.origin);
+    let row =
+        |fault: &Fault| Row::new(format!("faults.{}", fault.name.value), describe(fault, now), &fault.name.origin);
     faults.iter().map(row).collect()
 }
 
