@@ -251,14 +251,20 @@ fn an_explanation_names_everything_that_holds_and_its_line() {
         ("forward", "GET", "/x"),
         ("overlapping-routes", "GET", "/items/5"),
         ("overlapping-routes", "DELETE", "/items/5.json"),
+        ("rules", "GET", "http://payment/balance/7"),
+        ("rules", "POST", "http://payment/payments/7"),
+        ("rules", "GET", "http://ledger/"),
+        ("rules-off", "GET", "http://payment/"),
+        ("rules-off", "GET", "http://ledger/"),
     ];
+    let now = "2026-11-22T18:15:48Z".parse().unwrap();
     let mut out = String::new();
     for (policy, method, url) in calls {
         let model = load(Path::new(&format!("tests/policies/valid/{policy}.yaml"))).unwrap();
         out.push_str(&format!("# {policy}: {method} {url}\n"));
         match Call::parse(method, url, HeaderMap::new()) {
             Err(error) => out.push_str(&format!("{error}\n")),
-            Ok(call) => match explain(&model, &call) {
+            Ok(call) => match explain(&model, &call, now) {
                 Ok(explanations) => explanations.iter().for_each(|explanation| out.push_str(&format!("{explanation}"))),
                 Err(error) => out.push_str(&format!("{error}\n")),
             },
@@ -285,6 +291,13 @@ fn check_says_ok_or_everything_that_is_wrong() {
         "ok: tests/policies/valid/full.yaml (1 listener, 1 destination, 4 routes)\n\
         ok: tests/policies/valid/minimal.yaml (1 listener, 1 destination, 0 routes)\n"
     );
+    let (code, out, err) = run(&["valid/rules.yaml"], Form::Text);
+    assert_eq!((code, out.lines().count()), (0, 1));
+    let warning =
+        "fault `forgotten` of payment is over since 2026-01-01T00:00:00Z (tests/policies/valid/rules.yaml:46)";
+    assert_eq!(err, format!("warning: {warning}: remove it\n"));
+    let (_, out, _) = run(&["valid/rules.yaml"], Form::Json);
+    assert!(out.contains(&format!(r#""warnings":["{warning}: remove it"]"#)), "{out}");
     let (code, out, err) = run(&["valid/minimal.yaml", "invalid/five-mistakes.yaml"], Form::Text);
     assert_eq!((code, out.lines().count()), (1, 1));
     assert!(err.ends_with("tests/policies/invalid/five-mistakes.yaml: 5 problems\n"), "{err}");

@@ -1,7 +1,9 @@
-//! `hopguard check`: all problems of some policies at once.
+//! `hopguard check`: all problems of some policies at once, and what is no problem but has no effect any more.
 
 use std::io::{self, Write};
 use std::path::PathBuf;
+
+use jiff::Timestamp;
 
 use crate::policy::load::load;
 use crate::policy::model::Model;
@@ -16,8 +18,8 @@ pub enum Form {
     Json,
 }
 
-/// Checks each path as a policy of its own: `ok` lines go to `out`, problems to `err` (as JSON, all to `out`).
-/// Returns the exit code: 0, or 1 when anything is wrong.
+/// Checks each path as a policy of its own: `ok` lines go to `out`, problems and warnings to `err` (as JSON, all to
+/// `out`). Returns the exit code: 0, or 1 when anything is wrong.
 ///
 /// # Errors
 /// When a line cannot be written.
@@ -30,10 +32,20 @@ pub fn check(
     let mut code = 0;
     for path in paths {
         match (load(path), form) {
-            (Ok(model), Form::Text) => writeln!(out, "ok: {} ({})", path.display(), counts(&model))?,
+            (Ok(model), Form::Text) => {
+                for warning in warnings(&model, Timestamp::now()) {
+                    writeln!(err, "warning: {warning}")?;
+                }
+                writeln!(out, "ok: {} ({})", path.display(), counts(&model))?;
+            }
             (Ok(model), Form::Json) => {
                 let hash = format!("{:016x}", model.hash);
-                writeln!(out, "{}", serde_json::json!({ "ok": path.display().to_string(), "hash": hash }))?;
+                let mut line = serde_json::json!({ "ok": path.display().to_string(), "hash": hash });
+                let warnings = warnings(&model, Timestamp::now());
+                if !warnings.is_empty() {
+                    line["warnings"] = warnings.into();
+                }
+                writeln!(out, "{line}")?;
             }
             (Err(error), Form::Text) => {
                 code = 1;
@@ -48,6 +60,23 @@ pub fn check(
         }
     }
     Ok(code)
+}
+
+/// Faults whose end has come. They do nothing any more, and an old policy must stay readable, so they are no problems.
+fn warnings(model: &Model, now: Timestamp) -> Vec<String> {
+    let mut warnings = Vec::new();
+    for destination in &model.destinations {
+        let faults = destination.routes.iter().flat_map(|route| route.faults.iter());
+        for fault in faults.filter(|fault| fault.is_over(now)) {
+            let (name, until, of) = (&fault.name.value, fault.until.value, &destination.name);
+            let warning = format!("fault `{name}` of {of} is over since {until} ({}): remove it", fault.name.origin);
+            // Routes without faults of their own have those of their destination.
+            if !warnings.contains(&warning) {
+                warnings.push(warning);
+            }
+        }
+    }
+    warnings
 }
 
 /// What a policy has, in words; the implicit routes are not counted.

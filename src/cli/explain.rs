@@ -4,6 +4,7 @@ use std::io::{self, Write};
 use std::path::Path;
 
 use http::header::{HeaderMap, HeaderName, HeaderValue};
+use jiff::Timestamp;
 
 use crate::policy::explain::{Call, explain as explain_call};
 use crate::policy::load::load;
@@ -32,7 +33,7 @@ pub fn explain(
         Ok(model) => model,
         Err(error) => return write!(err, "{}", error.render(colour)).map(|()| 1),
     };
-    match explain_call(&model, &call) {
+    match explain_call(&model, &call, Timestamp::now()) {
         Ok(explanations) => {
             for (index, explanation) in explanations.iter().enumerate() {
                 let gap = if index > 0 { "\n" } else { "" };

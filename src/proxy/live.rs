@@ -23,7 +23,7 @@ use crate::proxy::tries::Spare;
 use crate::proxy::worker::{View, Worker};
 use crate::rules::gate::Pass;
 use crate::rules::mark::Mark;
-use crate::rules::mode::RuleName;
+use crate::rules::mode::{Mode, RuleName};
 use crate::rules::retry::is_idempotent;
 use crate::runtime::quiet::Quiet;
 use crate::runtime::timer::Timer;
@@ -170,9 +170,13 @@ impl Live {
         self.destination == usize::MAX
     }
 
-    /// Notes that a rule in `warn` would have acted: for the log line, and for the metric.
+    /// Notes that a rule in `warn` would have acted: for the log line, and for the metric. Once for each call.
     pub fn would(&mut self, rule: RuleName) {
-        self.record.note().would.push(rule.as_str());
+        let noted = &mut self.record.note().would;
+        if noted.contains(&rule.as_str()) {
+            return;
+        }
+        noted.push(rule.as_str());
         let name = &self.view.destination(self.destination).values.name;
         self.worker.shard.telemetry().would_act(name, rule.as_str());
     }
@@ -197,10 +201,28 @@ impl Live {
         &self.destination_values().routes[self.route]
     }
 
-    /// Whether its failure happened further down than the destination.
-    pub fn failed_below(&self) -> bool {
-        let is_enforced = self.view.policy.model.modes.blame_in_one_place.value.is_enforced();
-        is_enforced && self.record.notes().is_some_and(|notes| notes.failed_at.is_some())
+    /// Whether a failure that happened further down than the destination (`is_below`) is kept from counting here.
+    pub fn spares(&mut self, is_below: bool) -> bool {
+        let mode = self.view.policy.model.modes.blame_in_one_place.value;
+        if is_below && mode == Mode::Warn {
+            self.would(RuleName::BlameInOnePlace);
+        }
+        is_below && mode.is_enforced()
+    }
+
+    /// Whether the word of the callee's sidecar that its app never got the request (`is_said`) is taken.
+    pub fn believes_unsent(&mut self, is_said: bool) -> bool {
+        let mode = self.view.policy.model.modes.unsent.value;
+        if is_said && mode == Mode::Warn {
+            self.would(RuleName::Unsent);
+        }
+        is_said && mode.is_enforced()
+    }
+
+    /// Like [`Live::spares`], for what the answer's trailers said.
+    pub fn spares_what_failed(&mut self) -> bool {
+        let is_below = self.record.notes().is_some_and(|notes| notes.failed_at.is_some());
+        self.spares(is_below)
     }
 
     /// What the failures of the destination have led to; `None` before the exchange has a place there.

@@ -52,11 +52,14 @@ const LEAST: Duration = Duration::from_millis(1);
 pub fn begin(live: &mut Live, head: &mut Parts, present: &Present) -> Result<(), Refusal> {
     let mode = live.view.policy.model.modes.deadline.value;
     let ties = tie(live, head, present);
+    let now = live.patience.began;
     if mode.is_off() {
         live.ties = ties;
+        // The table carries the marks of failed calls up through the app as well.
+        let deadline = Deadline::earliest(now, live.route().timeouts.request.value, None, None);
+        enter(live, deadline.at);
         return Ok(());
     }
-    let now = live.patience.began;
     let caller = if present.deadline { asked(live.patience.grpc, &head.headers)? } else { None };
     let route = live.route();
     let causes = ties.as_ref().and_then(|ties| ties.causes.as_ref());
@@ -196,7 +199,7 @@ pub fn failed(live: &mut Live, below: Option<&Mark>, is_final: bool, now: Instan
     let is_final = is_final || below.is_some_and(|mark| mark.is_final);
     let here = || live.destination_values().name.as_str().into();
     let at = Some(below.and_then(|mark| mark.at.clone()).unwrap_or_else(here));
-    if below.is_some() {
+    if below.is_some_and(|mark| mark.at.is_some()) {
         live.record.note().failed_at.clone_from(&at);
     }
     let mark =

@@ -79,7 +79,10 @@ pub fn enlist(live: &mut Live, endpoint: &Endpoint, now: Instant) -> bool {
         Admission::Pass(pass) => Turn::Pass(pass),
         Admission::Probe { probe, .. } => Turn::Probe(probe),
         Admission::Refuse { .. } if live.view.policy.model.modes.ejection.value.is_enforced() => return false,
-        Admission::Refuse { .. } => Turn::None,
+        Admission::Refuse { .. } => {
+            live.would(RuleName::Ejection);
+            Turn::None
+        }
     };
     true
 }
@@ -117,7 +120,7 @@ pub fn judge_complete(live: &mut Live) {
             health.budget.earn();
         }
         judge(live, Outcome::Success, now);
-    } else if !live.failed_below() {
+    } else if !live.spares_what_failed() {
         judge(live, Outcome::Failure, now);
     }
 }

@@ -56,20 +56,27 @@ pub async fn run(live: &mut Live, pool: &Rc<Pool>, switching: bool) -> Tried {
             }
             Err(refusal) => Err(refusal),
         };
-        if let Ok(answer) = &tried
-            && is_fine(live, answer)
-        {
-            return tried;
-        }
         // Boxed, like everything that few requests meet.
-        match Box::pin(again(live, pool, tried)).await {
+        let stands = match settle(live, tried) {
+            Ok(fine) => return Ok(fine),
+            Err(tried) => Box::pin(again(live, pool, tried)).await,
+        };
+        match stands {
             None => live.attempt += 1,
             Some(tried) => return tried,
         }
     }
 }
 
-/// An answer that nobody has to think about.
+/// The answer, if it is one that nobody has to think about. Takes and gives the try by value: what is only lent would be kept
+/// in the future of every request.
+fn settle(live: &Live, tried: Tried) -> Result<Response<AnswerBody>, Tried> {
+    match tried {
+        Ok(answer) if is_fine(live, &answer) => Ok(answer),
+        tried => Err(tried),
+    }
+}
+
 fn is_fine(live: &Live, answer: &Response<AnswerBody>) -> bool {
     let status = answer.status().as_u16();
     let is_wanted = status < 400 || (status < 500 && !live.route().retry.is_on(Failure::Status(status)));
@@ -106,7 +113,7 @@ struct Report {
 }
 
 impl Report {
-    fn of(live: &Live, pool: &Pool, tried: &Tried) -> Self {
+    fn of(live: &mut Live, pool: &Pool, tried: &Tried) -> Self {
         match tried {
             Ok(answer) => Self::of_answer(live, pool, answer),
             Err(refusal) => {
@@ -123,10 +130,9 @@ impl Report {
         }
     }
 
-    fn of_answer(live: &Live, pool: &Pool, answer: &Response<AnswerBody>) -> Self {
+    fn of_answer(live: &mut Live, pool: &Pool, answer: &Response<AnswerBody>) -> Self {
         let fields = answer.headers();
         let present = Present::scan(fields);
-        let modes = &live.view.policy.model.modes;
         let mark = present.proxy_status.then(|| read_mark(fields)).flatten();
         let code = live.patience.grpc.then(|| grpc::read_status(fields)).flatten();
         let status = answer.status().as_u16();
@@ -134,14 +140,14 @@ impl Report {
             Some((code, _)) => Failure::Grpc(code),
             None => Failure::Status(status),
         };
-        let is_unsent = mark.as_ref().is_some_and(|mark| mark.is_unsent) && modes.unsent.value.is_enforced();
+        let is_unsent = live.believes_unsent(mark.as_ref().is_some_and(|mark| mark.is_unsent));
         // Where there is nobody else to send it to at once, it waits like any other failure.
         if is_unsent && live.endpoint.as_ref().is_some_and(|this| pool.has_other(&live.tried, this)) {
             failure = Failure::Unsent;
         }
-        let elsewhere = mark.as_ref().is_some_and(|mark| mark.at.is_some()) && !modes.blame_in_one_place.value.is_off();
         let is_failed = code.as_ref().map_or_else(|| is_failed_status(status), |(code, _)| is_failed_code(*code));
-        let counts = is_failed && !(elsewhere && modes.blame_in_one_place.value.is_enforced());
+        let is_below = mark.as_ref().is_some_and(|mark| mark.at.is_some());
+        let counts = is_failed && !live.spares(is_below);
         // It speaks for its own endpoint; where another one can have the call, nobody need wait.
         let obeys = present.pushback && failure != Failure::Unsent;
         let pushback = obeys.then(|| pushback(fields, code.is_some())).flatten();

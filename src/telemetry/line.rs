@@ -213,7 +213,7 @@ fn text(out: &mut String, entry: &Entry<'_>) -> fmt::Result {
         }
         if !refusal.value.is_empty() {
             out.push('=');
-            escape(out, &refusal.value, Quoting::Bare)?;
+            escape(out, &refusal.value, Quoting::Text)?;
         }
         if !refusal.origin.is_empty() {
             out.push_str(" (");

@@ -203,12 +203,16 @@ fn every_field_is_in_the_documents() {
     exchange.upstream_waited(ms(1));
     exchange.grpc(14, Some(HeaderValue::from_static("down")));
     exchange.refuse(timeout());
+    let notes = exchange.note();
+    (notes.deadline, notes.deadline_from) = (Some(ms(300)), Some("caller"));
+    (notes.retry, notes.failed_at, notes.fault) = (Some("budget"), Some("bank".into()), Some("slow".into()));
+    notes.would.push("rate_limit");
     done(&mut exchange, 200);
     drop(exchange);
     let line: serde_json::Value = serde_json::from_str(&bench.lines()[0]).unwrap();
     let document = include_str!("../../docs/access-log.md");
     let fields = line.as_object().unwrap();
-    assert_eq!(fields.len(), 29, "{fields:?}");
+    assert_eq!(fields.len(), 35, "{fields:?}");
     for field in fields.keys().chain(line["refusal"].as_object().unwrap().keys()) {
         assert!(document.contains(&format!("`{field}`")), "{field} is not in docs/access-log.md");
     }
@@ -302,6 +306,7 @@ pub(super) fn full_page(format: PageFormat) -> String {
     bench.shard.destination("a \"quoted\" \\ name\nin two lines").in_flight.set(3);
     bench.shard.destination("payment").connects.increment();
     bench.shard.listener("legacy").accepted.increment();
+    tell_what_rules_did(&bench.telemetry);
     let mut exchange = bench.get();
     exchange.queued(ms(1));
     exchange.connected(ms(1));
@@ -310,6 +315,17 @@ pub(super) fn full_page(format: PageFormat) -> String {
     drop(exchange);
     drop(bench.get());
     bench.telemetry.page(format)
+}
+
+fn tell_what_rules_did(telemetry: &Telemetry) {
+    telemetry.retried("payment", Again::Failed);
+    telemetry.retried("payment", Again::Unsent);
+    telemetry.retry_withheld("payment", "budget");
+    telemetry.breaker_changed("payment", "open", 2);
+    telemetry.ejection_changed("payment", "out", 1);
+    telemetry.would_act("payment", "rate_limit");
+    telemetry.fault_injected("payment", "slow \"bank\"");
+    telemetry.joins("by_trace").increment();
 }
 
 #[test]

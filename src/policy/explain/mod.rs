@@ -1,15 +1,17 @@
 //! What holds for one call: which listener, destination and route it meets, and every effective value with its line.
 
+mod rows;
+
 use std::fmt;
-use std::time::Duration;
 
 use http::header::{CONTENT_TYPE, HeaderMap, HeaderValue};
 use http::{Method, Uri};
+use jiff::Timestamp;
 
+pub use self::rows::Row;
 use super::index::{HostIndex, RouteIndex};
-use super::model::{Destination, Listener, Model, Route, Target};
-use crate::problems::{Origin, Set};
-use crate::rules::duration;
+use super::model::{Destination, Direction, Listener, Model, Route, Target};
+use crate::rules::mode::Modes;
 
 /// What one call meets. Shows as a table for people.
 #[derive(Debug)]
@@ -20,6 +22,10 @@ pub struct Explanation<'a> {
     pub destination: &'a Destination,
     /// How it is treated.
     pub route: &'a Route,
+    /// How strictly each rule is kept.
+    pub modes: &'a Modes,
+    /// When this was asked: faults have an end.
+    pub now: Timestamp,
 }
 
 /// Why there is nothing to explain.
@@ -63,17 +69,17 @@ impl Call {
     }
 }
 
-/// Explains a call. A bare path is explained for each listener with `to`.
+/// Explains a call as it would be treated at `now`. A bare path is explained for each listener with `to`.
 ///
 /// # Errors
 /// That the policy leads the call nowhere.
-pub fn explain<'a>(model: &'a Model, call: &Call) -> Result<Vec<Explanation<'a>>, ExplainError> {
+pub fn explain<'a>(model: &'a Model, call: &Call, now: Timestamp) -> Result<Vec<Explanation<'a>>, ExplainError> {
     let targets = targets(model, call)?;
     let explanations = targets.into_iter().map(|Reached { destination, listeners }| {
         let destination = &model.destinations[destination];
         let routes = RouteIndex::new(&destination.routes);
         let route = &destination.routes[routes.find(&call.method, call.uri.path(), &call.headers)];
-        Explanation { listeners, destination, route }
+        Explanation { listeners, destination, route, modes: &model.modes, now }
     });
     Ok(explanations.collect())
 }
@@ -114,39 +120,10 @@ fn targets<'a>(model: &'a Model, call: &Call) -> Result<Vec<Reached<'a>>, Explai
     Ok(vec![Reached { destination: at, listeners: model.listeners.iter().filter(leads_there).collect() }])
 }
 
-/// One line of an explanation.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Row {
-    /// What it is, like `timeouts.connect`.
-    pub name: String,
-    /// What holds.
-    pub value: String,
-    /// Who said so: `built in`, a line of a file, or nothing for what follows from other rows.
-    pub origin: String,
-}
-
-impl Row {
-    fn new(name: impl Into<String>, value: impl Into<String>, origin: &Origin) -> Self {
-        Self { name: name.into(), value: value.into(), origin: origin.to_string() }
-    }
-
-    fn bare(name: &str, value: impl Into<String>) -> Self {
-        Self { name: name.into(), value: value.into(), origin: String::new() }
-    }
-
-    fn time(name: &str, value: &Set<Duration>) -> Self {
-        Self::new(name, duration::format(value.value), &value.origin)
-    }
-
-    fn count(name: &str, value: &Set<u32>) -> Self {
-        Self::new(name, value.value.to_string(), &value.origin)
-    }
-}
-
 impl Explanation<'_> {
     /// What the call meets: listeners, destination, route, and what is behind them.
     pub fn way(&self) -> Vec<Row> {
-        let Self { listeners, destination, route } = self;
+        let Self { listeners, destination, route, .. } = self;
         let mut rows: Vec<Row> = listeners.iter().map(|l| listener_row(l)).collect();
         if rows.is_empty() {
             rows.push(Row::bare("listener", "none leads here"));
@@ -167,29 +144,24 @@ impl Explanation<'_> {
         rows
     }
 
-    /// Every effective value.
+    /// Every effective value, rules that are not enforced first.
     pub fn values(&self) -> Vec<Row> {
-        let Self { listeners, destination, route } = self;
-        let (Destination { limits, connections, .. }, timeouts) = (destination, &route.timeouts);
-        let mut rows = vec![
-            Row::time("timeouts.connect", &timeouts.connect),
-            Row::time("timeouts.request", &timeouts.request),
-            match &timeouts.per_try {
-                Some(per_try) => Row::time("timeouts.perTry", per_try),
-                None => Row::new("timeouts.perTry", "none: request holds", &Origin::BuiltIn),
-            },
-            Row::time("timeouts.idle", &timeouts.idle),
-            Row::time("timeouts.maxDuration", &timeouts.max_duration),
-            Row::count("limits.inFlight", &limits.in_flight),
-            Row::count("limits.queue", &limits.queue),
-            Row::time("limits.queueTimeout", &limits.queue_timeout),
-            Row::time("connections.idle", &connections.idle),
-            Row::count("connections.maxIdle", &connections.max_idle),
-        ];
+        let Self { listeners, destination, route, modes, now } = self;
+        let is_inbound = !listeners.is_empty() && listeners.iter().all(|l| l.direction == Direction::Inbound);
+        let mut rows = rows::modes(modes);
+        rows.extend(rows::timeouts(&route.timeouts));
+        rows.extend(rows::limits(&destination.limits));
+        rows.extend(rows::retry(&route.retry, is_inbound));
+        rows.extend(rows::circuit_breaker(&destination.circuit_breaker));
+        rows.extend(rows::ejection(&destination.ejection));
+        rows.extend(rows::rate_limit(&route.rate_limit));
+        rows.extend(rows::faults(&route.faults, *now));
+        rows.push(Row::time("connections.idle", &destination.connections.idle));
+        rows.push(Row::shown("connections.maxIdle", &destination.connections.max_idle));
         for l in listeners {
             rows.push(Row::time(&format!("{}: timeouts.headers", l.name), &l.headers_timeout));
             rows.push(Row::time(&format!("{}: timeouts.idle", l.name), &l.idle));
-            rows.push(Row::count(&format!("{}: maxHeaderSize", l.name), &l.max_header_size));
+            rows.push(Row::shown(&format!("{}: maxHeaderSize", l.name), &l.max_header_size));
         }
         rows
     }
