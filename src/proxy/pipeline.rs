@@ -346,6 +346,7 @@ mod tests {
     fn a_request_under_way_stays_small() {
         // It is moved several times, and held as long as the upstream takes; what few requests need is boxed.
         assert!(size_of_future(call) <= 2048, "{} bytes", size_of_future(call));
-        assert!(size_of::<Live>() <= 1024, "{} bytes", size_of::<Live>());
+        // It is boxed once and stays where it is, so that this bounds memory, not moves.
+        assert!(size_of::<Live>() <= 1200, "{} bytes", size_of::<Live>());
     }
 }
