@@ -6,13 +6,16 @@
 
 use std::net::SocketAddr;
 use std::rc::Rc;
+use std::time::Duration;
 
 use tokio::time::Instant;
 
 use crate::policy::snapshot::Destination;
 use crate::proxy::live::Live;
 use crate::proxy::refusal::{Kind, Refusal, Rule};
-use crate::rules::breaker::{Admission, Change, Outcome, Pass, Probe, State, is_failed_code, is_failed_status};
+use crate::rules::breaker::{
+    Admission, Breaker, Change, Outcome, Pass, Probe, State, is_failed_code, is_failed_status,
+};
 use crate::rules::ejection::{Event, Member};
 use crate::rules::mode::RuleName;
 use crate::telemetry::Telemetry;
@@ -53,22 +56,29 @@ pub fn admit(live: &mut Live, now: Instant) -> Result<(), Refusal> {
             live.trial.destination = Turn::Probe(probe);
         }
         Admission::Refuse { retry_after } if view.policy.model.modes.circuit_breaker.value.is_enforced() => {
-            let values = &destination.values.circuit_breaker;
-            let failures = health.breaker.consecutive();
-            let rule = Rule {
-                name: "circuitBreaker.consecutiveFailures",
-                value: values.consecutive_failures.value.to_string(),
-                origin: values.consecutive_failures.origin.clone(),
-            };
-            let name = &destination.values.name;
-            let detail = format!("the circuit breaker of {name} is open after {failures} failures in a row");
-            let mut refusal = Refusal::ruled(Kind::CircuitOpen, rule, detail);
+            let mut refusal = circuit_open(destination, &health.breaker);
             refusal.retry_after = Some(retry_after);
             return Err(refusal);
         }
         Admission::Refuse { .. } => live.would(RuleName::CircuitBreaker),
     }
     Ok(())
+}
+
+/// The refusal of an open breaker: names the value that opened it.
+fn circuit_open(destination: &Destination, breaker: &Breaker) -> Refusal {
+    let (values, name) = (&destination.values.circuit_breaker, &destination.values.name);
+    if breaker.is_open_by_rate() {
+        let rate = &values.failure_rate;
+        let rule =
+            Rule { name: "circuitBreaker.failureRate", value: rate.value.to_string(), origin: rate.origin.clone() };
+        let detail = format!("the circuit breaker of {name} is open after too large a share of failures");
+        return Refusal::ruled(Kind::CircuitOpen, rule, detail);
+    }
+    let failures = breaker.consecutive();
+    let detail = format!("the circuit breaker of {name} is open after {failures} failures in a row");
+    let limit = &values.consecutive_failures;
+    Refusal::counted(Kind::CircuitOpen, "circuitBreaker.consecutiveFailures", limit, detail)
 }
 
 /// Takes a turn at an endpoint that was picked; `false` if it is out, or is being tried by another call.
@@ -191,6 +201,11 @@ fn random(outcome: Outcome) -> f64 {
     if outcome == Outcome::Success { 0.0 } else { fastrand::f64() }
 }
 
+/// A number in the log; one of 128 bits would be written as a string.
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
 fn breaker_changed(telemetry: &Telemetry, destination: &Destination, change: &Change) {
     let name = &destination.values.name;
     let number = match change.to {
@@ -207,7 +222,7 @@ fn breaker_changed(telemetry: &Telemetry, destination: &Destination, change: &Ch
         consecutive = change.consecutive,
         failures = change.failures,
         requests = change.requests,
-        open_for_ms = change.open_for.map(|time| time.as_millis()),
+        open_for_ms = change.open_for.map(millis),
         "the circuit breaker changed its state"
     );
 }
@@ -227,7 +242,7 @@ fn ejection_changed(telemetry: &Telemetry, destination: &Destination, member: &M
         change = word,
         cause = change.cause.as_str(),
         consecutive = change.consecutive,
-        out_for_ms = change.open_for.map(|time| time.as_millis()),
+        out_for_ms = change.open_for.map(millis),
         "an endpoint changed its state"
     );
 }

@@ -12,7 +12,7 @@
 mod change;
 mod window;
 
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Acquire, Ordering::Relaxed, Ordering::Release};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Acquire, Ordering::Relaxed, Ordering::Release};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -107,6 +107,8 @@ pub struct Breaker {
     /// What admission needs of `inner`; see [`CLOSED`]. Written under the lock only.
     word: AtomicU64,
     consecutive: AtomicU32,
+    /// The share of failures was what opened it last, not failures in a row.
+    by_rate: AtomicBool,
     born: Instant,
     inner: Mutex<Inner>,
     window: Window,
@@ -134,6 +136,7 @@ impl Breaker {
         Arc::new(Self {
             word: AtomicU64::new(CLOSED),
             consecutive: AtomicU32::new(0),
+            by_rate: AtomicBool::new(false),
             born: now,
             inner: Mutex::new(inner),
             window: Window::default(),
@@ -204,6 +207,12 @@ impl Breaker {
     /// Failures one after the other so far.
     pub fn consecutive(&self) -> u32 {
         self.consecutive.load(Relaxed)
+    }
+
+    /// Whether the share of failures opened it, and not failures in a row. While it opens again and again because probes
+    /// fail, what opened it first still holds.
+    pub fn is_open_by_rate(&self) -> bool {
+        self.by_rate.load(Relaxed)
     }
 
     /// Counts a result, and says why the breaker has to open, if it has.
@@ -324,6 +333,9 @@ impl Breaker {
 
     fn shut(&self, inner: &mut Inner, cause: Cause, thresholds: &Thresholds, now: Instant, random: f64) -> Change {
         inner.openings = inner.openings.saturating_add(1);
+        if cause != Cause::ProbeFailed {
+            self.by_rate.store(cause == Cause::FailureRate, Relaxed);
+        }
         // Written so that a number that is none is 0.
         let share = if random > 0.0 { random.min(1.0) } else { 0.0 };
         let doubled = thresholds.open_for.saturating_mul(1 << (inner.openings - 1).min(30));
