@@ -117,6 +117,8 @@ struct Destination {
     queued: i64,
     open: i64,
     idle: i64,
+    breaker: &'static str,
+    ejected: i64,
 }
 
 #[derive(Serialize)]
@@ -188,8 +190,13 @@ fn policy<'a>(view: &'a StatusView, telemetry: &Telemetry) -> Policy<'a> {
 }
 
 fn destination(figures: DestinationFigures) -> Destination {
-    let DestinationFigures { name, in_flight, queued, open, idle } = figures;
-    Destination { name, in_flight, queued, open, idle }
+    let DestinationFigures { name, in_flight, queued, open, idle, breaker, ejected } = figures;
+    let breaker = match breaker {
+        0 => "closed",
+        1 => "half-open",
+        _ => "open",
+    };
+    Destination { name, in_flight, queued, open, idle, breaker, ejected }
 }
 
 fn hop(summary: &HopSummary) -> Hop {

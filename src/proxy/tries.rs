@@ -4,6 +4,7 @@
 //! sidecars further down), has the try judged, waits, and sends the request again from what was kept of it. A request that
 //! goes well passes through here without a stop.
 
+use std::ops::ControlFlow;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
@@ -56,10 +57,10 @@ pub async fn run(live: &mut Live, pool: &Rc<Pool>, switching: bool) -> Tried {
             }
             Err(refusal) => Err(refusal),
         };
-        // Boxed, like everything that few requests meet.
         let stands = match settle(live, tried) {
-            Ok(fine) => return Ok(fine),
-            Err(tried) => Box::pin(again(live, pool, tried)).await,
+            ControlFlow::Break(fine) => return fine,
+            // Boxed, like everything that few requests meet.
+            ControlFlow::Continue(tried) => Box::pin(again(live, pool, tried)).await,
         };
         match stands {
             None => live.attempt += 1,
@@ -68,12 +69,12 @@ pub async fn run(live: &mut Live, pool: &Rc<Pool>, switching: bool) -> Tried {
     }
 }
 
-/// The answer, if it is one that nobody has to think about. Takes and gives the try by value: what is only lent would be kept
-/// in the future of every request.
-fn settle(live: &Live, tried: Tried) -> Result<Response<AnswerBody>, Tried> {
+/// Breaks with an answer that nobody has to think about. Takes and gives the try by value: what is only lent would be kept in
+/// the future of every request.
+fn settle(live: &Live, tried: Tried) -> ControlFlow<Tried, Tried> {
     match tried {
-        Ok(answer) if is_fine(live, &answer) => Ok(answer),
-        tried => Err(tried),
+        Ok(answer) if is_fine(live, &answer) => ControlFlow::Break(Ok(answer)),
+        tried => ControlFlow::Continue(tried),
     }
 }
 

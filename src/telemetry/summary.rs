@@ -99,6 +99,10 @@ pub struct DestinationFigures {
     pub open: i64,
     /// Open upstream connections without an exchange.
     pub idle: i64,
+    /// The circuit breaker: 0 closed (also before its first change), 1 half-open, 2 open.
+    pub breaker: i64,
+    /// Endpoints that were out after the last change.
+    pub ejected: i64,
 }
 
 pub(super) fn destinations(telemetry: &Telemetry) -> Vec<DestinationFigures> {
@@ -109,6 +113,8 @@ pub(super) fn destinations(telemetry: &Telemetry) -> Vec<DestinationFigures> {
             name if name == families::QUEUED.name => |figures| &mut figures.queued,
             name if name == families::POOL_OPEN.name => |figures| &mut figures.open,
             name if name == families::POOL_IDLE.name => |figures| &mut figures.idle,
+            name if name == families::BREAKER_STATE.name => |figures| &mut figures.breaker,
+            name if name == families::EJECTED.name => |figures| &mut figures.ejected,
             _ => continue,
         };
         for (labels, value) in reading.values {

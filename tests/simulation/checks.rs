@@ -184,7 +184,9 @@ impl Watch {
         let state = self.state.get();
         let is_legal = matches!(
             (change.from, change.to),
-            (State::Closed, State::Open) | (State::Open, State::HalfOpen) | (State::HalfOpen, State::Open | State::Closed)
+            (State::Closed, State::Open)
+                | (State::Open, State::HalfOpen)
+                | (State::HalfOpen, State::Open | State::Closed)
         );
         checks.claim(is_legal && change.from == state, Invariant::Breaker, || {
             format!("{} goes from {:?} to {:?}, and was {state:?}", self.name, change.from, change.to)

@@ -118,9 +118,11 @@ fn what_must_hold_holds_whatever_goes_wrong() {
     assert!(failed.is_empty(), "{} of {SEEDS} seeds failed; {hint}\n{}", failed.len(), failed.join("\n"));
     println!("{tally:#?}");
     // A run in which nothing happens shows nothing.
-    let happenings = ["good answers", "bad answers", "retries", "retries of the unsent", "opened", "half-opened", "closed"];
+    let happenings =
+        ["good answers", "bad answers", "retries", "retries of the unsent", "opened", "half-opened", "closed"];
     let whys = ["tries_used_up", "retried_below", "pushed_back", "budget", "deadline", "not_safe", "body_too_long"];
-    let refusals = ["deadline exceeded", "deadline spent", "request timeout", "try timeout", "queue full", "queue timeout"];
+    let refusals =
+        ["deadline exceeded", "deadline spent", "request timeout", "try timeout", "queue full", "queue timeout"];
     for what in happenings.iter().chain(&whys).chain(&refusals).chain(&["kept", "probes", "refused by a breaker"]) {
         assert!(tally.get(what).is_some_and(|count| *count >= 20), "too little of {what:?}: {tally:#?}");
     }

@@ -656,7 +656,11 @@ impl Live<'_> {
         let got = &self.side.got;
         self.world.checks.event(|| {
             let (call, name, try_) = (self.request.call, &self.side.name, self.attempt);
-            format!("{:?} call {call} at {name}: again after try {try_}, {:?}", self.world.clock.passed(), report.failure)
+            format!(
+                "{:?} call {call} at {name}: again after try {try_}, {:?}",
+                self.world.clock.passed(),
+                report.failure
+            )
         });
         if report.failure == Some(Failure::Unsent) {
             self.world.checks.count("retries of the unsent");
@@ -667,9 +671,7 @@ impl Live<'_> {
         got.retries.set(got.retries.get() + 1);
         let budget = &self.side.policy.retry.budget;
         let time = self.world.clock.passed().as_secs_f64();
-        let allowed = 10.0
-            + f64::from(budget.min_per_second.value) * time
-            + budget.ratio.value * got.good.get() as f64;
+        let allowed = 10.0 + f64::from(budget.min_per_second.value) * time + budget.ratio.value * got.good.get() as f64;
         let retries = got.retries.get();
         self.world.checks.claim(retries as f64 <= allowed + 1e-6, Invariant::Budget, || {
             format!("{}: {retries} retries, {allowed} allowed after {time}s", self.side.name)

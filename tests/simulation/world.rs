@@ -152,7 +152,8 @@ impl World {
     fn root(&self) -> Rc<Root> {
         let callers = &self.plan.callers;
         let (shortest, longest) = callers.deadlines;
-        let own = self.random(|rng| (rng.f64() < callers.with_deadline).then(|| rng.u64(span(shortest)..=span(longest))));
+        let own =
+            self.random(|rng| (rng.f64() < callers.with_deadline).then(|| rng.u64(span(shortest)..=span(longest))));
         let time = own.map_or(self.plan.policies[0].request, |own| ms(own).min(self.plan.policies[0].request));
         let call = self.next_call();
         Rc::new(Root {
@@ -232,11 +233,17 @@ impl World {
     }
 
     /// Hands a request to an app.
-    pub(crate) async fn work(self: &Rc<Self>, layer: usize, replica: usize, request: Request) -> Result<Answer, Broken> {
+    pub(crate) async fn work(
+        self: &Rc<Self>,
+        layer: usize,
+        replica: usize,
+        request: Request,
+    ) -> Result<Answer, Broken> {
         self.checks.count("requests that an app got");
         if !request.is_safe {
             let is_new = self.seen.borrow_mut().insert(request.call);
-            self.checks.claim(is_new, Invariant::Twice, || format!("call {} came to service {layer} twice", request.call));
+            self.checks
+                .claim(is_new, Invariant::Twice, || format!("call {} came to service {layer} twice", request.call));
         }
         if !self.plan.is_stubborn {
             return self.app(layer, replica, request).await;
