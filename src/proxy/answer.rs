@@ -94,6 +94,7 @@ fn refuse(live: &mut Live, refusal: &Refusal) -> Response<ResponseBody> {
         attempt: live.record.tries(),
         retry: live.record.notes().and_then(|notes| notes.retry),
         mark: live.mark.as_deref(),
+        pushes_back: ties::pushes_back(live),
     };
     let answer = refusal.answer(is_grpc, &context, ResponseBody::whole);
     if is_grpc {

@@ -269,6 +269,7 @@ async fn exchange(live: &mut Live, mut lease: Lease) -> Result<Option<Response<A
         Ok(Err(Unanswered { error, unsent: None })) => {
             endpoint.load.failed(took, now);
             lease.lost_race(began, now);
+            live.unsent = error.is_unprocessed();
             Err(broken(live, lease.reused, &error))
         }
         Err(refusal) => {

@@ -23,7 +23,7 @@ use crate::proxy::tries::Spare;
 use crate::proxy::worker::{View, Worker};
 use crate::rules::gate::Pass;
 use crate::rules::mark::Mark;
-use crate::rules::mode::RuleName;
+use crate::rules::mode::{Mode, RuleName};
 use crate::rules::retry::is_idempotent;
 use crate::runtime::quiet::Quiet;
 use crate::runtime::timer::Timer;
@@ -170,9 +170,13 @@ impl Live {
         self.destination == usize::MAX
     }
 
-    /// Notes that a rule in `warn` would have acted: for the log line, and for the metric.
+    /// Notes that a rule in `warn` would have acted: for the log line, and for the metric, which counts calls.
     pub fn would(&mut self, rule: RuleName) {
-        self.record.note().would.push(rule.as_str());
+        let would = &mut self.record.note().would;
+        if would.contains(&rule.as_str()) {
+            return;
+        }
+        would.push(rule.as_str());
         let name = &self.view.destination(self.destination).values.name;
         self.worker.shard.telemetry().would_act(name, rule.as_str());
     }
@@ -199,8 +203,16 @@ impl Live {
 
     /// Whether its failure happened further down than the destination.
     pub fn failed_below(&self) -> bool {
-        let is_enforced = self.view.policy.model.modes.blame_in_one_place.value.is_enforced();
-        is_enforced && self.record.notes().is_some_and(|notes| notes.failed_at.is_some())
+        self.record.notes().is_some_and(|notes| notes.failed_at.is_some())
+    }
+
+    /// Whether such a failure counts here nevertheless. In `warn` it does, and it is noted that it should not.
+    pub fn blames_all_the_same(&mut self) -> bool {
+        let mode = self.view.policy.model.modes.blame_in_one_place.value;
+        if mode == Mode::Warn {
+            self.would(RuleName::BlameInOnePlace);
+        }
+        !mode.is_enforced()
     }
 
     /// What the failures of the destination have led to; `None` before the exchange has a place there.

@@ -327,6 +327,8 @@ pub struct Context<'a> {
     pub retry: Option<&'static str>,
     /// What it tells the sidecars above.
     pub mark: Option<&'a Mark>,
+    /// A gRPC caller is told not to try again.
+    pub pushes_back: bool,
 }
 
 impl Refusal {
@@ -420,8 +422,7 @@ impl Refusal {
 
     /// When to call again (RFC 9110, 10.2.3; gRFC A6).
     fn say_when(&self, is_grpc: bool, wait: Duration, context: &Context<'_>, fields: &mut HeaderMap) {
-        let is_final = context.mark.is_some_and(|mark| mark.is_final);
-        if is_grpc && is_final {
+        if is_grpc && context.pushes_back {
             fields.insert(PUSHBACK, HeaderValue::from_static("-1"));
         } else if is_grpc {
             let millis = u32::try_from(wait.as_millis()).unwrap_or(u32::MAX);

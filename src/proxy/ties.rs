@@ -199,8 +199,7 @@ pub fn failed(live: &mut Live, below: Option<&Mark>, is_final: bool, now: Instan
     if below.is_some() {
         live.record.note().failed_at.clone_from(&at);
     }
-    let mark =
-        Mark { is_final: is_final && is_enforced(live, |modes| &modes.retry_in_one_place), is_unsent: false, at };
+    let mark = Mark { is_final: is_final && !is_off(live, |modes| &modes.retry_in_one_place), is_unsent: false, at };
     if let Some(ties) = &live.ties {
         if let Some(causes) = &ties.causes {
             causes.blame(&mark);
@@ -212,8 +211,9 @@ pub fn failed(live: &mut Live, below: Option<&Mark>, is_final: bool, now: Instan
     live.mark = Some(Box::new(mark));
 }
 
-fn is_enforced(live: &Live, mode: impl Fn(&Modes) -> &Set<Mode>) -> bool {
-    mode(&live.view.policy.model.modes).value.is_enforced()
+/// A mark is written in `warn` too: whoever reads it acts on it, or says that it would have.
+fn is_off(live: &Live, mode: impl Fn(&Modes) -> &Set<Mode>) -> bool {
+    mode(&live.view.policy.model.modes).value.is_off()
 }
 
 /// The mark of an answer of our own: in the place of a callee that failed or is protected, or of an app that never got the
@@ -234,7 +234,7 @@ pub fn refused(live: &mut Live, kind: Kind, now: Instant) {
         // The app may go on, and call others for a caller who has gone.
         live.worker.late.note(ties.keys, LATE, now);
     }
-    let is_unsent = kind.is_before_the_app() && is_enforced(live, |modes| &modes.unsent);
+    let is_unsent = kind.is_before_the_app() && !is_off(live, |modes| &modes.unsent);
     let mut mark = blamed(live).unwrap_or(Mark { is_final: false, is_unsent: false, at: None });
     mark.is_unsent = is_unsent;
     if mark.is_unsent || mark.is_final || mark.at.is_some() {
@@ -278,7 +278,13 @@ pub fn mark_trailers(live: &mut Live, fields: &mut HeaderMap, code: u32, now: In
 
 /// The word that gRPC has for "do not try again" (gRFC A6).
 pub fn push_back(live: &Live, fields: &mut HeaderMap) {
-    if live.patience.grpc && live.mark.as_ref().is_some_and(|mark| mark.is_final) {
+    if live.patience.grpc && pushes_back(live) {
         fields.insert(PUSHBACK, HeaderValue::from_static("-1"));
     }
+}
+
+/// Whether the caller is told not to try again in words that every gRPC client obeys, be there a sidecar or not.
+pub fn pushes_back(live: &Live) -> bool {
+    let is_enforced = live.view.policy.model.modes.retry_in_one_place.value.is_enforced();
+    is_enforced && live.mark.as_ref().is_some_and(|mark| mark.is_final)
 }

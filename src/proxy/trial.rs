@@ -117,7 +117,7 @@ pub fn judge_complete(live: &mut Live) {
             health.budget.earn();
         }
         judge(live, Outcome::Success, now);
-    } else if !live.failed_below() {
+    } else if !live.failed_below() || live.blames_all_the_same() {
         judge(live, Outcome::Failure, now);
     }
 }

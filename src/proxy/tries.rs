@@ -22,7 +22,7 @@ use crate::proxy::refusal::{Kind, PROXY_STATUS, Refusal};
 use crate::proxy::{attempt, grpc, ties, trial};
 use crate::rules::breaker::{Outcome, is_failed_code, is_failed_status};
 use crate::rules::mark::Mark;
-use crate::rules::mode::RuleName;
+use crate::rules::mode::{Mode, RuleName};
 use crate::rules::retry::{self, Decision, Failure, Pushback, Seen, Why};
 use crate::telemetry::Again;
 use crate::upstream::answer::AnswerBody;
@@ -97,7 +97,7 @@ async fn again(live: &mut Live, pool: &Rc<Pool>, tried: Tried) -> Option<Tried> 
 struct Report {
     /// `None`: no failure of the callee at all.
     failure: Option<Failure>,
-    /// It says something about the callee.
+    /// It speaks against the callee, or against somebody further down.
     counts: bool,
     /// Nobody can have seen the request.
     unseen: bool,
@@ -139,13 +139,11 @@ impl Report {
         if is_unsent && live.endpoint.as_ref().is_some_and(|this| pool.has_other(&live.tried, this)) {
             failure = Failure::Unsent;
         }
-        let elsewhere = mark.as_ref().is_some_and(|mark| mark.at.is_some()) && !modes.blame_in_one_place.value.is_off();
         let is_failed = code.as_ref().map_or_else(|| is_failed_status(status), |(code, _)| is_failed_code(*code));
-        let counts = is_failed && !(elsewhere && modes.blame_in_one_place.value.is_enforced());
         // It speaks for its own endpoint; where another one can have the call, nobody need wait.
         let obeys = present.pushback && failure != Failure::Unsent;
         let pushback = obeys.then(|| pushback(fields, code.is_some())).flatten();
-        Self { failure: Some(failure), counts, unseen: is_unsent, mark, pushback }
+        Self { failure: Some(failure), counts: is_failed, unseen: is_unsent, mark, pushback }
     }
 }
 
@@ -175,8 +173,14 @@ fn of_refusal(kind: Kind, unsent: bool) -> Option<Failure> {
     }
 }
 
+/// A failure counts here, unless its mark says that it happened further down.
 fn judge(live: &mut Live, report: &Report, now: Instant) {
-    if report.counts {
+    let mark = report.mark.as_ref();
+    if mark.is_some_and(|mark| mark.is_unsent) && live.view.policy.model.modes.unsent.value == Mode::Warn {
+        live.would(RuleName::Unsent);
+    }
+    let is_elsewhere = mark.is_some_and(|mark| mark.at.is_some());
+    if report.counts && (!is_elsewhere || live.blames_all_the_same()) {
         trial::judge(live, Outcome::Failure, now);
     }
 }

@@ -159,7 +159,8 @@ impl Caller {
                 }
                 let chunk = frame.data_ref().map_or(&[][..], |data| data);
                 flow.passed(&flow.request, chunk, Instant::now());
-                if self.incoming.is_end_stream() {
+                // Nothing comes behind trailers, and over HTTP/1.1 nobody asks whether it does.
+                if frame.is_trailers() || self.incoming.is_end_stream() {
                     self.end(flow);
                 }
                 Some(Ok(frame))
