@@ -6,6 +6,7 @@
 
 mod access_log; // what is written, and what is not
 mod admin; // probes, metrics, the policy in force
+mod chain; // several hopguards and apps in a row
 mod command_line; // the commands that a user types
 mod discovery; // several endpoints, and names
 mod drain; // the end, and beginnings that fail
@@ -19,6 +20,8 @@ mod pools; // connections to upstreams
 mod protocols; // every protocol with every other
 mod recovery; // an upstream that dies and comes back
 mod reload; // a policy that changes
+mod resent; // the body of a request, and the connection it goes over, when it is sent again
+mod retries; // which failed calls are sent again, when, how often
 mod routing; // hosts, paths, methods, header fields, gRPC
 mod script; // running the Python peers
 mod slow_callers; // what a slow caller holds is bounded

@@ -1,6 +1,7 @@
 //! What the tests share: hopguard itself, in this process, on ports that the system chooses, and a way to find the real
 //! peers that they need.
 
+pub(crate) mod bank;
 pub(crate) mod certificates;
 pub(crate) mod http;
 pub(crate) mod load;

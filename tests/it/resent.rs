@@ -1,0 +1,300 @@
+//! What goes out when a request is sent again: its body from the beginning, over a connection that can take it.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+
+use hyper::service::service_fn;
+use hyper::{Request, Response};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+
+use crate::support::bank::{Bank, Say, behind_a_caller};
+use crate::support::http::{Answer, Caller, Http1, Speaks, ask, empty, feed, full, get, request, with_trailers};
+use crate::support::upstream::{Upstream, policy};
+use crate::support::wire::Wire;
+use crate::support::{Mesh, eventually};
+
+const TWICE: &[Say] = &[Say::Status(503), Say::Reset, Say::Status(200)];
+
+#[tokio::test]
+async fn a_body_is_sent_again_whole_and_framed_as_it_was() {
+    for (rules, tries) in [("", 3), ("retry: off", 1)] {
+        let bank = Bank::http1(TWICE).await;
+        let mesh = Mesh::start(&behind_a_caller(&[bank.addr()], rules, "")).await;
+        let body: String = (0..5000).map(|number| format!("{number} ")).collect();
+        let fixed = request("PUT", "/fixed").body(full(body.clone())).unwrap();
+        let answer = ask(mesh.addr("in"), fixed).await;
+        assert_eq!(answer.status, if tries == 3 { 200 } else { 503 }, "{answer:?}");
+        assert_eq!(bank.tries(), tries);
+        for seen in bank.seen() {
+            assert_eq!(seen.body, body);
+            assert_eq!(seen.header("content-length"), body.len().to_string(), "{seen:?}");
+        }
+        let line = mesh.only(if tries == 3 { "ok" } else { "server_error" }).await;
+        assert_eq!((&line["attempt"], &line["bytes_in"]), (&tries.into(), &body.len().into()), "{line}");
+        assert_eq!(mesh.metric("hopguard_retries_total", &["app"]), tries as f64 - 1.0);
+        mesh.stop().await;
+    }
+}
+
+#[tokio::test]
+async fn a_body_without_a_length_is_sent_again_with_its_trailers() {
+    for speaks in [Speaks::Http1, Speaks::Http2] {
+        let (bank, protocol) = match speaks {
+            Speaks::Http1 => (Bank::http1(TWICE).await, "http1"),
+            Speaks::Http2 => (Bank::http2(TWICE).await, "http2"),
+        };
+        let more = format!("    protocol: {protocol}");
+        let mesh = Mesh::start(&behind_a_caller(&[bank.addr()], "", &more)).await;
+        let body = with_trailers("in pieces", &[("x-sum", "42")]);
+        let sent = Request::put("/pieces").header("trailer", "x-sum").header("te", "trailers").body(body).unwrap();
+        let answer = Caller::open(speaks, mesh.addr("in")).await.ask(sent).await;
+        assert_eq!(answer.status, 200, "{answer:?}");
+        assert_eq!(bank.tries(), 3);
+        for seen in bank.seen() {
+            assert_eq!((&seen.body[..], seen.header("content-length")), (&b"in pieces"[..], ""), "{seen:?}");
+            let trailers = seen.trailers.unwrap_or_else(|| panic!("{speaks:?}: the trailers are lost"));
+            assert_eq!(trailers["x-sum"], "42");
+        }
+        assert_eq!(mesh.only("ok").await["attempt"], 3);
+        mesh.stop().await;
+    }
+}
+
+#[tokio::test]
+async fn a_body_that_is_still_coming_goes_on_in_the_next_try() {
+    // The first try is refused when half of the body has come.
+    let tries = Arc::new(AtomicUsize::new(0));
+    let number = Arc::clone(&tries);
+    let upstream = Upstream::bytes(move |stream| {
+        let first = number.fetch_add(1, SeqCst) == 0;
+        async move {
+            let mut wire = Wire::over(stream);
+            wire.head().await;
+            wire.until("first").await;
+            if first {
+                wire.send("HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\n\r\n").await;
+            } else {
+                wire.until("second").await;
+                wire.until("0\r\n\r\n").await;
+                wire.send("HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n").await;
+            }
+            wire.rest().await;
+        }
+    })
+    .await;
+    let mesh = Mesh::start(&behind_a_caller(&[upstream.addr], "", "")).await;
+    let (pieces, body) = feed();
+    let to = mesh.addr("in");
+    let asked = tokio::spawn(async move { ask(to, request("PUT", "/").body(body).unwrap()).await });
+    assert!(pieces.send("first").await);
+    eventually(|| (tries.load(SeqCst) == 2).then_some(())).await;
+    assert!(pieces.send("second").await);
+    drop(pieces);
+    assert_eq!(asked.await.unwrap().status, 200);
+    let line = mesh.only("ok").await;
+    assert_eq!((&line["attempt"], &line["bytes_in"]), (&2.into(), &11.into()), "{line}");
+    mesh.stop().await;
+}
+
+#[tokio::test]
+async fn a_body_beyond_the_replay_limit_is_not_sent_again() {
+    let table = [
+        (60, "", 2),
+        (100, "", 1),
+        (100, "    retry: { replayLimit: 128KiB }", 2),
+        (1, "    retry: { replayLimit: 0 }", 1),
+    ];
+    for (kib, more, tries) in table {
+        let bank = Bank::http1(&[Say::Status(503), Say::Status(200)]).await;
+        let mesh = Mesh::start(&behind_a_caller(&[bank.addr()], "", more)).await;
+        let sent = request("PUT", "/").body(full(vec![b'x'; kib << 10])).unwrap();
+        let answer = ask(mesh.addr("in"), sent).await;
+        assert_eq!(bank.tries(), tries, "{kib} KiB, {more}: {answer:?}");
+        assert!(bank.seen().iter().all(|seen| seen.body.len() == kib << 10), "a body was cut");
+        if tries == 2 {
+            assert_eq!(answer.status, 200);
+            assert!(mesh.only("ok").await["retry"].is_null());
+        } else {
+            assert_eq!(answer.status, 503);
+            let line = mesh.only("server_error").await;
+            assert_eq!(line["retry"], "body_too_long", "{line}");
+        }
+        let withheld = mesh.metric("hopguard_retries_withheld_total", &["why=\"body_too_long\""]);
+        assert_eq!(withheld, f64::from(2 - i32::try_from(tries).unwrap()));
+        mesh.stop().await;
+    }
+}
+
+/// Answers; closes its first connection when the second request over it has arrived. Counts requests.
+async fn racing() -> (Upstream, Arc<AtomicUsize>) {
+    let (requests, connections) = (Arc::new(AtomicUsize::new(0)), AtomicUsize::new(0));
+    let seen = Arc::clone(&requests);
+    let upstream = Upstream::bytes(move |stream| {
+        let (seen, closes) = (Arc::clone(&seen), connections.fetch_add(1, SeqCst) == 0);
+        async move {
+            let mut wire = Wire::over(stream);
+            for turn in 0.. {
+                let head = wire.head().await;
+                if head.starts_with("POST") {
+                    wire.until("pay 5").await;
+                }
+                seen.fetch_add(1, SeqCst);
+                if closes && turn == 1 {
+                    return;
+                }
+                wire.send("HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhello").await;
+            }
+        }
+    })
+    .await;
+    (upstream, requests)
+}
+
+/// Meets the race with one request; the answer, and how often the upstream saw it.
+async fn race(mesh: &Mesh, requests: &AtomicUsize, method: &str, key: bool) -> (Answer, usize) {
+    let mut caller = Http1::open(mesh.addr("in")).await;
+    assert_eq!(caller.ask(request("GET", "/first").body(empty()).unwrap()).await.status, 200);
+    let body = if method == "POST" { full("pay 5") } else { empty() };
+    let mut sent = request(method, "/second").body(body).unwrap();
+    if key {
+        sent.headers_mut().insert("idempotency-key", "\"7\"".parse().unwrap());
+    }
+    let answer = caller.ask(sent).await;
+    (answer, requests.load(SeqCst) - 1)
+}
+
+#[tokio::test]
+async fn a_kept_connection_that_closes_under_a_get_is_no_error_on_either_side_of_the_app() {
+    for inbound in [false, true] {
+        for (off, tries) in [(false, 2), (true, 1)] {
+            let (upstream, requests) = racing().await;
+            let more = if off { "    retry: off" } else { "" };
+            let written =
+                if inbound { policy(upstream.addr, more) } else { behind_a_caller(&[upstream.addr], "", more) };
+            let mesh = Mesh::start(&written).await;
+            let (answer, seen) = race(&mesh, &requests, "GET", false).await;
+            assert_eq!(seen, tries, "{answer:?}");
+            if off {
+                assert_eq!(answer.status, 502, "{answer:?}");
+                mesh.only("upstream_reset").await;
+            } else {
+                assert_eq!((answer.status.as_u16(), &answer.body[..]), (200, &b"hello"[..]), "{answer:?}");
+                mesh.ended("ok", 2).await;
+            }
+            assert_eq!(mesh.metric("hopguard_retries_total", &["app"]), tries as f64 - 1.0);
+            mesh.stop().await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_post_that_the_upstream_may_have_seen_is_not_sent_again_and_its_error_says_so() {
+    for inbound in [false, true] {
+        let (upstream, requests) = racing().await;
+        let written = if inbound { policy(upstream.addr, "") } else { behind_a_caller(&[upstream.addr], "", "") };
+        let mesh = Mesh::start(&written).await;
+        let (answer, seen) = race(&mesh, &requests, "POST", false).await;
+        assert_eq!((answer.status.as_u16(), seen), (502, 1), "{answer:?}");
+        let problem = answer.problem();
+        assert!(problem["detail"].as_str().unwrap().contains("kept-alive connection"), "{problem}");
+        assert_eq!(problem["notTriedAgain"], "not_safe", "{problem}");
+        let line = mesh.only("upstream_reset").await;
+        assert_eq!((&line["retry"], &line["connection"]), (&"not_safe".into(), &"reused".into()), "{line}");
+        assert_eq!(mesh.metric("hopguard_retries_withheld_total", &["why=\"not_safe\""]), 1.0);
+        assert_eq!(mesh.metric("hopguard_retries_total", &["app"]), 0.0);
+        mesh.stop().await;
+    }
+    // With a key, the same POST may be seen twice.
+    let (upstream, requests) = racing().await;
+    let mesh = Mesh::start(&behind_a_caller(&[upstream.addr], "", "")).await;
+    let (answer, seen) = race(&mesh, &requests, "POST", true).await;
+    assert_eq!((answer.status.as_u16(), seen), (200, 2), "{answer:?}");
+    mesh.stop().await;
+}
+
+/// An HTTP/2 upstream whose first connection refuses the first stream: with RST_STREAM, or with a GOAWAY that leaves it
+/// out. Counts the requests that it works on.
+async fn refusing(goaway: bool) -> (Upstream, Arc<AtomicUsize>) {
+    let (requests, connections) = (Arc::new(AtomicUsize::new(0)), AtomicUsize::new(0));
+    let worked = Arc::clone(&requests);
+    let upstream = Upstream::bytes(move |stream| {
+        let (worked, first) = (Arc::clone(&worked), connections.fetch_add(1, SeqCst) == 0);
+        async move {
+            if first {
+                return refuse(stream, goaway).await;
+            }
+            let service = service_fn(move |_| {
+                worked.fetch_add(1, SeqCst);
+                async { Ok::<_, std::convert::Infallible>(Response::new(full("hello"))) }
+            });
+            let builder = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
+            let _ended = builder.serve_connection(TokioIo::new(stream), service).await;
+        }
+    })
+    .await;
+    (upstream, requests)
+}
+
+/// Speaks just enough of HTTP/2 (RFC 9113, 4.1) to refuse a stream and to close.
+async fn refuse(mut stream: TcpStream, goaway: bool) {
+    const SETTINGS: &[u8] = b"\0\0\0\x04\0\0\0\0\0";
+    const ACKNOWLEDGED: &[u8] = b"\0\0\0\x04\x01\0\0\0\0";
+    const GOAWAY: &[u8] = b"\0\0\x08\x07\0\0\0\0\0\0\0\0\0\0\0\0\0";
+    stream.write_all(SETTINGS).await.unwrap();
+    let mut preface = [0; 24];
+    stream.read_exact(&mut preface).await.unwrap();
+    let mut head = [0; 9];
+    while stream.read_exact(&mut head).await.is_ok() {
+        let mut payload = vec![0; u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize];
+        stream.read_exact(&mut payload).await.unwrap();
+        let answer = match head[3] {
+            4 if head[4] == 0 => ACKNOWLEDGED.to_vec(),
+            1 if goaway => GOAWAY.to_vec(),
+            1 => [b"\0\0\x04\x03\0", &head[5..], b"\0\0\0\x07", GOAWAY].concat(),
+            _ => continue,
+        };
+        stream.write_all(&answer).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_stream_that_was_refused_is_sent_again_whatever_its_method() {
+    for goaway in [false, true] {
+        for (rules, is_on) in [("", true), ("retry: off", false)] {
+            let (upstream, worked) = refusing(goaway).await;
+            let mesh = Mesh::start(&behind_a_caller(&[upstream.addr], rules, "    protocol: http2")).await;
+            let answer = ask(mesh.addr("in"), request("POST", "/").body(full("pay 5")).unwrap()).await;
+            assert_eq!(worked.load(SeqCst), usize::from(is_on), "goaway {goaway}: {answer:?}");
+            if is_on {
+                assert_eq!(answer.status, 200, "{answer:?}");
+                assert_eq!(mesh.only("ok").await["attempt"], 2);
+                assert_eq!(mesh.metric("hopguard_retries_total", &["because=\"unsent\""]), 1.0);
+            } else {
+                assert_eq!(answer.status, 502, "{answer:?}");
+                mesh.only("upstream_reset").await;
+            }
+            mesh.stop().await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_post_to_an_endpoint_that_is_down_goes_to_one_that_is_up() {
+    let bank = Bank::http1(&[Say::Status(200)]).await;
+    let down = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let mesh = Mesh::start(&behind_a_caller(&[down, bank.addr()], "", "")).await;
+    for number in 1..=6 {
+        let answer = ask(mesh.addr("in"), request("POST", "/").body(full("pay 5")).unwrap()).await;
+        assert_eq!((answer.status.as_u16(), bank.tries()), (200, number), "{answer:?}");
+    }
+    mesh.ended("ok", 6).await;
+    mesh.stop().await;
+    // With nobody else to go to, it says that it reached nobody.
+    let mesh = Mesh::start(&behind_a_caller(&[down], "", "")).await;
+    let answer = get(mesh.addr("in"), "/").await;
+    assert_eq!(answer.status, 502, "{answer:?}");
+    assert_eq!(mesh.only("connect_failed").await["retry"], "tries_used_up");
+    mesh.stop().await;
+}
