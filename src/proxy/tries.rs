@@ -23,7 +23,7 @@ use crate::proxy::refusal::{Kind, PROXY_STATUS, Refusal};
 use crate::proxy::{attempt, grpc, ties, trial};
 use crate::rules::breaker::{Outcome, is_failed_code, is_failed_status};
 use crate::rules::mark::Mark;
-use crate::rules::mode::RuleName;
+use crate::rules::mode::{Mode, RuleName};
 use crate::rules::retry::{self, Decision, Failure, Pushback, Seen, Why};
 use crate::telemetry::Again;
 use crate::upstream::answer::AnswerBody;
