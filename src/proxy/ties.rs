@@ -69,6 +69,9 @@ pub fn begin(live: &mut Live, head: &mut Parts, present: &Present) -> Result<(),
     live.ties = ties;
     if deadline.from != Source::Policy {
         limit(live, deadline, now)?;
+    } else if let Some(at) = caller.filter(|_| live.patience.grpc).and_then(|asked| now.checked_add(asked)) {
+        // The policy's time ends a unary call; should it be a stream, this is what ends it.
+        limit(live, Deadline { at, from: Source::Caller }, now)?;
     }
     enter(live, deadline.at);
     Ok(())
@@ -86,7 +89,7 @@ fn asked(grpc: bool, fields: &HeaderMap) -> Result<Option<Duration>, Refusal> {
     Ok(value.and_then(|value| deadline::parse_expected_rq_timeout_ms(value.as_bytes()).ok().flatten()))
 }
 
-/// Takes up a deadline that is tighter than the policy's.
+/// Takes up a deadline that is not the policy's.
 fn limit(live: &mut Live, deadline: Deadline, now: Instant) -> Result<(), Refusal> {
     let left = deadline.left(now).unwrap_or_default();
     let from = if deadline.from == Source::Caller { "caller" } else { "inbound" };
