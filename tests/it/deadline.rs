@@ -12,6 +12,7 @@ use tokio::time::{Instant, sleep};
 
 use crate::support::http::{Answer, Body, Caller, Feed, Speaks, ask, empty, feed, full, get, grpc_request, request};
 use crate::support::upstream::{Upstream, policy};
+use crate::support::wire::Wire;
 use crate::support::{Mesh, eventually};
 
 const EXPECTED: &str = "x-envoy-expected-rq-timeout-ms";
@@ -584,4 +585,88 @@ async fn an_inbound_request_without_any_id_gets_one_and_others_keep_theirs() {
     assert_eq!(service.call("/", "1000", None).await.unwrap().status, 200);
     assert_ne!(id(5, &service.asked), given, "each has its own");
     service.mesh.stop().await;
+}
+
+/// The listeners of a service, its app and its bank; its app lives by `request: 300ms` where it does not stream.
+fn streaming_policy(app: SocketAddr, bank: SocketAddr) -> String {
+    format!(
+        "apiVersion: hopguard.dev/v1alpha1
+kind: Policy
+service: shop
+accessLog: {{ mode: all }}
+listeners:
+  - {{ name: in, bind: \"127.0.0.1:0\", to: app }}
+  - {{ name: out, bind: \"127.0.0.1:0\", to: bank, direction: outbound }}
+destinations:
+  - {{ name: app, endpoints: [\"{app}\"], timeouts: {{ request: 300ms }} }}
+  - {{ name: bank, endpoints: [\"{bank}\"] }}
+"
+    )
+}
+
+/// An app that sends a piece, calls the bank, and sends what it has heard, for as long as anybody listens.
+async fn caller_of_the_bank(http2: bool) -> (Upstream, Arc<OnceLock<SocketAddr>>) {
+    let door = Arc::new(OnceLock::<SocketAddr>::new());
+    let to = Arc::clone(&door);
+    let handler = move |_| {
+        let to = *to.get().unwrap();
+        async move {
+            let (pieces, body) = feed();
+            tokio::spawn(async move {
+                let mut heard = "begun".to_owned();
+                while pieces.send(piece(&heard, http2)).await {
+                    sleep(Duration::from_millis(50)).await;
+                    let asked = request("GET", "/").header("traceparent", TRACEPARENT).body(empty()).unwrap();
+                    heard = ask(to, asked).await.status.to_string();
+                }
+            });
+            let kind = if http2 { "application/grpc" } else { "text/event-stream" };
+            Response::builder().header("content-type", kind).body(body).unwrap()
+        }
+    };
+    (Upstream::on("127.0.0.1:0".parse().unwrap(), handler, http2).await, door)
+}
+
+/// A message of gRPC, or an event.
+fn piece(text: &str, is_message: bool) -> Vec<u8> {
+    if is_message {
+        let length = u8::try_from(text.len()).unwrap();
+        return [&[0, 0, 0, 0, length], text.as_bytes()].concat();
+    }
+    format!("data: {text}\n\n").into_bytes()
+}
+
+#[tokio::test]
+async fn a_stream_may_call_others_for_as_long_as_it_lives() {
+    let bank = Bank::open(false).await;
+    let (app, door) = caller_of_the_bank(false).await;
+    let mesh = Mesh::start(&streaming_policy(app.addr, bank.upstream.addr)).await;
+    door.set(mesh.addr("out")).unwrap();
+    let mut wire = Wire::open(mesh.addr("in")).await;
+    wire.send(format!("GET /events HTTP/1.1\r\nHost: shop.test\r\ntraceparent: {TRACEPARENT}\r\n\r\n")).await;
+    assert!(wire.head().await.starts_with("HTTP/1.1 200 "));
+    wire.until("data: begun\n\n").await;
+    for _ in 0..12 {
+        assert!(wire.until("\n\n").await.contains("data: 200"), "{:#?}", mesh.log());
+    }
+    assert_eq!(mesh.count("deadline_spent"), 0.0);
+    let told: u64 = bank.told(EXPECTED).parse().unwrap();
+    assert!(told > 1000, "the bank's own time: {told}");
+}
+
+#[tokio::test]
+async fn a_grpc_stream_may_call_others_until_its_own_deadline() {
+    let bank = Bank::open(false).await;
+    let (app, door) = caller_of_the_bank(true).await;
+    let mesh = Mesh::start(&streaming_policy(app.addr, bank.upstream.addr)).await;
+    door.set(mesh.addr("out")).unwrap();
+    let mut asked = grpc_request(CHARGE, full(&b"\0\0\0\0\0"[..]));
+    asked.headers_mut().insert("grpc-timeout", "900m".parse().unwrap());
+    asked.headers_mut().insert("traceparent", TRACEPARENT.parse().unwrap());
+    let answer = Caller::open(Speaks::Http2, mesh.addr("in")).await.ask(asked).await;
+    let heard = String::from_utf8_lossy(&answer.body).into_owned();
+    assert!(heard.matches("200 OK").count() >= 8 && !heard.contains("50"), "{heard} {:#?}", mesh.log());
+    assert_eq!(answer.grpc_status(), "4", "{answer:?}");
+    let told: u64 = bank.told(EXPECTED).parse().unwrap();
+    assert!(told < 400, "what the stream has left: {told}");
 }
