@@ -16,6 +16,7 @@ use crate::policy::load::{self, LoadError};
 use crate::policy::model::{LogFormat, LogMode, Model};
 use crate::policy::snapshot::Snapshot;
 use crate::policy::watch::Watch;
+use crate::proxy::trial;
 use crate::runtime::drain::Phase;
 use crate::runtime::{tasks, worker};
 use crate::telemetry::{AccessLogMode, AccessLogSettings, LineFormat, Telemetry};
@@ -118,7 +119,10 @@ pub(super) fn replace(shared: &Arc<Shared>, model: Model, begun: Instant) -> Res
     let plan = doors.plan(&next.listeners)?;
     configure_log(&shared.telemetry, &next.model);
     let hash = next.hash.clone();
-    next.take_effect();
+    let now = Instant::now();
+    next.take_effect(now, |destination, member, change| {
+        trial::ejection_changed(&shared.telemetry, destination, member, change, now);
+    });
     shared.policy.store(Arc::new(next));
     doors.carry_out(plan);
     drop(doors);

@@ -12,7 +12,8 @@ use tokio::time::Instant;
 use crate::net::certificates::CertificateError;
 use crate::policy::index::{HostIndex, RouteIndex};
 use crate::policy::model::{self, Direction, Host, Listener, Model};
-use crate::rules::breaker::Thresholds;
+use crate::rules::breaker::{Change, Thresholds};
+use crate::rules::ejection::Member;
 use crate::rules::gate::Gate;
 use crate::rules::mode::Modes;
 use crate::rules::rate_limit::RateLimiter;
@@ -103,10 +104,13 @@ impl Snapshot {
         })
     }
 
-    /// Tells the live parts that this policy is in force now.
-    pub fn take_effect(&self) {
+    /// Tells the live parts that this policy is in force now, and `told` of each endpoint that is taken back by that.
+    pub fn take_effect(&self, now: Instant, mut told: impl FnMut(&Destination, &Member, &Change)) {
         for destination in &self.destinations {
             destination.gate.set_limit(destination.values.limits.in_flight.value);
+            if let Some((member, change)) = destination.cluster.forget_others(now) {
+                told(destination, &member, &change);
+            }
         }
     }
 

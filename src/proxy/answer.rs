@@ -147,6 +147,9 @@ pub fn from_upstream(live: &mut Live, mut answer: Response<AnswerBody>) -> Resul
     if present.kind == Kind::Events {
         live.patience.stream = true;
     }
+    if live.patience.stream {
+        ties::lift(live);
+    }
     Ok(Reply::Upstream(answer))
 }
 

@@ -319,6 +319,9 @@ impl Wait<'_> {
         match live.patience.judge(now, &live.route().timeouts, &live.flow) {
             Verdict::Over(refusal) => Err(refusal),
             Verdict::Wait(at) => {
+                if now >= live.patience.request_at(&live.route().timeouts) {
+                    ties::lift(live);
+                }
                 let held = live.flow.is_held();
                 if held && now >= self.held_until {
                     live.flow.release();

@@ -89,6 +89,10 @@ impl ResponseBody {
         if last {
             self.end(cx)
         } else {
+            if live.patience.grpc && frame.is_data() {
+                // An answer that goes on after its first message; if that was a unary one, it is over now anyway.
+                ties::lift(live);
+            }
             self.mark_cut()
         }
         frame

@@ -28,7 +28,7 @@ pub struct Patience {
     pub stream: bool,
     /// It is a gRPC call.
     pub grpc: bool,
-    /// The deadline of somebody other than the policy, where that is earlier than `timeouts.request`.
+    /// The deadline of somebody other than the policy; later than `timeouts.request` only for gRPC, where it ends streams.
     pub until: Option<Until>,
 }
 
@@ -101,7 +101,8 @@ impl Patience {
         !self.stream && !self.grpc
     }
 
-    fn shows_a_stream(&self, flow: &Flow) -> bool {
+    /// Whether a gRPC call has shown by now that it is no unary one.
+    pub fn shows_a_stream(&self, flow: &Flow) -> bool {
         self.grpc && (!flow.request.ended() || flow.request.messages() > 1 || flow.response.messages() > 0)
     }
 
@@ -114,7 +115,9 @@ impl Patience {
             (Kind::RequestTimeout, "no answer in time")
         };
         match self.until {
-            Some(until) if kind == Kind::RequestTimeout => Refusal::ruled(Kind::DeadlineExceeded, until.rule(), detail),
+            Some(until) if kind == Kind::RequestTimeout && until.at <= self.began + limits.request.value => {
+                Refusal::ruled(Kind::DeadlineExceeded, until.rule(), detail)
+            }
             _ => Refusal::timed(kind, "timeouts.request", &limits.request, detail),
         }
     }

@@ -64,11 +64,14 @@ pub fn begin(live: &mut Live, head: &mut Parts, present: &Present) -> Result<(),
     let route = live.route();
     let causes = ties.as_ref().and_then(|ties| ties.causes.as_ref());
     let late = ties.as_ref().is_some_and(|ties| ties.is_late).then_some(now);
-    let inbound = causes.filter(|_| !route.stream).map(Causes::deadline).or(late);
+    let inbound = causes.filter(|_| !route.stream).and_then(Causes::deadline).or(late);
     let deadline = Deadline::earliest(now, route.timeouts.request.value, caller, inbound);
     live.ties = ties;
     if deadline.from != Source::Policy {
         limit(live, deadline, now)?;
+    } else if let Some(at) = caller.filter(|_| live.patience.grpc).and_then(|asked| now.checked_add(asked)) {
+        // The policy's time ends a unary call; should it be a stream, this is what ends it.
+        limit(live, Deadline { at, from: Source::Caller }, now)?;
     }
     enter(live, deadline.at);
     Ok(())
@@ -86,7 +89,7 @@ fn asked(grpc: bool, fields: &HeaderMap) -> Result<Option<Duration>, Refusal> {
     Ok(value.and_then(|value| deadline::parse_expected_rq_timeout_ms(value.as_bytes()).ok().flatten()))
 }
 
-/// Takes up a deadline that is tighter than the policy's.
+/// Takes up a deadline that is not the policy's.
 fn limit(live: &mut Live, deadline: Deadline, now: Instant) -> Result<(), Refusal> {
     let left = deadline.left(now).unwrap_or_default();
     let from = if deadline.from == Source::Caller { "caller" } else { "inbound" };
@@ -140,6 +143,15 @@ fn enter(live: &mut Live, at: Instant) {
     if let Some(ties) = &mut live.ties {
         let at = at.checked_sub(reserve(at.saturating_duration_since(live.patience.began))).unwrap_or(at);
         ties.entered = Some(live.worker.inbounds.enter(ties.keys, at));
+    }
+}
+
+/// The exchange has shown itself as a stream. The calls that it causes have their own policy's time from now on, or what the
+/// stream itself has.
+pub fn lift(live: &Live) {
+    if let Some(entered) = live.ties.as_ref().and_then(|ties| ties.entered.as_ref()) {
+        let own = live.patience.until.filter(|_| live.patience.grpc);
+        entered.inbound().lift(own.map(|until| until.at));
     }
 }
 

@@ -87,7 +87,12 @@ pub fn enlist(live: &mut Live, endpoint: &Endpoint, now: Instant) -> bool {
     let Some(thresholds) = &destination.ejection else { return true };
     live.trial.endpoint = match endpoint.member.admit(thresholds, now) {
         Admission::Pass(pass) => Turn::Pass(pass),
-        Admission::Probe { probe, .. } => Turn::Probe(probe),
+        Admission::Probe { probe, change } => {
+            if let Some(change) = change {
+                ejection_changed(live.worker.shard.telemetry(), destination, &endpoint.member, &change, now);
+            }
+            Turn::Probe(probe)
+        }
         Admission::Refuse { .. } if live.view.policy.model.modes.ejection.value.is_enforced() => return false,
         Admission::Refuse { .. } => {
             live.would(RuleName::Ejection);
@@ -154,7 +159,9 @@ pub fn is_callees_fault(live: &Live, kind: Kind) -> bool {
         | Kind::PerTryTimeout
         | Kind::RequestTimeout
         | Kind::IdleTimeout => true,
-        // A caller in a hurry says nothing about the callee, unless the callee had half of what the policy gives it.
+        // A caller in a hurry says nothing about the callee, unless the callee had half of what the policy gives it; a stream
+        // that goes on until its deadline is what the caller asked for.
+        Kind::DeadlineExceeded if live.patience.shows_a_stream(&live.flow) => false,
         Kind::DeadlineExceeded => {
             live.patience.until.is_some_and(|until| until.whole >= live.route().timeouts.request.value / 2)
         }
@@ -227,7 +234,14 @@ fn breaker_changed(telemetry: &Telemetry, destination: &Destination, change: &Ch
     );
 }
 
-fn ejection_changed(telemetry: &Telemetry, destination: &Destination, member: &Member, change: &Change, now: Instant) {
+/// Tells that an endpoint is out, is being tried, or is in again.
+pub fn ejection_changed(
+    telemetry: &Telemetry,
+    destination: &Destination,
+    member: &Member,
+    change: &Change,
+    now: Instant,
+) {
     let name = &destination.values.name;
     let word = match change.to {
         State::Open => "out",

@@ -18,6 +18,7 @@ use crate::proxy::body::ResponseBody;
 use crate::proxy::fields::{self, Present};
 use crate::proxy::live::Live;
 use crate::proxy::refusal::{Kind, Refusal};
+use crate::proxy::ties;
 use crate::telemetry::Protocol;
 use crate::upstream::answer::AnswerBody;
 use crate::upstream::pool::Pool;
@@ -71,6 +72,7 @@ pub async fn switch(
     poll_fn(|cx| connection.drive(cx)).await;
     let (upstream, early) = connection.into_stream();
     live.record.set_protocol(Protocol::WebSocket);
+    ties::lift(live);
     let (head, _no_body) = answer.into_parts();
     Ok(Reply::Tunnel(Response::from_parts(head, ResponseBody::empty()), upstream.with_prefix(early)))
 }

@@ -34,7 +34,7 @@ type Shard = HashMap<Slot, Causes, RandomState>;
 /// An inbound request under way.
 #[derive(Debug)]
 pub struct Inbound {
-    deadline: Instant,
+    deadline: Mutex<Option<Instant>>,
     blamed: Mutex<Option<Mark>>,
 }
 
@@ -86,9 +86,14 @@ enum Slot {
 }
 
 impl Inbound {
-    /// When it is to be over.
-    pub fn deadline(&self) -> Instant {
-        self.deadline
+    /// When it is to be over; `None` if it lives as long as it likes.
+    pub fn deadline(&self) -> Option<Instant> {
+        *self.deadline.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// It has shown itself as a stream: the time of a unary call is not its own, and not that of the calls that it causes.
+    pub fn lift(&self, deadline: Option<Instant>) {
+        *self.deadline.lock().unwrap_or_else(PoisonError::into_inner) = deadline;
     }
 
     /// Remembers the mark of a failed outbound call, in the place of an earlier one.
@@ -121,7 +126,7 @@ impl Inbounds {
     /// Enters a request under each of its ids. Where there is no room it is counted and not found later on, unless under
     /// its other id; its guard works all the same.
     pub fn enter(self: &Arc<Self>, keys: TraceKeys, deadline: Instant) -> Entered {
-        let inbound = Arc::new(Inbound { deadline, blamed: Mutex::default() });
+        let inbound = Arc::new(Inbound { deadline: Mutex::new(Some(deadline)), blamed: Mutex::default() });
         let mut slots = [None, None];
         // Counted before it can be found, so that whoever counts one finds no second that came before.
         if self.in_flight.fetch_add(1, SeqCst) < MOST {
@@ -234,9 +239,9 @@ impl Drop for Entered {
 }
 
 impl Causes {
-    /// The earliest of their deadlines, which holds whichever of them it was.
-    pub fn deadline(&self) -> Instant {
-        self.others.iter().fold(self.first.deadline, |earliest, one| earliest.min(one.deadline))
+    /// The earliest of their deadlines, which holds whichever of them it was; `None` if none has one.
+    pub fn deadline(&self) -> Option<Instant> {
+        self.iter().filter_map(|one| one.deadline()).min()
     }
 
     /// Tells each of them the mark of a failed outbound call.
@@ -289,7 +294,7 @@ impl Join {
 
     /// When the request that caused the call is to be over, if that is known.
     pub fn deadline(&self) -> Option<Instant> {
-        self.causes().map(Causes::deadline)
+        self.causes().and_then(Causes::deadline)
     }
 }
 
@@ -328,7 +333,7 @@ mod tests {
         let (one, _two) = (table.enter(trace(1), later(100)), table.enter(trace(2), later(200)));
         let join = table.join(trace(1));
         assert!(matches!(join, Join::ByTrace(_)));
-        assert_eq!(join.deadline(), Some(one.inbound().deadline()));
+        assert_eq!(join.deadline(), one.inbound().deadline());
         assert!(matches!(table.join(trace(3)), Join::NotJoined));
         assert!(matches!(table.join(TraceKeys::default()), Join::NotJoined));
     }
@@ -354,7 +359,7 @@ mod tests {
             for call in [TraceKeys::default(), trace(9)] {
                 let join = table.join(call);
                 assert!(matches!(join, Join::OnlyOne(_)), "{join:?}");
-                assert_eq!(join.deadline(), Some(only.inbound().deadline()));
+                assert_eq!(join.deadline(), only.inbound().deadline());
             }
             let second = table.enter(TraceKeys::default(), later(100));
             assert!(matches!(table.join(trace(9)), Join::NotJoined));
@@ -374,9 +379,9 @@ mod tests {
         assert!(requests.iter().all(|one| one.inbound().blamed().is_some()));
         let earliest = requests.remove(1);
         drop(earliest);
-        assert_eq!(table.join(trace(1)).deadline(), Some(requests[1].inbound().deadline()));
+        assert_eq!(table.join(trace(1)).deadline(), requests[1].inbound().deadline());
         requests.remove(0);
-        assert_eq!(table.join(trace(1)).deadline(), Some(requests[0].inbound().deadline()));
+        assert_eq!(table.join(trace(1)).deadline(), requests[0].inbound().deadline());
         requests.clear();
         assert!(is_empty(&table));
     }

@@ -13,9 +13,9 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::net::certificates::{self, CertificateError};
-use crate::rules::breaker::Breaker;
+use crate::rules::breaker::{Breaker, Change};
 use crate::rules::budget::Budget;
-use crate::rules::ejection::Group;
+use crate::rules::ejection::{Group, Member};
 use crate::upstream::spec::{Endpoint, Protocol, Tls};
 
 /// One place to connect to.
@@ -156,6 +156,14 @@ impl Cluster {
             }
             changed
         });
+    }
+
+    /// Forgets what endpoints did that the policy no longer names; those found by name are forgotten when they are found
+    /// no more. Returns the endpoint that is taken back because all others are gone.
+    pub fn forget_others(&self, now: Instant) -> Option<(Arc<Member>, Change)> {
+        let addresses = self.addresses();
+        let sockets: Vec<_> = addresses.list.iter().map(|address| address.socket).collect();
+        addresses.settled.then(|| self.health.group.retain(&sockets, now))?
     }
 }
 

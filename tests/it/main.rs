@@ -7,9 +7,12 @@
 mod access_log; // what is written, and what is not
 mod admin; // probes, metrics, the policy in force
 mod chain; // several hopguards and apps in a row
+mod circuit_breaker; // a destination that fails, and its callers
 mod command_line; // the commands that a user types
+mod deadline; // one budget of time for the whole chain
 mod discovery; // several endpoints, and names
 mod drain; // the end, and beginnings that fail
+mod ejection; // an endpoint that fails among others
 mod fields; // header fields: which pass, which end here, which are ours
 mod grpc_peers; // grpcio on both sides
 mod h2spec; // the HTTP/2 conformance tests
@@ -18,6 +21,7 @@ mod http1_corpus; // malformed, ambiguous, and odd but legal messages
 mod limits; // places, the queue, who is sent away
 mod pools; // connections to upstreams
 mod protocols; // every protocol with every other
+mod rate_limit; // so many calls a time
 mod recovery; // an upstream that dies and comes back
 mod reload; // a policy that changes
 mod resent; // the body of a request, and the connection it goes over, when it is sent again
