@@ -17,7 +17,7 @@ use crate::proxy::caller::Caller;
 use crate::proxy::fields::{self, Present};
 use crate::proxy::patience::Patience;
 use crate::proxy::refusal::{Kind, Refusal};
-use crate::proxy::ties::Ties;
+use crate::proxy::ties::{self, Ties};
 use crate::proxy::trial::Trial;
 use crate::proxy::tries::Spare;
 use crate::proxy::worker::{View, Worker};
@@ -221,7 +221,8 @@ impl Live {
 
     /// Like [`Live::spares`], for what the answer's trailers said.
     pub fn spares_what_failed(&mut self) -> bool {
-        let is_below = self.record.notes().is_some_and(|notes| notes.failed_at.is_some());
+        let is_marked = self.record.notes().is_some_and(|notes| notes.failed_at.is_some());
+        let is_below = is_marked || ties::is_blamed_below(self);
         self.spares(is_below)
     }
 

@@ -122,6 +122,15 @@ impl Patience {
         }
     }
 
+    /// Why a call that waits for its turn goes no further: it is over.
+    pub fn late_in_queue(&self, limits: &Timeouts) -> Refusal {
+        let detail = "no turn in time";
+        match self.until {
+            Some(until) => Refusal::ruled(Kind::DeadlineExceeded, until.rule(), detail),
+            None => Refusal::timed(Kind::RequestTimeout, "timeouts.request", &limits.request, detail),
+        }
+    }
+
     /// When a unary call is over: at the policy's `request`, or earlier where its deadline is.
     pub fn request_at(&self, limits: &Timeouts) -> Instant {
         let request_at = self.began + limits.request.value;

@@ -292,7 +292,8 @@ async fn wait_in_queue(live: &mut Live, pool: &Rc<Pool>) -> Result<(), Refusal> 
     let began = Instant::now();
     let queue = destination.gate.enter(limits.queue.value);
     let waiting = pool.metrics.queued.hold();
-    let entered = live.timer.limit(began + limits.queue_timeout.value, queue).await;
+    let late_at = live.patience.request_at(&live.route().timeouts);
+    let entered = live.timer.limit((began + limits.queue_timeout.value).min(late_at), queue).await;
     drop(waiting);
     live.record.queued(began.elapsed());
     match entered {
@@ -306,6 +307,7 @@ async fn wait_in_queue(live: &mut Live, pool: &Rc<Pool>) -> Result<(), Refusal> 
             &limits.queue,
             format!("{} calls are in flight and the queue is full", limits.in_flight.value),
         )),
+        None if Instant::now() >= late_at => Err(live.patience.late_in_queue(&live.route().timeouts)),
         None => Err(Refusal::timed(
             Kind::QueueTimeout,
             "limits.queueTimeout",

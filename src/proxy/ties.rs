@@ -262,6 +262,11 @@ fn blamed(live: &Live) -> Option<Mark> {
     live.ties.as_ref()?.entered.as_ref()?.inbound().blamed()
 }
 
+/// Whether an app fails because somebody failed whom it called: its answer bears no mark of that, but the call has told.
+pub fn is_blamed_below(live: &Live) -> bool {
+    live.direction == Direction::Inbound && blamed(live).is_some()
+}
+
 /// Marks the answer of an upstream that says that something failed.
 ///
 /// An app may have copied the marks of its own callee; a member of ours at the end says what holds.

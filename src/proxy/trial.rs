@@ -135,9 +135,20 @@ pub fn judge_complete(live: &mut Live) {
             health.budget.earn();
         }
         judge(live, Outcome::Success, now);
-    } else if !live.spares_what_failed() {
+    } else if !had_no_time(live, live.record.grpc_code().ok_or(0)) && !live.spares_what_failed() {
         judge(live, Outcome::Failure, now);
     }
+}
+
+/// Judges the probes alone: the callee has answered for itself, though with a failure from further down. Whether it answers
+/// is all that a probe asks; were it to find out nothing, each call would be another probe.
+pub fn judge_probes(live: &mut Live, now: Instant) {
+    for turn in [&mut live.trial.destination, &mut live.trial.endpoint] {
+        if matches!(turn, Turn::Pass(_)) {
+            *turn = Turn::None;
+        }
+    }
+    judge(live, Outcome::Success, now);
 }
 
 /// Judges a try by a refusal of ours, where that is the callee's fault.
@@ -159,14 +170,22 @@ pub fn is_callees_fault(live: &Live, kind: Kind) -> bool {
         | Kind::PerTryTimeout
         | Kind::RequestTimeout
         | Kind::IdleTimeout => true,
-        // A caller in a hurry says nothing about the callee, unless the callee had half of what the policy gives it; a stream
-        // that goes on until its deadline is what the caller asked for.
+        // A stream that goes on until its deadline is what the caller asked for.
         Kind::DeadlineExceeded if live.patience.shows_a_stream(&live.flow) => false,
-        Kind::DeadlineExceeded => {
-            live.patience.until.is_some_and(|until| until.whole >= live.route().timeouts.request.value / 2)
-        }
+        Kind::DeadlineExceeded => !is_in_a_hurry(live),
         _ => false,
     }
+}
+
+/// Whether an answer, a gRPC code or else a status, says no more than that a caller in a hurry gave the callee no time: the
+/// callee's sidecar says so a moment before ours would.
+pub fn had_no_time(live: &Live, said: Result<u32, u16>) -> bool {
+    matches!(said, Ok(4) | Err(504)) && is_in_a_hurry(live)
+}
+
+/// A caller in a hurry says nothing about the callee, unless the callee had half of what the policy gives it.
+fn is_in_a_hurry(live: &Live) -> bool {
+    live.patience.until.is_some_and(|until| until.whole < live.route().timeouts.request.value / 2)
 }
 
 /// Judges the endpoint alone: it could not be reached, and another one may have the call.

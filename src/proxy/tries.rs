@@ -23,7 +23,7 @@ use crate::proxy::refusal::{Kind, PROXY_STATUS, Refusal};
 use crate::proxy::{attempt, grpc, ties, trial};
 use crate::rules::breaker::{Outcome, is_failed_code, is_failed_status};
 use crate::rules::mark::Mark;
-use crate::rules::mode::{Mode, RuleName};
+use crate::rules::mode::RuleName;
 use crate::rules::retry::{self, Decision, Failure, Pushback, Seen, Why};
 use crate::telemetry::Again;
 use crate::upstream::answer::AnswerBody;
@@ -88,7 +88,7 @@ fn is_fine(live: &Live, answer: &Response<AnswerBody>) -> bool {
 async fn again(live: &mut Live, pool: &Rc<Pool>, tried: Tried) -> Option<Tried> {
     let now = Instant::now();
     let report = Report::of(live, pool, &tried);
-    judge(live, &report, now);
+    judge(live, &report, &tried, now);
     let why = match decide(live, &report, now) {
         Decision::Again { after } => {
             prepare(live, tried, &report);
@@ -137,8 +137,8 @@ impl Report {
         let mark = present.proxy_status.then(|| read_mark(fields)).flatten();
         let code = live.patience.grpc.then(|| grpc::read_status(fields)).flatten();
         let status = answer.status().as_u16();
-        let mut failure = match code {
-            Some((code, _)) => Failure::Grpc(code),
+        let mut failure = match &code {
+            Some((code, _)) => Failure::Grpc(*code),
             None => Failure::Status(status),
         };
         let is_unsent = live.believes_unsent(mark.as_ref().is_some_and(|mark| mark.is_unsent));
@@ -146,11 +146,12 @@ impl Report {
         if is_unsent && live.endpoint.as_ref().is_some_and(|this| pool.has_other(&live.tried, this)) {
             failure = Failure::Unsent;
         }
-        let is_failed = code.as_ref().map_or_else(|| is_failed_status(status), |(code, _)| is_failed_code(*code));
+        let said = code.map(|(code, _)| code).ok_or(status);
+        let counts = said.map_or_else(is_failed_status, is_failed_code) && !trial::had_no_time(live, said);
         // It speaks for its own endpoint; where another one can have the call, nobody need wait.
         let obeys = present.pushback && failure != Failure::Unsent;
-        let pushback = obeys.then(|| pushback(fields, code.is_some())).flatten();
-        Self { failure: Some(failure), counts: is_failed, unseen: is_unsent, mark, pushback }
+        let pushback = obeys.then(|| pushback(fields, said.is_ok())).flatten();
+        Self { failure: Some(failure), counts, unseen: is_unsent, mark, pushback }
     }
 }
 
@@ -180,11 +181,17 @@ fn of_refusal(kind: Kind, unsent: bool) -> Option<Failure> {
     }
 }
 
-/// A failure counts here, unless its mark says that it happened further down.
-fn judge(live: &mut Live, report: &Report, now: Instant) {
-    let is_elsewhere = report.mark.as_ref().is_some_and(|mark| mark.at.is_some());
-    if report.counts && !live.spares(is_elsewhere) {
+/// A failure counts here, unless it happened further down: its mark says so, or the app has told by a call of its own.
+fn judge(live: &mut Live, report: &Report, tried: &Tried, now: Instant) {
+    let is_marked = report.mark.as_ref().is_some_and(|mark| mark.at.is_some());
+    let is_elsewhere = is_marked || ties::is_blamed_below(live);
+    if !report.counts {
+        return;
+    }
+    if !live.spares(is_elsewhere) {
         trial::judge(live, Outcome::Failure, now);
+    } else if tried.is_ok() {
+        trial::judge_probes(live, now);
     }
 }
 
@@ -229,11 +236,11 @@ fn decide(live: &mut Live, report: &Report, now: Instant) -> Decision {
 }
 
 /// The sidecar before the app leaves retries to the caller's, which has other endpoints; but the app's own keep-alive race
-/// nobody else can see.
+/// nobody else can see. Once only: what breaks off again was no race.
 fn is_for_inbound(live: &Live, failure: Failure) -> bool {
     match failure {
         Failure::Unsent => true,
-        Failure::Reset => live.reused,
+        Failure::Reset => live.reused && live.attempt == 1,
         Failure::Status(_) | Failure::Grpc(_) | Failure::Timeout => false,
     }
 }
@@ -300,8 +307,9 @@ fn tell(live: &mut Live, report: &Report, why: Why, tried: &Tried, now: Instant)
     }
     if let (true, Ok(_)) = (is_failure, tried) {
         let below = report.mark.as_ref();
-        let is_final =
-            matches!(why, Why::TriesUsedUp | Why::RetriedBelow | Why::PushedBack | Why::Deadline | Why::Budget);
+        // Whatever ended them: a call that was tried again here is not to be tried again above.
+        let is_final = live.attempt > 1
+            || matches!(why, Why::TriesUsedUp | Why::RetriedBelow | Why::PushedBack | Why::Deadline | Why::Budget);
         ties::failed(live, below, is_final, now);
     }
 }

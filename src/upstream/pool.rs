@@ -319,7 +319,8 @@ fn due<'a>(
     now: Instant,
     random: &mut fastrand::Rng,
 ) -> Option<&'a Rc<Endpoint>> {
-    let begin = if endpoints.len() > LOOKED_AT { random.usize(..endpoints.len()) } else { 0 };
+    // Anywhere, so that one of which nothing can be found out does not stand before the others for ever.
+    let begin = random.usize(..endpoints.len());
     let some = endpoints.iter().cycle().skip(begin).take(endpoints.len().min(LOOKED_AT));
     some.into_iter().find(|one| one.member.is_due(now) && !tried.contains(&one.address.socket))
 }

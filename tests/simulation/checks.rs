@@ -51,7 +51,7 @@ pub(crate) struct Checks {
 const ENOUGH: usize = 5;
 
 /// So many events are told before the first violation.
-const EVENTS: usize = 80;
+const EVENTS: usize = 2000;
 
 impl Checks {
     /// `is_told`: somebody wants to read what led to a violation.

@@ -3,7 +3,7 @@
 //!
 //! A seed decides everything: who calls whom, the policy, what goes wrong. Each run makes thousands of requests, and what must
 //! hold whatever happens is claimed as it happens ([`checks::Invariant`]). The rules are the real ones; what the proxy
-//! does between them is modelled after it in `sidecar.rs`. A seed that fails names itself; to see it again, with what led to it:
+//! does between them is modelled after it in `sidecar/`. A seed that fails names itself; to see it again, with what led to it:
 //!
 //! ```text
 //! HOPGUARD_SEED=17 cargo test --test simulation
@@ -120,7 +120,7 @@ fn what_must_hold_holds_whatever_goes_wrong() {
     // A run in which nothing happens shows nothing.
     let happenings =
         ["good answers", "bad answers", "retries", "retries of the unsent", "opened", "half-opened", "closed"];
-    let whys = ["tries_used_up", "retried_below", "pushed_back", "budget", "deadline", "not_safe", "body_too_long"];
+    let whys = ["tries_used_up", "retried_below", "budget", "deadline", "not_safe", "body_too_long"];
     let refusals =
         ["deadline exceeded", "deadline spent", "request timeout", "try timeout", "queue full", "queue timeout"];
     for what in happenings.iter().chain(&whys).chain(&refusals).chain(&["kept", "probes", "refused by a breaker"]) {

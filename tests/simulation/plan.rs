@@ -1,5 +1,6 @@
 //! What a seed decides: the services, their policy, what goes wrong with them and when, and who calls.
 
+use std::fmt;
 use std::time::Duration;
 
 use fastrand::Rng;
@@ -36,7 +37,7 @@ pub(crate) struct Plan {
 }
 
 /// The policy of one hop, as the rules take it.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub(crate) struct Policy {
     pub(crate) retry: Retry,
     pub(crate) breaker: Thresholds,
@@ -46,6 +47,16 @@ pub(crate) struct Policy {
     pub(crate) in_flight: u32,
     pub(crate) queue: u32,
     pub(crate) queue_timeout: Duration,
+}
+
+impl fmt::Debug for Policy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { retry, breaker, ejection, request, per_try, in_flight, queue, queue_timeout } = self;
+        let (attempts, budget) = (retry.attempts.value, &retry.budget);
+        write!(f, "{attempts} retries, {} per call and {}/s; ", budget.ratio.value, budget.min_per_second.value)?;
+        write!(f, "request {request:?}, perTry {per_try:?}; ")?;
+        write!(f, "{in_flight} in flight, queue {queue} {queue_timeout:?}; {breaker:?}; {ejection:?}")
+    }
 }
 
 /// Who calls the first service.
@@ -135,6 +146,18 @@ impl Plan {
     /// Only the last service has troubles.
     pub(crate) fn only_the_last_fails(&self) -> bool {
         self.troubles.iter().all(|trouble| trouble.layer + 1 == self.layers())
+    }
+
+    /// An app makes a failure that is to be tried again of one that is not, so that the hop above tries it again.
+    pub(crate) fn relays_wrongly(&self) -> bool {
+        let is_off = |kind| matches!(kind, Wrong::Mixed | Wrong::Fails { status: 500, .. });
+        let is_wanted = matches!(self.relays_as, Some(502 | 503));
+        is_wanted && self.troubles.iter().any(|trouble| is_off(trouble.kind))
+    }
+
+    /// Apps break off: over a connection that was kept alive nobody can tell that from the race with one that closes it.
+    pub(crate) fn breaks_off(&self) -> bool {
+        self.troubles.iter().any(|trouble| trouble.kind == Wrong::Resets)
     }
 
     /// Something has been wrong with a service until now.

@@ -1,0 +1,399 @@
+//! One sidecar: the rules of `src/rules/`, composed as `src/proxy/{ties,tries,trial,attempt}.rs` compose them, but over
+//! virtual time and without HTTP. Function names are those of the files that they mirror.
+
+mod attempt;
+mod claims;
+mod ties;
+mod trial;
+mod tries;
+
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use fastrand::Rng;
+use hopguard::policy::model::Direction;
+use hopguard::proxy::refusal::{Kind, Refusal};
+use hopguard::rules::breaker::{
+    Admission, Breaker, Outcome, Pass, Probe, State, Thresholds, is_failed_code, is_failed_status,
+};
+use hopguard::rules::budget::Budget;
+use hopguard::rules::deadline::{self, Deadline, Source};
+use hopguard::rules::ejection::{Event, Group, Member};
+use hopguard::rules::gate::{self, Gate};
+use hopguard::rules::joined::{Causes, Entered, Inbounds, Join};
+use hopguard::rules::mark::Mark;
+use hopguard::rules::retry::{self, Decision, Failure, Pushback, Seen, Why};
+use hopguard::rules::spent::Spent;
+use hopguard::rules::trace::{TraceKey, TraceKeys};
+use hopguard::upstream::balance::{self, Load};
+use tokio::time::Instant;
+
+use crate::Mutant;
+use crate::checks::{Got, Invariant, Place, Watch};
+use crate::ms;
+use crate::plan::{Policy, Wrong};
+use crate::world::{Answer, Broken, Request, World};
+
+const LATE: u64 = 0;
+const LEAST: Duration = Duration::from_millis(1);
+const TRIED: usize = 3;
+
+/// Of several endpoints that are due, one is drawn; none loses so often.
+const PASSED_OVER: usize = 60;
+
+/// A sidecar: what its two sides have in common, and the sides.
+pub(crate) struct Sidecar {
+    pub(crate) inbounds: Arc<Inbounds>,
+    spent: Spent,
+    late: Spent,
+    /// Towards its app.
+    pub(crate) app: Option<Side>,
+    /// Towards the next service.
+    pub(crate) next: Option<Side>,
+}
+
+/// One destination, as one sidecar sees it.
+pub(crate) struct Side {
+    pub(crate) name: String,
+    direction: Direction,
+    /// The service that the calls go to.
+    layer: usize,
+    id: u64,
+    policy: Policy,
+    budget: Arc<Budget>,
+    breaker: Arc<Breaker>,
+    watch: Rc<Watch>,
+    endpoints: Vec<Endpoint>,
+    pub(crate) gate: Arc<Gate>,
+    got: Got,
+}
+
+struct Endpoint {
+    address: SocketAddr,
+    /// Which replica, or which app.
+    replica: usize,
+    member: Arc<Member>,
+    /// Its members know it by a weak reference.
+    _group: Arc<Group>,
+    watch: Rc<Watch>,
+    load: Load,
+}
+
+impl Sidecar {
+    pub(crate) fn new(app: Option<Side>, next: Option<Side>) -> Self {
+        Self { inbounds: Inbounds::new(), spent: Spent::default(), late: Spent::default(), app, next }
+    }
+
+    fn side(&self, direction: Direction) -> &Side {
+        match direction {
+            Direction::Inbound => self.app.as_ref(),
+            Direction::Outbound => self.next.as_ref(),
+        }
+        .unwrap()
+    }
+}
+
+impl Side {
+    pub(crate) fn new(
+        name: String,
+        direction: Direction,
+        layer: usize,
+        replicas: impl Iterator<Item = usize>,
+        policy: Policy,
+        (now, mutant): (Instant, Mutant),
+    ) -> Self {
+        let group = Group::new(now);
+        let endpoint = |replica: usize| {
+            let address = SocketAddr::from(([10, direction as u8, layer as u8, replica as u8], 80));
+            // Among strangers each is one of two, and the other one is always in.
+            let group = if mutant == Mutant::LastOneEjected { Group::new(now) } else { Arc::clone(&group) };
+            if mutant == Mutant::LastOneEjected {
+                group.member(SocketAddr::from(([10, 9, 9, 9], 9)));
+            }
+            Endpoint {
+                address,
+                replica,
+                member: group.member(address),
+                _group: group,
+                watch: Watch::new(format!("{name}/{replica}")),
+                load: Load::new(now),
+            }
+        };
+        Self {
+            endpoints: replicas.map(endpoint).collect(),
+            watch: Watch::new(name.clone()),
+            direction,
+            layer,
+            id: 1 + layer as u64,
+            budget: Budget::new(),
+            breaker: Breaker::new(now),
+            gate: Gate::new(if mutant == Mutant::PlacesUnlimited { u32::MAX } else { policy.in_flight }),
+            got: Got::default(),
+            policy,
+            name,
+        }
+    }
+}
+
+#[derive(Default)]
+enum Turn {
+    #[default]
+    None,
+    Pass(Pass, u64),
+    Probe(Probe, Place),
+}
+
+#[derive(Default)]
+struct Trial {
+    destination: Turn,
+    endpoint: Turn,
+}
+
+struct Until {
+    at: Instant,
+    whole: Duration,
+}
+
+/// One exchange under way.
+struct Live<'a> {
+    world: &'a Rc<World>,
+    sidecar: usize,
+    side: &'a Side,
+    request: Request,
+    began: Instant,
+    until: Option<Until>,
+    keys: TraceKeys,
+    entered: Option<Entered>,
+    causes: Option<Causes>,
+    attempt: u32,
+    endpoint: Option<usize>,
+    tried: Vec<SocketAddr>,
+    reused: bool,
+    unsent: bool,
+    trial: Trial,
+    mark: Option<Mark>,
+    failed_at: bool,
+}
+
+type Tried = Result<Answer, Kind>;
+
+/// What is known of a try that did not go well.
+struct Report {
+    failure: Option<Failure>,
+    counts: bool,
+    is_elsewhere: bool,
+    unseen: bool,
+    mark: Option<Mark>,
+    pushback: Option<Pushback>,
+}
+
+/// A request, from when a sidecar has it until there is an answer.
+pub(crate) async fn call(world: &Rc<World>, sidecar: usize, direction: Direction, request: Request) -> Answer {
+    let own = &world.sidecars[sidecar];
+    let side = own.side(direction);
+    let began = world.clock.now();
+    let mut live = Live {
+        world,
+        sidecar,
+        side,
+        keys: request.keys,
+        request,
+        began,
+        until: None,
+        entered: None,
+        causes: None,
+        attempt: 0,
+        endpoint: None,
+        tried: Vec::new(),
+        reused: false,
+        unsent: false,
+        trial: Trial::default(),
+        mark: None,
+        failed_at: false,
+    };
+    let tried = live.run().await;
+    let (kind, failures) = (tried.as_ref().err().copied(), live.attempt);
+    let answer = live.hand_over(tried);
+    world.checks.event(|| {
+        let (at, call, name) = (world.clock.passed(), live.request.number(), &live.side.name);
+        let (status, code, marks, until) = (answer.status, answer.code, &answer.proxy_status, live.until.as_ref());
+        let whole = until.map(|until| until.whole);
+        format!("{at:?} call {call} at {name}: {status} {code:?} {marks:?} {kind:?}, try {failures}, had {whole:?}")
+    });
+    live.check_end();
+    answer
+}
+
+impl Live<'_> {
+    async fn run(&mut self) -> Tried {
+        self.begin()?;
+        let place = self.enter().await?;
+        let tried = self.tries().await;
+        if self.world.mutant == Mutant::PlaceKept && self.world.random(|rng| rng.f64() < 0.01) {
+            std::mem::forget(place);
+        }
+        tried
+    }
+
+    /// Finds out how much time the call has, and ties it to others.
+    fn begin(&mut self) -> Result<(), Kind> {
+        let own = &self.world.sidecars[self.sidecar];
+        let now = self.began;
+        let mut is_late = false;
+        if self.side.direction == Direction::Inbound {
+            if self.keys.iter().next().is_none() {
+                self.keys = TraceKeys::from(TraceKey::Request(self.world.random(|rng| rng.u128(..))));
+                self.request.keys = self.keys;
+            }
+        } else {
+            match own.inbounds.join(self.keys) {
+                Join::ByTrace(causes) => self.causes = Some(causes),
+                _ if own.late.knows(self.keys, LATE, now) => is_late = true,
+                Join::OnlyOne(causes) => self.causes = Some(causes),
+                Join::NotJoined | Join::NoInbound => {}
+            }
+        }
+        let caller = self.request.timeout.as_deref().and_then(|text| asked(self.request.grpc, text));
+        let inbound = self.causes.as_ref().map(Causes::deadline).or(is_late.then_some(now));
+        let (caller, inbound) =
+            if self.world.mutant == Mutant::DeadlineIgnored { (None, None) } else { (caller, inbound) };
+        let deadline = Deadline::earliest(now, self.side.policy.request, caller, inbound);
+        if deadline.from != Source::Policy {
+            let whole = deadline.left(now).unwrap_or_default();
+            self.until = Some(Until { at: deadline.at, whole });
+            if whole < LEAST {
+                return Err(Kind::DeadlineSpent);
+            }
+        }
+        if self.side.direction == Direction::Inbound {
+            let at = deadline.at.checked_sub(reserve(deadline.at - now)).unwrap_or(deadline.at);
+            self.entered = Some(own.inbounds.enter(self.keys, at));
+        }
+        Ok(())
+    }
+
+    /// Takes a place in flight, at once or after a turn in the queue.
+    async fn enter(&mut self) -> Result<gate::Pass, Kind> {
+        let (world, side) = (self.world, self.side);
+        let pass = match side.gate.try_enter() {
+            Some(pass) => pass,
+            None => {
+                let at = (self.began + side.policy.queue_timeout).min(self.request_at());
+                match world.clock.within(at, side.gate.enter(side.policy.queue)).await {
+                    Some(Ok(pass)) => pass,
+                    Some(Err(_)) => return Err(Kind::QueueFull),
+                    None if self.now() >= self.request_at() => return Err(self.too_late()),
+                    None => return Err(Kind::QueueTimeout),
+                }
+            }
+        };
+        let (now, most) = (side.gate.in_flight(), side.policy.in_flight);
+        world.checks.claim(now <= most, Invariant::Places, || format!("{}: {now} calls at once", side.name));
+        side.got.calls.set(side.got.calls.get() + 1);
+        Ok(pass)
+    }
+
+    /// Sends the request until there is an answer that stands.
+    async fn tries(&mut self) -> Tried {
+        self.attempt = 1;
+        loop {
+            let tried = match self.admit() {
+                Ok(()) => self.send().await,
+                Err(kind) => Err(kind),
+            };
+            if let Ok(answer) = &tried
+                && self.is_fine(answer)
+            {
+                self.judge_complete(answer);
+                return tried;
+            }
+            let now = self.now();
+            let report = self.report(&tried);
+            self.tell_replayer(&report, &tried);
+            if report.counts {
+                self.judge(Outcome::Failure);
+            } else if tried.is_ok() && report.is_elsewhere {
+                self.has_answered();
+            }
+            match self.decide(&report, now) {
+                Decision::Again { after } => {
+                    self.note_retry(&report);
+                    if let Some(endpoint) = self.endpoint.take() {
+                        self.tried.push(self.side.endpoints[endpoint].address);
+                    }
+                    self.attempt += 1;
+                    self.world.clock.sleep(after).await;
+                }
+                Decision::Stop(why) => {
+                    self.tell(&report, why, &tried, now);
+                    if let Ok(answer) = &tried {
+                        self.judge_complete(answer);
+                    }
+                    return tried;
+                }
+            }
+        }
+    }
+
+    fn is_fine(&self, answer: &Answer) -> bool {
+        let status = answer.status;
+        (status < 400 || (status < 500 && !self.side.policy.retry.is_on(Failure::Status(status))))
+            && answer.code.is_none_or(|code| code == 0)
+    }
+
+    fn now(&self) -> Instant {
+        self.world.clock.now()
+    }
+
+    fn request_at(&self) -> Instant {
+        let at = self.began + self.side.policy.request;
+        self.until.as_ref().map_or(at, |until| at.min(until.at))
+    }
+}
+
+struct Begun<'a>(&'a Load);
+
+impl Drop for Begun<'_> {
+    fn drop(&mut self) {
+        self.0.finish();
+    }
+}
+
+fn kind_name(kind: Kind) -> &'static str {
+    match kind {
+        Kind::DeadlineExceeded => "deadline exceeded",
+        Kind::DeadlineSpent => "deadline spent",
+        Kind::RequestTimeout => "request timeout",
+        Kind::PerTryTimeout => "try timeout",
+        Kind::QueueFull => "queue full",
+        Kind::QueueTimeout => "queue timeout",
+        Kind::ConnectFailed => "connect failed",
+        Kind::UpstreamReset => "reset",
+        _ => "refused otherwise",
+    }
+}
+
+/// The answer in the place of a callee's.
+fn refusal(kind: Kind, grpc: bool) -> Answer {
+    let refusal = Refusal::plain(kind, "");
+    let status = refusal.status().as_u16();
+    let busy = (status == 503).then_some(Pushback::Wait(ms(1000)));
+    match grpc {
+        true => Answer { status: 200, code: Some(refusal.grpc().0 as u32), proxy_status: Vec::new(), pushback: busy },
+        false => Answer { status, code: None, proxy_status: Vec::new(), pushback: busy },
+    }
+}
+
+fn asked(grpc: bool, text: &str) -> Option<Duration> {
+    match grpc {
+        true => deadline::parse_grpc_timeout(text.as_bytes()).ok(),
+        false => deadline::parse_expected_rq_timeout_ms(text.as_bytes()).ok().flatten(),
+    }
+}
+
+/// What a hop keeps of the time for the way back.
+fn reserve(left: Duration) -> Duration {
+    (left / 100).clamp(ms(1), ms(10))
+}

@@ -1,0 +1,102 @@
+//! Whether another try follows: after `src/proxy/tries.rs`.
+
+use super::*;
+
+impl Live<'_> {
+    pub(super) fn report(&self, tried: &Tried) -> Report {
+        let answer = match tried {
+            Ok(answer) => answer,
+            Err(kind) => {
+                let failure = match kind {
+                    Kind::ConnectFailed => Some(Failure::Reset),
+                    Kind::UpstreamReset if self.unsent => Some(Failure::Unsent),
+                    Kind::UpstreamReset => Some(Failure::Reset),
+                    Kind::PerTryTimeout => Some(Failure::Timeout),
+                    _ => None,
+                };
+                let is_elsewhere = self.is_blamed_below();
+                let counts = self.is_callees_fault(*kind) && !is_elsewhere;
+                return Report { failure, counts, is_elsewhere, unseen: self.unsent, mark: None, pushback: None };
+            }
+        };
+        let mark = Mark::read(answer.proxy_status.iter().map(String::as_bytes));
+        let is_unsent = mark.as_ref().is_some_and(|mark| mark.is_unsent);
+        let mut failure = answer.code.map_or(Failure::Status(answer.status), Failure::Grpc);
+        if is_unsent && self.endpoint.is_some_and(|this| self.has_other(this)) {
+            failure = Failure::Unsent;
+        }
+        let is_elsewhere = self.world.mutant != Mutant::BlameIgnored
+            && (mark.as_ref().is_some_and(|mark| mark.at.is_some()) || self.blamed().is_some());
+        let is_failed = answer.code.map_or_else(|| is_failed_status(answer.status), is_failed_code);
+        let counts = is_failed && !is_elsewhere && !self.is_late_in_a_hurry(answer);
+        let pushback = answer.pushback.filter(|_| failure != Failure::Unsent);
+        Report { failure: Some(failure), counts, is_elsewhere, unseen: is_unsent, mark, pushback }
+    }
+
+    pub(super) fn decide(&self, report: &Report, now: Instant) -> Decision {
+        let Some(failure) = report.failure else { return Decision::Stop(Why::NotAFailure) };
+        if self.side.direction == Direction::Inbound
+            && !(failure == Failure::Unsent || (failure == Failure::Reset && self.reused && self.attempt == 1))
+        {
+            return Decision::Stop(Why::AtTheCaller);
+        }
+        let own = &self.world.sidecars[self.sidecar];
+        let is_spent = self.side.direction == Direction::Outbound && own.spent.knows(self.keys, self.side.id, now);
+        let is_marked = report.mark.as_ref().is_some_and(|mark| mark.is_final) || is_spent;
+        let seen = Seen {
+            tries: self.attempt,
+            failure,
+            is_safe: self.request.is_safe || report.unseen || self.world.mutant == Mutant::SafetyIgnored,
+            is_marked_final: is_marked && self.world.mutant != Mutant::MarkIgnored,
+            pushback: report.pushback.filter(|_| self.world.mutant != Mutant::MarkIgnored),
+            is_replayable: self.request.is_replayable,
+            left: self.request_at().saturating_duration_since(now),
+            random: self.world.random(Rng::f64),
+        };
+        let retry = &self.side.policy.retry;
+        match self.world.mutant {
+            Mutant::BudgetIgnored => retry.decide(&seen),
+            _ => retry.next(&seen, &self.side.budget, now),
+        }
+    }
+
+    pub(super) fn tell_replayer(&self, report: &Report, tried: &Tried) {
+        self.world.checks.event(|| {
+            let (at, call, name, number) =
+                (self.world.clock.passed(), self.request.number(), &self.side.name, self.attempt);
+            let whole = self.until.as_ref().map(|until| until.whole);
+            let (kind, failure, counts) = (tried.as_ref().err(), report.failure, report.counts);
+            format!("{at:?} call {call} at {name}: try {number} failed: {failure:?} {kind:?}, counts: {counts}, had {whole:?}")
+        });
+    }
+
+    pub(super) fn note_retry(&self, report: &Report) {
+        let got = &self.side.got;
+        if report.failure == Some(Failure::Unsent) {
+            self.world.checks.count("retries of the unsent");
+            got.unsent.set(got.unsent.get() + 1);
+            return;
+        }
+        self.world.checks.count("retries");
+        got.retries.set(got.retries.get() + 1);
+        let budget = &self.side.policy.retry.budget;
+        let time = self.world.clock.passed().as_secs_f64();
+        let allowed = 10.0 + f64::from(budget.min_per_second.value) * time + budget.ratio.value * got.good.get() as f64;
+        let retries = got.retries.get();
+        self.world.checks.claim(retries as f64 <= allowed + 1e-6, Invariant::Budget, || {
+            format!("{}: {retries} retries, {allowed} allowed after {time}s", self.side.name)
+        });
+    }
+
+    pub(super) fn tell(&mut self, report: &Report, why: Why, tried: &Tried, now: Instant) {
+        let is_failure = report.failure.is_some_and(retry::is_failure);
+        if is_failure {
+            self.world.checks.count(why.name());
+        }
+        if is_failure && tried.is_ok() {
+            let is_final = self.attempt > 1
+                || matches!(why, Why::TriesUsedUp | Why::RetriedBelow | Why::PushedBack | Why::Deadline | Why::Budget);
+            self.failed(report.mark.as_ref(), is_final, now);
+        }
+    }
+}
