@@ -57,6 +57,11 @@ impl RequestBody {
         Self { source: Source::Empty, flow, named: Vec::new() }
     }
 
+    /// The exchange that the body belongs to.
+    pub fn flow(&self) -> &Rc<Flow> {
+        &self.flow
+    }
+
     fn end(&mut self) {
         self.source = Source::Empty;
         self.flow.request.end();

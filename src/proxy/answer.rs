@@ -6,7 +6,6 @@ use bytes::Bytes;
 use http::header::HeaderName;
 use http::request::Parts;
 use http::{HeaderValue, Method, Response, StatusCode, Version, header};
-use hyper::body::Incoming;
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
 use tokio::time::Instant;
@@ -19,11 +18,12 @@ use crate::proxy::live::Live;
 use crate::proxy::refusal::{self, Refusal};
 use crate::proxy::tunnel::Handoff;
 use crate::runtime::tasks;
+use crate::upstream::answer::AnswerBody;
 
 /// What the pipeline comes to.
 pub enum Reply {
     /// The upstream's answer; its body is still to come.
-    Upstream(Response<Incoming>),
+    Upstream(Response<AnswerBody>),
     /// An answer of our own that is no refusal.
     Own(Response<ResponseBody>),
     /// Once the answer is sent, the caller's connection is joined with this stream.
@@ -101,7 +101,7 @@ fn refuse(live: &mut Live, refusal: &Refusal) -> Response<ResponseBody> {
 ///
 /// # Errors
 /// An answer that cannot be passed on without being read in two ways.
-pub fn from_upstream(live: &mut Live, mut answer: Response<Incoming>) -> Result<Reply, Refusal> {
+pub fn from_upstream(live: &mut Live, mut answer: Response<AnswerBody>) -> Result<Reply, Refusal> {
     let present = Present::scan(answer.headers());
     let malformed = |what: &'static str| Err(Refusal::plain(refusal::Kind::UpstreamProtocol, what));
     if present.codings > 0 && present.lengths > 0 {
@@ -139,7 +139,7 @@ pub fn from_upstream(live: &mut Live, mut answer: Response<Incoming>) -> Result<
 }
 
 /// A gRPC caller cannot read an answer that is not gRPC; it gets the status that the HTTP status stands for.
-fn grpc_answer(live: &mut Live, present: &Present, answer: Response<Incoming>) -> Reply {
+fn grpc_answer(live: &mut Live, present: &Present, answer: Response<AnswerBody>) -> Reply {
     let fields = answer.headers();
     if let Some((code, message)) = grpc::read_status(fields) {
         live.record.grpc(code, message);

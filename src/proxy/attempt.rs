@@ -2,7 +2,6 @@
 //!
 //! A request that a pooled connection hands back unsent goes out over the next one: nobody has seen it.
 
-use std::error::Error;
 use std::future::poll_fn;
 use std::net::SocketAddr;
 use std::pin::pin;
@@ -15,8 +14,6 @@ use std::time::Duration;
 use http::uri::{Authority, PathAndQuery};
 use http::{HeaderValue, Method, Request, Response, Uri, Version, header};
 use http_body::Body;
-use hyper::body::Incoming;
-use hyper::client::conn::TrySendError;
 use tokio::time::Instant;
 
 use crate::net::body::RequestBody;
@@ -25,6 +22,7 @@ use crate::proxy::live::Live;
 use crate::proxy::patience::Verdict;
 use crate::proxy::refusal::{Kind, Refusal};
 use crate::telemetry::Connection;
+use crate::upstream::answer::{AnswerBody, Unanswered, UpstreamError};
 use crate::upstream::connect::ConnectError;
 use crate::upstream::endpoint::Endpoint;
 use crate::upstream::pool::{Carrier, Lease, Pool, Want};
@@ -44,7 +42,7 @@ const CONTINUE_AFTER: Duration = Duration::from_secs(1);
 ///
 /// # Errors
 /// The refusal that the caller gets instead.
-pub async fn send(live: &mut Live, pool: &Rc<Pool>, switching: bool) -> Result<Response<Incoming>, Refusal> {
+pub async fn send(live: &mut Live, pool: &Rc<Pool>, switching: bool) -> Result<Response<AnswerBody>, Refusal> {
     // Only HTTP/1.1 has a way to switch a whole connection to another protocol.
     let want = if switching { Want::Http1 } else { want(pool, live.patience.grpc) };
     for _ in 0..UNSENT {
@@ -181,7 +179,7 @@ fn refused(error: &ConnectError) -> Refusal {
 
 /// Sends over one connection and waits for the head, judged by the route's time limits. `None` if the request came back
 /// unsent, into `live`.
-async fn exchange(live: &mut Live, mut lease: Lease) -> Result<Option<Response<Incoming>>, Refusal> {
+async fn exchange(live: &mut Live, mut lease: Lease) -> Result<Option<Response<AnswerBody>>, Refusal> {
     let endpoint = Rc::clone(&lease.endpoint);
     let goes_on = hold_for_continue(live, &mut lease);
     let began = live.patience.try_began;
@@ -230,13 +228,13 @@ async fn exchange(live: &mut Live, mut lease: Lease) -> Result<Option<Response<I
             live.lease = Some(lease);
             Ok(Some(answer))
         }
-        Ok(Err(mut error)) => {
-            if let Some(back) = error.take_message() {
-                live.request = Some(back);
-                return Ok(None);
-            }
+        Ok(Err(Unanswered { unsent: Some(back), .. })) => {
+            live.request = Some(*back);
+            Ok(None)
+        }
+        Ok(Err(Unanswered { error, unsent: None })) => {
             endpoint.load.failed(took, now);
-            Err(broken(live, lease.reused, error.error()))
+            Err(broken(live, lease.reused, &error))
         }
         Err(refusal) => {
             if refusal.kind != Kind::CallerTimeout {
@@ -254,7 +252,7 @@ struct Wait<'a> {
     held_until: Instant,
 }
 
-type Answer = Result<Response<Incoming>, TrySendError<Request<RequestBody>>>;
+type Answer = Result<Response<AnswerBody>, Unanswered>;
 
 impl Wait<'_> {
     /// True once, when the upstream has asked for the body.
@@ -381,19 +379,12 @@ fn for_http2(live: &mut Live, endpoint: &Endpoint) -> Request<RequestBody> {
 }
 
 /// Says what a broken connection means.
-fn broken(live: &Live, reused: bool, error: &hyper::Error) -> Refusal {
+fn broken(live: &Live, reused: bool, error: &UpstreamError) -> Refusal {
     if live.flow.request.failed() {
         return Refusal::plain(Kind::BadRequest, "the request's body broke off or is malformed");
     }
-    let mut cause = error.to_string();
-    let mut source = error.source();
-    while let Some(inner) = source {
-        cause = format!("{cause}: {inner}");
-        source = inner.source();
-    }
-    let not_http2 =
-        error.source().and_then(|source| source.downcast_ref::<h2::Error>()).is_some_and(h2::Error::is_library);
-    if error.is_parse() || error.is_parse_status() || not_http2 {
+    let cause = error.sentence();
+    if error.is_malformed() {
         return Refusal::plain(Kind::UpstreamProtocol, format!("the answer cannot be read: {cause}"));
     }
     let over = if reused { "a kept-alive connection" } else { "a new connection" };

@@ -11,7 +11,6 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
-use hyper::body::Incoming;
 use tokio::time::Instant;
 
 use crate::net::trailers;
@@ -19,6 +18,7 @@ use crate::proxy::grpc::{self, Code};
 use crate::proxy::live::Live;
 use crate::proxy::patience::Verdict;
 use crate::proxy::refusal::Refusal;
+use crate::upstream::answer::{AnswerBody, UpstreamError};
 use crate::upstream::pool::Carrier;
 
 /// Why a body ends before its end.
@@ -26,7 +26,7 @@ use crate::upstream::pool::Carrier;
 pub enum Cut {
     /// The upstream broke off.
     #[error("the upstream broke off: {0}")]
-    Upstream(#[source] hyper::Error),
+    Upstream(#[source] UpstreamError),
     /// A time limit.
     #[error("{0}")]
     Refused(String),
@@ -42,7 +42,7 @@ pub struct ResponseBody {
 enum Source {
     Empty,
     Whole(Bytes),
-    Upstream(Incoming),
+    Upstream(AnswerBody),
 }
 
 impl ResponseBody {
@@ -57,7 +57,7 @@ impl ResponseBody {
     }
 
     /// The body of an upstream's answer. Ends the exchange at once if there is nothing to come.
-    pub fn upstream(incoming: Incoming, mut live: Box<Live>) -> Self {
+    pub fn upstream(incoming: AnswerBody, mut live: Box<Live>) -> Self {
         live.patience.answered = true;
         if incoming.is_end_stream() {
             // Nobody waits for this connection any more; the next one to look at it brings a waker of its own.
@@ -122,14 +122,14 @@ impl ResponseBody {
         Poll::Ready(Some(if grpc { Ok(Frame::trailers(grpc::status_fields(code, message))) } else { Err(cut) }))
     }
 
-    fn broken(&mut self, error: hyper::Error) -> Poll<Option<Result<Frame<Bytes>, Cut>>> {
+    fn broken(&mut self, error: UpstreamError) -> Poll<Option<Result<Frame<Bytes>, Cut>>> {
         if let Some(live) = &mut self.live {
             live.record.upstream_cut();
             if live.patience.grpc {
                 live.record.grpc(Code::Unavailable as u32, None);
             }
         }
-        let message = format!("hopguard upstream_cut: the upstream broke off its answer: {error}");
+        let message = format!("hopguard upstream_cut: the upstream broke off its answer: {}", error.sentence());
         self.break_off(Code::Unavailable, &message, Cut::Upstream(error))
     }
 

@@ -9,7 +9,6 @@ use std::rc::Rc;
 use http::header::HeaderMap;
 use http::request::Parts;
 use http::{HeaderValue, Method, Response, Version, header};
-use hyper::body::Incoming;
 use hyper::upgrade::OnUpgrade;
 
 use crate::policy::model::{Listener, Target as Towards};
@@ -20,6 +19,7 @@ use crate::proxy::fields::{self, Present};
 use crate::proxy::live::Live;
 use crate::proxy::refusal::{Kind, Refusal};
 use crate::telemetry::Protocol;
+use crate::upstream::answer::AnswerBody;
 use crate::upstream::pool::Pool;
 
 const WEBSOCKET: HeaderValue = HeaderValue::from_static("websocket");
@@ -46,7 +46,7 @@ pub fn ask(fields: &mut HeaderMap, protocol: &HeaderValue) {
 /// If nobody asked for it, or for another protocol.
 pub async fn switch(
     live: &mut Live,
-    mut answer: Response<Incoming>,
+    mut answer: Response<AnswerBody>,
     asked: Option<HeaderValue>,
 ) -> Result<Reply, Refusal> {
     let unasked =

@@ -10,17 +10,3 @@ where
 {
     tokio::task::spawn_local(task)
 }
-
-/// Runs hyper's HTTP/2 tasks on this worker.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct LocalExecutor;
-
-impl<F> hyper::rt::Executor<F> for LocalExecutor
-where
-    F: Future + 'static,
-    F::Output: 'static,
-{
-    fn execute(&self, task: F) {
-        spawn(task);
-    }
-}

@@ -13,6 +13,7 @@ use tokio_rustls::TlsConnector;
 
 use crate::net::io::Io;
 use crate::net::socket;
+use crate::upstream::answer::UpstreamError;
 use crate::upstream::cluster::Address;
 
 /// Why a connection could not be opened. Nothing of any request has been sent then.
@@ -24,9 +25,9 @@ pub enum ConnectError {
     /// TLS could not be agreed.
     #[error("TLS: {0}")]
     Tls(#[source] io::Error),
-    /// The HTTP/2 preface could not be exchanged.
-    #[error("HTTP/2: {0}")]
-    Handshake(#[source] hyper::Error),
+    /// HTTP could not begin.
+    #[error("{}", .0.sentence())]
+    Handshake(#[source] UpstreamError),
     /// The peer did not answer the HTTP/2 preface.
     #[error("the peer does not speak HTTP/2")]
     NotHttp2,

@@ -265,7 +265,7 @@ impl Pool {
         if http2 {
             Http2::new(io, now).await.map(Carrier::Http2)
         } else {
-            Http1::new(io, now).await.map(Carrier::Http1).map_err(ConnectError::Handshake)
+            Http1::new(io, now).await.map(Carrier::Http1).map_err(|error| ConnectError::Handshake(error.into()))
         }
     }
 

@@ -206,6 +206,40 @@ async fn an_answer_may_come_before_the_request_has_ended() {
 }
 
 #[tokio::test]
+async fn what_the_caller_still_sends_after_the_answer_has_ended_is_cut_off() {
+    let (reset, mut resets) = tokio::sync::mpsc::channel(1);
+    let upstream = Upstream::bytes(move |stream| {
+        let reset = reset.clone();
+        async move {
+            let mut connection = h2::server::handshake(stream).await.unwrap();
+            let (request, mut respond) = connection.accept().await.unwrap().unwrap();
+            tokio::spawn(async move {
+                let mut body = request.into_body();
+                let mut answer = respond.send_response(Response::new(()), false).unwrap();
+                answer.send_data(Bytes::from_static(b"too much"), true).unwrap();
+                // Takes what comes, and allows no more, so that only a reset can end it.
+                while let Some(Ok(_)) = body.data().await {}
+                reset.send(std::future::poll_fn(|cx| answer.poll_reset(cx)).await.unwrap()).await.unwrap();
+            });
+            while let Some(Ok(_)) = connection.accept().await {}
+        }
+    })
+    .await;
+    let mesh = Mesh::start(&policy(upstream.addr, "    protocol: http2\n    timeouts: { request: 20s }")).await;
+    let mut caller = Caller::open(Speaks::Http2, mesh.addr("in")).await;
+    let (pieces, body) = feed();
+    // More than the stream may hold.
+    assert!(pieces.send(vec![b'x'; 1 << 20]).await);
+    let response = timeout(SOON, caller.send(Request::post("/").body(body).unwrap())).await.unwrap().unwrap();
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert_eq!(Answer::read(response).await.unwrap().body, "too much");
+    let reason = timeout(SOON, resets.recv()).await.expect("the stream stays open");
+    assert_eq!(reason, Some(h2::Reason::CANCEL));
+    pieces.unwanted().await;
+    mesh.stop().await;
+}
+
+#[tokio::test]
 async fn pieces_pass_as_they_come_in_both_directions() {
     for names in ALL {
         let mut pair = pair(names).await;
