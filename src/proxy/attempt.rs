@@ -222,18 +222,21 @@ async fn exchange(live: &mut Live, mut lease: Lease) -> Result<Option<Response<A
     let answer = match lease.carrier() {
         Some(Carrier::Http1(connection)) => {
             let quiet = Rc::clone(&wait.live.quiet);
-            let request = for_http1(wait.live);
-            let sent = with_context(|cx| quiet.hush(cx, |_| connection.send(request))).await;
-            let mut answer = pin!(sent);
+            let mut answer = pin!(None);
             poll_fn(|cx| {
+                if answer.is_none() {
+                    // Sent from here, because every way out of a closure would move the request once more.
+                    quiet.hush(cx, |_| answer.set(Some(connection.send(for_http1(wait.live)))));
+                }
                 let polled = quiet.poll(cx, |cx| {
                     // The connection has no task of its own: this is what moves it.
                     let _over = connection.drive(cx);
                     if wait.released() {
                         let _over = connection.drive(cx);
                     }
-                    answer.as_mut().poll(cx)
+                    answer.as_mut().as_pin_mut().map_or(Poll::Pending, |answer| answer.poll(cx))
                 });
+                let polled = polled.map_ok(|answer| answer.map(AnswerBody::Http1)).map_err(Unanswered::from);
                 wait.poll(cx, polled)
             })
             .await

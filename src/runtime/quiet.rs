@@ -5,6 +5,7 @@
 //! already being done. Wakes that come from outside, from sockets and timers, pass.
 
 use std::cell::RefCell;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::task::{Context, Poll, Wake, Waker};
@@ -14,7 +15,7 @@ const REPEATS: usize = 3;
 
 /// The quiet waker of one task.
 #[derive(Default)]
-pub struct Quiet(RefCell<Option<Shielded>>);
+pub struct Quiet(RefCell<Option<Rc<Shielded>>>);
 
 struct Shielded {
     shield: Arc<Shield>,
@@ -44,8 +45,8 @@ impl Wake for Shield {
 impl Quiet {
     /// Polls `step`; where it wakes itself and is not ready, it is polled again on the spot.
     pub fn poll<T>(&self, cx: &Context<'_>, mut step: impl FnMut(&mut Context<'_>) -> Poll<T>) -> Poll<T> {
-        let (shield, waker) = self.of(cx);
-        let mut quiet = Context::from_waker(&waker);
+        let Shielded { shield, waker } = &*self.of(cx);
+        let mut quiet = Context::from_waker(waker);
         shield.running.store(true, Relaxed);
         for _ in 0..REPEATS {
             shield.woken.store(false, Relaxed);
@@ -62,19 +63,19 @@ impl Quiet {
 
     /// Does `work` whose wakes mean nothing, because what it wakes is polled right after it.
     pub fn hush<T>(&self, cx: &Context<'_>, work: impl FnOnce(&mut Context<'_>) -> T) -> T {
-        let (shield, waker) = self.of(cx);
+        let Shielded { shield, waker } = &*self.of(cx);
         shield.running.store(true, Relaxed);
-        let done = work(&mut Context::from_waker(&waker));
+        let done = work(&mut Context::from_waker(waker));
         shield.running.store(false, Relaxed);
         done
     }
 
-    fn of(&self, cx: &Context<'_>) -> (Arc<Shield>, Waker) {
+    fn of(&self, cx: &Context<'_>) -> Rc<Shielded> {
         let mut kept = self.0.borrow_mut();
         if let Some(known) = &*kept
             && known.shield.task.will_wake(cx.waker())
         {
-            return (Arc::clone(&known.shield), known.waker.clone());
+            return Rc::clone(known);
         }
         let shield = Arc::new(Shield {
             task: cx.waker().clone(),
@@ -82,8 +83,9 @@ impl Quiet {
             woken: AtomicBool::new(false),
         });
         let waker = Waker::from(Arc::clone(&shield));
-        *kept = Some(Shielded { shield: Arc::clone(&shield), waker: waker.clone() });
-        (shield, waker)
+        let made = Rc::new(Shielded { shield, waker });
+        *kept = Some(Rc::clone(&made));
+        made
     }
 }
 

@@ -7,13 +7,14 @@ use std::task::{Context, Poll};
 
 use bytes::Bytes;
 use http::{Request, Response};
+use hyper::body::Incoming;
+use hyper::client::conn::TrySendError;
 use hyper::client::conn::http1::{Builder, Connection, SendRequest};
 use hyper_util::rt::TokioIo;
 use tokio::time::Instant;
 
 use crate::net::body::RequestBody;
 use crate::net::io::Io;
-use crate::upstream::answer::{AnswerBody, Unanswered};
 
 /// One connection.
 pub struct Http1 {
@@ -37,9 +38,8 @@ impl Http1 {
     pub fn send(
         &mut self,
         request: Request<RequestBody>,
-    ) -> impl Future<Output = Result<Response<AnswerBody>, Unanswered>> + use<> {
-        let sent = self.sender.try_send_request(request);
-        async move { Ok(sent.await?.map(AnswerBody::Http1)) }
+    ) -> impl Future<Output = Result<Response<Incoming>, TrySendError<Request<RequestBody>>>> + use<> {
+        self.sender.try_send_request(request)
     }
 
     /// Moves whatever can be moved. Ready when the connection is over, for good or ill.

@@ -187,9 +187,10 @@ async fn watch(connection: Weak<Http2>, activity: Arc<Activity>, mut pings: Ping
     let mut looks = 0;
     loop {
         sleep(LOOK_EVERY).await;
-        let Some(alive) = connection.upgrade().filter(|one| one.is_alive()) else { return };
-        let silent = alive.streams.get() > 0 && activity.reads() == seen;
-        drop(alive);
+        // After a GOAWAY, too, there may be calls that it has to answer.
+        let Some(open) = connection.upgrade().filter(|_| !task.is_finished()) else { return };
+        let silent = open.streams.get() > 0 && activity.reads() == seen;
+        drop(open);
         seen = activity.reads();
         looks = if silent { looks + 1 } else { 0 };
         if looks < SILENT_LOOKS {
@@ -259,7 +260,7 @@ impl Upload {
             match frame.map_err(|_broken| ())?.into_data() {
                 Ok(chunk) => {
                     // Asked for only now, and only a little, so that a body that does not come takes nothing from others.
-                    self.stream.reserve_capacity(1);
+                    self.stream.reserve_capacity(usize::from(!chunk.is_empty()));
                     self.next = Some((chunk, self.body.is_end_stream()));
                 }
                 Err(frame) => {

@@ -256,7 +256,7 @@ impl Live<'_> {
             }
         }
         let caller = self.request.timeout.as_deref().and_then(|text| asked(self.request.grpc, text));
-        let inbound = self.causes.as_ref().map(Causes::deadline).or(is_late.then_some(now));
+        let inbound = self.causes.as_ref().and_then(Causes::deadline).or(is_late.then_some(now));
         let (caller, inbound) =
             if self.world.mutant == Mutant::DeadlineIgnored { (None, None) } else { (caller, inbound) };
         let deadline = Deadline::earliest(now, self.side.policy.request, caller, inbound);
