@@ -13,6 +13,7 @@ use std::time::Duration;
 use http::header::HeaderMap;
 use http::{Request, Response, header, request};
 use http_body::Body;
+use jiff::Timestamp;
 use tokio::time::Instant;
 
 use crate::net::body::Replay;
@@ -166,8 +167,15 @@ fn pushback(fields: &HeaderMap, grpc: bool) -> Option<Pushback> {
         let wait = value.to_str().ok().and_then(|text| text.trim().parse::<u32>().ok());
         return Some(wait.map_or(Pushback::Stop, |millis| Pushback::Wait(Duration::from_millis(millis.into()))));
     }
-    let seconds = fields.get(header::RETRY_AFTER)?.to_str().ok()?.trim().parse().ok()?;
-    Some(Pushback::Wait(Duration::from_secs(seconds)))
+    let text = fields.get(header::RETRY_AFTER)?.to_str().ok()?.trim();
+    let wait = text.parse().map_or_else(|_| until_date(text), |seconds| Some(Duration::from_secs(seconds)));
+    wait.map(Pushback::Wait)
+}
+
+/// The time until a date as HTTP writes it; nothing for one that is past.
+fn until_date(text: &str) -> Option<Duration> {
+    let at = jiff::fmt::rfc2822::DateTimeParser::new().parse_timestamp(text).ok()?;
+    Some(Duration::try_from(at.duration_since(Timestamp::now())).unwrap_or_default())
 }
 
 /// What a refusal of ours means for another try.
@@ -307,9 +315,30 @@ fn tell(live: &mut Live, report: &Report, why: Why, tried: &Tried, now: Instant)
     }
     if let (true, Ok(_)) = (is_failure, tried) {
         let below = report.mark.as_ref();
-        // Whatever ended them: a call that was tried again here is not to be tried again above.
+        // Whatever ended them: a call that was tried again here is not to be tried again above. Nor is one that may have done
+        // its work and is not to do it twice: above the app it may have become a call that looks safe.
         let is_final = live.attempt > 1
+            || (why == Why::NotSafe || !(live.is_safe || live.route().retry.idempotent.value)) && !report.unseen
             || matches!(why, Why::TriesUsedUp | Why::RetriedBelow | Why::PushedBack | Why::Deadline | Why::Budget);
         ties::failed(live, below, is_final, now);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use http::HeaderValue;
+
+    #[test]
+    fn retry_after_is_a_number_of_seconds_or_a_date() {
+        let said = |text: &str| {
+            let fields = HeaderMap::from_iter([(header::RETRY_AFTER, HeaderValue::from_str(text).unwrap())]);
+            pushback(&fields, false)
+        };
+        assert_eq!(said("7"), Some(Pushback::Wait(Duration::from_secs(7))));
+        assert_eq!(said("Sun, 06 Nov 1994 08:49:37 GMT"), Some(Pushback::Wait(Duration::ZERO)), "it is past");
+        let Some(Pushback::Wait(wait)) = said("Fri, 31 Dec 2100 23:59:59 GMT") else { panic!("no wait") };
+        assert!(wait > Duration::from_secs(365 * 24 * 3600));
+        assert_eq!(said("soon"), None);
     }
 }
