@@ -22,7 +22,7 @@ use crate::net::io::Io;
 use crate::proxy::live::Live;
 use crate::proxy::patience::Verdict;
 use crate::proxy::refusal::{Kind, Refusal};
-use crate::proxy::{ties, trial};
+use crate::proxy::{fault, ties, trial};
 use crate::telemetry::Connection;
 use crate::upstream::answer::{AnswerBody, Unanswered, UpstreamError};
 use crate::upstream::connect::ConnectError;
@@ -51,6 +51,12 @@ pub async fn send(live: &mut Live, pool: &Rc<Pool>, switching: bool) -> Result<R
     // Only HTTP/1.1 has a way to switch a whole connection to another protocol.
     let want = if switching { Want::Http1 } else { want(pool, live.patience.grpc) };
     live.unsent = true;
+    if !live.route().faults.is_empty() {
+        // Boxed, like everything that few requests meet.
+        if let Some(answer) = Box::pin(faulted(live, pool)).await? {
+            return Ok(answer);
+        }
+    }
     for _ in 0..UNSENT {
         let mut begun = Instant::now();
         let lease = match borrow(live, pool, want, begun).await {
@@ -61,7 +67,8 @@ pub async fn send(live: &mut Live, pool: &Rc<Pool>, switching: bool) -> Result<R
                 lease
             }
         };
-        live.patience.try_began = begun;
+        // What a fault has used up counts as time that the upstream took.
+        live.patience.try_began = live.fault.as_ref().and_then(|fault| begun.checked_sub(fault.lost)).unwrap_or(begun);
         live.reused = lease.reused;
         let address = lease.endpoint.address.socket;
         let connection = match lease.reused {
@@ -71,13 +78,49 @@ pub async fn send(live: &mut Live, pool: &Rc<Pool>, switching: bool) -> Result<R
         live.record.via(address, connection);
         match exchange(live, lease).await? {
             Some(answer) => {
-                live.record.upstream_waited(live.over_at.saturating_duration_since(begun));
+                live.record.upstream_waited(live.patience.took(live.over_at));
                 return Ok(answer);
             }
             None => continue,
         }
     }
     Err(Refusal::plain(Kind::UpstreamReset, "every connection was closed before the request could be sent"))
+}
+
+/// Lets the try meet a fault of the policy, if it is to meet one, at the endpoint that it would go to. `None`: it goes on.
+async fn faulted(live: &mut Live, pool: &Rc<Pool>) -> Result<Option<Response<AnswerBody>>, Refusal> {
+    live.fault = None;
+    let view = Rc::clone(&live.view);
+    let faults = &view.destination(live.destination()).values.routes[live.route_position()].faults;
+    let Some(fault) = fault::draw(live, faults) else { return Ok(None) };
+    let began = Instant::now();
+    let endpoint = match pick(live, pool, began) {
+        Some(endpoint) => endpoint,
+        None => {
+            let until = connect_until(live, began);
+            pick_known(live, pool, until).await?.ok_or_else(nobody)?
+        }
+    };
+    live.record.towards(endpoint.address.socket);
+    let began = Instant::now();
+    live.patience.try_began = began;
+    let happened = fault::happen(live, fault).await;
+    let now = Instant::now();
+    let took = now.saturating_duration_since(began);
+    if let Ok(None) = happened {
+        live.picked = Some(endpoint);
+        return happened;
+    }
+    live.over_at = now;
+    match &happened {
+        Ok(Some(answer)) if !answer.status().is_server_error() => endpoint.load.answered(took, now),
+        Err(refusal) if refusal.kind == Kind::CallerTimeout => {}
+        _ => endpoint.load.failed(took, now),
+    }
+    if happened.is_ok() {
+        live.record.upstream_waited(took);
+    }
+    happened
 }
 
 fn want(pool: &Pool, grpc: bool) -> Want {
@@ -92,7 +135,7 @@ fn want(pool: &Pool, grpc: bool) -> Want {
 
 /// A connection that is open already, to the endpoint that is the best one now.
 async fn borrow(live: &mut Live, pool: &Rc<Pool>, want: Want, now: Instant) -> Option<Lease> {
-    let endpoint = pick(live, pool, now)?;
+    let endpoint = live.picked.take().or_else(|| pick(live, pool, now))?;
     let quiet = Rc::clone(&live.quiet);
     let lease = with_context(|cx| quiet.hush(cx, |cx| pool.lend(&endpoint, want, now, cx))).await;
     live.picked = lease.is_none().then_some(endpoint);
@@ -121,15 +164,10 @@ async fn with_context<T>(work: impl FnOnce(&mut Context<'_>) -> T) -> T {
 
 /// A new connection, within `timeouts.connect`.
 async fn open(live: &mut Live, pool: &Rc<Pool>, want: Want) -> Result<Lease, Refusal> {
-    let began = Instant::now();
-    let timeouts = &live.route().timeouts;
-    let until = (began + timeouts.connect.value).min(live.patience.request_at(timeouts));
+    let until = connect_until(live, Instant::now());
     let mut next = match live.picked.take() {
         Some(endpoint) => Some(endpoint),
-        None => {
-            within(live, until, pool.known()).await?.map_err(|error| refused(&error))?;
-            pick(live, pool, Instant::now())
-        }
+        None => pick_known(live, pool, until).await?,
     };
     let mut refusal = None;
     // Nothing has been sent, so that whoever can be reached may have the call.
@@ -164,7 +202,23 @@ async fn open(live: &mut Live, pool: &Rc<Pool>, want: Want) -> Result<Lease, Ref
             }
         }
     }
-    Err(refusal.unwrap_or_else(|| Refusal::plain(Kind::ConnectFailed, "no endpoint could be tried")))
+    Err(refusal.unwrap_or_else(nobody))
+}
+
+/// When a connection that is asked for at `now` has to be there.
+fn connect_until(live: &Live, now: Instant) -> Instant {
+    let timeouts = &live.route().timeouts;
+    (now + timeouts.connect.value).min(live.patience.request_at(timeouts))
+}
+
+/// The same as [`pick`], once the pool knows its endpoints.
+async fn pick_known(live: &mut Live, pool: &Rc<Pool>, until: Instant) -> Result<Option<Rc<Endpoint>>, Refusal> {
+    within(live, until, pool.known()).await?.map_err(|error| refused(&error))?;
+    Ok(pick(live, pool, Instant::now()))
+}
+
+fn nobody() -> Refusal {
+    Refusal::plain(Kind::ConnectFailed, "no endpoint could be tried")
 }
 
 /// The future's output, or the refusal that no connection in time demands.
@@ -182,9 +236,7 @@ async fn within<F: Future>(live: &mut Live, until: Instant, future: F) -> Result
 pub async fn bare_stream(live: &mut Live, pool: &Rc<Pool>) -> Result<Io, Refusal> {
     let began = Instant::now();
     let until = began + live.route().timeouts.connect.value;
-    within(live, until, pool.known()).await?.map_err(|error| refused(&error))?;
-    let none = || Refusal::plain(Kind::ConnectFailed, "no endpoint could be tried");
-    let endpoint = pick(live, pool, Instant::now()).ok_or_else(none)?;
+    let endpoint = pick_known(live, pool, until).await?.ok_or_else(nobody)?;
     live.record.towards(endpoint.address.socket);
     let opened = within(live, until, pool.bare_stream(&endpoint)).await;
     live.record.connected(began.elapsed());
@@ -215,7 +267,7 @@ async fn exchange(live: &mut Live, mut lease: Lease) -> Result<Option<Response<A
     let endpoint = Rc::clone(&lease.endpoint);
     live.unsent = false;
     let goes_on = hold_for_continue(live, &mut lease);
-    let began = live.patience.try_began;
+    let began = live.sent_at();
     let patience = CONTINUE_AFTER.min(live.route().timeouts.request.value / 2);
     let mut wait = Wait { live, goes_on, held_until: began + patience };
     wait.look_at(began)?;
@@ -252,7 +304,7 @@ async fn exchange(live: &mut Live, mut lease: Lease) -> Result<Option<Response<A
         None => return Err(Refusal::plain(Kind::UpstreamReset, "the connection is gone")),
     };
     let now = Instant::now();
-    let took = now.saturating_duration_since(began);
+    let took = live.patience.took(now);
     live.over_at = now;
     match answer {
         Ok(Ok(answer)) => {
@@ -401,7 +453,8 @@ fn outgoing(live: &mut Live) -> Request<RequestBody> {
     if live.attempt > 1 {
         count_tries(live, request.headers_mut());
     }
-    ties::tell(live, request.headers_mut(), live.patience.try_began);
+    let now = live.sent_at();
+    ties::tell(live, request.headers_mut(), now);
     request
 }
 

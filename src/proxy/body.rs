@@ -14,6 +14,7 @@ use http_body::{Body, Frame, SizeHint};
 use tokio::time::Instant;
 
 use crate::net::trailers;
+use crate::proxy::fault::FaultyBody;
 use crate::proxy::grpc::{self, Code};
 use crate::proxy::live::Live;
 use crate::proxy::patience::Verdict;
@@ -29,6 +30,9 @@ pub enum Cut {
     /// The upstream broke off.
     #[error("the upstream broke off: {0}")]
     Upstream(#[source] UpstreamError),
+    /// A fault of the policy, in the upstream's place.
+    #[error("the fault {0} of the policy broke it off")]
+    Fault(Box<str>),
     /// A time limit.
     #[error("{0}")]
     Refused(String),
@@ -45,6 +49,19 @@ enum Source {
     Empty,
     Whole(Bytes),
     Upstream(AnswerBody),
+    Faulty(Box<FaultyBody>),
+}
+
+impl Source {
+    /// True once nothing more comes.
+    fn is_end(&self) -> bool {
+        match self {
+            Self::Empty => true,
+            Self::Whole(bytes) => bytes.is_empty(),
+            Self::Upstream(incoming) => incoming.is_end_stream(),
+            Self::Faulty(body) => body.is_end_stream(),
+        }
+    }
 }
 
 impl ResponseBody {
@@ -66,7 +83,14 @@ impl ResponseBody {
             finish(live, &mut Context::from_waker(Waker::noop()));
             return Self::empty();
         }
-        let mut body = Self { source: Source::Upstream(incoming), live: Some(live) };
+        let source = match live.fault.take().and_then(|fault| fault.body) {
+            Some(fault) => {
+                let timers = &live.worker.timers;
+                Source::Faulty(Box::new(FaultyBody::new(incoming, fault, timers, live.over_at)))
+            }
+            None => Source::Upstream(incoming),
+        };
+        let mut body = Self { source, live: Some(live) };
         body.mark_cut();
         body
     }
@@ -129,7 +153,7 @@ impl ResponseBody {
         Poll::Ready(Some(if grpc { Ok(Frame::trailers(grpc::status_fields(code, message))) } else { Err(cut) }))
     }
 
-    fn broken(&mut self, error: UpstreamError) -> Poll<Option<Result<Frame<Bytes>, Cut>>> {
+    fn broken(&mut self, cut: Cut) -> Poll<Option<Result<Frame<Bytes>, Cut>>> {
         if let Some(live) = &mut self.live {
             live.record.upstream_cut();
             trial::judge(live, Outcome::Failure, Instant::now());
@@ -137,8 +161,13 @@ impl ResponseBody {
                 live.record.grpc(Code::Unavailable as u32, None);
             }
         }
-        let message = format!("hopguard upstream_cut: the upstream broke off its answer: {}", error.sentence());
-        self.break_off(Code::Unavailable, &message, Cut::Upstream(error))
+        let message = match &cut {
+            Cut::Upstream(error) => {
+                format!("hopguard upstream_cut: the upstream broke off its answer: {}", error.sentence())
+            }
+            Cut::Fault(_) | Cut::Refused(_) => format!("hopguard upstream_cut: {cut}"),
+        };
+        self.break_off(Code::Unavailable, &message, cut)
     }
 
     fn refuse(&mut self, refusal: &Refusal) -> Poll<Option<Result<Frame<Bytes>, Cut>>> {
@@ -221,6 +250,7 @@ impl Body for ResponseBody {
             Source::Empty => SizeHint::with_exact(0),
             Source::Whole(bytes) => SizeHint::with_exact(bytes.len() as u64),
             Source::Upstream(incoming) => incoming.size_hint(),
+            Source::Faulty(body) => body.size_hint(),
         }
     }
 }
@@ -230,21 +260,22 @@ impl ResponseBody {
     fn advance(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Cut>>> {
         // Once for what is there, once more after the connection has been moved.
         for moved in [false, true] {
-            let incoming = match &mut self.source {
+            let polled = match &mut self.source {
                 Source::Empty => return Poll::Ready(None),
                 Source::Whole(bytes) => {
                     let bytes = std::mem::take(bytes);
                     self.source = Source::Empty;
                     return Poll::Ready(Some(Ok(Frame::data(bytes))));
                 }
-                Source::Upstream(incoming) => incoming,
+                Source::Upstream(incoming) => Pin::new(incoming).poll_frame(cx).map_err(Cut::Upstream),
+                Source::Faulty(body) => body.poll_frame(cx),
             };
-            match Pin::new(&mut *incoming).poll_frame(cx) {
+            match polled {
                 Poll::Ready(Some(Ok(frame))) => {
-                    let last = incoming.is_end_stream();
+                    let last = self.source.is_end();
                     return Poll::Ready(Some(Ok(self.take(frame, last, cx))));
                 }
-                Poll::Ready(Some(Err(error))) => return self.broken(error),
+                Poll::Ready(Some(Err(cut))) => return self.broken(cut),
                 Poll::Ready(None) => {
                     self.end(cx);
                     return Poll::Ready(None);

@@ -50,10 +50,34 @@ impl Code {
     }
 }
 
+impl From<Code> for u32 {
+    fn from(code: Code) -> Self {
+        code as Self
+    }
+}
+
+/// The HTTP status that says the same as a code, for a caller that does not speak gRPC (googleapis, google/rpc/code.proto).
+pub fn as_http(code: u32) -> StatusCode {
+    match code {
+        0 => StatusCode::OK,
+        3 | 9 | 11 => StatusCode::BAD_REQUEST,
+        4 => StatusCode::GATEWAY_TIMEOUT,
+        5 => StatusCode::NOT_FOUND,
+        6 | 10 => StatusCode::CONFLICT,
+        7 => StatusCode::FORBIDDEN,
+        8 => StatusCode::TOO_MANY_REQUESTS,
+        12 => StatusCode::NOT_IMPLEMENTED,
+        14 => StatusCode::SERVICE_UNAVAILABLE,
+        16 => StatusCode::UNAUTHORIZED,
+        // CANCELLED has only 499, which no standard knows.
+        _ => StatusCode::INTERNAL_SERVER_ERROR,
+    }
+}
+
 /// Fields of an answer, or trailers, that carry a status.
-pub fn status_fields(code: Code, message: &str) -> HeaderMap {
+pub fn status_fields(code: impl Into<u32>, message: &str) -> HeaderMap {
     let mut fields = HeaderMap::with_capacity(4);
-    fields.insert(STATUS, HeaderValue::from(code as u32));
+    fields.insert(STATUS, HeaderValue::from(code.into()));
     if let Ok(message) = HeaderValue::from_str(&percent_encode(message)) {
         fields.insert(MESSAGE, message);
     }
@@ -61,7 +85,7 @@ pub fn status_fields(code: Code, message: &str) -> HeaderMap {
 }
 
 /// An answer that consists of its trailers alone.
-pub fn trailers_only<B>(code: Code, message: &str, body: B) -> Response<B> {
+pub fn trailers_only<B>(code: impl Into<u32>, message: &str, body: B) -> Response<B> {
     let mut answer = Response::new(body);
     *answer.headers_mut() = status_fields(code, message);
     answer.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));

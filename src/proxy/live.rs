@@ -5,6 +5,7 @@
 
 use std::net::SocketAddr;
 use std::rc::Rc;
+use std::time::Duration;
 
 use http::header::HeaderName;
 use http::{HeaderValue, Request, header};
@@ -14,6 +15,7 @@ use crate::net::body::RequestBody;
 use crate::net::flow::Flow;
 use crate::policy::model::{self, Direction};
 use crate::proxy::caller::Caller;
+use crate::proxy::fault::Aftermath;
 use crate::proxy::fields::{self, Present};
 use crate::proxy::patience::Patience;
 use crate::proxy::refusal::{Kind, Refusal};
@@ -84,6 +86,8 @@ pub struct Live {
     pub is_safe: bool,
     /// What the present try says about the callee is still to be judged.
     pub trial: Trial,
+    /// What a fault of the policy has left to the present try.
+    pub fault: Option<Box<Aftermath>>,
     /// How the exchange hangs together with others.
     pub ties: Option<Box<Ties>>,
     /// What its answer tells the sidecars above.
@@ -146,6 +150,7 @@ impl Live {
             unsent: false,
             is_safe: present.idempotency_key || is_idempotent(request.method().as_str()),
             trial: Trial::default(),
+            fault: None,
             ties: None,
             mark: None,
             late_at: None,
@@ -224,6 +229,12 @@ impl Live {
         let is_marked = self.record.notes().is_some_and(|notes| notes.failed_at.is_some());
         let is_below = is_marked || ties::is_blamed_below(self);
         self.spares(is_below)
+    }
+
+    /// When the present try went to its connection.
+    pub fn sent_at(&self) -> Instant {
+        let lost = self.fault.as_ref().map_or(Duration::ZERO, |fault| fault.lost);
+        self.patience.try_began + lost
     }
 
     /// What the failures of the destination have led to; `None` before the exchange has a place there.

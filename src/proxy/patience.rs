@@ -20,7 +20,7 @@ use crate::rules::timeouts::Timeouts;
 pub struct Patience {
     /// When the request's head was complete.
     pub began: Instant,
-    /// When the present try began.
+    /// When the present try began; if a fault has delayed it, before that.
     pub try_began: Instant,
     /// The head of the answer is there.
     pub answered: bool,
@@ -94,6 +94,11 @@ impl Patience {
             next = if now >= try_at { next } else { next.min(try_at) };
         }
         Verdict::Wait(next)
+    }
+
+    /// How long the present try has taken at `now`.
+    pub fn took(&self, now: Instant) -> Duration {
+        now.saturating_duration_since(self.try_began)
     }
 
     /// True if nothing says yet that it could be a stream.

@@ -1,4 +1,5 @@
-//! What comes back from an upstream, whatever protocol it speaks: the answer's body, or why there is no answer.
+//! What comes back from an upstream, or in its place, whatever protocol it speaks: the answer's body, or why there is no
+//! answer.
 
 use std::cell::Cell;
 use std::error::Error;
@@ -22,6 +23,8 @@ pub enum AnswerBody {
     Http1(Incoming),
     /// From a stream of a shared connection.
     Http2(Http2Body),
+    /// From nobody: whole, and there already.
+    Own(Bytes),
 }
 
 impl Body for AnswerBody {
@@ -32,6 +35,8 @@ impl Body for AnswerBody {
         match &mut *self {
             Self::Http1(incoming) => Pin::new(incoming).poll_frame(cx).map_err(UpstreamError::Http1),
             Self::Http2(body) => body.poll_frame(cx),
+            Self::Own(bytes) if bytes.is_empty() => Poll::Ready(None),
+            Self::Own(bytes) => Poll::Ready(Some(Ok(Frame::data(std::mem::take(bytes))))),
         }
     }
 
@@ -39,6 +44,7 @@ impl Body for AnswerBody {
         match self {
             Self::Http1(incoming) => incoming.is_end_stream(),
             Self::Http2(body) => body.stream.is_end_stream(),
+            Self::Own(bytes) => bytes.is_empty(),
         }
     }
 
@@ -47,6 +53,7 @@ impl Body for AnswerBody {
             Self::Http1(incoming) => incoming.size_hint(),
             // What is known of the length stands in the head, which passes as it is.
             Self::Http2(_) => SizeHint::default(),
+            Self::Own(bytes) => SizeHint::with_exact(bytes.len() as u64),
         }
     }
 }
