@@ -96,6 +96,9 @@ destinations:
 /// Out for the whole of a test.
 const LONG: &str = "    ejection: { openFor: 50s, openForMax: 60s }";
 
+/// Calls that may be under way to the bad endpoint when the fifth one fails; on a busy machine they come in bunches.
+const AT_ONCE: usize = 10;
+
 /// Three endpoints of one destination, the first of which will be the bad one.
 struct Site {
     endpoints: [Endpoint; 3],
@@ -219,19 +222,19 @@ async fn turns_bad(does: Does, more: &str) -> usize {
 #[tokio::test]
 async fn an_endpoint_that_fails_is_out_after_five_calls() {
     let lost = turns_bad(Does::Fail, "").await;
-    assert!(lost <= 8, "{lost}");
+    assert!(lost <= 5 + AT_ONCE, "{lost}");
 }
 
 #[tokio::test]
 async fn an_endpoint_that_resets_is_out_after_five_calls() {
     let lost = turns_bad(Does::Reset, "").await;
-    assert!(lost <= 8, "{lost}");
+    assert!(lost <= 5 + AT_ONCE, "{lost}");
 }
 
 #[tokio::test]
 async fn an_endpoint_that_hangs_is_out_after_five_timeouts() {
     let lost = turns_bad(Does::Hang, "    timeouts: { request: 400ms }").await;
-    assert!(lost <= 12, "{lost}");
+    assert!(lost <= 5 + AT_ONCE, "{lost}");
 }
 
 #[tokio::test]
