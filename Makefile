@@ -11,7 +11,7 @@ CARGO_DENY_VERSION := 0.20.2
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: ## three services behind their hopguards, on loopback: what hopguard shows when one of them turns slow
+demo: ## three services behind their hopguards, on loopback: what hopguard does when one turns slow and one fails
 	$(CARGO) run --release --locked -- demo
 
 test: peers fmt lint unit docs licences words ## everything that a change must pass; installs what the tests need

@@ -42,7 +42,7 @@ const STYLES: Styles = Styles::styled()
 enum Command {
     /// Run the proxy.
     Run(RunArgs),
-    /// Show what hopguard does: three services on loopback, one of which turns slow.
+    /// Show what hopguard does: three services on loopback, of which one turns slow and one fails.
     Demo(DemoArgs),
     /// Check policies; print every problem at once.
     Check {
@@ -114,8 +114,8 @@ struct RunArgs {
 
 #[derive(Debug, Args)]
 struct DemoArgs {
-    /// How long it takes; at least 3s.
-    #[arg(long, value_name = "DURATION", default_value = "30s", env = "HOPGUARD_DURATION", value_parser = parse_demo_duration)]
+    /// For how long orders are placed; at least 6s.
+    #[arg(long, value_name = "DURATION", default_value = "20s", env = "HOPGUARD_DURATION", value_parser = parse_demo_duration)]
     duration: Duration,
     /// Calls per second.
     #[arg(long, value_name = "N", default_value_t = 50, env = "HOPGUARD_RATE", value_parser = clap::value_parser!(u32).range(1..=1000))]
@@ -141,7 +141,7 @@ fn parse_duration(text: &str) -> Result<Duration, String> {
 fn parse_demo_duration(text: &str) -> Result<Duration, String> {
     match parse_duration(text)? {
         long if long >= demo::SHORTEST => Ok(long),
-        _ => Err("too short to show anything; at least 3s".to_owned()),
+        _ => Err("too short to show anything; at least 6s".to_owned()),
     }
 }
 

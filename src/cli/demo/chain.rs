@@ -1,6 +1,8 @@
-//! The chain of the demo: order, payment and bank, each behind a hopguard of its own with a policy of its own.
+//! The chain of the demo: order, payment and bank, each with a hopguard of its own that stands before and behind it.
+//!
+//! A call goes caller -> hopguard -> order -> hopguard -> hopguard -> payment -> hopguard -> hopguard -> bank. A hop is
+//! counted where it begins: order -> payment by order's hopguard. The first one begins outside; there it is the other end.
 
-use std::cell::Cell;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::rc::Rc;
 use std::time::Duration;
@@ -9,116 +11,116 @@ use anyhow::Context;
 
 use crate::app::App;
 use crate::cli::demo::client::Client;
-use crate::cli::demo::service::Service;
+use crate::cli::demo::reading::Reading;
+use crate::cli::demo::service::{self, Otherwise, Service, State};
 use crate::config::Settings;
 use crate::policy::load;
-use crate::telemetry::{HopSummary, MemoryLines, Sink};
+use crate::telemetry::{MemoryLines, Sink};
 
-/// How many hops there are.
+/// How many services there are, and so how many hops.
 pub(super) const HOPS: usize = 3;
 
 /// How long calls in flight may take to finish at the end of the demo.
 const GRACE: Duration = Duration::from_millis(500);
 
-/// What each hop has counted, in the order of the hops; nothing for a hop without a call.
-pub(super) type Reading = Vec<Option<HopSummary>>;
+/// Lines of each access log that are kept.
+const LINES: usize = 100;
 
 /// One service's place in the chain.
-struct Place {
+pub(super) struct Place {
+    /// Who calls it.
     caller: &'static str,
-    name: &'static str,
-    route: &'static str,
+    /// Its name.
+    pub(super) name: &'static str,
+    /// The route of the calls to it.
+    pub(super) route: &'static str,
     path: &'static str,
     /// `timeouts.request` of the route.
     request: &'static str,
-    /// How long the service's own work takes, in microseconds.
+    /// How long its own work takes, in microseconds.
     work: std::ops::Range<u64>,
 }
 
 /// From the caller's side to the far end.
-const PLACES: [Place; HOPS] = [
-    Place { caller: "caller", name: "order", route: "place", path: "/orders", request: "1s", work: 1_000..3_000 },
-    Place {
-        caller: "order",
-        name: "payment",
-        route: "pay",
-        path: "/payments/{id}",
-        request: "300ms",
-        work: 2_000..6_000,
-    },
-    Place { caller: "payment", name: "bank", route: "charge", path: "/charges", request: "200ms", work: 3_000..14_000 },
+pub(super) const PLACES: [Place; HOPS] = [
+    Place { caller: "caller", name: "order", route: "place", path: "/orders", request: "2s", work: 1_000..3_000 },
+    Place { caller: "order", name: "payment", route: "pay", path: "/payments/{id}", request: "1s", work: 2_000..6_000 },
+    Place { caller: "payment", name: "bank", route: "charge", path: "/charges", request: "1s", work: 3_000..14_000 },
 ];
 
-/// One hop: the hopguard in front of a service, and what it sees.
-pub(super) struct Hop {
-    /// Who calls whom, in words.
-    pub(super) name: String,
-    /// The route's name in the policy.
-    pub(super) route: &'static str,
-    /// The hopguard's address for callers.
-    pub(super) door: SocketAddr,
-    /// Its admin address.
-    pub(super) admin: SocketAddr,
+/// A service and its hopguard.
+pub(super) struct Member {
     /// The service's name.
-    pub(super) service: &'static str,
-    /// Its whole policy.
+    pub(super) name: &'static str,
+    /// The service.
+    pub(super) state: Rc<State>,
+    /// Where its hopguard takes calls to it.
+    pub(super) door: SocketAddr,
+    /// Where its hopguard takes calls that it makes; the last one makes none, and this is its door again.
+    pub(super) out: SocketAddr,
+    /// Its hopguard's admin address.
+    pub(super) admin: SocketAddr,
+    /// Its hopguard's whole policy.
     pub(super) policy: String,
-    /// The lines of its access log.
+    /// The last lines of its hopguard's access log.
     pub(super) lines: MemoryLines,
-    app: App,
+    /// Its hopguard.
+    pub(super) app: App,
 }
 
 /// The running chain.
 pub(super) struct Chain {
-    /// From the caller's side to the far end.
-    pub(super) hops: Vec<Hop>,
-    /// How much longer payment's work takes at the moment.
-    pub(super) payment_slower: Rc<Cell<Duration>>,
+    /// Called by everybody.
+    pub(super) order: Member,
+    /// Called by order.
+    pub(super) payment: Member,
+    /// Called by payment.
+    pub(super) bank: Member,
 }
 
 impl Chain {
-    /// Starts services and hopguards from the far end on, so that each knows the next one's address.
-    pub(super) async fn start() -> anyhow::Result<Self> {
-        let payment_slower = Rc::new(Cell::new(Duration::ZERO));
-        let mut hops: Vec<Hop> = Vec::with_capacity(HOPS);
-        for place in PLACES.iter().rev() {
-            let next = hops.last().map(|hop| (Client::new(hop.door, hop.service), path_to(hop.service)));
-            let slower = if place.name == "payment" { Rc::clone(&payment_slower) } else { Rc::default() };
-            let service = Service { name: place.name, work: place.work.clone(), slower, next };
-            let address = service.start().await.with_context(|| format!("the service {}", place.name))?;
-            hops.push(place.hop(address)?);
-        }
-        hops.reverse();
-        Ok(Self { hops, payment_slower })
+    /// Starts services and hopguards from the far end on, so that each knows the next one's address. `rules` is a line of
+    /// all their policies, or nothing.
+    pub(super) async fn start(rules: &str) -> anyhow::Result<Self> {
+        let [order, payment, bank] = &PLACES;
+        let bank = bank.member(None, rules).await?;
+        let payment = payment.member(Some((&PLACES[2], bank.door)), rules).await?;
+        let order = order.member(Some((&PLACES[1], payment.door)), rules).await?;
+        Ok(Self { order, payment, bank })
     }
 
-    /// What the hops have counted so far.
+    /// From the caller's side to the far end.
+    pub(super) fn members(&self) -> [&Member; HOPS] {
+        [&self.order, &self.payment, &self.bank]
+    }
+
+    /// What has been counted so far. Forgets lines of the access logs that nobody will read any more.
     pub(super) fn read(&self) -> Reading {
-        let read = |hop: &Hop| hop.app.telemetry().summaries().into_iter().find(|one| &*one.labels.route == hop.route);
-        self.hops.iter().map(read).collect()
+        for member in self.members() {
+            if let Ok(mut lines) = member.lines.lock() {
+                let old = lines.len().saturating_sub(LINES);
+                lines.drain(..old);
+            }
+        }
+        Reading::of(self)
     }
 
     /// Takes all hopguards down, together, in at most half a second.
     pub(super) async fn stop(self) {
-        let mut stops = self.hops.into_iter().map(|hop| hop.app.stop(GRACE));
-        if let (Some(first), Some(second), Some(third)) = (stops.next(), stops.next(), stops.next()) {
-            tokio::join!(first, second, third);
-        }
-    }
-}
-
-impl Hop {
-    /// The line of the policy that has the route's timeout, as `FILE:LINE`.
-    pub(super) fn timeout_line(&self) -> String {
-        let line = self.policy.lines().position(|line| line.contains("timeouts:")).map_or(0, |index| index + 1);
-        format!("{}.yaml:{line}", self.service)
+        tokio::join!(self.order.app.stop(GRACE), self.payment.app.stop(GRACE), self.bank.app.stop(GRACE));
     }
 }
 
 impl Place {
-    /// The hopguard in front of the service at `address`.
-    fn hop(&self, address: SocketAddr) -> anyhow::Result<Hop> {
-        let policy = self.policy(address);
+    /// Who calls whom, in words.
+    pub(super) fn hop(&self) -> String {
+        format!("{} -> {}", self.caller, self.name)
+    }
+
+    /// Starts the service and its hopguard.
+    async fn member(&self, next: Option<(&Place, SocketAddr)>, rules: &str) -> anyhow::Result<Member> {
+        let (listener, address) = service::bind().await.with_context(|| format!("the service {}", self.name))?;
+        let policy = self.policy(address, next, rules);
         let model = load::load_str(&format!("{}.yaml", self.name), &policy)?;
         let settings = Settings {
             policy: None,
@@ -130,31 +132,46 @@ impl Place {
         };
         let (sink, lines) = Sink::memory();
         let app = App::start(settings, model, sink)?;
-        let (_, door) = app.listeners().pop().context("the policy has a listener")?;
-        Ok(Hop {
-            name: format!("{} -> {}", self.caller, self.name),
-            route: self.route,
-            door,
-            admin: app.admin(),
-            service: self.name,
-            policy,
-            lines,
-            app,
-        })
+        let listeners = app.listeners();
+        let address_of = |wanted| listeners.iter().find(|(name, _)| name == wanted).map(|(_, address)| *address);
+        let door = address_of("in").context("the policy has a listener")?;
+        let out = address_of("out").unwrap_or(door);
+        let state = Rc::<State>::default();
+        let service = Service {
+            name: self.name,
+            work: self.work.clone(),
+            state: Rc::clone(&state),
+            next: next.map(|(next, _)| (Client::new(out, next.name), path_to(next.name))),
+            otherwise: if self.name == "order" { Otherwise::Later } else { Otherwise::Fail },
+        };
+        service.start(listener);
+        Ok(Member { name: self.name, state, door, out, admin: app.admin(), policy, lines, app })
     }
 
-    fn policy(&self, address: SocketAddr) -> String {
-        let Self { name, route, path, request, .. } = self;
+    fn policy(&self, address: SocketAddr, next: Option<(&Place, SocketAddr)>, rules: &str) -> String {
+        let name = self.name;
+        let mut listeners = format!("  - {{ name: in, bind: 127.0.0.1:0, to: {name} }}\n");
+        let mut destinations = self.destination("", address);
+        if let Some((next, address)) = next {
+            listeners.push_str("  - { name: out, bind: 127.0.0.1:0, forward: true }\n");
+            destinations.push_str(&next.destination(&format!("    hosts: [{}]\n", next.name), address));
+        }
         format!(
             "apiVersion: hopguard.dev/v1alpha1
 kind: Policy
 service: {name}
 accessLog: {{ mode: errors, format: text }}
-listeners:
-  - {{ name: in, bind: 127.0.0.1:0, to: {name} }}
-destinations:
-  - name: {name}
-    endpoints: [{address}]
+{rules}listeners:
+{listeners}destinations:
+{destinations}"
+        )
+    }
+
+    fn destination(&self, hosts: &str, address: SocketAddr) -> String {
+        let Self { name, route, path, request, .. } = self;
+        format!(
+            "  - name: {name}
+{hosts}    endpoints: [{address}]
     routes:
       - name: {route}
         match: {{ methods: [POST], path: \"{path}\" }}

@@ -7,7 +7,7 @@ use std::net::SocketAddr;
 
 use bytes::Bytes;
 use http::response::Parts;
-use http::{Method, Request, header};
+use http::{HeaderMap, HeaderValue, Method, Request, header};
 use http_body_util::{BodyExt, Empty, Limited};
 use hyper::client::conn::http1::{SendRequest, handshake};
 use hyper_util::rt::TokioIo;
@@ -36,11 +36,13 @@ impl Client {
         Self { to, host, idle: RefCell::default() }
     }
 
-    /// POSTs nothing to `path` and reads the whole answer. As many calls may be under way as there are callers.
-    pub(super) async fn post(&self, path: &str) -> Result<(Parts, Bytes), CallError> {
+    /// POSTs nothing but these fields to `path` and reads the whole answer. As many calls may be under way as there are
+    /// callers.
+    pub(super) async fn post(&self, path: &str, fields: HeaderMap) -> Result<(Parts, Bytes), CallError> {
         let mut sender = self.connection().await?;
-        let request =
-            Request::builder().method(Method::POST).uri(path).header(header::HOST, self.host).body(Empty::new())?;
+        let mut request = Request::builder().method(Method::POST).uri(path).body(Empty::new())?;
+        *request.headers_mut() = fields;
+        request.headers_mut().insert(header::HOST, HeaderValue::from_static(self.host));
         let (head, body) = sender.send_request(request).await?.into_parts();
         let body = Limited::new(body, LONGEST).collect().await?.to_bytes();
         if sender.ready().await.is_ok() {

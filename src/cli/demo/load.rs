@@ -5,12 +5,14 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
+use http::{HeaderMap, HeaderValue};
 use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 use tokio::time::interval;
 
 use crate::cli::demo::chain::path_to;
 use crate::cli::demo::client::Client;
+use crate::cli::demo::service::IDEMPOTENCY_KEY;
 use crate::runtime::tasks;
 
 /// Orders that may be under way at the same time; more are not placed.
@@ -32,12 +34,17 @@ impl Load {
                 let client = Rc::clone(&client);
                 tasks::spawn(async move {
                     // How it went is for the hopguards to tell.
-                    let _answer = client.post(path_to("order")).await;
+                    let _answer = client.post(path_to("order"), key()).await;
                     drop(place);
                 });
             }
         }))
     }
+}
+
+/// The fields of an order that may be placed again without harm.
+pub(super) fn key() -> HeaderMap {
+    HeaderMap::from_iter([(IDEMPOTENCY_KEY, HeaderValue::from(fastrand::u64(..)))])
 }
 
 impl Drop for Load {

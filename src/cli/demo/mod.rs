@@ -1,11 +1,13 @@
-//! `hopguard demo`: three services, each behind its own hopguard, one of which turns slow and recovers.
+//! `hopguard demo`: three services, each with its own hopguard; one turns slow, one fails and recovers, and order goes on.
 //!
 //! | file | what |
 //! |---|---|
 //! | `story` | what happens, and the words for it |
+//! | `report` | what was measured, in words |
+//! | `tries` | the last chapter: tries at the bank with and without `retryInOnePlace` |
 //! | `chain` | the three hopguards, with their policies |
 //! | `service`, `client`, `load` | the small services, how they call each other, and who calls them |
-//! | `screen` | the table of hops |
+//! | `reading`, `screen` | what was counted, and the table of hops made from it |
 //!
 //! Everything runs on loopback, on free ports, in this process; it is bounded in time, calls and connections.
 #![allow(clippy::print_stderr, reason = "what keeps the demo from starting is said to the person at the terminal")]
@@ -13,9 +15,12 @@
 mod chain;
 mod client;
 mod load;
+mod reading;
+mod report;
 mod screen;
 mod service;
 mod story;
+mod tries;
 
 use std::collections::VecDeque;
 use std::io::{self, IsTerminal, Stdout};
@@ -23,22 +28,21 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use tokio::runtime::{Builder, LocalOptions};
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::cli::DemoArgs;
 use crate::runtime::signals::Signals;
-use crate::telemetry::HopSummary;
 
-use chain::{Chain, Reading};
-use client::Client;
+use chain::{Chain, PLACES};
 use load::Load;
+use reading::Reading;
 use screen::{Row, Screen};
 use story::Phase;
 
 const NO_START: u8 = 3;
 
 /// The shortest demo that still has something to show in each phase.
-pub(super) const SHORTEST: Duration = Duration::from_secs(3);
+pub(super) const SHORTEST: Duration = Duration::from_secs(6);
 
 /// How often the telemetry is read, and a terminal redrawn.
 const TICK: Duration = Duration::from_millis(500);
@@ -46,6 +50,9 @@ const TICK: Duration = Duration::from_millis(500);
 const SPAN: Duration = Duration::from_secs(3);
 /// Calls that began before a phase are no part of its figures; all of them are over by then.
 const SETTLE: Duration = Duration::from_millis(400);
+/// How often, and for how long at most, it is looked whether the breaker is closed again.
+const LOOK: Duration = Duration::from_millis(10);
+const PATIENCE: Duration = Duration::from_secs(4);
 
 /// Runs the demo to its end, or to the first signal. Whoever closes our output ends it too.
 pub(super) fn run(args: &DemoArgs) -> ExitCode {
@@ -55,7 +62,7 @@ pub(super) fn run(args: &DemoArgs) -> ExitCode {
     };
     runtime.block_on(async {
         let started = match Signals::listen() {
-            Ok(signals) => Chain::start().await.map(|chain| (signals, chain)),
+            Ok(signals) => Chain::start("").await.map(|chain| (signals, chain)),
             Err(error) => Err(error.into()),
         };
         let (mut signals, chain) = match started {
@@ -98,19 +105,28 @@ impl<'a> Show<'a> {
     /// Tells the whole story.
     async fn tell(&mut self, rate: u32) -> io::Result<()> {
         self.screen.say(&story::opening(self.chain, self.duration, rate))?;
-        let Some(first) = self.chain.hops.first() else { return Ok(()) };
-        let load = Load::start(first.door, rate);
+        let load = Load::start(self.chain.order.door, rate);
         let begun = Instant::now();
         let mut end = begun;
         for phase in Phase::ALL {
-            self.chain.payment_slower.set(phase.slower());
+            let before = self.chain.read();
+            phase.set(self.chain);
             end += phase.lasts(self.duration);
-            self.announce(phase, begun)?;
+            self.screen.say(&format!("[{}s] {}\n", begun.elapsed().as_secs(), phase.words()))?;
+            if phase == Phase::Recovered {
+                self.until_closed().await?;
+            }
             self.watch(phase, end).await?;
+            if phase == Phase::Failing
+                && let Some(counted) = report::failing(&self.chain.read().since(&before))
+            {
+                self.screen.say(&counted)?;
+            }
         }
         drop(load);
         self.screen.leave()?;
-        self.screen.say(&story::closing(self.chain, &self.done))?;
+        self.screen.say(&report::closing(&self.done, &self.chain.read()))?;
+        self.screen.say(&Box::pin(tries::tell()).await?)?;
         self.screen.say("That was it. A policy for a service of your own: README.md.")
     }
 
@@ -120,26 +136,33 @@ impl<'a> Show<'a> {
         self.screen.say("Stopped.")
     }
 
-    fn announce(&mut self, phase: Phase, begun: Instant) -> io::Result<()> {
-        let Some(payment) = story::payment(self.chain) else { return Ok(()) };
-        let at = begun.elapsed().as_secs();
-        self.screen.say(&format!("[{at}s] {}\n", phase.words(payment)))
+    /// Waits for the breaker to close, and says how long it took.
+    async fn until_closed(&mut self) -> io::Result<()> {
+        let begun = Instant::now();
+        while !reading::is_closed(self.chain) {
+            if begun.elapsed() > PATIENCE {
+                return Ok(());
+            }
+            sleep(LOOK).await;
+        }
+        let took = screen::short(begun.elapsed());
+        self.screen.say(&format!("The breaker closed by itself, {took} after payment was well again.\n"))
     }
 
-    /// Shows what is counted until the phase ends.
+    /// Shows what is counted until the phase ends, and one call that is worth a closer look.
     async fn watch(&mut self, phase: Phase, end: Instant) -> io::Result<()> {
         let mut next = Instant::now() + SETTLE;
         sleep_until(next).await;
         let begin = self.chain.read();
         let mut readings = VecDeque::from([(Instant::now(), begin.clone())]);
         let mut due = next + self.every;
-        let mut explained = phase != Phase::Slow;
+        let mut explained = false;
         while next < end {
             next = end.min(next + TICK);
             sleep_until(next).await;
             if !explained {
                 explained = true;
-                self.explain().await?;
+                self.explain(phase).await?;
             }
             readings.push_back((Instant::now(), self.chain.read()));
             while readings.len() > 2 && readings[1].0.elapsed() >= SPAN {
@@ -150,36 +173,24 @@ impl<'a> Show<'a> {
                 self.table(&readings)?;
             }
         }
-        self.done.push((phase, since(&self.chain.read(), &begin)));
+        self.done.push((phase, self.chain.read().since(&begin)));
         Ok(())
     }
 
     fn table(&mut self, readings: &VecDeque<(Instant, Reading)>) -> io::Result<()> {
         let (Some((from, first)), Some((to, last))) = (readings.front(), readings.back()) else { return Ok(()) };
-        let seen = since(last, first);
-        let row = |(hop, seen): (&'a chain::Hop, _)| Row { hop: &hop.name, route: hop.route, seen };
-        let rows: Vec<_> = self.chain.hops.iter().zip(seen).map(row).collect();
-        self.screen.show(&rows, to.saturating_duration_since(*from))
+        let seen = last.since(first);
+        let rows = PLACES.iter().zip(seen.hops).map(|(place, seen)| Row { hop: place.hop(), route: place.route, seen });
+        self.screen.show(&rows.collect::<Vec<_>>(), to.saturating_duration_since(*from))
     }
 
-    /// Makes one call to payment itself and shows the answer.
-    async fn explain(&mut self) -> io::Result<()> {
-        let Some(payment) = story::payment(self.chain) else { return Ok(()) };
-        let client = Client::new(payment.door, payment.service);
-        match timeout(story::SLOWER, client.post(chain::path_to(payment.service))).await {
-            Ok(Ok((head, body))) => self.screen.say(&story::refusal(payment, &head, &body)),
-            // Nothing to show then; the table shows what goes on.
-            Ok(Err(_)) | Err(_) => Ok(()),
-        }
+    async fn explain(&mut self, phase: Phase) -> io::Result<()> {
+        let told = match phase {
+            Phase::Slow => Box::pin(report::hurry(self.chain)).await,
+            Phase::Failing => Box::pin(report::refusal(self.chain)).await,
+            Phase::Well | Phase::Recovered => None,
+        };
+        // Without an answer there is nothing to show; the table shows what goes on.
+        told.map_or(Ok(()), |told| self.screen.say(&told))
     }
-}
-
-/// What happened between two readings; nothing for a hop without a call in between.
-fn since(now: &Reading, before: &Reading) -> Reading {
-    let difference = |(now, before): (&Option<HopSummary>, &Option<HopSummary>)| {
-        let now = now.as_ref()?;
-        let seen = before.as_ref().map_or_else(|| now.clone(), |before| now.since(before));
-        (seen.count > 0).then_some(seen)
-    };
-    now.iter().zip(before).map(difference).collect()
 }

@@ -9,11 +9,11 @@ use std::time::Duration;
 use crate::telemetry::HopSummary;
 
 /// One line of the table.
-pub(super) struct Row<'a> {
+pub(super) struct Row {
     /// Who calls whom.
-    pub(super) hop: &'a str,
+    pub(super) hop: String,
     /// The route's name.
-    pub(super) route: &'a str,
+    pub(super) route: &'static str,
     /// What happened between the two readings; nothing if there was no call.
     pub(super) seen: Option<HopSummary>,
 }
@@ -41,7 +41,7 @@ impl<W: Write> Screen<W> {
     }
 
     /// Shows the table: in place of the last one on a terminal, else as another one.
-    pub(super) fn show(&mut self, rows: &[Row<'_>], over: Duration) -> io::Result<()> {
+    pub(super) fn show(&mut self, rows: &[Row], over: Duration) -> io::Result<()> {
         let drawn = draw(rows, over);
         if !self.terminal {
             writeln!(self.out, "{drawn}")?;
@@ -68,7 +68,7 @@ impl<W: Write> Screen<W> {
     }
 }
 
-fn draw(rows: &[Row<'_>], over: Duration) -> String {
+fn draw(rows: &[Row], over: Duration) -> String {
     let seconds = over.as_secs_f64();
     let mut text = line(["hop", "route", "calls/s", "ok", "mean", "p50", "p95", "p99", "own p50"]);
     for row in rows {
@@ -81,7 +81,7 @@ fn draw(rows: &[Row<'_>], over: Duration) -> String {
         let own = row.seen.as_ref().and_then(|seen| seen.overhead.quantile(0.5)).map_or_else(none, short);
         let rate = format!("{rate:.1}");
         let (p50, p95, p99) = (quantile(0.5), quantile(0.95), quantile(0.99));
-        text.push_str(&line([row.hop, row.route, &rate, &ok, &mean, &p50, &p95, &p99, &own]));
+        text.push_str(&line([&row.hop, row.route, &rate, &ok, &mean, &p50, &p95, &p99, &own]));
     }
     text
 }
@@ -111,8 +111,8 @@ pub(super) fn short(duration: Duration) -> String {
 mod tests {
     use super::*;
 
-    fn row() -> [Row<'static>; 1] {
-        [Row { hop: "order -> payment", route: "charge", seen: None }]
+    fn row() -> [Row; 1] {
+        [Row { hop: "order -> payment".to_owned(), route: "charge", seen: None }]
     }
 
     #[test]
