@@ -175,6 +175,7 @@ struct Live<'a> {
     trial: Trial,
     mark: Option<Mark>,
     failed_at: bool,
+    is_answered: bool,
 }
 
 type Tried = Result<Answer, Kind>;
@@ -212,10 +213,12 @@ pub(crate) async fn call(world: &Rc<World>, sidecar: usize, direction: Direction
         trial: Trial::default(),
         mark: None,
         failed_at: false,
+        is_answered: false,
     };
     let tried = live.run().await;
     let (kind, failures) = (tried.as_ref().err().copied(), live.attempt);
     let answer = live.hand_over(tried);
+    live.is_answered = true;
     world.checks.event(|| {
         let (at, call, name) = (world.clock.passed(), live.request.number(), &live.side.name);
         let (status, code, marks, until) = (answer.status, answer.code, &answer.proxy_status, live.until.as_ref());
@@ -224,6 +227,15 @@ pub(crate) async fn call(world: &Rc<World>, sidecar: usize, direction: Direction
     });
     live.check_end();
     answer
+}
+
+impl Drop for Live<'_> {
+    fn drop(&mut self) {
+        let now = self.now();
+        if self.side.direction == Direction::Inbound && !self.is_answered && self.request_at() <= now + ms(10) {
+            self.world.sidecars[self.sidecar].late.note(self.keys, LATE, now);
+        }
+    }
 }
 
 impl Live<'_> {

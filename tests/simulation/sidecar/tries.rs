@@ -50,7 +50,7 @@ impl Live<'_> {
             is_marked_final: is_marked && self.world.mutant != Mutant::MarkIgnored,
             pushback: report.pushback.filter(|_| self.world.mutant != Mutant::MarkIgnored),
             is_replayable: self.request.is_replayable,
-            left: self.request_at().saturating_duration_since(now),
+            left: self.request_at().saturating_duration_since(now).saturating_sub(2 * LEAST),
             random: self.world.random(Rng::f64),
         };
         let retry = &self.side.policy.retry;
