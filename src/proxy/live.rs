@@ -273,6 +273,7 @@ pub fn unread(caller: &Caller) -> RequestLine {
 
 impl Drop for Live {
     fn drop(&mut self) {
+        ties::left(self);
         self.record.bytes_in = self.flow.request.bytes();
         self.record.bytes_out = self.flow.response.bytes();
         if self.flow.was_cut() {

@@ -45,6 +45,13 @@ const LATE: u64 = 0;
 /// A call that has less than this left cannot be answered in time.
 const LEAST: Duration = Duration::from_millis(1);
 
+/// The most that a hop keeps of the time for the way back.
+const MOST_RESERVED: Duration = Duration::from_millis(10);
+
+/// What one more try needs: that, and as much for the way back. With less, the next hop would be told of time that there is
+/// not, and its app might go on unnoticed after the caller has gone.
+pub const TRY: Duration = Duration::from_millis(2);
+
 /// Finds out how much time the call has, and ties it to others.
 ///
 /// # Errors
@@ -157,7 +164,7 @@ pub fn lift(live: &Live) {
 
 /// What a hop keeps of the time for the way back.
 fn reserve(left: Duration) -> Duration {
-    (left / 100).clamp(Duration::from_millis(1), Duration::from_millis(10))
+    (left / 100).clamp(Duration::from_millis(1), MOST_RESERVED)
 }
 
 /// Writes what is left into the request, for the next hop.
@@ -259,6 +266,22 @@ pub fn ended(live: &Live, kind: Kind, now: Instant) {
         && matches!(kind, Kind::RequestTimeout | Kind::DeadlineExceeded)
         && let Some(ties) = &live.ties
     {
+        live.worker.late.note(ties.keys, LATE, now);
+    }
+}
+
+/// An exchange ends, and maybe without an answer. A caller whose time is over goes, and may have gone a moment before our own
+/// timer rang; then the calls that the app still makes come too late all the same.
+pub fn left(live: &Live) {
+    let is_unanswered = live.direction == Direction::Inbound && live.record.status().is_none();
+    let Some(ties) = live.ties.as_ref().filter(|_| is_unanswered && !live.is_unrouted()) else { return };
+    let at = match live.patience.is_unary() {
+        true => Some(live.patience.request_at(&live.route().timeouts)),
+        // It may be a stream, which lives longer, unless it came with a deadline of its own.
+        false => live.patience.until.filter(|_| live.patience.grpc).map(|until| until.at),
+    };
+    let now = Instant::now();
+    if at.is_some_and(|at| at <= now + MOST_RESERVED) {
         live.worker.late.note(ties.keys, LATE, now);
     }
 }

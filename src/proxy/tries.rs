@@ -221,7 +221,7 @@ fn decide(live: &mut Live, report: &Report, now: Instant) -> Decision {
         is_marked_final: marked && in_one_place.is_enforced(),
         pushback: report.pushback,
         is_replayable: spare.body.is_replayable(),
-        left: live.patience.request_at(&route.timeouts).saturating_duration_since(now),
+        left: live.patience.request_at(&route.timeouts).saturating_duration_since(now).saturating_sub(ties::TRY),
         random: fastrand::f64(),
     };
     let is_enforced = modes.retry.value.is_enforced();

@@ -322,7 +322,7 @@ fn due<'a>(
     random: &mut fastrand::Rng,
 ) -> Option<&'a Rc<Endpoint>> {
     // Anywhere, so that one of which nothing can be found out does not stand before the others for ever.
-    let begin = random.usize(..endpoints.len());
+    let begin = random.usize(..endpoints.len().max(1));
     let some = endpoints.iter().cycle().skip(begin).take(endpoints.len().min(LOOKED_AT));
     some.into_iter().find(|one| one.member.is_due(now) && !tried.contains(&one.address.socket))
 }
