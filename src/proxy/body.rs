@@ -173,7 +173,9 @@ impl ResponseBody {
     fn refuse(&mut self, refusal: &Refusal) -> Poll<Option<Result<Frame<Bytes>, Cut>>> {
         let (code, message) = refusal.grpc();
         if let Some(live) = &mut self.live {
-            trial::judge_late(live, refusal.kind, Instant::now());
+            let now = Instant::now();
+            trial::judge_late(live, refusal.kind, now);
+            ties::ended(live, refusal.kind, now);
             live.record.refuse(refusal.record());
             if live.patience.grpc {
                 live.record.grpc(code as u32, None);

@@ -243,17 +243,23 @@ pub fn refused(live: &mut Live, kind: Kind, now: Instant) {
         }
         return;
     }
-    if matches!(kind, Kind::RequestTimeout | Kind::DeadlineExceeded)
-        && let Some(ties) = &live.ties
-    {
-        // The app may go on, and call others for a caller who has gone.
-        live.worker.late.note(ties.keys, LATE, now);
-    }
+    ended(live, kind, now);
     let is_unsent = kind.is_before_the_app() && !is_off(live, |modes| &modes.unsent);
     let mut mark = blamed(live).unwrap_or(Mark { is_final: false, is_unsent: false, at: None });
     mark.is_unsent = is_unsent;
     if mark.is_unsent || mark.is_final || mark.at.is_some() {
         live.mark = Some(Box::new(mark));
+    }
+}
+
+/// An exchange was ended by us, before its answer or in the midst of it. Where time was up, the app may go on, and call
+/// others for a caller who has gone.
+pub fn ended(live: &Live, kind: Kind, now: Instant) {
+    if live.direction == Direction::Inbound
+        && matches!(kind, Kind::RequestTimeout | Kind::DeadlineExceeded)
+        && let Some(ties) = &live.ties
+    {
+        live.worker.late.note(ties.keys, LATE, now);
     }
 }
 

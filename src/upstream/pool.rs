@@ -187,8 +187,10 @@ impl Pool {
     pub fn pick_now(&self, now: Instant, tried: &[SocketAddr], ejects: bool) -> Option<Rc<Endpoint>> {
         self.follow(now);
         let endpoints = self.endpoints.borrow();
-        if let [only] = &endpoints[..] {
-            return Some(Rc::clone(only));
+        match &endpoints[..] {
+            [] => return None,
+            [only] => return Some(Rc::clone(only)),
+            _ => {}
         }
         let mut random = self.random.borrow_mut();
         if ejects && let Some(due) = due(&endpoints, tried, now, &mut random) {

@@ -605,7 +605,7 @@ destinations:
 }
 
 /// An app that sends a piece, calls the bank, and sends what it has heard, for as long as anybody listens.
-async fn caller_of_the_bank(http2: bool) -> (Upstream, Arc<OnceLock<SocketAddr>>) {
+async fn caller_of_the_bank(http2: bool, pause: Duration) -> (Upstream, Arc<OnceLock<SocketAddr>>) {
     let door = Arc::new(OnceLock::<SocketAddr>::new());
     let to = Arc::clone(&door);
     let handler = move |_| {
@@ -615,7 +615,7 @@ async fn caller_of_the_bank(http2: bool) -> (Upstream, Arc<OnceLock<SocketAddr>>
             tokio::spawn(async move {
                 let mut heard = "begun".to_owned();
                 while pieces.send(piece(&heard, http2)).await {
-                    sleep(Duration::from_millis(50)).await;
+                    sleep(pause).await;
                     let asked = request("GET", "/").header("traceparent", TRACEPARENT).body(empty()).unwrap();
                     heard = ask(to, asked).await.status.to_string();
                 }
@@ -639,7 +639,7 @@ fn piece(text: &str, is_message: bool) -> Vec<u8> {
 #[tokio::test]
 async fn a_stream_may_call_others_for_as_long_as_it_lives() {
     let bank = Bank::open(false).await;
-    let (app, door) = caller_of_the_bank(false).await;
+    let (app, door) = caller_of_the_bank(false, Duration::from_millis(50)).await;
     let mesh = Mesh::start(&streaming_policy(app.addr, bank.upstream.addr)).await;
     door.set(mesh.addr("out")).unwrap();
     let mut wire = Wire::open(mesh.addr("in")).await;
@@ -654,19 +654,39 @@ async fn a_stream_may_call_others_for_as_long_as_it_lives() {
     assert!(told > 1000, "the bank's own time: {told}");
 }
 
+/// Asks for a stream of gRPC, within a time.
+async fn watch(mesh: &Mesh, timeout: &'static str) -> Answer {
+    let mut asked = grpc_request(CHARGE, full(&b"\0\0\0\0\0"[..]));
+    asked.headers_mut().insert("grpc-timeout", timeout.parse().unwrap());
+    asked.headers_mut().insert("traceparent", TRACEPARENT.parse().unwrap());
+    Caller::open(Speaks::Http2, mesh.addr("in")).await.ask(asked).await
+}
+
 #[tokio::test]
 async fn a_grpc_stream_may_call_others_until_its_own_deadline() {
     let bank = Bank::open(false).await;
-    let (app, door) = caller_of_the_bank(true).await;
+    let (app, door) = caller_of_the_bank(true, Duration::from_millis(50)).await;
     let mesh = Mesh::start(&streaming_policy(app.addr, bank.upstream.addr)).await;
     door.set(mesh.addr("out")).unwrap();
-    let mut asked = grpc_request(CHARGE, full(&b"\0\0\0\0\0"[..]));
-    asked.headers_mut().insert("grpc-timeout", "900m".parse().unwrap());
-    asked.headers_mut().insert("traceparent", TRACEPARENT.parse().unwrap());
-    let answer = Caller::open(Speaks::Http2, mesh.addr("in")).await.ask(asked).await;
-    let heard = String::from_utf8_lossy(&answer.body).into_owned();
-    assert!(heard.matches("200 OK").count() >= 8 && !heard.contains("50"), "{heard} {:#?}", mesh.log());
+    let answer = watch(&mesh, "900m").await;
     assert_eq!(answer.grpc_status(), "4", "{answer:?}");
-    let told: u64 = bank.told(EXPECTED).parse().unwrap();
-    assert!(told < 400, "what the stream has left: {told}");
+    // The app lives by 300 ms where it does not stream, which is six calls.
+    let heard = String::from_utf8_lossy(&answer.body).into_owned();
+    assert!(heard.matches("200 OK").count() >= 8, "{heard} {:#?}", mesh.log());
+    let asked = bank.asked.lock().unwrap();
+    let told: Vec<u64> = asked.iter().map(|fields| fields[EXPECTED].to_str().unwrap().parse().unwrap()).collect();
+    assert!(told.iter().all(|told| *told < 900) && told.is_sorted_by(|one, next| one > next), "{told:?}");
+}
+
+#[tokio::test]
+async fn an_app_that_calls_on_after_its_stream_was_ended_is_refused() {
+    let bank = Bank::open(false).await;
+    let (app, door) = caller_of_the_bank(true, Duration::from_millis(600)).await;
+    let mesh = Mesh::start(&streaming_policy(app.addr, bank.upstream.addr)).await;
+    door.set(mesh.addr("out")).unwrap();
+    assert_eq!(watch(&mesh, "250m").await.grpc_status(), "4");
+    let line = mesh.only("deadline_spent").await;
+    assert_eq!((&line["destination"], &line["deadline_from"]), (&"bank".into(), &"inbound".into()), "{line}");
+    assert_eq!(bank.upstream.requests(), 0);
+    assert_eq!(mesh.metric("hopguard_deadline_joins_total", &["how=\"late\""]), 1.0);
 }
