@@ -301,8 +301,9 @@ fn discard(live: &mut Live, answer: Response<AnswerBody>) {
 /// Waits before the next try; the deadline is known to be later.
 async fn pause(live: &mut Live, after: Duration) {
     if !after.is_zero() {
-        let until = Instant::now() + after;
-        live.timer.limit(until, std::future::pending::<()>()).await;
+        let begun = Instant::now();
+        live.timer.limit(begun + after, std::future::pending::<()>()).await;
+        live.record.note().paused += begun.elapsed();
     }
 }
 

@@ -97,6 +97,8 @@ pub struct Notes {
     pub fault: Option<Box<str>>,
     /// Rules in `warn` that would have acted.
     pub would: Vec<&'static str>,
+    /// How long it waited between tries.
+    pub paused: Duration,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -341,9 +343,11 @@ impl Exchange {
         });
     }
 
-    /// What we took of the time to the first byte: all of it but the waits for a place, a connection and the upstream.
+    /// What we took of the time to the first byte: all of it but the waits for a place, a connection, the upstream and
+    /// the next try.
     pub fn overhead(&self) -> Option<Duration> {
-        let waits = self.upstream? + self.connect.unwrap_or_default() + self.queued.unwrap_or_default();
+        let paused = self.notes.as_ref().map_or(Duration::ZERO, |notes| notes.paused);
+        let waits = self.upstream? + self.connect.unwrap_or_default() + self.queued.unwrap_or_default() + paused;
         Some(self.first_byte?.saturating_sub(waits))
     }
 }

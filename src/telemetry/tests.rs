@@ -360,7 +360,8 @@ fn overhead_is_what_no_wait_explains() {
     exchange.queued(ms(10));
     exchange.connected(ms(20));
     exchange.upstream_waited(ms(30));
-    exchange.head(exchange.began() + ms(61), StatusCode::OK);
+    exchange.note().paused = ms(40);
+    exchange.head(exchange.began() + ms(101), StatusCode::OK);
     assert_eq!(exchange.overhead(), Some(ms(1)));
     exchange.upstream_waited(ms(30));
     assert_eq!(exchange.overhead(), Some(Duration::ZERO), "waits that overlap never make it negative");
