@@ -263,6 +263,18 @@ pub fn ended(live: &Live, kind: Kind, now: Instant) {
     }
 }
 
+/// The caller went away before there was an answer. The app may go on; what it calls after the deadline, it calls for nobody.
+///
+/// Callers wait for the same deadline, so that theirs can be over a moment before ours.
+pub fn abandoned(live: &Live) {
+    let Some(ties) = live.ties.as_ref().filter(|ties| ties.entered.is_some()) else { return };
+    if live.patience.is_unary() {
+        let until = live.patience.until.map(|until| until.at);
+        let at = until.unwrap_or_else(|| live.patience.request_at(&live.route().timeouts));
+        live.worker.late.note(ties.keys, LATE, at);
+    }
+}
+
 /// What a failed call of the app has left for the answer to the inbound request that caused it.
 fn blamed(live: &Live) -> Option<Mark> {
     live.ties.as_ref()?.entered.as_ref()?.inbound().blamed()
