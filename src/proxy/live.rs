@@ -273,7 +273,6 @@ pub fn unread(caller: &Caller) -> RequestLine {
 
 impl Drop for Live {
     fn drop(&mut self) {
-        ties::left(self);
         self.record.bytes_in = self.flow.request.bytes();
         self.record.bytes_out = self.flow.response.bytes();
         if self.flow.was_cut() {
@@ -288,6 +287,9 @@ impl Drop for Live {
         }
         if self.late_at.is_some_and(|at| self.over_at > at) {
             self.would(RuleName::Deadline);
+        }
+        if self.record.status().is_none() {
+            ties::abandoned(self);
         }
         if let Some((_, pool)) = &self.place {
             pool.metrics.in_flight.decrement();

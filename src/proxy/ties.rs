@@ -270,19 +270,21 @@ pub fn ended(live: &Live, kind: Kind, now: Instant) {
     }
 }
 
-/// An exchange ends, and maybe without an answer. A caller whose time is over goes, and may have gone a moment before our own
-/// timer rang; then the calls that the app still makes come too late all the same.
-pub fn left(live: &Live) {
-    let is_unanswered = live.direction == Direction::Inbound && live.record.status().is_none();
-    let Some(ties) = live.ties.as_ref().filter(|_| is_unanswered && !live.is_unrouted()) else { return };
+/// The caller went away before there was an answer. The app may go on; what it calls after the deadline, it calls for nobody.
+///
+/// Callers wait for the same deadline, so that theirs can be over a moment before ours.
+pub fn abandoned(live: &Live) {
+    let is_inbound = live.direction == Direction::Inbound && !live.is_unrouted();
+    let Some(ties) = live.ties.as_ref().filter(|_| is_inbound) else { return };
     let at = match live.patience.is_unary() {
         true => Some(live.patience.request_at(&live.route().timeouts)),
         // It may be a stream, which lives longer, unless it came with a deadline of its own.
         false => live.patience.until.filter(|_| live.patience.grpc).map(|until| until.at),
     };
     let now = Instant::now();
-    if at.is_some_and(|at| at <= now + MOST_RESERVED) {
-        live.worker.late.note(ties.keys, LATE, now);
+    if let Some(at) = at {
+        let is_as_good_as_over = at <= now + MOST_RESERVED;
+        live.worker.late.note(ties.keys, LATE, if is_as_good_as_over { now } else { at });
     }
 }
 

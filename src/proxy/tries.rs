@@ -225,7 +225,14 @@ fn decide(live: &mut Live, report: &Report, now: Instant) -> Decision {
         random: fastrand::f64(),
     };
     let is_enforced = modes.retry.value.is_enforced();
-    let Some(budget) = live.health().map(|health| &health.budget) else { return Decision::Stop(Why::Off) };
+    let Some(health) = live.health() else { return Decision::Stop(Why::Off) };
+    let refuses =
+        modes.circuit_breaker.value.is_enforced() && live.view.destination(live.destination()).breaker.is_some();
+    if refuses && health.breaker.is_shut(now) {
+        // Another try would only be refused; what the callee said is worth more.
+        return Decision::Stop(Why::CircuitOpen);
+    }
+    let budget = &health.budget;
     let decision = match is_enforced {
         true => route.retry.next(&seen, budget, now),
         false => route.retry.decide(&seen),
@@ -320,7 +327,10 @@ fn tell(live: &mut Live, report: &Report, why: Why, tried: &Tried, now: Instant)
         // its work and is not to do it twice: above the app it may have become a call that looks safe.
         let is_final = live.attempt > 1
             || (why == Why::NotSafe || !(live.is_safe || live.route().retry.idempotent.value)) && !report.unseen
-            || matches!(why, Why::TriesUsedUp | Why::RetriedBelow | Why::PushedBack | Why::Deadline | Why::Budget);
+            || matches!(
+                why,
+                Why::TriesUsedUp | Why::RetriedBelow | Why::PushedBack | Why::Deadline | Why::Budget | Why::CircuitOpen
+            );
         ties::failed(live, below, is_final, now);
     }
 }

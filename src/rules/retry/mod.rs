@@ -99,6 +99,8 @@ pub enum Why {
     Budget,
     /// The sidecar before the app leaves it to the caller's, which has other endpoints.
     AtTheCaller,
+    /// The destination's circuit breaker is open: another try would be refused.
+    CircuitOpen,
 }
 
 /// Whether a method may be repeated without harm (RFC 9110, 9.2.2).
@@ -203,6 +205,7 @@ impl Why {
             Self::Deadline => "deadline",
             Self::Budget => "budget",
             Self::AtTheCaller => "at_the_caller",
+            Self::CircuitOpen => "circuit_open",
         }
     }
 }
