@@ -288,6 +288,9 @@ impl Drop for Live {
         if self.late_at.is_some_and(|at| self.over_at > at) {
             self.would(RuleName::Deadline);
         }
+        if self.record.status().is_none() {
+            ties::abandoned(self);
+        }
         if let Some((_, pool)) = &self.place {
             pool.metrics.in_flight.decrement();
         }

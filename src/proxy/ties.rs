@@ -263,6 +263,22 @@ pub fn ended(live: &Live, kind: Kind, now: Instant) {
     }
 }
 
+/// The caller went away before there was an answer. The app may go on; what it calls after the deadline, it calls for nobody.
+///
+/// Callers wait for the same deadline, so that theirs can be over a moment before ours.
+pub fn abandoned(live: &Live) {
+    let Some(ties) = live.ties.as_ref().filter(|ties| ties.entered.is_some()) else { return };
+    let patience = &live.patience;
+    let is_stream = patience.stream || patience.shows_a_stream(&live.flow);
+    let at = match &patience.until {
+        // A gRPC deadline is that of a stream too.
+        Some(until) if patience.grpc || !is_stream => until.at,
+        None if !is_stream => patience.request_at(&live.route().timeouts),
+        _ => return,
+    };
+    live.worker.late.note(ties.keys, LATE, at);
+}
+
 /// What a failed call of the app has left for the answer to the inbound request that caused it.
 fn blamed(live: &Live) -> Option<Mark> {
     live.ties.as_ref()?.entered.as_ref()?.inbound().blamed()

@@ -38,7 +38,8 @@ struct Memory {
 }
 
 impl Spent {
-    /// Remembers under each of these ids that the tries at a destination (its hash) were used up at `now`.
+    /// Remembers under each of these ids that the tries at a destination (its hash) were used up at `now`. That may be still
+    /// to come: until then nothing is known.
     pub fn note(&self, keys: TraceKeys, destination: u64, now: Instant) {
         self.used.store(true, Relaxed);
         let mut memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
@@ -56,7 +57,8 @@ impl Spent {
             return false;
         }
         let memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
-        keys.iter().any(|key| memory.last.get(&(key, destination)).is_some_and(|noted| is_fresh(*noted, now)))
+        let holds = |noted: &Instant| *noted <= now && is_fresh(*noted, now);
+        keys.iter().any(|key| memory.last.get(&(key, destination)).is_some_and(holds))
     }
 }
 
@@ -106,6 +108,18 @@ mod tests {
         spent.note(key(1), 7, later);
         spent.note(key(2), 7, now + REMEMBERED);
         assert!(spent.knows(key(1), 7, later + Duration::from_secs(9)));
+    }
+
+    #[test]
+    fn what_is_noted_for_later_is_known_from_then_on() {
+        let (spent, now) = (Spent::default(), Instant::now());
+        let later = now + REMEMBERED * 2;
+        spent.note(key(1), 7, later);
+        spent.note(key(2), 7, now);
+        assert!(!spent.knows(key(1), 7, now));
+        assert!(spent.knows(key(1), 7, later));
+        assert!(!spent.knows(key(1), 7, later + REMEMBERED));
+        assert!(!spent.knows(key(2), 7, now + REMEMBERED), "it does not wait for those before it");
     }
 
     #[test]
