@@ -28,6 +28,7 @@ mod reload; // a policy that changes
 mod resent; // the body of a request, and the connection it goes over, when it is sent again
 mod retries; // which failed calls are sent again, when, how often
 mod routing; // hosts, paths, methods, header fields, gRPC
+mod rows; // a chain of services under retries, deadlines, races, hangs, restarts, changes: as it is measured
 mod script; // running the Python peers
 mod slow_callers; // what a slow caller holds is bounded
 mod streams; // WebSocket and SSE libraries
