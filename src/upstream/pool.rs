@@ -181,7 +181,7 @@ impl Pool {
 
     /// The best endpoint now; `None` while no address is known.
     ///
-    /// Passes over those that are ejected (if `ejects`), those that were `tried` and those that could not be reached a moment
+    /// Passes over those that were `tried`, those that are ejected (if `ejects`) and those that could not be reached a moment
     /// ago, in this order of weight, as long as there are others. One whose ejection is over comes first: somebody has to
     /// find out.
     pub fn pick_now(&self, now: Instant, tried: &[SocketAddr], ejects: bool) -> Option<Rc<Endpoint>> {
@@ -201,7 +201,7 @@ impl Pool {
         let faults = |endpoint: &Endpoint| {
             let was_tried = tried.contains(&endpoint.address.socket);
             let is_out = ejects && endpoint.member.is_out(now);
-            u8::from(is_out) << 2 | u8::from(was_tried) << 1 | u8::from(endpoint.is_held_off(now))
+            u8::from(was_tried) << 2 | u8::from(is_out) << 1 | u8::from(endpoint.is_held_off(now))
         };
         if faults(best) == 0 {
             return Some(Rc::clone(best));
