@@ -18,25 +18,11 @@ use crate::proxy::fault::FaultyBody;
 use crate::proxy::grpc::{self, Code};
 use crate::proxy::live::Live;
 use crate::proxy::patience::Verdict;
-use crate::proxy::refusal::Refusal;
+use crate::proxy::refusal::{Cut, Refusal};
 use crate::proxy::{ties, trial};
 use crate::rules::breaker::Outcome;
-use crate::upstream::answer::{AnswerBody, UpstreamError};
+use crate::upstream::answer::AnswerBody;
 use crate::upstream::pool::Carrier;
-
-/// Why a body ends before its end.
-#[derive(Debug, thiserror::Error)]
-pub enum Cut {
-    /// The upstream broke off.
-    #[error("the upstream broke off: {0}")]
-    Upstream(#[source] UpstreamError),
-    /// A fault of the policy, in the upstream's place.
-    #[error("the fault {0} of the policy broke it off")]
-    Fault(Box<str>),
-    /// A time limit.
-    #[error("{0}")]
-    Refused(String),
-}
 
 /// The body of an answer.
 pub struct ResponseBody {

@@ -20,11 +20,11 @@ use http_body::{Body, Frame, SizeHint};
 use jiff::Timestamp;
 use tokio::time::Instant;
 
-use crate::proxy::body::Cut;
 use crate::proxy::grpc;
+use crate::proxy::held::{Aftermath, BodyFault};
 use crate::proxy::live::Live;
 use crate::proxy::patience::Verdict;
-use crate::proxy::refusal::{Kind, Refusal, Rule};
+use crate::proxy::refusal::{Cut, Kind, Refusal, Rule};
 use crate::rules::faults::{Abort, Ending, Fault, Faults};
 use crate::rules::mode::RuleName;
 use crate::runtime::timer::{Timer, Timers};
@@ -116,21 +116,6 @@ fn answer(live: &Live, fault: &Fault, abort: Abort) -> Response<AnswerBody> {
         *answer.body_mut() = AnswerBody::Own(body);
     }
     answer
-}
-
-/// What a fault leaves to the try that goes on after it.
-pub struct Aftermath {
-    /// What it has used up of the try, as if the upstream had taken it.
-    pub lost: Duration,
-    /// What it will do to the body of the answer.
-    pub body: Option<BodyFault>,
-}
-
-/// What a fault does to the body of an answer.
-pub struct BodyFault {
-    name: Box<str>,
-    cut_after: Option<u64>,
-    rate: Option<u64>,
 }
 
 /// What may pass is on its way for so long before a body breaks off: hyper throws away what it has not written by then.

@@ -15,13 +15,10 @@ use crate::net::body::RequestBody;
 use crate::net::flow::Flow;
 use crate::policy::model::{self, Direction};
 use crate::proxy::caller::Caller;
-use crate::proxy::fault::Aftermath;
 use crate::proxy::fields::{self, Present};
+use crate::proxy::held::{Aftermath, Spare, Ties, Trial};
 use crate::proxy::patience::Patience;
 use crate::proxy::refusal::{Kind, Refusal};
-use crate::proxy::ties::{self, Ties};
-use crate::proxy::trial::Trial;
-use crate::proxy::tries::Spare;
 use crate::proxy::worker::{View, Worker};
 use crate::rules::gate::Pass;
 use crate::rules::mark::Mark;
@@ -224,13 +221,6 @@ impl Live {
         is_said && mode.is_enforced()
     }
 
-    /// Like [`Live::spares`], for what the answer's trailers said.
-    pub fn spares_what_failed(&mut self) -> bool {
-        let is_marked = self.record.notes().is_some_and(|notes| notes.failed_at.is_some());
-        let is_below = is_marked || ties::is_blamed_below(self);
-        self.spares(is_below)
-    }
-
     /// When the present try went to its connection.
     pub fn sent_at(&self) -> Instant {
         let lost = self.fault.as_ref().map_or(Duration::ZERO, |fault| fault.lost);
@@ -246,6 +236,18 @@ impl Live {
     pub fn hold(&mut self, pass: Option<Pass>, pool: Rc<Pool>) {
         pool.metrics.in_flight.increment();
         self.place = Some((pass, pool));
+    }
+
+    /// From when on the app works for nobody, if an inbound call ends here without an answer.
+    fn left_behind(&self) -> Option<(&Ties, Instant)> {
+        let is_unanswered = self.record.status().is_none() && self.direction == Direction::Inbound;
+        let ties = self.ties.as_ref().filter(|_| is_unanswered && !self.is_unrouted())?;
+        let at = match self.patience.is_unary() {
+            true => self.patience.request_at(&self.route().timeouts),
+            // It may be a stream, which lives longer, unless it came with a deadline of its own.
+            false => self.patience.until.filter(|_| self.patience.grpc)?.at,
+        };
+        Some((ties, at))
     }
 }
 
@@ -288,8 +290,8 @@ impl Drop for Live {
         if self.late_at.is_some_and(|at| self.over_at > at) {
             self.would(RuleName::Deadline);
         }
-        if self.record.status().is_none() {
-            ties::abandoned(self);
+        if let Some((ties, at)) = self.left_behind() {
+            ties.abandoned(&self.worker.late, at, Instant::now());
         }
         if let Some((_, pool)) = &self.place {
             pool.metrics.in_flight.decrement();

@@ -14,6 +14,7 @@ pub mod caller;
 pub mod fault;
 pub mod fields;
 pub mod grpc;
+pub mod held;
 pub mod live;
 pub mod patience;
 pub mod pipeline;

@@ -15,6 +15,7 @@ use crate::problems::{Origin, Set};
 use crate::proxy::grpc::{self, Code, PUSHBACK};
 use crate::rules::mark::Mark;
 use crate::telemetry::{Outcome, RefusalRecord, Side};
+use crate::upstream::answer::UpstreamError;
 
 /// `Proxy-Status`
 pub const PROXY_STATUS: HeaderName = HeaderName::from_static("proxy-status");
@@ -100,6 +101,20 @@ pub enum Kind {
     CircuitOpen,
     /// Too many calls in too short a time.
     RateLimited,
+}
+
+/// Why a body ends before its end.
+#[derive(Debug, thiserror::Error)]
+pub enum Cut {
+    /// The upstream broke off.
+    #[error("the upstream broke off: {0}")]
+    Upstream(#[source] UpstreamError),
+    /// A fault of the policy, in the upstream's place.
+    #[error("the fault {0} of the policy broke it off")]
+    Fault(Box<str>),
+    /// A time limit.
+    #[error("{0}")]
+    Refused(String),
 }
 
 /// What each refusal looks like from outside. No `_` anywhere: a new kind has to be given a face.

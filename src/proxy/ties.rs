@@ -17,36 +17,19 @@ use crate::policy::model::Direction;
 use crate::problems::{Origin, Set};
 use crate::proxy::fields::Present;
 use crate::proxy::grpc::PUSHBACK;
+use crate::proxy::held::{LATE, MOST_RESERVED, Ties};
 use crate::proxy::live::Live;
 use crate::proxy::patience::Until;
 use crate::proxy::refusal::{Kind, PROXY_STATUS, Refusal, Rule};
 use crate::rules::breaker::is_failed_code;
 use crate::rules::deadline::{self, Deadline, EXPECTED_RQ_TIMEOUT_MS, GRPC_TIMEOUT, Source};
-use crate::rules::joined::{Causes, Entered, Join};
+use crate::rules::joined::{Causes, Join};
 use crate::rules::mark::Mark;
 use crate::rules::mode::{Mode, Modes};
 use crate::rules::trace::{self, TraceKeys, X_REQUEST_ID};
 
-/// What ties an exchange to others; only where the policy has callers on both sides of the app.
-#[derive(Default)]
-pub struct Ties {
-    keys: TraceKeys,
-    /// Its place among the inbound requests under way.
-    entered: Option<Entered>,
-    /// The inbound requests that caused it.
-    causes: Option<Causes>,
-    /// The inbound request that caused it was ended by its deadline.
-    is_late: bool,
-}
-
-/// Inbound requests that were ended by their deadline stand here under a destination that there is not.
-const LATE: u64 = 0;
-
 /// A call that has less than this left cannot be answered in time.
 const LEAST: Duration = Duration::from_millis(1);
-
-/// The most that a hop keeps of the time for the way back.
-const MOST_RESERVED: Duration = Duration::from_millis(10);
 
 /// What one more try needs: that, and as much for the way back. With less, the next hop would be told of time that there is
 /// not, and its app might go on unnoticed after the caller has gone.
@@ -267,24 +250,6 @@ pub fn ended(live: &Live, kind: Kind, now: Instant) {
         && let Some(ties) = &live.ties
     {
         live.worker.late.note(ties.keys, LATE, now);
-    }
-}
-
-/// The caller went away before there was an answer. The app may go on; what it calls after the deadline, it calls for nobody.
-///
-/// Callers wait for the same deadline, so that theirs can be over a moment before ours.
-pub fn abandoned(live: &Live) {
-    let is_inbound = live.direction == Direction::Inbound && !live.is_unrouted();
-    let Some(ties) = live.ties.as_ref().filter(|_| is_inbound) else { return };
-    let at = match live.patience.is_unary() {
-        true => Some(live.patience.request_at(&live.route().timeouts)),
-        // It may be a stream, which lives longer, unless it came with a deadline of its own.
-        false => live.patience.until.filter(|_| live.patience.grpc).map(|until| until.at),
-    };
-    let now = Instant::now();
-    if let Some(at) = at {
-        let is_as_good_as_over = at <= now + MOST_RESERVED;
-        live.worker.late.note(ties.keys, LATE, if is_as_good_as_over { now } else { at });
     }
 }
 

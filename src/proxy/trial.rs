@@ -11,31 +11,15 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use crate::policy::snapshot::Destination;
+use crate::proxy::held::{Trial, Turn};
 use crate::proxy::live::Live;
 use crate::proxy::refusal::{Kind, Refusal, Rule};
-use crate::rules::breaker::{
-    Admission, Breaker, Change, Outcome, Pass, Probe, State, is_failed_code, is_failed_status,
-};
+use crate::proxy::ties;
+use crate::rules::breaker::{Admission, Breaker, Change, Outcome, State, is_failed_code, is_failed_status};
 use crate::rules::ejection::{Event, Member};
 use crate::rules::mode::RuleName;
 use crate::telemetry::Telemetry;
 use crate::upstream::endpoint::Endpoint;
-
-/// A turn at a breaker, from the moment it let the try through until the try is judged.
-#[derive(Default)]
-enum Turn {
-    #[default]
-    None,
-    Pass(Pass),
-    Probe(Probe),
-}
-
-/// The turns of one try. Dropping them judges nothing and gives the places of probes back.
-#[derive(Default)]
-pub struct Trial {
-    destination: Turn,
-    endpoint: Turn,
-}
 
 /// Asks the circuit breaker of the destination.
 ///
@@ -135,7 +119,7 @@ pub fn judge_complete(live: &mut Live) {
             health.budget.earn();
         }
         judge(live, Outcome::Success, now);
-    } else if !had_no_time(live, live.record.grpc_code().ok_or(0)) && !live.spares_what_failed() {
+    } else if !had_no_time(live, live.record.grpc_code().ok_or(0)) && !is_spared(live) {
         judge(live, Outcome::Failure, now);
     }
 }
@@ -149,6 +133,13 @@ pub fn judge_probes(live: &mut Live, now: Instant) {
         }
     }
     judge(live, Outcome::Success, now);
+}
+
+/// Whether what failed, failed further down: the answer's trailers said so, or a call of the app has told.
+fn is_spared(live: &mut Live) -> bool {
+    let is_marked = live.record.notes().is_some_and(|notes| notes.failed_at.is_some());
+    let is_below = is_marked || ties::is_blamed_below(live);
+    live.spares(is_below)
 }
 
 /// Judges a try by a refusal of ours, where that is the callee's fault.

@@ -11,12 +11,11 @@ use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use http::header::HeaderMap;
-use http::{Request, Response, header, request};
+use http::{Request, Response, header};
 use http_body::Body;
 use jiff::Timestamp;
 use tokio::time::Instant;
 
-use crate::net::body::Replay;
 use crate::policy::model::Direction;
 use crate::proxy::fields::Present;
 use crate::proxy::live::Live;
@@ -29,14 +28,6 @@ use crate::rules::retry::{self, Decision, Failure, Pushback, Seen, Why};
 use crate::telemetry::Again;
 use crate::upstream::answer::AnswerBody;
 use crate::upstream::pool::{Carrier, Pool};
-
-/// What a request can be sent again from.
-pub struct Spare {
-    /// The head as it goes out, but for what depends on the connection.
-    pub head: request::Parts,
-    /// Its body, as far as it was kept.
-    pub body: Replay,
-}
 
 type Tried = Result<Response<AnswerBody>, Refusal>;
 

@@ -1,0 +1,90 @@
+//! What an exchange holds for the rules that act on it: plain parts, each filled and used by the file of its rule.
+//!
+//! They stand apart from those files so that `live`, which holds them all, need not know what is done with them.
+
+use std::time::Duration;
+
+use http::request;
+use tokio::time::Instant;
+
+use crate::net::body::Replay;
+use crate::rules::breaker::{Pass, Probe};
+use crate::rules::joined::{Causes, Entered};
+use crate::rules::spent::Spent;
+use crate::rules::trace::TraceKeys;
+
+/// What ties an exchange to others; only where the policy has callers on both sides of the app.
+#[derive(Default)]
+pub struct Ties {
+    /// Its ids.
+    pub keys: TraceKeys,
+    /// Its place among the inbound requests under way.
+    pub entered: Option<Entered>,
+    /// The inbound requests that caused it.
+    pub causes: Option<Causes>,
+    /// The inbound request that caused it was ended by its deadline.
+    pub is_late: bool,
+}
+
+/// Inbound requests that were ended by their deadline stand here under a destination that there is not.
+pub const LATE: u64 = 0;
+
+/// The most that a hop keeps of the time for the way back.
+pub const MOST_RESERVED: Duration = Duration::from_millis(10);
+
+impl Ties {
+    /// The caller went away before there was an answer. The app may go on; what it calls from `at` on, it calls for nobody.
+    ///
+    /// Callers wait for the same deadline, so that theirs can be over a moment before ours.
+    pub fn abandoned(&self, late: &Spent, at: Instant, now: Instant) {
+        let is_as_good_as_over = at <= now + MOST_RESERVED;
+        late.note(self.keys, LATE, if is_as_good_as_over { now } else { at });
+    }
+}
+
+/// A turn at a breaker, from the moment it let the try through until the try is judged.
+#[derive(Default)]
+pub enum Turn {
+    /// None was taken, or it has been judged.
+    #[default]
+    None,
+    /// As one of many.
+    Pass(Pass),
+    /// As one of the few that find out.
+    Probe(Probe),
+}
+
+/// The turns of one try. Dropping them judges nothing and gives the places of probes back.
+#[derive(Default)]
+pub struct Trial {
+    /// At the circuit breaker of the destination.
+    pub destination: Turn,
+    /// At its endpoint.
+    pub endpoint: Turn,
+}
+
+/// What a request can be sent again from.
+pub struct Spare {
+    /// The head as it goes out, but for what depends on the connection.
+    pub head: request::Parts,
+    /// Its body, as far as it was kept.
+    pub body: Replay,
+}
+
+/// What a fault leaves to the try that goes on after it.
+pub struct Aftermath {
+    /// What it has used up of the try, as if the upstream had taken it.
+    pub lost: Duration,
+    /// What it will do to the body of the answer.
+    pub body: Option<BodyFault>,
+}
+
+/// What a fault does to the body of an answer.
+pub struct BodyFault {
+    /// The fault.
+    pub name: Box<str>,
+    /// It breaks off after so many bytes.
+    pub cut_after: Option<u64>,
+    /// It comes at so many bytes a second.
+    pub rate: Option<u64>,
+}
