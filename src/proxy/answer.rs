@@ -16,8 +16,8 @@ use crate::proxy::fields::{self, Kind, Present};
 use crate::proxy::grpc::{self, Code};
 use crate::proxy::live::Live;
 use crate::proxy::refusal::{self, Context, PROXY_STATUS, Refusal};
-use crate::proxy::ties;
 use crate::proxy::tunnel::Handoff;
+use crate::proxy::{ties, trial};
 use crate::rules::breaker::is_failed_code;
 use crate::runtime::tasks;
 use crate::upstream::answer::AnswerBody;
@@ -148,7 +148,7 @@ pub fn from_upstream(live: &mut Live, mut answer: Response<AnswerBody>) -> Resul
         live.patience.stream = true;
     }
     if live.patience.stream {
-        ties::lift(live);
+        trial::streams(live, live.over_at);
     }
     Ok(Reply::Upstream(answer))
 }

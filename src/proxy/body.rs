@@ -101,7 +101,7 @@ impl ResponseBody {
         } else {
             if live.patience.grpc && frame.is_data() {
                 // An answer that goes on after its first message; if that was a unary one, it is over now anyway.
-                ties::lift(live);
+                trial::streams(live, live.over_at);
             }
             self.mark_cut()
         }

@@ -124,15 +124,27 @@ pub fn judge_complete(live: &mut Live) {
     }
 }
 
-/// Judges the probes alone: the callee has answered for itself, though with a failure from further down. Whether it answers
-/// is all that a probe asks; were it to find out nothing, each call would be another probe.
+/// Judges the probes alone: the callee has answered for itself, though with a failure from further down, or with a stream
+/// that has no end yet. Whether it answers is all that a probe asks; were it to find out nothing, each call would be another
+/// probe, and a few streams would hold the places of all probes for as long as they live.
 pub fn judge_probes(live: &mut Live, now: Instant) {
-    for turn in [&mut live.trial.destination, &mut live.trial.endpoint] {
-        if matches!(turn, Turn::Pass(_)) {
-            *turn = Turn::None;
-        }
+    let take = |turn: &mut Turn| match turn {
+        Turn::Probe(_) => std::mem::take(turn),
+        Turn::Pass(_) | Turn::None => Turn::None,
+    };
+    let probes = Trial { destination: take(&mut live.trial.destination), endpoint: take(&mut live.trial.endpoint) };
+    if matches!((&probes.destination, &probes.endpoint), (Turn::None, Turn::None)) {
+        return;
     }
+    let others = std::mem::replace(&mut live.trial, probes);
     judge(live, Outcome::Success, now);
+    live.trial = others;
+}
+
+/// The exchange has shown itself as a stream, which may last.
+pub fn streams(live: &mut Live, now: Instant) {
+    ties::lift(live);
+    judge_probes(live, now);
 }
 
 /// Whether what failed, failed further down: the answer's trailers said so, or a call of the app has told.

@@ -18,7 +18,8 @@ use crate::proxy::body::ResponseBody;
 use crate::proxy::fields::{self, Present};
 use crate::proxy::live::Live;
 use crate::proxy::refusal::{Kind, Refusal};
-use crate::proxy::ties;
+use crate::proxy::trial;
+use crate::rules::breaker::Outcome;
 use crate::telemetry::Protocol;
 use crate::upstream::answer::AnswerBody;
 use crate::upstream::pool::Pool;
@@ -72,7 +73,9 @@ pub async fn switch(
     poll_fn(|cx| connection.drive(cx)).await;
     let (upstream, early) = connection.into_stream();
     live.record.set_protocol(Protocol::WebSocket);
-    ties::lift(live);
+    trial::streams(live, live.over_at);
+    // It has switched; how the tunnel ends says nothing about it.
+    trial::judge(live, Outcome::Success, live.over_at);
     let (head, _no_body) = answer.into_parts();
     Ok(Reply::Tunnel(Response::from_parts(head, ResponseBody::empty()), upstream.with_prefix(early)))
 }

@@ -4,6 +4,7 @@ use hyper::{Request, Response};
 use serde_json::Value;
 
 use crate::support::http::{Caller, Http1, Speaks, ask, empty, full, get, grpc_request, request, with_trailers};
+use crate::support::program::{Program, hopguard};
 use crate::support::upstream::{Upstream, policy};
 use crate::support::wire::Wire;
 use crate::support::{Mesh, eventually};
@@ -175,4 +176,29 @@ async fn grpc_can_be_read() {
         }
         mesh.stop().await;
     }
+}
+
+/// A log that cannot be written costs lines and nothing else.
+#[tokio::test]
+async fn a_full_disk_costs_log_lines_and_no_call() {
+    let upstream = Upstream::http1(|_| async { Response::new(full("ok")) }).await;
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("policy.yaml");
+    std::fs::write(&file, policy(upstream.addr, "")).unwrap();
+    let policy = file.to_str().unwrap();
+    let command =
+        hopguard(&["run", "--policy", policy, "--admin", "127.0.0.1:0", "--log-format", "json", "--workers", "1"]);
+    let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    let mut program = Program::writing_to(command, full.into()).await;
+    let addr = program.addr("in").await.unwrap();
+    let mut calls = 0;
+    while program.metric("hopguard_access_log_write_errors_total", &[]).await == 0.0 {
+        assert!(calls < 1000, "nobody notices that the disk is full");
+        assert_eq!(crate::support::http::get(addr, "/").await.status, 200);
+        calls += 1;
+    }
+    assert_eq!(crate::support::http::get(addr, "/").await.status, 200);
+    assert_eq!(program.metric("hopguard_requests_total", &["outcome=\"ok\""]).await, f64::from(calls + 1));
+    program.signal("TERM").await;
+    assert_eq!(program.ended(std::time::Duration::from_secs(10)).await.code(), Some(0));
 }

@@ -58,9 +58,14 @@ impl Program {
     }
 
     /// Starts a command that logs JSON, and waits until it is ready.
-    pub(crate) async fn start(mut command: Command) -> Self {
-        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-        let access = gather(child.stdout.take().unwrap());
+    pub(crate) async fn start(command: Command) -> Self {
+        Self::writing_to(command, Stdio::piped()).await
+    }
+
+    /// The same, with its access log somewhere else than here.
+    pub(crate) async fn writing_to(mut command: Command, access_log: Stdio) -> Self {
+        let mut child = command.stdout(access_log).stderr(Stdio::piped()).spawn().unwrap();
+        let access = child.stdout.take().map(gather).unwrap_or_default();
         let log = gather(child.stderr.take().unwrap());
         let mut program = Self { child, log, access, admin: "127.0.0.1:0".parse().unwrap() };
         let ready = program.said("ready").await;
