@@ -27,10 +27,16 @@ pub(super) fn start(shared: &Arc<Shared>, requests: Requests) -> io::Result<Join
     let shared = Arc::clone(shared);
     worker::spawn("control", move || async move {
         match SystemResolver::new() {
-            Ok(resolver) => drop(tasks::spawn(discovery::run(resolver, requests))),
-            Err(error) => {
-                tracing::error!(error, "no name can be resolved: the system's resolver settings cannot be read")
+            Ok((resolver, problem)) => {
+                if let Some(problem) = problem {
+                    tracing::warn!(
+                        problem,
+                        "the system's resolver settings cannot be used: names are looked up in the hosts file and at 127.0.0.1"
+                    );
+                }
+                drop(tasks::spawn(discovery::run(resolver, requests)));
             }
+            Err(error) => tracing::error!(error, "no name can be resolved"),
         }
         let closing = shared.drain.signal();
         tokio::select! {

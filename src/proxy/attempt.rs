@@ -1,9 +1,8 @@
-//! One try at one endpoint: pick, connect or borrow a connection, send, wait for the head of the answer.
+//! One try at one endpoint: send over the connection that [`reach`] found, wait for the head of the answer.
 //!
 //! A request that a pooled connection hands back unsent goes out over the next one: nobody has seen it.
 
 use std::future::poll_fn;
-use std::net::SocketAddr;
 use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -18,14 +17,12 @@ use http_body::Body;
 use tokio::time::Instant;
 
 use crate::net::body::RequestBody;
-use crate::net::io::Io;
 use crate::proxy::live::Live;
 use crate::proxy::patience::Verdict;
 use crate::proxy::refusal::{Kind, Refusal};
-use crate::proxy::{fault, ties, trial};
+use crate::proxy::{fault, reach, ties};
 use crate::telemetry::Connection;
 use crate::upstream::answer::{AnswerBody, Unanswered, UpstreamError};
-use crate::upstream::connect::ConnectError;
 use crate::upstream::endpoint::Endpoint;
 use crate::upstream::pool::{Carrier, Lease, Pool, Want};
 use crate::upstream::spec::Protocol;
@@ -35,9 +32,6 @@ const PREVIOUS_ATTEMPTS: HeaderName = HeaderName::from_static("grpc-previous-rpc
 
 /// Connections that may hand a request back unsent before we give up.
 const UNSENT: usize = 3;
-
-/// Endpoints that are tried for one connection; each of them once.
-const TRIED: usize = 3;
 
 /// How long a caller's body waits for `100 Continue` before it is sent all the same (RFC 9110, 10.1.1); half of
 /// `timeouts.request` if that is shorter.
@@ -59,10 +53,10 @@ pub async fn send(live: &mut Live, pool: &Rc<Pool>, switching: bool) -> Result<R
     }
     for _ in 0..UNSENT {
         let mut begun = Instant::now();
-        let lease = match borrow(live, pool, want, begun).await {
+        let lease = match reach::borrow(live, pool, want, begun).await {
             Some(lease) => lease,
             None => {
-                let lease = Box::pin(open(live, pool, want)).await?;
+                let lease = Box::pin(reach::open(live, pool, want)).await?;
                 begun = Instant::now();
                 lease
             }
@@ -94,12 +88,9 @@ async fn faulted(live: &mut Live, pool: &Rc<Pool>) -> Result<Option<Response<Ans
     let faults = &view.destination(live.destination()).values.routes[live.route_position()].faults;
     let Some(fault) = fault::draw(live, faults) else { return Ok(None) };
     let began = Instant::now();
-    let endpoint = match pick(live, pool, began) {
+    let endpoint = match reach::pick(live, pool, began) {
         Some(endpoint) => endpoint,
-        None => {
-            let until = connect_until(live, began);
-            pick_known(live, pool, until).await?.ok_or_else(nobody)?
-        }
+        None => reach::pick_known(live, pool).await?.ok_or_else(reach::nobody)?,
     };
     live.record.towards(endpoint.address.socket);
     let began = Instant::now();
@@ -131,134 +122,6 @@ fn want(pool: &Pool, grpc: bool) -> Want {
         (Protocol::Auto, None) if grpc => Want::Http2,
         (Protocol::Auto, None) => Want::Http1,
     }
-}
-
-/// A connection that is open already, to the endpoint that is the best one now.
-async fn borrow(live: &mut Live, pool: &Rc<Pool>, want: Want, now: Instant) -> Option<Lease> {
-    let endpoint = live.picked.take().or_else(|| pick(live, pool, now))?;
-    let quiet = Rc::clone(&live.quiet);
-    let lease = with_context(|cx| quiet.hush(cx, |cx| pool.lend(&endpoint, want, now, cx))).await;
-    live.picked = lease.is_none().then_some(endpoint);
-    lease
-}
-
-/// The best endpoint that this call has not tried, with a turn taken at it.
-fn pick(live: &mut Live, pool: &Pool, now: Instant) -> Option<Rc<Endpoint>> {
-    live.endpoint = None;
-    let obeys = live.view.destination(live.destination()).ejects;
-    let mut endpoint = pool.pick_now(now, &live.tried, obeys)?;
-    if !trial::enlist(live, &endpoint, now) {
-        // Somebody else is just trying it.
-        endpoint = pool.pick_now(now, &live.tried, obeys)?;
-        trial::enlist(live, &endpoint, now);
-    }
-    live.endpoint = Some(Rc::clone(&endpoint));
-    Some(endpoint)
-}
-
-/// Does something that needs the context of the task.
-async fn with_context<T>(work: impl FnOnce(&mut Context<'_>) -> T) -> T {
-    let mut work = Some(work);
-    poll_fn(|cx| work.take().map_or(Poll::Pending, |work| Poll::Ready(work(cx)))).await
-}
-
-/// A new connection, within `timeouts.connect`.
-async fn open(live: &mut Live, pool: &Rc<Pool>, want: Want) -> Result<Lease, Refusal> {
-    let until = connect_until(live, Instant::now());
-    let mut next = match live.picked.take() {
-        Some(endpoint) => Some(endpoint),
-        None => pick_known(live, pool, until).await?,
-    };
-    let mut refusal = None;
-    // Nothing has been sent, so that whoever can be reached may have the call.
-    for _ in 0..TRIED {
-        let Some(endpoint) = next.take() else { break };
-        live.endpoint = Some(Rc::clone(&endpoint));
-        live.record.towards(endpoint.address.socket);
-        let tried = Instant::now();
-        let opened = within(live, until, Box::pin(pool.open(&endpoint, want))).await;
-        let now = Instant::now();
-        live.record.connected(now.saturating_duration_since(tried));
-        match opened {
-            Ok(Ok(lease)) => return Ok(lease),
-            Ok(Err(error)) => {
-                endpoint.load.failed(now.saturating_duration_since(tried), now);
-                let by = refused_by(&error, endpoint.address.socket);
-                if !matches!(error, ConnectError::Network(_)) {
-                    // Somebody was reached; that is what has to be said, and not whether anybody else is there.
-                    return Err(by);
-                }
-                refusal = Some(by);
-                if pool.has_other(&live.tried, &endpoint) {
-                    trial::unreachable(live, &endpoint, now);
-                    live.tried.push(endpoint.address.socket);
-                    next = pick(live, pool, now);
-                }
-            }
-            Err(late) => {
-                endpoint.load.failed(now.saturating_duration_since(tried), now);
-                endpoint.refused(now);
-                return Err(late);
-            }
-        }
-    }
-    Err(refusal.unwrap_or_else(nobody))
-}
-
-/// When a connection that is asked for at `now` has to be there.
-fn connect_until(live: &Live, now: Instant) -> Instant {
-    let timeouts = &live.route().timeouts;
-    (now + timeouts.connect.value).min(live.patience.request_at(timeouts))
-}
-
-/// The same as [`pick`], once the pool knows its endpoints.
-async fn pick_known(live: &mut Live, pool: &Rc<Pool>, until: Instant) -> Result<Option<Rc<Endpoint>>, Refusal> {
-    within(live, until, pool.known()).await?.map_err(|error| refused(&error))?;
-    Ok(pick(live, pool, Instant::now()))
-}
-
-fn nobody() -> Refusal {
-    Refusal::plain(Kind::ConnectFailed, "no endpoint could be tried")
-}
-
-/// The future's output, or the refusal that no connection in time demands.
-async fn within<F: Future>(live: &mut Live, until: Instant, future: F) -> Result<F::Output, Refusal> {
-    live.timer.limit(until, future).await.ok_or_else(|| {
-        let limit = &live.route().timeouts.connect;
-        Refusal::timed(Kind::ConnectTimeout, "timeouts.connect", limit, "no connection in time")
-    })
-}
-
-/// A stream to an endpoint of the pool with nothing sent on it yet.
-///
-/// # Errors
-/// If there is none within `timeouts.connect`.
-pub async fn bare_stream(live: &mut Live, pool: &Rc<Pool>) -> Result<Io, Refusal> {
-    let began = Instant::now();
-    let until = began + live.route().timeouts.connect.value;
-    let endpoint = pick_known(live, pool, until).await?.ok_or_else(nobody)?;
-    live.record.towards(endpoint.address.socket);
-    let opened = within(live, until, pool.bare_stream(&endpoint)).await;
-    live.record.connected(began.elapsed());
-    let stream = opened?.map_err(|error| refused_by(&error, endpoint.address.socket))?;
-    live.record.via(endpoint.address.socket, Connection::New);
-    Ok(stream)
-}
-
-fn refused_by(error: &ConnectError, address: SocketAddr) -> Refusal {
-    let mut refusal = refused(error);
-    refusal.detail = format!("cannot connect to {address}: {}", refusal.detail).into();
-    refusal
-}
-
-fn refused(error: &ConnectError) -> Refusal {
-    let kind = match error {
-        ConnectError::Network(_) => Kind::ConnectFailed,
-        ConnectError::Tls(_) => Kind::TlsFailed,
-        ConnectError::Handshake(_) | ConnectError::NotHttp2 => Kind::UpstreamProtocol,
-        ConnectError::NoAddress(_) => Kind::DnsFailed,
-    };
-    Refusal::plain(kind, error.to_string())
 }
 
 /// Sends over one connection and waits for the head, judged by the route's time limits. `None` if the request came back

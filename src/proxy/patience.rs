@@ -5,6 +5,7 @@
 //! sent one message and ended by then, so a call whose caller is still sending, or that has already
 //! got an answer message and no trailers, is a stream.
 
+use std::borrow::Cow;
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -127,12 +128,13 @@ impl Patience {
         }
     }
 
-    /// Why a call that waits for its turn goes no further: it is over.
-    pub fn late_in_queue(&self, limits: &Timeouts) -> Refusal {
-        let detail = "no turn in time";
+    /// Why a call that has not been sent yet goes no further: its time is over.
+    pub fn over_unsent(&self, limits: &Timeouts, kind: Kind, detail: impl Into<Cow<'static, str>>) -> Refusal {
         match self.until {
-            Some(until) => Refusal::ruled(Kind::DeadlineExceeded, until.rule(), detail),
-            None => Refusal::timed(Kind::RequestTimeout, "timeouts.request", &limits.request, detail),
+            Some(until) if until.at <= self.began + limits.request.value => {
+                Refusal::ruled(Kind::DeadlineExceeded, until.rule(), detail)
+            }
+            _ => Refusal::timed(kind, "timeouts.request", &limits.request, detail),
         }
     }
 

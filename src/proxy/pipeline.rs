@@ -308,7 +308,9 @@ async fn wait_in_queue(live: &mut Live, pool: &Rc<Pool>) -> Result<(), Refusal> 
             &limits.queue,
             format!("{} calls are in flight and the queue is full", limits.in_flight.value),
         )),
-        None if Instant::now() >= late_at => Err(live.patience.late_in_queue(&live.route().timeouts)),
+        None if Instant::now() >= late_at => {
+            Err(live.patience.over_unsent(&live.route().timeouts, Kind::RequestTimeout, "no turn in time"))
+        }
         None => Err(Refusal::timed(
             Kind::QueueTimeout,
             "limits.queueTimeout",

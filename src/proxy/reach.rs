@@ -1,0 +1,161 @@
+//! The way to an endpoint: picks it, borrows a connection that is open already or opens one.
+//!
+//! Nothing has been sent here, so an endpoint that cannot be reached costs `timeouts.connect` and not the call: up to
+//! three are tried. A name that has never been looked up is waited for as long as the call lasts.
+
+use std::future::poll_fn;
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::task::{Context, Poll};
+
+use tokio::time::Instant;
+
+use crate::net::io::Io;
+use crate::proxy::live::Live;
+use crate::proxy::refusal::{Kind, Refusal};
+use crate::proxy::trial;
+use crate::telemetry::Connection;
+use crate::upstream::connect::ConnectError;
+use crate::upstream::endpoint::Endpoint;
+use crate::upstream::pool::{Lease, Pool, Want};
+
+/// Endpoints that are tried for one connection; each of them once.
+const TRIED: usize = 3;
+
+/// A connection that is open already, to the endpoint that is the best one now.
+pub async fn borrow(live: &mut Live, pool: &Rc<Pool>, want: Want, now: Instant) -> Option<Lease> {
+    let endpoint = live.picked.take().or_else(|| pick(live, pool, now))?;
+    let quiet = Rc::clone(&live.quiet);
+    let lease = with_context(|cx| quiet.hush(cx, |cx| pool.lend(&endpoint, want, now, cx))).await;
+    live.picked = lease.is_none().then_some(endpoint);
+    lease
+}
+
+/// The best endpoint that this call has not tried, with a turn taken at it.
+pub fn pick(live: &mut Live, pool: &Pool, now: Instant) -> Option<Rc<Endpoint>> {
+    live.endpoint = None;
+    let obeys = live.view.destination(live.destination()).ejects;
+    let mut endpoint = pool.pick_now(now, &live.tried, obeys)?;
+    if !trial::enlist(live, &endpoint, now) {
+        // Somebody else is just trying it.
+        endpoint = pool.pick_now(now, &live.tried, obeys)?;
+        trial::enlist(live, &endpoint, now);
+    }
+    live.endpoint = Some(Rc::clone(&endpoint));
+    Some(endpoint)
+}
+
+/// Does something that needs the context of the task.
+async fn with_context<T>(work: impl FnOnce(&mut Context<'_>) -> T) -> T {
+    let mut work = Some(work);
+    poll_fn(|cx| work.take().map_or(Poll::Pending, |work| Poll::Ready(work(cx)))).await
+}
+
+/// A new connection; each endpoint that is tried for it has `timeouts.connect`.
+///
+/// # Errors
+/// Why the last of them could not be reached.
+pub async fn open(live: &mut Live, pool: &Rc<Pool>, want: Want) -> Result<Lease, Refusal> {
+    let mut next = match live.picked.take() {
+        Some(endpoint) => Some(endpoint),
+        None => pick_known(live, pool).await?,
+    };
+    let mut refusal = None;
+    // Nothing has been sent, so that whoever can be reached may have the call.
+    for _ in 0..TRIED {
+        let Some(endpoint) = next.take() else { break };
+        live.endpoint = Some(Rc::clone(&endpoint));
+        live.record.towards(endpoint.address.socket);
+        let began = Instant::now();
+        let opened = within_connect(live, endpoint.address.socket, Box::pin(pool.open(&endpoint, want))).await;
+        let now = Instant::now();
+        live.record.connected(now.saturating_duration_since(began));
+        let (by, went_nowhere) = match opened {
+            Ok(Ok(lease)) => return Ok(lease),
+            Ok(Err(error)) => (refused_by(&error, endpoint.address.socket), matches!(error, ConnectError::Network(_))),
+            Err(late) => {
+                endpoint.refused(now);
+                (late, now < live.patience.request_at(&live.route().timeouts))
+            }
+        };
+        endpoint.load.failed(now.saturating_duration_since(began), now);
+        if !went_nowhere {
+            // Somebody was reached, or there is no time left: that is what has to be said, and not whether anybody else is there.
+            return Err(by);
+        }
+        refusal = Some(by);
+        if pool.has_other(&live.tried, &endpoint) {
+            trial::unreachable(live, &endpoint, now);
+            live.tried.push(endpoint.address.socket);
+            next = pick(live, pool, now);
+        }
+    }
+    Err(refusal.unwrap_or_else(nobody))
+}
+
+/// The same as [`pick`], once the pool knows its endpoints: a name that has never been looked up is waited for as long as
+/// the call lasts.
+///
+/// # Errors
+/// If there is no address for the name, or not in time.
+pub async fn pick_known(live: &mut Live, pool: &Rc<Pool>) -> Result<Option<Rc<Endpoint>>, Refusal> {
+    let until = live.patience.request_at(&live.route().timeouts);
+    match live.timer.limit(until, pool.known()).await {
+        Some(known) => known.map_err(|error| refused(&error))?,
+        None => {
+            let limits = &live.route().timeouts;
+            return Err(live.patience.over_unsent(limits, Kind::DnsFailed, "the name was not looked up in time"));
+        }
+    }
+    Ok(pick(live, pool, Instant::now()))
+}
+
+/// No endpoint is left to try.
+pub fn nobody() -> Refusal {
+    Refusal::plain(Kind::ConnectFailed, "no endpoint could be tried")
+}
+
+/// The future's output, or the refusal that no connection to `address` in time demands.
+async fn within_connect<F: Future>(live: &mut Live, address: SocketAddr, future: F) -> Result<F::Output, Refusal> {
+    let timeouts = &live.route().timeouts;
+    let (connect_at, request_at) = (Instant::now() + timeouts.connect.value, live.patience.request_at(timeouts));
+    live.timer.limit(connect_at.min(request_at), future).await.ok_or_else(|| {
+        let limits = &live.route().timeouts;
+        let detail = format!("no connection to {address} in time");
+        if request_at < connect_at {
+            return live.patience.over_unsent(limits, Kind::ConnectTimeout, detail);
+        }
+        Refusal::timed(Kind::ConnectTimeout, "timeouts.connect", &limits.connect, detail)
+    })
+}
+
+/// A stream to an endpoint of the pool with nothing sent on it yet.
+///
+/// # Errors
+/// If there is none within `timeouts.connect`.
+pub async fn bare_stream(live: &mut Live, pool: &Rc<Pool>) -> Result<Io, Refusal> {
+    let endpoint = pick_known(live, pool).await?.ok_or_else(nobody)?;
+    live.record.towards(endpoint.address.socket);
+    let began = Instant::now();
+    let opened = within_connect(live, endpoint.address.socket, pool.bare_stream(&endpoint)).await;
+    live.record.connected(began.elapsed());
+    let stream = opened?.map_err(|error| refused_by(&error, endpoint.address.socket))?;
+    live.record.via(endpoint.address.socket, Connection::New);
+    Ok(stream)
+}
+
+fn refused_by(error: &ConnectError, address: SocketAddr) -> Refusal {
+    let mut refusal = refused(error);
+    refusal.detail = format!("cannot connect to {address}: {}", refusal.detail).into();
+    refusal
+}
+
+fn refused(error: &ConnectError) -> Refusal {
+    let kind = match error {
+        ConnectError::Network(_) => Kind::ConnectFailed,
+        ConnectError::Tls(_) => Kind::TlsFailed,
+        ConnectError::Handshake(_) | ConnectError::NotHttp2 => Kind::UpstreamProtocol,
+        ConnectError::NoAddress(_) => Kind::DnsFailed,
+    };
+    Refusal::plain(kind, error.to_string())
+}
