@@ -27,6 +27,10 @@ const HTTP2_IDLE: Duration = Duration::from_secs(60);
 /// An endpoint that could not be reached is passed over for so long.
 const HOLD_OFF: Duration = Duration::from_secs(1);
 
+/// A connection that is opened although another one is idle comes at most so often: each that is closed for it occupies a
+/// port for a minute.
+const FRESH_EVERY: Duration = Duration::from_millis(10);
+
 /// A close sooner than this teaches nothing: it is a restart, or an upstream that keeps nothing alive.
 const SHORTEST_LESSON: Duration = Duration::from_millis(100);
 
@@ -52,6 +56,8 @@ pub struct Endpoint {
     held_off: Cell<Option<Instant>>,
     /// True if TLS agreed on HTTP/1.1 the last time; then nobody waits for a connection to share.
     pub chose_http1: Cell<bool>,
+    /// From when on a connection may be opened although another one is idle.
+    fresh_at: Cell<Instant>,
     metrics: DestinationMetrics,
 }
 
@@ -80,6 +86,7 @@ impl Endpoint {
             opened: Notify::new(),
             held_off: Cell::new(None),
             chose_http1: Cell::new(false),
+            fresh_at: Cell::new(now),
             metrics,
         })
     }
@@ -126,6 +133,15 @@ impl Endpoint {
         connection.idle_since = now;
         idle.push(Idle { connection, until: now + keep });
         self.metrics.idle.increment();
+    }
+
+    /// Whether a connection may be opened now although another one is idle. Says yes at most once in 10 ms.
+    pub fn grants_fresh(&self, now: Instant) -> bool {
+        let granted = now >= self.fresh_at.get();
+        if granted {
+            self.fresh_at.set(now + FRESH_EVERY);
+        }
+        granted
     }
 
     /// An HTTP/2 connection with room for one more request.
@@ -210,4 +226,22 @@ impl Drop for Endpoint {
 
 fn count(connections: usize) -> i64 {
     i64::try_from(connections).unwrap_or(i64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rules::ejection::Group;
+    use crate::telemetry::{Sink, Telemetry};
+
+    #[tokio::test(start_paused = true)]
+    async fn a_fresh_connection_is_granted_once_in_ten_milliseconds() {
+        let now = Instant::now();
+        let socket = "127.0.0.1:80".parse().unwrap();
+        let address = Address { socket, server_name: "app".into() };
+        let metrics = Telemetry::new(Sink::memory().0).shard(0).destination("app");
+        let endpoint = Endpoint::new(address, Group::new(now).member(socket), metrics, now);
+        let granted = (0..100).filter(|millis| endpoint.grants_fresh(now + Duration::from_millis(*millis))).count();
+        assert_eq!(granted, 10);
+    }
 }

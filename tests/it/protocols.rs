@@ -87,7 +87,9 @@ async fn methods_paths_hosts_and_bodies_pass() {
         pair.mesh.ended("ok", 7).await;
         let protocol = if names.0 == Speaks::Http1 { "protocol=\"http1\"" } else { "protocol=\"http2\"" };
         assert_eq!(pair.mesh.metric("hopguard_requests_total", &[protocol, "outcome=\"ok\""]), 7.0);
-        assert_eq!(pair.upstream.connections(), 1, "{names:?}");
+        // Three of the methods must not be sent twice, and get a connection that cannot be closing just now.
+        let most = if names.1 == Speaks::Http1 { 4 } else { 1 };
+        assert!((1..=most).contains(&pair.upstream.connections()), "{names:?}: {}", pair.upstream.connections());
         pair.mesh.stop().await;
     }
 }
