@@ -17,6 +17,7 @@ use http_body::Body;
 use tokio::time::Instant;
 
 use crate::net::body::RequestBody;
+use crate::proxy::fields::ATTEMPT_COUNT;
 use crate::proxy::live::Live;
 use crate::proxy::patience::Verdict;
 use crate::proxy::refusal::{Kind, Refusal};
@@ -27,7 +28,6 @@ use crate::upstream::endpoint::Endpoint;
 use crate::upstream::pool::{Carrier, Lease, Pool, Want};
 use crate::upstream::spec::Protocol;
 
-const ATTEMPT_COUNT: HeaderName = HeaderName::from_static("x-envoy-attempt-count");
 const PREVIOUS_ATTEMPTS: HeaderName = HeaderName::from_static("grpc-previous-rpc-attempts");
 
 /// Connections that may hand a request back unsent before we give up.
@@ -321,12 +321,20 @@ fn outgoing(live: &mut Live) -> Request<RequestBody> {
     request
 }
 
-/// Says which try this is: counted from 1 as Envoy does, and without the first as gRPC does (gRFC A6).
+/// Says which try this is: counted from 1 as Envoy does, and without the first as gRPC does (gRFC A6). Our tries come on top
+/// of those of the hop before an inbound listener, and of those that the app's own gRPC library has made.
 fn count_tries(live: &Live, fields: &mut HeaderMap) {
-    fields.insert(ATTEMPT_COUNT, HeaderValue::from(live.attempt));
+    let again = u32::from(live.attempt) - 1;
+    fields.insert(ATTEMPT_COUNT, HeaderValue::from(counted(live, &ATTEMPT_COUNT).unwrap_or(1).saturating_add(again)));
     if live.patience.grpc {
-        fields.insert(PREVIOUS_ATTEMPTS, HeaderValue::from(live.attempt - 1));
+        let before = counted(live, &PREVIOUS_ATTEMPTS).unwrap_or(0);
+        fields.insert(PREVIOUS_ATTEMPTS, HeaderValue::from(before.saturating_add(again)));
     }
+}
+
+/// What the request said when it came. Not what it says now: one that a connection has handed back was counted already.
+fn counted(live: &Live, name: &HeaderName) -> Option<u32> {
+    live.spare.as_ref()?.head.headers.get(name)?.to_str().ok()?.parse().ok()
 }
 
 /// Control data in the target, no Host field (RFC 9113, 8.3.1).

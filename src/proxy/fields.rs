@@ -8,6 +8,9 @@ use http::{Extensions, Version};
 
 use crate::policy::index;
 
+/// Which try of one hop a request is, counted from 1 as Envoy does.
+pub const ATTEMPT_COUNT: HeaderName = HeaderName::from_static("x-envoy-attempt-count");
+
 const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
 const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
 const HTTP2_SETTINGS: HeaderName = HeaderName::from_static("http2-settings");
@@ -59,6 +62,8 @@ pub struct Present {
     pub traced: bool,
     /// `grpc-timeout` or `x-envoy-expected-rq-timeout-ms`.
     pub deadline: bool,
+    /// `x-envoy-attempt-count`.
+    pub attempt_count: bool,
     /// `Retry-After` or `grpc-retry-pushback-ms`.
     pub pushback: bool,
     /// `Proxy-Status`.
@@ -108,6 +113,7 @@ impl Present {
                     "traceparent" => (found.trace, found.traced) = (true, true),
                     "b3" | "x-b3-traceid" | "x-request-id" => found.traced = true,
                     "grpc-timeout" | "x-envoy-expected-rq-timeout-ms" => found.deadline = true,
+                    "x-envoy-attempt-count" => found.attempt_count = true,
                     "grpc-retry-pushback-ms" => found.pushback = true,
                     "proxy-status" => found.proxy_status = true,
                     "idempotency-key" => found.idempotency_key = true,

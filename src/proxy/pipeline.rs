@@ -12,11 +12,11 @@ use tokio::time::Instant;
 
 use crate::net::body::RequestBody;
 use crate::net::flow::Flow;
-use crate::policy::model::{Listener, Target as Towards};
+use crate::policy::model::{Direction, Listener, Target as Towards};
 use crate::proxy::answer::{self, Reply};
 use crate::proxy::body::ResponseBody;
 use crate::proxy::caller::Caller;
-use crate::proxy::fields::{self, Present};
+use crate::proxy::fields::{self, ATTEMPT_COUNT, Present};
 use crate::proxy::held::Spare;
 use crate::proxy::live::Live;
 use crate::proxy::refusal::{Kind, Refusal, Rule};
@@ -105,6 +105,10 @@ fn decide(live: &mut Live, request: Request<Incoming>, present: &Present) -> Res
         head.headers.insert(header::TE, HeaderValue::from_static("trailers"));
     }
     fields::join_cookies(&mut head.headers, present);
+    if present.attempt_count && live.direction == Direction::Outbound {
+        // It counts the tries of a call to the app, which has copied it into one of its own.
+        head.headers.remove(ATTEMPT_COUNT);
+    }
     if present.hosts == 0 && head.uri.authority().is_none() {
         name_host(&mut head, &pool);
     }

@@ -19,6 +19,7 @@ mod grpc_peers; // grpcio on both sides
 mod h2spec; // the HTTP/2 conformance tests
 mod http1; // old callers, pipelines, Expect, upstreams that hang up
 mod http1_corpus; // malformed, ambiguous, and odd but legal messages
+mod languages; // a deadline through services in Python and Go
 mod limits; // places, the queue, who is sent away
 mod pools; // connections to upstreams
 mod protocols; // every protocol with every other

@@ -8,7 +8,7 @@ use serde_json::Value;
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::support::bank::{Bank, Say, behind_a_caller};
-use crate::support::http::{Answer, Body, Caller, Http1, Speaks, ask, empty, full, get, grpc, request};
+use crate::support::http::{Answer, Body, Caller, Http1, Speaks, ask, empty, full, get, grpc, grpc_request, request};
 use crate::support::upstream::policy;
 use crate::support::{Mesh, SOON, eventually};
 
@@ -208,15 +208,50 @@ async fn attempts_counts_the_tries_after_the_first() {
     }
 }
 
+/// A field as it came in each try.
+fn each(bank: &Bank, name: &str) -> Vec<String> {
+    bank.seen().iter().map(|seen| seen.header(name).to_owned()).collect()
+}
+
 #[tokio::test]
-async fn grpc_servers_are_told_how_many_tries_came_before() {
-    let bank = Bank::http2(&[Say::Grpc(14, &[])]).await;
-    let mesh = Mesh::start(&behind_a_caller(&[bank.addr()], "", DECLARED)).await;
-    assert_eq!(grpc(mesh.addr("in"), CHARGE).await.grpc_status(), "14");
-    let before: Vec<_> = bank.seen().iter().map(|seen| seen.header("grpc-previous-rpc-attempts").to_owned()).collect();
-    assert_eq!(before, ["", "1", "2"]);
-    told(&mesh, "grpc_error", 3, "tries_used_up").await;
+async fn a_count_of_tries_that_the_app_has_copied_into_its_own_call_is_not_passed_on() {
+    let copied = Some(("x-envoy-attempt-count", "7"));
+    for (rules, expected) in [("", &["", "2"][..]), ("retry: off", &[""])] {
+        let bank = Bank::http1(ONCE).await;
+        let mesh = Mesh::start(&behind_a_caller(&[bank.addr()], rules, "")).await;
+        let answer = ask(mesh.addr("in"), call("GET", copied)).await;
+        assert_eq!(each(&bank, "x-envoy-attempt-count"), expected, "{answer:?}");
+        mesh.stop().await;
+    }
+}
+
+#[tokio::test]
+async fn the_sidecar_before_the_app_counts_on_from_the_tries_of_the_callers() {
+    let bank = Bank::http1(&[Say::Status(200), Say::Reset, Say::Status(200)]).await;
+    let mesh = Mesh::start(&policy(bank.addr(), "")).await;
+    let mut caller = Http1::open(mesh.addr("in")).await;
+    assert_eq!(caller.ask(call("GET", None)).await.status, 200);
+    assert_eq!(caller.ask(call("GET", Some(("x-envoy-attempt-count", "2")))).await.status, 200);
+    assert_eq!(each(&bank, "x-envoy-attempt-count"), ["", "2", "3"]);
+    assert_eq!(mesh.metric("hopguard_retries_total", &["app"]), 1.0);
     mesh.stop().await;
+}
+
+#[tokio::test]
+async fn grpc_servers_are_told_how_many_tries_came_before_with_those_of_the_callers_library() {
+    for (said, expected) in [("", ["", "1", "2"]), ("3", ["3", "4", "5"])] {
+        let bank = Bank::http2(&[Say::Grpc(14, &[])]).await;
+        let mesh = Mesh::start(&behind_a_caller(&[bank.addr()], "", DECLARED)).await;
+        let mut asked = grpc_request(CHARGE, full(&b"\0\0\0\0\0"[..]));
+        if !said.is_empty() {
+            asked.headers_mut().insert("grpc-previous-rpc-attempts", said.parse().unwrap());
+        }
+        assert_eq!(Caller::open(Speaks::Http2, mesh.addr("in")).await.ask(asked).await.grpc_status(), "14");
+        assert_eq!(each(&bank, "grpc-previous-rpc-attempts"), expected);
+        assert_eq!(each(&bank, "x-envoy-attempt-count"), ["", "2", "3"]);
+        told(&mesh, "grpc_error", 3, "tries_used_up").await;
+        mesh.stop().await;
+    }
 }
 
 #[tokio::test]

@@ -24,13 +24,15 @@ pub(crate) struct Server {
 impl Server {
     /// Starts a script and waits until it says where it listens.
     pub(crate) async fn start(python: &Path, script: &str) -> Server {
-        let mut child = Command::new(python)
-            .arg(path(script))
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .kill_on_drop(true)
-            .spawn()
-            .expect("the interpreter starts");
+        let mut command = Command::new(python);
+        command.arg(path(script));
+        Self::run(command).await
+    }
+
+    /// The same with any program.
+    pub(crate) async fn run(mut command: Command) -> Server {
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).kill_on_drop(true);
+        let mut child = command.spawn().expect("the program starts");
         let input = child.stdin.take().expect("piped");
         let lines = BufReader::new(child.stdout.take().expect("piped")).lines();
         let mut server = Server { _child: child, input, lines, ready: Value::Null };
@@ -50,7 +52,12 @@ impl Server {
 
     /// What it has seen once that is as wanted, or after ten seconds all the same.
     pub(crate) async fn report_when(&mut self, wanted: &Value) -> Value {
-        self.input.write_all(format!("{wanted}\n").as_bytes()).await.expect("the server runs");
+        self.ask(wanted).await
+    }
+
+    /// The line that it prints after it has read this one.
+    pub(crate) async fn ask(&mut self, line: &Value) -> Value {
+        self.input.write_all(format!("{line}\n").as_bytes()).await.expect("the server runs");
         self.line().await
     }
 
