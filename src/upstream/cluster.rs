@@ -19,7 +19,7 @@ use crate::rules::ejection::{Group, Member};
 use crate::upstream::spec::{Endpoint, Protocol, Tls};
 
 /// One place to connect to.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Address {
     /// Where.
     pub socket: SocketAddr,

@@ -85,8 +85,11 @@ impl Upstreams {
 
     /// Forgets the pools of clusters that the policy does not have any more; calls under way keep theirs.
     pub fn keep_only(&self, keep: impl Fn(u64) -> bool) {
-        self.pools.borrow_mut().retain(|id, _| keep(*id));
-        self.places.borrow_mut().retain(|place, _| keep(place.parent));
+        let now = Instant::now();
+        let gone: Vec<_> = self.pools.borrow_mut().extract_if(|id, _| !keep(*id)).map(|(_, pool)| pool).collect();
+        let places: Vec<_> = self.places.borrow_mut().extract_if(|place, _| !keep(place.parent)).collect();
+        // A call that still holds its pool must not hold the idle connections, which nobody looks after from here on.
+        gone.iter().chain(places.iter().map(|(_, pool)| pool)).for_each(|pool| pool.retire(now));
     }
 
     /// Says that a connection has become idle.
