@@ -20,6 +20,7 @@ mod h2spec; // the HTTP/2 conformance tests
 mod http1; // old callers, pipelines, Expect, upstreams that hang up
 mod http1_corpus; // malformed, ambiguous, and odd but legal messages
 mod limits; // places, the queue, who is sent away
+mod names; // names, as a real name server answers for them
 mod pools; // connections to upstreams
 mod protocols; // every protocol with every other
 mod rate_limit; // so many calls a time
