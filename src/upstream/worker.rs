@@ -11,7 +11,6 @@ use foldhash::fast::RandomState;
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep};
 
-use crate::net::certificates::CertificateError;
 use crate::telemetry::Shard;
 use crate::upstream::cluster::Cluster;
 use crate::upstream::connect::Connector;
@@ -60,14 +59,12 @@ impl Upstreams {
     }
 
     /// This worker's pool for one place that callers of an endpoint-less destination want to reach.
-    ///
-    /// Fails if the destination's certificates cannot be used.
-    pub fn place(&self, parent: &Cluster, host: &str, port: u16) -> Result<Rc<Pool>, CertificateError> {
+    pub fn place(&self, parent: &Cluster, host: &str, port: u16) -> Rc<Pool> {
         let key = Place { parent: parent.id, host: host.to_owned(), port };
         if let Some(pool) = self.places.borrow().get(&key) {
-            return Ok(Rc::clone(pool));
+            return Rc::clone(pool);
         }
-        let cluster = self.discovery.place(parent, key.clone())?;
+        let cluster = self.discovery.place(parent, key.clone());
         let pool = self.new_pool(cluster);
         let mut places = self.places.borrow_mut();
         if places.len() >= PLACES {
@@ -75,7 +72,7 @@ impl Upstreams {
             places.retain(|_, pool| Rc::strong_count(pool) > 1);
         }
         places.insert(key, Rc::clone(&pool));
-        Ok(pool)
+        pool
     }
 
     fn new_pool(&self, cluster: Arc<Cluster>) -> Rc<Pool> {

@@ -265,6 +265,23 @@ async fn trust(program: &Program, folder: &Path, authorities: &[&Authority]) {
     eventually(|| (said(program, "certificates were reloaded") > before).then_some(())).await;
 }
 
+async fn reloads(program: &Program, result: &str) -> f64 {
+    program.metric("hopguard_certificate_reloads_total", &[&format!("result=\"{result}\"")]).await
+}
+
+/// Waits until `/policy` says that changed certificates are not in use and why, or that all are.
+async fn until_error(program: &Program, wanted: Option<&str>) {
+    let begun = tokio::time::Instant::now();
+    loop {
+        let error = program.document("/policy").await["certificateError"].take();
+        match (error["message"].as_str(), wanted) {
+            (None, None) => return,
+            (Some(said), Some(wanted)) if said.contains(wanted) => return,
+            _ => assert!(begun.elapsed() < crate::support::SOON, "{error}"),
+        }
+    }
+}
+
 /// A program with two ways to one upstream: `in` keeps connections, `fresh` opens one for each call.
 async fn two_ways(folder: &Path, upstream: &Upstream) -> Program {
     let text = policy(folder, upstream, "serverName: bank.test");
@@ -324,7 +341,7 @@ async fn authorities_that_cannot_be_used_change_nothing_and_are_named() {
     let fresh = program.addr("fresh").await.unwrap();
     let cut = authority.pem()[..200].to_owned();
     let wrong = authority.pem().replace("MII", "AAA");
-    for broken in [Some("no certificate"), Some(cut.as_str()), Some(wrong.as_str()), Some(""), None] {
+    for (times, broken) in [Some("no certificate"), Some(&cut), Some(&wrong), Some(""), None].into_iter().enumerate() {
         let before = said(&program, "cannot be used; the old ones stay");
         match broken {
             Some(text) => std::fs::write(&ca, text).unwrap(),
@@ -335,7 +352,69 @@ async fn authorities_that_cannot_be_used_change_nothing_and_are_named() {
         assert!(line.contains("ca.crt"), "{broken:?}: {line}");
         assert_eq!(get(fresh, "/").await.status, 200, "{broken:?}");
         assert_eq!(program.get("/ready").await.status, 200);
+        until_error(&program, Some("ca.crt")).await;
+        assert_eq!(reloads(&program, "failed").await as usize, times + 1);
     }
     trust(&program, folder, &[&authority]).await;
     assert_eq!(get(fresh, "/").await.status, 200);
+    until_error(&program, None).await;
+    assert_eq!(reloads(&program, "ok").await, 1.0);
+}
+
+#[tokio::test]
+async fn places_that_callers_name_have_the_certificates_of_their_destination() {
+    let (folder, old, new) = (tempfile::tempdir().unwrap(), Authority::new(), Authority::new());
+    let folder = folder.path();
+    std::fs::write(folder.join("ca.crt"), old.pem()).unwrap();
+    let (first, certificate) = renewed(&old.issue("127.0.0.1"), &Gate::closed()).await;
+    let (second, _) = renewed(&new.issue("127.0.0.1"), &Gate::closed()).await;
+    let text = policy(folder, &first, "").replace(", }", " }").replace("to: app", "forward: true");
+    let endpoint = format!("endpoints: [\"{}\"]", first.addr);
+    let text = text.replace(&endpoint, "hosts: [\"*\"]\n    connections: { maxIdle: 0 }");
+    let file = folder.join("policy.yaml");
+    std::fs::write(&file, text).unwrap();
+    let program = Program::run(&file, &[]).await;
+    let to = program.addr("in").await.unwrap();
+    let call = async |upstream: &Upstream| {
+        ask(to, Request::get("/").header("host", upstream.addr.to_string()).body(empty()).unwrap()).await.status
+    };
+    assert_eq!(call(&first).await, 200);
+    trust(&program, folder, &[&new]).await;
+    *certificate.lock().unwrap() = new.issue("127.0.0.1").acceptor(&["http/1.1"]);
+    assert_eq!(call(&first).await, 200, "a place that was known before");
+    std::fs::write(folder.join("ca.crt"), "no certificate").unwrap();
+    until_error(&program, Some("ca.crt")).await;
+    assert_eq!(call(&second).await, 200, "a place that is new while the file cannot be used");
+}
+
+#[tokio::test]
+async fn certificates_that_change_together_with_the_policy_are_read() {
+    let (folder, old, new) = (tempfile::tempdir().unwrap(), Authority::new(), Authority::new());
+    let folder = folder.path();
+    let (upstream, certificate) = renewed(&old.issue("bank.test"), &Gate::closed()).await;
+    // As Kubernetes mounts a ConfigMap: all files change at one moment.
+    let mount = |version: &str, authority: &Authority, more: &str| {
+        let data = folder.join(version);
+        std::fs::create_dir(&data).unwrap();
+        let text = policy(folder, &upstream, "serverName: bank.test");
+        let text = text.replace("request: 5s }", "request: 5s }\n    connections: { maxIdle: 0 }");
+        std::fs::write(data.join("policy.yaml"), text + more).unwrap();
+        std::fs::write(data.join("ca.crt"), authority.pem()).unwrap();
+        std::fs::write(data.join("other.crt"), authority.pem()).unwrap();
+        std::os::unix::fs::symlink(version, folder.join("..new")).unwrap();
+        std::fs::rename(folder.join("..new"), folder.join("..data")).unwrap();
+    };
+    mount("..1", &old, "");
+    for name in ["policy.yaml", "ca.crt", "other.crt"] {
+        std::os::unix::fs::symlink(Path::new("..data").join(name), folder.join(name)).unwrap();
+    }
+    let program = Program::run(&folder.join("policy.yaml"), &[]).await;
+    let to = program.addr("in").await.unwrap();
+    assert_eq!(get(to, "/").await.status, 200);
+    let other = "  - { name: other, hosts: [other.test], endpoints: [\"127.0.0.1:1\"], tls: { ca: other.crt } }\n";
+    mount("..2", &new, other);
+    program.said("the policy was reloaded").await;
+    program.said("certificates were reloaded").await;
+    *certificate.lock().unwrap() = new.issue("bank.test").acceptor(&["http/1.1"]);
+    assert_eq!(get(to, "/").await.status, 200);
 }
