@@ -201,8 +201,8 @@ fn what_cannot_be_read_is_a_problem() {
     let file = folder.path().join("a.yaml");
     fs::write(&file, vec![b'#'; (1 << 20) + 1]).unwrap();
     refuses(&file, "larger than 1 MiB");
-    fs::write(&file, b"service: \xff").unwrap();
-    refuses(&file, "not UTF-8 from byte 9");
+    fs::write(&file, b"kind: Policy\nservice: caf\xe9\n").unwrap();
+    refuses(&file, "not UTF-8: see line 2");
 }
 
 #[test]

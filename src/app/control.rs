@@ -63,7 +63,8 @@ async fn follow(shared: &Arc<Shared>) {
         }
         let named_now = certificate_files(shared);
         let contents_now = contents(&named_now);
-        if named_now == files && contents_now != seen.certificates {
+        // Also where the policy names other files now: those that it named before may have changed at the same time.
+        if contents_now != seen.certificates {
             reload_certificates(shared);
         }
         seen.certificates = contents_now;
@@ -174,12 +175,17 @@ fn reload_certificates(shared: &Shared) {
     let listeners = doors.iter().map(|one| one.reload());
     let policy = shared.policy.load_full();
     let upstreams = policy.destinations.iter().map(|one| one.cluster.load_certificates());
-    let mut failed = false;
-    for error in listeners.chain(upstreams).filter_map(Result::err) {
-        failed = true;
-        tracing::error!(%error, "changed certificates cannot be used; the old ones stay");
+    // Several destinations may have one file.
+    let problems: BTreeSet<String> =
+        listeners.chain(upstreams).filter_map(Result::err).map(|error| error.to_string()).collect();
+    for error in &problems {
+        tracing::error!(error, "changed certificates cannot be used; the old ones stay");
     }
-    if !failed {
+    if problems.is_empty() {
         tracing::info!("certificates were reloaded");
     }
+    shared.telemetry.certificates_read(problems.is_empty());
+    let message = Vec::from_iter(problems).join("\n");
+    let error = (!message.is_empty()).then(|| PolicyError { message, at: Instant::now() });
+    *shared.certificate_error.lock().unwrap_or_else(PoisonError::into_inner) = error;
 }

@@ -1,10 +1,10 @@
 //! What the admin door shows of the process.
 
-use std::sync::{Arc, PoisonError, Weak};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use serde_json::{Value, json};
 
-use crate::admin::{Inside, ListenerView, State, StatusView};
+use crate::admin::{Inside, ListenerView, PolicyError, State, StatusView};
 use crate::app::Shared;
 use crate::policy::model::{Destination, Listener, Route, Target};
 use crate::policy::snapshot::Snapshot;
@@ -36,10 +36,14 @@ impl Inside for Window {
     fn policy_json(&self) -> String {
         let Some(shared) = self.0.upgrade() else { return json!({ "error": GONE }).to_string() };
         let policy = shared.policy.load();
-        let error = shared.last_error.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let last_error =
-            error.map(|error| json!({ "message": error.message, "at": shared.telemetry.wall(error.at).to_string() }));
-        format!("{:#}\n", document(&policy, last_error))
+        let shown = |error: &Mutex<Option<PolicyError>>| -> Option<Value> {
+            let error = error.lock().unwrap_or_else(PoisonError::into_inner).clone()?;
+            Some(json!({ "message": error.message, "at": shared.telemetry.wall(error.at).to_string() }))
+        };
+        let mut document = document(&policy);
+        document["lastError"] = shown(&shared.last_error).into();
+        document["certificateError"] = shown(&shared.certificate_error).into();
+        format!("{document:#}\n")
     }
 
     fn begin_drain(&self) {
@@ -98,12 +102,11 @@ fn towards(policy: &Snapshot, listener: &Listener) -> Option<String> {
 }
 
 /// The policy in force: every effective value with the line that it comes from.
-fn document(policy: &Snapshot, last_error: Option<Value>) -> Value {
+fn document(policy: &Snapshot) -> Value {
     json!({
         "hash": policy.hash,
         "loaded": policy.loaded.to_string(),
         "files": policy.model.files.iter().map(|file| &**file).collect::<Vec<_>>(),
-        "lastError": last_error,
         "service": &*policy.service,
         "listeners": policy.listeners.iter().map(|one| listener(policy, one)).collect::<Vec<_>>(),
         "destinations": policy.destinations.iter().map(|one| {

@@ -69,6 +69,8 @@ struct Shared {
     discovery: Discovery,
     doors: Mutex<Doors>,
     last_error: Mutex<Option<PolicyError>>,
+    /// Why changed certificates are not in use.
+    certificate_error: Mutex<Option<PolicyError>>,
     /// The policy before the present one: a worker may be about to read it while it is replaced.
     replaced: Mutex<Option<Arc<Snapshot>>>,
     /// What the workers know together about the calls under way.
@@ -108,6 +110,7 @@ impl App {
             discovery,
             doors: Mutex::new(doors),
             last_error: Mutex::default(),
+            certificate_error: Mutex::default(),
             replaced: Mutex::default(),
             chain: Chain::default(),
             settings,

@@ -124,7 +124,11 @@ fn read(path: &Path) -> Result<String, String> {
     if bytes.len() as u64 > LARGEST {
         return Err(format!("is larger than {} MiB", LARGEST >> 20));
     }
-    String::from_utf8(bytes).map_err(|error| format!("is not UTF-8 from byte {} on", error.utf8_error().valid_up_to()))
+    String::from_utf8(bytes).map_err(|error| {
+        let readable = &error.as_bytes()[..error.utf8_error().valid_up_to()];
+        let line = 1 + readable.iter().filter(|byte| **byte == b'\n').count();
+        format!("is not UTF-8: see line {line}")
+    })
 }
 
 fn of_file(path: &Path, message: String, hint: Option<String>) -> Problem {

@@ -202,7 +202,7 @@ fn identity(values: &model::Destination) -> Identity {
     });
     let address = values.endpoints.first().map(|endpoint| match endpoint {
         Endpoint::Address(address) => address.ip().to_string(),
-        Endpoint::Dns { name, .. } => name.clone(),
+        Endpoint::Dns { name, .. } => name.trim_end_matches('.').to_owned(),
     });
     let wanted = values.tls.as_ref().and_then(|tls| tls.server_name.clone());
     let host = wanted.or(first_name).or(address).unwrap_or_else(|| values.name.clone());

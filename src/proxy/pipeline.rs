@@ -270,7 +270,7 @@ fn pool(live: &Live, target: &Target<'_>) -> Result<Rc<Pool>, Refusal> {
     }
     let port = target.port.unwrap_or(if values.tls.is_some() { 443 } else { 80 });
     let parent = &live.view.destination(position).cluster;
-    upstreams.place(parent, target.host, port).map_err(|error| Refusal::plain(Kind::TlsFailed, error.to_string()))
+    Ok(upstreams.place(parent, target.host, port))
 }
 
 /// Takes a place in flight, if there is one at once.

@@ -57,6 +57,8 @@ const ACCEPTED: Family = family("hopguard_listener_connections_total", "Connecti
 const OPEN: Family = family("hopguard_listener_open_connections", "Connections of callers that are open");
 
 const RELOADS: Family = family("hopguard_policy_reloads_total", "Attempts to load the policy, the first one included");
+const CERTIFICATES: Family =
+    family("hopguard_certificate_reloads_total", "Times that changed certificates and authorities were read again");
 const WORKERS: Family = family("hopguard_workers", "Worker threads");
 const DRAINING: Family = family("hopguard_draining", "1 from the start of the drain on, else 0");
 const LINES_DROPPED: Family =
@@ -104,6 +106,7 @@ pub const ALL: &[Family] = &[
     ACCEPTED,
     OPEN,
     RELOADS,
+    CERTIFICATES,
     WORKERS,
     DRAINING,
     LINES_DROPPED,
@@ -181,6 +184,10 @@ pub struct ProcessMetrics {
     pub reloads_ok: Counter,
     /// Policies refused; the last good one stayed in force.
     pub reloads_failed: Counter,
+    /// Changed certificates that came into use.
+    pub certificates_ok: Counter,
+    /// Changed certificates that could not be used; the old ones stayed.
+    pub certificates_failed: Counter,
     /// Worker threads.
     pub workers: Gauge,
     /// 1 from the start of the drain on.
@@ -192,7 +199,10 @@ pub struct ProcessMetrics {
 impl ProcessMetrics {
     pub(super) fn new(instruments: &Instruments) -> Self {
         let reloads = |result: &str| instruments.counter(RELOADS, vec![("result", result.to_owned())], None);
+        let certificates = |result: &str| instruments.counter(CERTIFICATES, vec![("result", result.to_owned())], None);
         Self {
+            certificates_ok: certificates("ok"),
+            certificates_failed: certificates("failed"),
             reloads_ok: reloads("ok"),
             reloads_failed: reloads("failed"),
             workers: instruments.gauge(WORKERS, Vec::new(), None),

@@ -122,6 +122,12 @@ impl Telemetry {
         self.process.reloads_failed.increment();
     }
 
+    /// Notes that changed certificates were read, and whether all of them can be used.
+    pub fn certificates_read(&self, usable: bool) {
+        let counter = if usable { &self.process.certificates_ok } else { &self.process.certificates_failed };
+        counter.increment();
+    }
+
     /// The wall time of an instant, from one anchor taken at the start: instants order exchanges even where somebody
     /// steps the clock.
     pub fn wall(&self, at: Instant) -> Timestamp {

@@ -19,7 +19,7 @@ use crate::rules::ejection::{Group, Member};
 use crate::upstream::spec::{Endpoint, Protocol, Tls};
 
 /// One place to connect to.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Address {
     /// Where.
     pub socket: SocketAddr,
@@ -81,7 +81,8 @@ pub struct Cluster {
     /// What its failures have led to.
     pub health: Health,
     addresses: watch::Sender<Arc<Addresses>>,
-    tls: ArcSwapOption<ClientConfig>,
+    /// One for a destination and all the places that it leads to.
+    tls: Arc<ArcSwapOption<ClientConfig>>,
 }
 
 impl Cluster {
@@ -89,19 +90,25 @@ impl Cluster {
     ///
     /// Fails if TLS is wanted and the certificates cannot be used.
     pub fn new(identity: Identity, health: Health) -> Result<Arc<Self>, CertificateError> {
-        static NEXT: AtomicU64 = AtomicU64::new(1);
-        let cluster = Self {
-            id: NEXT.fetch_add(1, Relaxed),
-            addresses: watch::Sender::new(Arc::new(fixed(&identity))),
-            tls: ArcSwapOption::empty(),
-            identity,
-            health,
-        };
+        let cluster = Self::with(identity, health, Arc::default());
         cluster.load_certificates()?;
         Ok(Arc::new(cluster))
     }
 
-    /// Reads the certificates again; connections that exist keep theirs. On an error the old ones stay.
+    /// A cluster for a place that callers of this one want to reach, with the certificates of this one.
+    pub fn place(&self, endpoint: Endpoint, host: &str) -> Arc<Self> {
+        let identity = Identity { endpoints: vec![endpoint], host: host.into(), ..self.identity.clone() };
+        // One place's failures say nothing about the others.
+        Arc::new(Self::with(identity, Health::new(Instant::now()), Arc::clone(&self.tls)))
+    }
+
+    fn with(identity: Identity, health: Health, tls: Arc<ArcSwapOption<ClientConfig>>) -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        let id = NEXT.fetch_add(1, Relaxed);
+        Self { id, addresses: watch::Sender::new(Arc::new(fixed(&identity))), tls, identity, health }
+    }
+
+    /// Reads the certificates again, for its places too; connections that exist keep theirs. On an error the old ones stay.
     pub fn load_certificates(&self) -> Result<(), CertificateError> {
         if let Some(tls) = &self.identity.tls {
             let (http1, http2) = match self.identity.protocol {

@@ -15,9 +15,8 @@ use hickory_resolver::net::runtime::TokioRuntimeProvider;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep};
 
-use crate::net::certificates::CertificateError;
 use crate::runtime::tasks;
-use crate::upstream::cluster::{Address, Cluster, Health, Identity};
+use crate::upstream::cluster::{Address, Cluster};
 use crate::upstream::spec::Endpoint;
 
 /// An answer is believed for at least and at most so long.
@@ -125,11 +124,11 @@ impl Discovery {
 
     /// The cluster for one place.
     ///
-    /// All workers get the same one. Fails if its certificates cannot be used.
-    pub fn place(&self, parent: &Cluster, place: Place) -> Result<Arc<Cluster>, CertificateError> {
+    /// All workers get the same one.
+    pub fn place(&self, parent: &Cluster, place: Place) -> Arc<Cluster> {
         let mut places = self.places.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(known) = places.get(&place).and_then(Weak::upgrade) {
-            return Ok(known);
+            return known;
         }
         if places.len() >= PLACES {
             places.retain(|_, place| place.strong_count() > 0);
@@ -140,13 +139,11 @@ impl Discovery {
             Ok(ip) => Endpoint::Address(SocketAddr::new(ip, port)),
             Err(_) => Endpoint::Dns { name: host.to_owned(), port },
         };
-        let identity = Identity { endpoints: vec![endpoint], host: bare.into(), ..parent.identity.clone() };
-        // One place's failures say nothing about the others.
-        let cluster = Cluster::new(identity, Health::new(Instant::now()))?;
+        let cluster = parent.place(endpoint, bare);
         places.insert(place, Arc::downgrade(&cluster));
         drop(places);
         self.follow(&cluster);
-        Ok(cluster)
+        cluster
     }
 }
 
@@ -221,6 +218,7 @@ fn report(cluster: &Cluster, problem: Option<&str>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::upstream::cluster::{Health, Identity};
     use crate::upstream::spec::Protocol;
     use std::cell::RefCell;
     use std::rc::Rc;

@@ -58,6 +58,8 @@ pub struct Endpoint {
     pub chose_http1: Cell<bool>,
     /// From when on a connection may be opened although another one is idle.
     fresh_at: Cell<Instant>,
+    /// True once the destination does not have it any more.
+    retired: Cell<bool>,
     metrics: DestinationMetrics,
 }
 
@@ -87,6 +89,7 @@ impl Endpoint {
             held_off: Cell::new(None),
             chose_http1: Cell::new(false),
             fresh_at: Cell::new(now),
+            retired: Cell::new(false),
             metrics,
         })
     }
@@ -126,7 +129,7 @@ impl Endpoint {
             keep = keep.min(lesson.longest);
         }
         let mut idle = self.idle.borrow_mut();
-        if idle.len() >= most || keep.is_zero() {
+        if idle.len() >= most || keep.is_zero() || self.retired.get() {
             self.closed();
             return;
         }
@@ -187,11 +190,33 @@ impl Endpoint {
         for one in stale {
             self.discard(one, now);
         }
+        self.keep_shared(|one| one.is_alive() && one.idle_for(now).is_none_or(|idle| idle < HTTP2_IDLE));
+        !self.shared.borrow().is_empty() || !self.idle.borrow().is_empty()
+    }
+
+    /// Notes that a stream of a shared connection is over.
+    pub fn stream_ended(&self, connection: &Http2, now: Instant) {
+        connection.finish(now);
+        if self.retired.get() {
+            self.keep_shared(|one| one.idle_for(now).is_none());
+        }
+    }
+
+    /// Closes what nobody uses, for good: the destination does not have this endpoint any more. A call under way may hold
+    /// it for long; its connection is closed when it ends.
+    pub fn retire(&self, now: Instant) {
+        self.retired.set(true);
+        let idle = std::mem::take(&mut *self.idle.borrow_mut());
+        self.metrics.idle.add(-count(idle.len()));
+        self.gone(idle.len());
+        self.keep_shared(|one| one.idle_for(now).is_none());
+    }
+
+    fn keep_shared(&self, keep: impl Fn(&Http2) -> bool) {
         let mut shared = self.shared.borrow_mut();
         let before = shared.len();
-        shared.retain(|one| one.is_alive() && one.idle_for(now).is_none_or(|idle| idle < HTTP2_IDLE));
+        shared.retain(|one| keep(one));
         self.gone(before - shared.len());
-        !shared.is_empty() || !self.idle.borrow().is_empty()
     }
 
     fn gone(&self, connections: usize) {

@@ -124,7 +124,7 @@ impl Drop for Lease {
         self.endpoint.load.finish();
         match self.carrier.take() {
             Some(Carrier::Http1(_)) => self.endpoint.closed(),
-            Some(Carrier::Http2(connection)) => connection.finish(Instant::now()),
+            Some(Carrier::Http2(connection)) => self.endpoint.stream_ended(&connection, Instant::now()),
             None => {}
         }
     }
@@ -225,19 +225,25 @@ impl Pool {
             return;
         }
         let mut old: HashMap<_, _> =
-            self.endpoints.borrow_mut().drain(..).map(|endpoint| (endpoint.address.socket, endpoint)).collect();
+            self.endpoints.borrow_mut().drain(..).map(|endpoint| (endpoint.address.clone(), endpoint)).collect();
         let list = Arc::clone(&addresses.borrow_and_update());
         let group = &self.cluster.health.group;
         let kept_or_new = list
             .list
             .iter()
             .map(|address| {
-                old.remove(&address.socket).filter(|endpoint| endpoint.address == *address).unwrap_or_else(|| {
+                old.remove(address).unwrap_or_else(|| {
                     Endpoint::new(address.clone(), group.member(address.socket), self.metrics.clone(), now)
                 })
             })
             .collect();
         *self.endpoints.borrow_mut() = kept_or_new;
+        old.values().for_each(|endpoint| endpoint.retire(now));
+    }
+
+    /// Closes what nobody uses: the policy does not have this cluster any more. Calls under way end as they would have.
+    pub fn retire(&self, now: Instant) {
+        self.endpoints.borrow().iter().for_each(|endpoint| endpoint.retire(now));
     }
 
     /// A connection to `endpoint` that is open already.
@@ -305,6 +311,8 @@ impl Pool {
 
     /// Looks after idle connections; returns true if there is something left to look after.
     pub fn sweep(&self, cx: &mut Context<'_>, now: Instant) -> bool {
+        // Without a call, too, the connections to an address that is gone have to go.
+        self.follow(now);
         let endpoints = self.endpoints.borrow();
         // Every one is swept, whatever the one before it has left.
         endpoints.iter().filter(|endpoint| endpoint.sweep(cx, now)).count() > 0

@@ -170,9 +170,10 @@ impl Endpoint {
 
 fn parse_dns(text: &str) -> Option<Endpoint> {
     let (name, port) = text.rsplit_once(':')?;
-    let name = name.strip_suffix('.').unwrap_or(name);
     let port = port.parse::<u16>().ok().filter(|port| *port > 0)?;
-    is_host_name(name).then(|| Endpoint::Dns { name: name.to_ascii_lowercase(), port })
+    // The dot at the end stays: it says that the name is whole, so that no search domain is tried.
+    is_host_name(name.strip_suffix('.').unwrap_or(name))
+        .then(|| Endpoint::Dns { name: name.to_ascii_lowercase(), port })
 }
 
 fn not_an_address(text: &str) -> Fault {
@@ -242,7 +243,7 @@ mod tests {
         for text in ["10.0.0.7:8080", "[::1]:80", "dns:payment-headless:8080", "dns:a.b_c.d:65535"] {
             assert_eq!(Endpoint::parse(text).map(|e| e.to_string()), Ok(text.to_owned()));
         }
-        assert_eq!(Endpoint::parse("dns:Pay.Shop.:80").map(|e| e.to_string()), Ok("dns:pay.shop:80".to_owned()));
+        assert_eq!(Endpoint::parse("dns:Pay.Shop.:80").map(|e| e.to_string()), Ok("dns:pay.shop.:80".to_owned()));
     }
 
     #[test]

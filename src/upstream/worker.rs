@@ -11,7 +11,6 @@ use foldhash::fast::RandomState;
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep};
 
-use crate::net::certificates::CertificateError;
 use crate::telemetry::Shard;
 use crate::upstream::cluster::Cluster;
 use crate::upstream::connect::Connector;
@@ -60,14 +59,12 @@ impl Upstreams {
     }
 
     /// This worker's pool for one place that callers of an endpoint-less destination want to reach.
-    ///
-    /// Fails if the destination's certificates cannot be used.
-    pub fn place(&self, parent: &Cluster, host: &str, port: u16) -> Result<Rc<Pool>, CertificateError> {
+    pub fn place(&self, parent: &Cluster, host: &str, port: u16) -> Rc<Pool> {
         let key = Place { parent: parent.id, host: host.to_owned(), port };
         if let Some(pool) = self.places.borrow().get(&key) {
-            return Ok(Rc::clone(pool));
+            return Rc::clone(pool);
         }
-        let cluster = self.discovery.place(parent, key.clone())?;
+        let cluster = self.discovery.place(parent, key.clone());
         let pool = self.new_pool(cluster);
         let mut places = self.places.borrow_mut();
         if places.len() >= PLACES {
@@ -75,7 +72,7 @@ impl Upstreams {
             places.retain(|_, pool| Rc::strong_count(pool) > 1);
         }
         places.insert(key, Rc::clone(&pool));
-        Ok(pool)
+        pool
     }
 
     fn new_pool(&self, cluster: Arc<Cluster>) -> Rc<Pool> {
@@ -85,8 +82,11 @@ impl Upstreams {
 
     /// Forgets the pools of clusters that the policy does not have any more; calls under way keep theirs.
     pub fn keep_only(&self, keep: impl Fn(u64) -> bool) {
-        self.pools.borrow_mut().retain(|id, _| keep(*id));
-        self.places.borrow_mut().retain(|place, _| keep(place.parent));
+        let now = Instant::now();
+        let gone: Vec<_> = self.pools.borrow_mut().extract_if(|id, _| !keep(*id)).map(|(_, pool)| pool).collect();
+        let places: Vec<_> = self.places.borrow_mut().extract_if(|place, _| !keep(place.parent)).collect();
+        // A call that still holds its pool must not hold the idle connections, which nobody looks after from here on.
+        gone.iter().chain(places.iter().map(|(_, pool)| pool)).for_each(|pool| pool.retire(now));
     }
 
     /// Says that a connection has become idle.

@@ -21,6 +21,7 @@ mod http1; // old callers, pipelines, Expect, upstreams that hang up
 mod http1_corpus; // malformed, ambiguous, and odd but legal messages
 mod languages; // a deadline through services in Python and Go
 mod limits; // places, the queue, who is sent away
+mod names; // names, as a real name server answers for them
 mod pools; // connections to upstreams
 mod protocols; // every protocol with every other
 mod rate_limit; // so many calls a time

@@ -213,6 +213,38 @@ async fn a_post_that_was_not_sent_goes_over_another_connection() {
 }
 
 #[tokio::test]
+async fn a_destination_that_moves_lets_idle_connections_go_while_a_call_lasts() {
+    let gate = Gate::closed();
+    let held = gate.clone();
+    let old = Upstream::http1(move |request| {
+        let held = held.clone();
+        async move {
+            if request.uri().path() == "/slow" {
+                held.pass().await;
+            }
+            Response::new(full("old"))
+        }
+    })
+    .await;
+    let new = Upstream::fixed("new").await;
+    let more = "    connections: { idle: 60s }\n    timeouts: { request: 20s }";
+    let mesh = Mesh::start(&policy(old.addr, more)).await;
+    let to = mesh.addr("in");
+    let slow = tokio::spawn(async move { get(to, "/slow").await });
+    eventually(|| (old.requests() == 1).then_some(())).await;
+    assert_eq!(get(to, "/").await.body, "old");
+    assert_eq!(old.open(), 2);
+    mesh.reload(&policy(new.addr, more)).await;
+    assert_eq!(get(to, "/").await.body, "new");
+    eventually(|| (old.open() == 1).then_some(())).await;
+    gate.release(1);
+    assert_eq!(slow.await.unwrap().body, "old");
+    eventually(|| (old.open() == 0).then_some(())).await;
+    eventually(|| (mesh.metric("hopguard_pool_open_connections", &["app"]) == 1.0).then_some(())).await;
+    mesh.stop().await;
+}
+
+#[tokio::test]
 async fn after_goaway_calls_go_over_a_new_connection() {
     let upstream = Upstream::bytes(|stream| async move {
         let service = service_fn(|_| async { Ok::<_, std::convert::Infallible>(Response::new(full("hello"))) });

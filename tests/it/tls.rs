@@ -1,44 +1,63 @@
 //! TLS on both sides: who is trusted, what is agreed on, and certificates that change while calls run.
 
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper::{Request, Response};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::net::TcpStream;
+use tokio_rustls::TlsAcceptor;
 use tokio_rustls::client::TlsStream;
 
 use crate::support::certificates::{Authority, Identity};
 use crate::support::http::{Caller, Http1, Speaks, ask, empty, full, get, request};
+use crate::support::load::Load;
 use crate::support::program::Program;
-use crate::support::upstream::Upstream;
+use crate::support::upstream::{Gate, Upstream};
 use crate::support::{Mesh, eventually};
 
 /// An upstream behind TLS that says which protocol it was spoken to in, and for which name.
 async fn behind_tls(identity: &Identity, alpn: &[&str]) -> Upstream {
     let acceptor = identity.acceptor(alpn);
-    Upstream::bytes(move |stream| {
-        let acceptor = acceptor.clone();
-        async move {
-            let Ok(stream) = acceptor.accept(stream).await else { return };
-            let server = stream.get_ref().1;
-            let name = server.server_name().unwrap_or("none").to_owned();
-            let http2 = server.alpn_protocol() == Some(b"h2");
-            let service = service_fn(move |request: Request<Incoming>| {
-                let said = format!("{:?} for {name}", request.version());
-                async move { Ok::<_, std::convert::Infallible>(Response::new(full(said))) }
-            });
-            let io = TokioIo::new(stream);
-            let _ended = if http2 {
-                hyper::server::conn::http2::Builder::new(TokioExecutor::new()).serve_connection(io, service).await
-            } else {
-                hyper::server::conn::http1::Builder::new().serve_connection(io, service).await
-            };
-        }
-    })
-    .await
+    Upstream::bytes(move |stream| serve(stream, acceptor.clone(), Gate::closed())).await
 }
 
-fn policy(folder: &std::path::Path, upstream: &Upstream, tls: &str) -> String {
+/// An upstream whose certificate the test changes: a new connection gets the one that it has then.
+async fn renewed(identity: &Identity, gate: &Gate) -> (Upstream, Arc<Mutex<TlsAcceptor>>) {
+    let acceptor = Arc::new(Mutex::new(identity.acceptor(&["http/1.1"])));
+    let (newest, gate) = (Arc::clone(&acceptor), gate.clone());
+    let upstream = Upstream::bytes(move |stream| serve(stream, newest.lock().unwrap().clone(), gate.clone())).await;
+    (upstream, acceptor)
+}
+
+/// Answers over one connection; for `/slow` when the test lets it.
+async fn serve(stream: TcpStream, acceptor: TlsAcceptor, gate: Gate) {
+    let Ok(stream) = acceptor.accept(stream).await else { return };
+    let server = stream.get_ref().1;
+    let name = server.server_name().unwrap_or("none").to_owned();
+    let http2 = server.alpn_protocol() == Some(b"h2");
+    let service = service_fn(move |request: Request<Incoming>| {
+        let said = format!("{:?} for {name}", request.version());
+        let gate = gate.clone();
+        async move {
+            if request.uri().path() == "/slow" {
+                gate.pass().await;
+            }
+            Ok::<_, std::convert::Infallible>(Response::new(full(said)))
+        }
+    });
+    let io = TokioIo::new(stream);
+    let _ended = if http2 {
+        hyper::server::conn::http2::Builder::new(TokioExecutor::new()).serve_connection(io, service).await
+    } else {
+        hyper::server::conn::http1::Builder::new().serve_connection(io, service).await
+    };
+}
+
+fn policy(folder: &Path, upstream: &Upstream, tls: &str) -> String {
     format!(
         "apiVersion: hopguard.dev/v1alpha1
 kind: Policy
@@ -230,4 +249,172 @@ async fn a_renewed_certificate_is_shown_and_cuts_nobody() {
     eventually(|| program.log().contains("tls.key").then_some(())).await;
     let still = authority.connect(to, "shop.test", &[]).await.expect("a bad key takes nothing away");
     assert_eq!(http1(still).await.ask(request("GET", "/").body(empty()).unwrap()).await.body, "hello");
+}
+
+/// Lines of the program's own log that say so.
+fn said(program: &Program, what: &str) -> usize {
+    program.log().matches(what).count()
+}
+
+/// Puts authorities into the file at once, and waits until the program has taken them up.
+async fn trust(program: &Program, folder: &Path, authorities: &[&Authority]) {
+    let before = said(program, "certificates were reloaded");
+    let beside = folder.join("ca.new");
+    std::fs::write(&beside, authorities.iter().map(|one| one.pem()).collect::<String>()).unwrap();
+    std::fs::rename(beside, folder.join("ca.crt")).unwrap();
+    eventually(|| (said(program, "certificates were reloaded") > before).then_some(())).await;
+}
+
+async fn reloads(program: &Program, result: &str) -> f64 {
+    program.metric("hopguard_certificate_reloads_total", &[&format!("result=\"{result}\"")]).await
+}
+
+/// Waits until `/policy` says that changed certificates are not in use and why, or that all are.
+async fn until_error(program: &Program, wanted: Option<&str>) {
+    let begun = tokio::time::Instant::now();
+    loop {
+        let error = program.document("/policy").await["certificateError"].take();
+        match (error["message"].as_str(), wanted) {
+            (None, None) => return,
+            (Some(said), Some(wanted)) if said.contains(wanted) => return,
+            _ => assert!(begun.elapsed() < crate::support::SOON, "{error}"),
+        }
+    }
+}
+
+/// A program with two ways to one upstream: `in` keeps connections, `fresh` opens one for each call.
+async fn two_ways(folder: &Path, upstream: &Upstream) -> Program {
+    let text = policy(folder, upstream, "serverName: bank.test");
+    let text = text.replace("request: 5s }", "request: 60s }\n    protocol: http1\n    connections: { idle: 60s }");
+    let at = text.find("  - name: app").unwrap();
+    let fresh = text[at..].replace("name: app", "name: fresh").replace("idle: 60s", "maxIdle: 0");
+    let listener = "listeners:\n  - { name: fresh, bind: \"127.0.0.1:0\", to: fresh }";
+    let file = folder.join("policy.yaml");
+    std::fs::write(&file, text.replacen("listeners:", listener, 1) + &fresh).unwrap();
+    Program::run(&file, &[]).await
+}
+
+#[tokio::test]
+async fn an_upstream_moves_to_another_authority_without_a_lost_call() {
+    let (folder, old, new) = (tempfile::tempdir().unwrap(), Authority::new(), Authority::new());
+    let folder = folder.path();
+    std::fs::write(folder.join("ca.crt"), old.pem()).unwrap();
+    let gate = Gate::closed();
+    let (upstream, certificate) = renewed(&old.issue("bank.test"), &gate).await;
+    let shows = |authority: &Authority| {
+        *certificate.lock().unwrap() = authority.issue("bank.test").acceptor(&["http/1.1"]);
+    };
+    let program = two_ways(folder, &upstream).await;
+    let (kept, fresh) = (program.addr("in").await.unwrap(), program.addr("fresh").await.unwrap());
+    let slow = tokio::spawn(async move { get(kept, "/slow").await });
+    eventually(|| (upstream.open() == 1).then_some(())).await;
+    let load = Load::none().add(fresh, Speaks::Http1, 2, Duration::from_millis(5));
+    trust(&program, folder, &[&old, &new]).await;
+    shows(&new);
+    trust(&program, folder, &[&new]).await;
+    let before = load.good();
+    eventually(|| (load.good() >= before + 20).then_some(())).await;
+    let report = load.end().await;
+    assert!(report.failures.is_empty(), "{:?}", report.failures.first());
+    // The old authority is really out, and a connection from its time goes on all the same.
+    shows(&old);
+    let refused = get(fresh, "/").await;
+    assert_eq!((refused.status.as_u16(), refused.problem()["refusal"].as_str()), (502, Some("tls_failed")));
+    gate.release(1);
+    assert_eq!(slow.await.unwrap().status, 200);
+    let (get_kept, opened) = (get(kept, "/").await, upstream.connections());
+    assert_eq!(get_kept.status, 200, "the connection that was kept: {get_kept:?}");
+    assert_eq!(upstream.connections(), opened);
+    shows(&new);
+    assert_eq!(get(fresh, "/").await.status, 200);
+    assert_eq!(program.metric("hopguard_requests_total", &["outcome=\"tls_failed\""]).await, 1.0);
+    assert_eq!(program.metric("hopguard_policy_reloads_total", &[]).await, 1.0, "the policy is the same");
+}
+
+#[tokio::test]
+async fn authorities_that_cannot_be_used_change_nothing_and_are_named() {
+    let (folder, authority) = (tempfile::tempdir().unwrap(), Authority::new());
+    let (folder, ca) = (folder.path(), folder.path().join("ca.crt"));
+    std::fs::write(&ca, authority.pem()).unwrap();
+    let (upstream, _) = renewed(&authority.issue("bank.test"), &Gate::closed()).await;
+    let program = two_ways(folder, &upstream).await;
+    let fresh = program.addr("fresh").await.unwrap();
+    let cut = authority.pem()[..200].to_owned();
+    let wrong = authority.pem().replace("MII", "AAA");
+    for (times, broken) in [Some("no certificate"), Some(&cut), Some(&wrong), Some(""), None].into_iter().enumerate() {
+        let before = said(&program, "cannot be used; the old ones stay");
+        match broken {
+            Some(text) => std::fs::write(&ca, text).unwrap(),
+            None => std::fs::remove_file(&ca).unwrap(),
+        }
+        eventually(|| (said(&program, "cannot be used; the old ones stay") > before).then_some(())).await;
+        let line = program.log().lines().rfind(|line| line.contains("the old ones stay")).unwrap().to_owned();
+        assert!(line.contains("ca.crt"), "{broken:?}: {line}");
+        assert_eq!(get(fresh, "/").await.status, 200, "{broken:?}");
+        assert_eq!(program.get("/ready").await.status, 200);
+        until_error(&program, Some("ca.crt")).await;
+        assert_eq!(reloads(&program, "failed").await as usize, times + 1);
+    }
+    trust(&program, folder, &[&authority]).await;
+    assert_eq!(get(fresh, "/").await.status, 200);
+    until_error(&program, None).await;
+    assert_eq!(reloads(&program, "ok").await, 1.0);
+}
+
+#[tokio::test]
+async fn places_that_callers_name_have_the_certificates_of_their_destination() {
+    let (folder, old, new) = (tempfile::tempdir().unwrap(), Authority::new(), Authority::new());
+    let folder = folder.path();
+    std::fs::write(folder.join("ca.crt"), old.pem()).unwrap();
+    let (first, certificate) = renewed(&old.issue("127.0.0.1"), &Gate::closed()).await;
+    let (second, _) = renewed(&new.issue("127.0.0.1"), &Gate::closed()).await;
+    let text = policy(folder, &first, "").replace(", }", " }").replace("to: app", "forward: true");
+    let endpoint = format!("endpoints: [\"{}\"]", first.addr);
+    let text = text.replace(&endpoint, "hosts: [\"*\"]\n    connections: { maxIdle: 0 }");
+    let file = folder.join("policy.yaml");
+    std::fs::write(&file, text).unwrap();
+    let program = Program::run(&file, &[]).await;
+    let to = program.addr("in").await.unwrap();
+    let call = async |upstream: &Upstream| {
+        ask(to, Request::get("/").header("host", upstream.addr.to_string()).body(empty()).unwrap()).await.status
+    };
+    assert_eq!(call(&first).await, 200);
+    trust(&program, folder, &[&new]).await;
+    *certificate.lock().unwrap() = new.issue("127.0.0.1").acceptor(&["http/1.1"]);
+    assert_eq!(call(&first).await, 200, "a place that was known before");
+    std::fs::write(folder.join("ca.crt"), "no certificate").unwrap();
+    until_error(&program, Some("ca.crt")).await;
+    assert_eq!(call(&second).await, 200, "a place that is new while the file cannot be used");
+}
+
+#[tokio::test]
+async fn certificates_that_change_together_with_the_policy_are_read() {
+    let (folder, old, new) = (tempfile::tempdir().unwrap(), Authority::new(), Authority::new());
+    let folder = folder.path();
+    let (upstream, certificate) = renewed(&old.issue("bank.test"), &Gate::closed()).await;
+    // As Kubernetes mounts a ConfigMap: all files change at one moment.
+    let mount = |version: &str, authority: &Authority, more: &str| {
+        let data = folder.join(version);
+        std::fs::create_dir(&data).unwrap();
+        let text = policy(folder, &upstream, "serverName: bank.test");
+        let text = text.replace("request: 5s }", "request: 5s }\n    connections: { maxIdle: 0 }");
+        std::fs::write(data.join("policy.yaml"), text + more).unwrap();
+        std::fs::write(data.join("ca.crt"), authority.pem()).unwrap();
+        std::fs::write(data.join("other.crt"), authority.pem()).unwrap();
+        std::os::unix::fs::symlink(version, folder.join("..new")).unwrap();
+        std::fs::rename(folder.join("..new"), folder.join("..data")).unwrap();
+    };
+    mount("..1", &old, "");
+    for name in ["policy.yaml", "ca.crt", "other.crt"] {
+        std::os::unix::fs::symlink(Path::new("..data").join(name), folder.join(name)).unwrap();
+    }
+    let program = Program::run(&folder.join("policy.yaml"), &[]).await;
+    let to = program.addr("in").await.unwrap();
+    assert_eq!(get(to, "/").await.status, 200);
+    let other = "  - { name: other, hosts: [other.test], endpoints: [\"127.0.0.1:1\"], tls: { ca: other.crt } }\n";
+    mount("..2", &new, other);
+    program.said("the policy was reloaded").await;
+    program.said("certificates were reloaded").await;
+    *certificate.lock().unwrap() = new.issue("bank.test").acceptor(&["http/1.1"]);
+    assert_eq!(get(to, "/").await.status, 200);
 }

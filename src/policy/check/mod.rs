@@ -217,7 +217,9 @@ fn check_reached(documents: &[Document<'_>], model: &Model) {
         for index in 0..document.spec.destinations.as_ref().map_or(0, Vec::len) {
             let (at, destination) = (list.index(index), &model.destinations[at_destination]);
             let is_target = model.listeners.iter().any(|l| l.target == Target::To(at_destination));
-            if !is_target && !at.key("hosts").is_given() && !destination.name.is_empty() {
+            // Where two have one name that is the mistake; that the second is not reached follows from it.
+            let is_second = || model.destinations[..at_destination].iter().any(|one| one.name == destination.name);
+            if !is_target && !at.key("hosts").is_given() && !destination.name.is_empty() && !is_second() {
                 at.key("name").report(
                     format!("destination `{}` can never be reached", destination.name),
                     "give it `hosts`, or name it in the `to` of a listener",

@@ -5,6 +5,7 @@ pub(crate) mod bank;
 pub(crate) mod certificates;
 pub(crate) mod http;
 pub(crate) mod load;
+pub(crate) mod nameserver;
 pub(crate) mod program;
 pub(crate) mod upstream;
 pub(crate) mod wire;
@@ -173,6 +174,8 @@ pub(crate) async fn eventually<T>(mut look: impl FnMut() -> Option<T>) -> T {
     }
 }
 
+const INSTALLS: &str = "scripts/peers installs it";
+
 /// A program on PATH, or in `target/peers/bin`. Where there is none, the test is not run, which is a failure in CI.
 pub(crate) fn peer(name: &str) -> Option<PathBuf> {
     let own = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/peers/bin");
@@ -182,7 +185,7 @@ pub(crate) fn peer(name: &str) -> Option<PathBuf> {
         .chain(["/usr/sbin".into(), "/sbin".into()])
         .map(|folder| folder.join(name))
         .find(|file| file.is_file());
-    found.or_else(|| missing(name))
+    found.or_else(|| missing(name, INSTALLS))
 }
 
 /// A Python with `tests/peers/requirements.txt` installed.
@@ -190,11 +193,12 @@ pub(crate) fn python() -> Option<PathBuf> {
     let python = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/peers/venv/bin/python3");
     let works = python.is_file()
         && Command::new(&python).args(["-c", "import grpc, websockets"]).status().is_ok_and(|status| status.success());
-    if works { Some(python) } else { missing("python3 with tests/peers/requirements.txt") }
+    if works { Some(python) } else { missing("python3 with tests/peers/requirements.txt", INSTALLS) }
 }
 
-fn missing(what: &str) -> Option<PathBuf> {
-    assert!(std::env::var_os("CI").is_none(), "{what} is missing; run scripts/peers");
-    println!("not run: {what} is missing; scripts/peers installs it");
+/// Says that a test is not run, which is a failure in CI.
+pub(crate) fn missing<T>(what: &str, remedy: &str) -> Option<T> {
+    assert!(std::env::var_os("CI").is_none(), "{what} is missing; {remedy}");
+    println!("not run: {what} is missing; {remedy}");
     None
 }

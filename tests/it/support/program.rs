@@ -142,7 +142,8 @@ impl Program {
     }
 }
 
-fn gather(from: impl AsyncRead + Send + Unpin + 'static) -> Arc<Mutex<Vec<String>>> {
+/// Reads lines in the background.
+pub(super) fn gather(from: impl AsyncRead + Send + Unpin + 'static) -> Arc<Mutex<Vec<String>>> {
     let lines = Arc::new(Mutex::new(Vec::new()));
     let all = Arc::clone(&lines);
     tokio::spawn(async move {

@@ -19,6 +19,7 @@ pub(crate) struct Upstream {
     pub(crate) addr: SocketAddr,
     requests: Arc<AtomicUsize>,
     connections: Arc<AtomicUsize>,
+    closed: Arc<AtomicUsize>,
     task: JoinHandle<()>,
 }
 
@@ -85,15 +86,20 @@ impl Upstream {
         let listener = TcpListener::bind(addr).await.unwrap();
         let addr = listener.local_addr().unwrap();
         let connections = Arc::new(AtomicUsize::new(0));
-        let opened = Arc::clone(&connections);
+        let closed = Arc::<AtomicUsize>::default();
+        let (opened, ended) = (Arc::clone(&connections), Arc::clone(&closed));
         let task = tokio::spawn(async move {
             let mut open = tokio::task::JoinSet::new();
             while let Ok((stream, _)) = listener.accept().await {
                 opened.fetch_add(1, SeqCst);
-                open.spawn(serve(stream));
+                let (serving, ended) = (serve(stream), Arc::clone(&ended));
+                open.spawn(async move {
+                    serving.await;
+                    ended.fetch_add(1, SeqCst);
+                });
             }
         });
-        Self { addr, requests, connections, task }
+        Self { addr, requests, connections, closed, task }
     }
 
     /// Answers everything with `body`.
@@ -109,6 +115,11 @@ impl Upstream {
     /// Connections accepted so far.
     pub(crate) fn connections(&self) -> usize {
         self.connections.load(SeqCst)
+    }
+
+    /// Connections that are open now.
+    pub(crate) fn open(&self) -> usize {
+        self.connections() - self.closed.load(SeqCst)
     }
 }
 

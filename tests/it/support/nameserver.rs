@@ -1,0 +1,123 @@
+//! A name server, dnsmasq, and the program where that server is the one that the system's settings name.
+//!
+//! The settings, `/etc/resolv.conf`, have no field for a port and hold for the whole machine. So the server has port 53 of
+//! a loopback address that no other test uses, and the program a mount namespace with settings of its own: both need root.
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::path::PathBuf;
+use std::process::Stdio;
+use std::sync::atomic::{AtomicU8, Ordering::Relaxed};
+use std::sync::{Arc, Mutex};
+
+use tempfile::TempDir;
+use tokio::process::{Child, Command};
+
+use super::program::{Program, gather, hopguard};
+use super::{eventually, missing, peer};
+
+/// Binds other settings over the system's for whatever runs after it.
+const WITH_SETTINGS: &str = r#"mount --bind "$1" /etc/resolv.conf && shift && exec "$@""#;
+
+/// An address of this machine that is nobody else's.
+pub(crate) fn own_address() -> IpAddr {
+    static GIVEN: AtomicU8 = AtomicU8::new(64);
+    let [.., high, low] = std::process::id().to_be_bytes();
+    Ipv4Addr::new(127, GIVEN.fetch_add(1, Relaxed), high, low).into()
+}
+
+/// A name server for `shop.test`. It knows no other server: what it is asked of other names it refuses to answer.
+pub(crate) struct Nameserver {
+    pub(crate) at: IpAddr,
+    dnsmasq: PathBuf,
+    options: Vec<String>,
+    folder: TempDir,
+    child: Option<Child>,
+    log: Arc<Mutex<Vec<String>>>,
+}
+
+impl Nameserver {
+    /// Starts it with records that live for a second, and options of dnsmasq for others. `None` where it cannot run and
+    /// need not.
+    pub(crate) async fn start(records: &[(&str, IpAddr)], options: &[&str]) -> Option<Self> {
+        let dnsmasq = peer("dnsmasq")?;
+        let namespace = std::process::Command::new("unshare").args(["--mount", "true"]).stderr(Stdio::null()).status();
+        if !namespace.is_ok_and(|status| status.success()) {
+            return missing("the right to mount", "a name server of its own needs root");
+        }
+        let (at, folder) = (own_address(), tempfile::tempdir().unwrap());
+        let settings = format!("nameserver {at}\nsearch shop.test\n");
+        std::fs::write(folder.path().join("resolv.conf"), settings).unwrap();
+        let options = options.iter().map(|option| (*option).to_owned()).collect();
+        let mut server = Self { at, dnsmasq, options, folder, child: None, log: Arc::default() };
+        server.revive(records).await;
+        Some(server)
+    }
+
+    /// Starts it again, after [`Self::kill`].
+    pub(crate) async fn revive(&mut self, records: &[(&str, IpAddr)]) {
+        self.write(records);
+        let mut command = Command::new(&self.dnsmasq);
+        command.args(["--keep-in-foreground", "--conf-file=/dev/null", "--no-resolv", "--no-hosts", "--pid-file="]);
+        command.args(["--user=root", "--log-queries", "--log-facility=-", "--local=/shop.test/", "--local-ttl=1"]);
+        command.args([format!("--listen-address={}", self.at), "--bind-interfaces".to_owned()]);
+        command.arg(format!("--addn-hosts={}", self.hosts().display())).args(&self.options);
+        let mut child = command.stderr(Stdio::piped()).kill_on_drop(true).spawn().unwrap();
+        self.log = gather(child.stderr.take().unwrap());
+        self.child = Some(child);
+        self.has_read(1).await;
+    }
+
+    /// Gives it other records and waits until it has taken them up.
+    pub(crate) async fn set(&self, records: &[(&str, IpAddr)]) {
+        let before = self.lines("read ");
+        self.write(records);
+        let id = self.child.as_ref().unwrap().id().expect("it runs").to_string();
+        assert!(Command::new("kill").args(["-s", "HUP", &id]).status().await.unwrap().success());
+        self.has_read(before + 1).await;
+    }
+
+    /// Ends it, without a word to anybody.
+    pub(crate) async fn kill(&mut self) {
+        self.child.take().unwrap().kill().await.unwrap();
+    }
+
+    /// How often it was asked for the IPv4 addresses of a name.
+    pub(crate) fn asked(&self, name: &str) -> usize {
+        self.lines(&format!("query[A] {name} from"))
+    }
+
+    /// Runs the program with a policy, where this is the name server.
+    pub(crate) async fn run(&self, policy: &str) -> Program {
+        let file = self.folder.path().join("policy.yaml");
+        std::fs::write(&file, policy).unwrap();
+        let inner = hopguard(&["run", "--admin", "127.0.0.1:0", "--log-format", "json", "--workers", "1", "--policy"]);
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "sh", "-c", WITH_SETTINGS, "sh"]).arg(self.folder.path().join("resolv.conf"));
+        command.arg(inner.as_std().get_program()).args(inner.as_std().get_args()).arg(file);
+        for (name, value) in inner.as_std().get_envs() {
+            match value {
+                Some(value) => command.env(name, value),
+                None => command.env_remove(name),
+            };
+        }
+        command.stdin(Stdio::null()).kill_on_drop(true);
+        Program::start(command).await
+    }
+
+    fn hosts(&self) -> PathBuf {
+        self.folder.path().join("hosts")
+    }
+
+    fn write(&self, records: &[(&str, IpAddr)]) {
+        let lines: String = records.iter().map(|(name, address)| format!("{address} {name}\n")).collect();
+        std::fs::write(self.hosts(), lines).unwrap();
+    }
+
+    fn lines(&self, with: &str) -> usize {
+        self.log.lock().unwrap().iter().filter(|line| line.contains(with)).count()
+    }
+
+    async fn has_read(&self, times: usize) {
+        eventually(|| (self.lines("read ") >= times).then_some(())).await;
+    }
+}
