@@ -14,7 +14,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 pub use self::conditions::{Condition, Conditions};
-pub use self::spec::{Backoff, BackoffSpec, Retry, RetrySpec, RetryValuesSpec};
+pub use self::spec::{Backoff, BackoffSpec, Retry, RetrySpec};
 use super::budget::Budget;
 
 /// How a try ended.

@@ -9,9 +9,9 @@ use serde::de::IntoDeserializer;
 use serde::de::value::Error as ValueError;
 use serde_json::{Value, json};
 
-use super::spec::FIELDS;
 use super::*;
 use crate::problems::{At, Found, Origin, Place, Problems, Spot};
+use crate::rules::switch::{Keys, Switch};
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -194,13 +194,13 @@ impl Spot for Nothing {
     }
 }
 
-fn read(value: &Value) -> Result<RetrySpec, String> {
+fn read(value: &Value) -> Result<Switch<RetrySpec>, String> {
     let shown = |error: ValueError| error.to_string();
     match value {
-        Value::String(text) => RetrySpec::deserialize(text.as_str().into_deserializer()).map_err(shown),
-        Value::Bool(value) => RetrySpec::deserialize(value.into_deserializer()).map_err(shown),
-        Value::Number(number) => RetrySpec::deserialize(number.as_u64().unwrap().into_deserializer()).map_err(shown),
-        other => serde_json::from_value(other.clone()).map_err(|error| error.to_string()),
+        Value::String(text) => Switch::deserialize(text.as_str().into_deserializer()).map_err(shown),
+        Value::Bool(value) => Switch::deserialize(value.into_deserializer()).map_err(shown),
+        Value::Number(number) => Switch::deserialize(number.as_u64().unwrap().into_deserializer()).map_err(shown),
+        other => serde_json::from_value(other.clone()).map(Switch::On).map_err(|error| error.to_string()),
     }
 }
 
@@ -249,6 +249,7 @@ fn off_turns_retries_off_and_a_mapping_on_again_with_the_values_below() {
     let (retry, _) = layered(&[json!({ "attempts": 5 }), json!("off")]);
     assert!(!retry.enabled.value);
     assert_eq!(retry.enabled.origin.to_string(), "p.yaml:7");
+    assert_eq!(retry, layered(&[json!({ "attempts": 5 }), json!(false)]).0);
     let (retry, _) = layered(&[json!({ "attempts": 5 }), json!("off"), json!({})]);
     assert!(retry.enabled.value);
     assert_eq!(retry.enabled.origin.to_string(), "p.yaml:7");
@@ -291,8 +292,8 @@ fn all_that_contradicts_is_reported_at_once() {
 #[test]
 fn what_cannot_be_read_comes_with_what_to_write() {
     let table = [
-        (json!(false), "write `off`, in quotes"),
-        (json!(true), "like `{ attempts: 2 }`"),
+        (json!(true), "`{}` switches it on"),
+        (json!("on"), "`{}` switches it on"),
         (json!("of"), "write `off`"),
         (json!("OFF"), "write `off`"),
         (json!("none"), "write `off`"),
@@ -319,9 +320,9 @@ fn what_cannot_be_read_comes_with_what_to_write() {
 
 #[test]
 fn the_reader_is_told_of_every_field() {
-    let schema = SchemaGenerator::default().into_root_schema_for::<RetryValuesSpec>();
+    let schema = SchemaGenerator::default().into_root_schema_for::<RetrySpec>();
     let mut known: Vec<_> = schema.get("properties").unwrap().as_object().unwrap().keys().cloned().collect();
-    let mut told = FIELDS.to_vec();
+    let mut told = RetrySpec::KEYS.to_vec();
     known.sort_unstable();
     told.sort_unstable();
     assert_eq!(known, told);
