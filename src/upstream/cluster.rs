@@ -65,6 +65,8 @@ pub struct Health {
     pub group: Arc<Group>,
     /// What may be spent on retries.
     pub budget: Arc<Budget>,
+    /// The cluster that a reload has put into force, and that alone says which endpoints there are; 0 before the first.
+    in_force: Arc<AtomicU64>,
     /// Where changes are told that no call causes.
     telemetry: Arc<OnceLock<Arc<Telemetry>>>,
 }
@@ -73,7 +75,7 @@ impl Health {
     /// Nothing has failed yet.
     pub fn new(now: Instant) -> Self {
         let (breaker, group, budget) = (Breaker::new(now), Group::new(now), Budget::new());
-        Self { breaker, group, budget, telemetry: Arc::default() }
+        Self { breaker, group, budget, in_force: Arc::default(), telemetry: Arc::default() }
     }
 
     /// Tells `telemetry` of changes that no call causes. Whoever makes calls has to say this first: only calls eject.
@@ -168,7 +170,9 @@ impl Cluster {
         self.addresses.send_if_modified(|present| {
             let changed = **present != next;
             if changed {
-                back = self.retain(&next, now);
+                // One that was replaced still has calls, and its names are followed for them.
+                let may_forget = matches!(self.health.in_force.load(Relaxed), id if id == 0 || id == self.id);
+                back = may_forget.then(|| self.retain(&next, now)).flatten();
                 *present = Arc::new(next);
             }
             changed
@@ -179,8 +183,10 @@ impl Cluster {
     }
 
     /// Forgets what endpoints did that the policy no longer names; those found by name are forgotten when they are found
-    /// no more. Returns the endpoint that is taken back because all others are gone.
+    /// no more. Returns the endpoint that is taken back because all others are gone. From now on no other cluster of the
+    /// destination has a say in that.
     pub fn forget_others(&self, now: Instant) -> Option<(Arc<Member>, Change)> {
+        self.health.in_force.store(self.id, Relaxed);
         let addresses = self.addresses();
         addresses.settled.then(|| self.retain(&addresses, now))?
     }
@@ -283,16 +289,20 @@ mod tests {
         Address { socket: SocketAddr::from(([10, 0, 0, last], 80)), server_name: "shop".into() }
     }
 
-    /// A destination behind one name, which is at these addresses.
-    fn cluster(addresses: &[u8]) -> (Arc<Cluster>, Arc<Telemetry>) {
+    fn behind(name: &str, health: Health) -> Arc<Cluster> {
         let identity = Identity {
             name: "shop".into(),
-            endpoints: vec![Endpoint::Dns { name: "shop.test".into(), port: 80 }],
+            endpoints: vec![Endpoint::Dns { name: name.into(), port: 80 }],
             protocol: Protocol::Auto,
             tls: None,
             host: "shop".into(),
         };
-        let cluster = Cluster::new(identity, Health::new(Instant::now())).unwrap();
+        Cluster::new(identity, health).unwrap()
+    }
+
+    /// A destination behind one name, which is at these addresses.
+    fn cluster(addresses: &[u8]) -> (Arc<Cluster>, Arc<Telemetry>) {
+        let cluster = behind("shop.test", Health::new(Instant::now()));
         cluster.publish(addresses.iter().copied().map(address).collect(), None);
         let telemetry = Telemetry::new(Sink::Memory(MemoryLines::default()));
         // A worker that calls it knows the members and whom to tell of them.
@@ -335,6 +345,21 @@ mod tests {
         }
         let back = "hopguard_ejections_total{destination=\"shop\",change=\"in\"}";
         assert_eq!((metric(&telemetry, back), metric(&telemetry, out)), (Some(1.0), Some(0.0)));
+    }
+
+    #[test]
+    fn a_name_that_a_reload_has_replaced_forgets_no_endpoint_of_the_new_one() {
+        let (old, telemetry) = cluster(&[1, 2]);
+        let new = behind("shop.new", old.health.clone());
+        new.publish(vec![address(3), address(4)], None);
+        assert!(new.forget_others(Instant::now()).is_none());
+        let members = || new.health.group.members().iter().map(|one| one.address()).collect::<Vec<_>>();
+        [3, 4].iter().for_each(|last| drop(new.health.group.member(address(*last).socket)));
+        eject(&new, &telemetry, 3);
+        old.publish(vec![address(1)], None);
+        assert_eq!(members(), [address(3).socket, address(4).socket]);
+        new.publish(vec![address(3), address(5)], None);
+        assert_eq!(members(), [address(3).socket]);
     }
 
     #[test]
