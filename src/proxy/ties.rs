@@ -293,7 +293,10 @@ pub fn mark_answer(live: &mut Live, status: StatusCode, fields: &mut HeaderMap, 
     push_back(live, fields);
 }
 
-/// The same for the trailers of a gRPC answer.
+/// The same for the trailers of a gRPC answer whose head has gone already.
+///
+/// No hop tries such a call again: each has passed the head on, as we have. But the app in between may make a failure of
+/// its own out of it, and that would be tried again above.
 pub fn mark_trailers(live: &mut Live, fields: &mut HeaderMap, code: u32, now: Instant) {
     if !is_failed_code(code) {
         return;
@@ -301,7 +304,8 @@ pub fn mark_trailers(live: &mut Live, fields: &mut HeaderMap, code: u32, now: In
     let was_marked = fields.contains_key(PROXY_STATUS);
     let below =
         was_marked.then(|| Mark::read(fields.get_all(PROXY_STATUS).iter().map(HeaderValue::as_bytes))).flatten();
-    failed(live, below.as_ref(), false, now);
+    let is_final = live.route().retry.is_final(live.attempt.into(), live.is_safe, None);
+    failed(live, below.as_ref(), is_final, now);
     mark_answer(live, StatusCode::OK, fields, was_marked);
 }
 

@@ -313,16 +313,9 @@ fn tell(live: &mut Live, report: &Report, why: Why, tried: &Tried, now: Instant)
         live.worker.shard.telemetry().retry_withheld(&live.destination_values().name, why.name());
     }
     if let (true, Ok(_)) = (is_failure, tried) {
-        let below = report.mark.as_ref();
-        // Whatever ended them: a call that was tried again here is not to be tried again above. Nor is one that may have done
-        // its work and is not to do it twice: above the app it may have become a call that looks safe.
-        let is_final = live.attempt > 1
-            || (why == Why::NotSafe || !(live.is_safe || live.route().retry.idempotent.value)) && !report.unseen
-            || matches!(
-                why,
-                Why::TriesUsedUp | Why::RetriedBelow | Why::PushedBack | Why::Deadline | Why::Budget | Why::CircuitOpen
-            );
-        ties::failed(live, below, is_final, now);
+        let is_safe = live.is_safe || report.unseen;
+        let is_final = live.route().retry.is_final(live.attempt.into(), is_safe, Some(why));
+        ties::failed(live, report.mark.as_ref(), is_final, now);
     }
 }
 

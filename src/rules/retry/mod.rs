@@ -149,6 +149,17 @@ impl Retry {
         reasons.into_iter().find_map(|(stands, why)| stands.then_some(why))
     }
 
+    /// Whether nobody above shall try a failed call again: because it was tried again here, whatever ended that; because it may
+    /// have done its work and is not to do it twice, and above the app it may have become a call that looks safe; or because
+    /// of why there is no other try. `why` is None where none was thought of: the head of the answer had come.
+    ///
+    /// `is_safe` as in [`Seen`].
+    pub fn is_final(&self, tries: u32, is_safe: bool, why: Option<Why>) -> bool {
+        use Why::{Budget, CircuitOpen, Deadline, PushedBack, RetriedBelow, TriesUsedUp};
+        let is_over = matches!(why, Some(TriesUsedUp | RetriedBelow | PushedBack | Deadline | Budget | CircuitOpen));
+        tries > 1 || !(is_safe || self.idempotent.value) || is_over
+    }
+
     /// Whether `retry.on` names it.
     pub fn is_on(&self, failure: Failure) -> bool {
         self.enabled.value && self.wants(failure)

@@ -103,6 +103,33 @@ fn each_reason_stops_a_call_that_was_seen() {
 }
 
 #[test]
+fn nobody_above_tries_again_what_was_tried_again_or_may_not_be_repeated() {
+    let table = [
+        (1, true, None, false),
+        (1, true, Some(Why::ConditionOff), false),
+        (1, true, Some(Why::BodyTooLong), false),
+        (1, true, Some(Why::Off), false),
+        (1, true, Some(Why::AtTheCaller), false),
+        (2, true, None, true),
+        (2, true, Some(Why::BodyTooLong), true),
+        (1, false, None, true),
+        (1, false, Some(Why::NotSafe), true),
+        (1, true, Some(Why::TriesUsedUp), true),
+        (1, true, Some(Why::RetriedBelow), true),
+        (1, true, Some(Why::PushedBack), true),
+        (1, true, Some(Why::Deadline), true),
+        (1, true, Some(Why::Budget), true),
+        (1, true, Some(Why::CircuitOpen), true),
+    ];
+    for (tries, is_safe, why, wanted) in table {
+        assert_eq!(Retry::built_in().is_final(tries, is_safe, why), wanted, "{tries} {is_safe} {why:?}");
+    }
+    let mut declared = Retry::built_in();
+    declared.idempotent.value = true;
+    assert!(!declared.is_final(1, false, None));
+}
+
+#[test]
 fn a_route_may_declare_that_its_calls_can_be_repeated() {
     let mut retry = Retry::built_in();
     retry.idempotent.value = true;

@@ -94,8 +94,8 @@ impl Live<'_> {
             self.world.checks.count(why.name());
         }
         if is_failure && tried.is_ok() {
-            let is_final = self.attempt > 1
-                || matches!(why, Why::TriesUsedUp | Why::RetriedBelow | Why::PushedBack | Why::Deadline | Why::Budget);
+            let is_safe = self.request.is_safe || report.unseen;
+            let is_final = self.side.policy.retry.is_final(self.attempt, is_safe, Some(why));
             self.failed(report.mark.as_ref(), is_final, now);
         }
     }
