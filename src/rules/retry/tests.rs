@@ -23,6 +23,9 @@ fn seen(failure: Failure) -> Seen {
     Seen {
         tries: 1,
         failure,
+        is_inbound: false,
+        is_reused: false,
+        is_circuit_open: false,
         is_safe: true,
         is_marked_final: false,
         pushback: None,
@@ -100,6 +103,36 @@ fn each_reason_stops_a_call_that_was_seen() {
     assert_eq!(off.decide(&good), Decision::Stop(Why::Off));
     assert_eq!(off.decide(&seen(Failure::Unsent)), Decision::Stop(Why::Off));
     assert_eq!(off.decide(&seen(Failure::Status(200))), Decision::Stop(Why::NotAFailure));
+}
+
+#[test]
+fn the_sidecar_before_the_app_tries_again_only_what_nobody_else_can() {
+    let inbound = |failure| Seen { is_inbound: true, is_reused: true, random: 0.0, ..seen(failure) };
+    let at_the_caller = Decision::Stop(Why::AtTheCaller);
+    let table = [
+        (inbound(Failure::Unsent), again(0)),
+        (Seen { tries: 2, ..inbound(Failure::Unsent) }, again(0)),
+        (inbound(Failure::Reset), again(0)),
+        (Seen { tries: 2, ..inbound(Failure::Reset) }, at_the_caller),
+        (Seen { is_reused: false, ..inbound(Failure::Reset) }, at_the_caller),
+        (Seen { is_safe: false, ..inbound(Failure::Reset) }, Decision::Stop(Why::NotSafe)),
+        (inbound(Failure::Status(503)), at_the_caller),
+        (inbound(Failure::Grpc(14)), at_the_caller),
+        (inbound(Failure::Timeout), at_the_caller),
+    ];
+    for (seen, wanted) in table {
+        assert_eq!(Retry::built_in().decide(&seen), wanted, "{seen:?}");
+    }
+}
+
+#[test]
+fn behind_an_open_breaker_nothing_is_tried_again() {
+    let open = |failure| Seen { is_circuit_open: true, is_safe: false, ..seen(failure) };
+    for failure in [Failure::Unsent, Failure::Reset, Failure::Status(503)] {
+        assert_eq!(Retry::built_in().decide(&open(failure)), Decision::Stop(Why::CircuitOpen), "{failure:?}");
+    }
+    let inbound = Seen { is_inbound: true, ..open(Failure::Status(503)) };
+    assert_eq!(Retry::built_in().decide(&inbound), Decision::Stop(Why::AtTheCaller));
 }
 
 #[test]
