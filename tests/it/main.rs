@@ -19,6 +19,7 @@ mod grpc_peers; // grpcio on both sides
 mod h2spec; // the HTTP/2 conformance tests
 mod http1; // old callers, pipelines, Expect, upstreams that hang up
 mod http1_corpus; // malformed, ambiguous, and odd but legal messages
+mod labels; // metrics do not grow with what callers send
 mod limits; // places, the queue, who is sent away
 mod one_try; // how long one try is waited for, and what the next hop hears of that
 mod pools; // connections to upstreams
