@@ -175,6 +175,15 @@ fn the_hash_tells_content_from_layout() {
 }
 
 #[test]
+fn false_means_off_wherever_off_may_stand() {
+    let words = fs::read_to_string("tests/policies/valid/yaml-1-1-off.yaml").unwrap();
+    let falses = load_str("p.yaml", &words).unwrap();
+    let offs = load_str("p.yaml", &words.replace("false", "off")).unwrap();
+    assert_eq!(falses.hash, offs.hash);
+    assert_ne!(falses.hash, load_str("p.yaml", &words.replace("retry: false", "retry: {}")).unwrap().hash);
+}
+
+#[test]
 fn a_fingerprint_follows_the_bytes() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("a.yaml");

@@ -89,7 +89,7 @@ pub struct DefaultsSpec {
     /// Pooled upstream connections.
     pub connections: Option<ConnectionsSpec>,
     /// Which failed calls are sent again.
-    pub retry: Option<RetrySpec>,
+    pub retry: Option<Switch<RetrySpec>>,
     /// When a destination gets no calls for a while.
     pub circuit_breaker: Option<Switch<CircuitBreakerSpec>>,
     /// When one endpoint gets no calls for a while.
@@ -167,13 +167,13 @@ pub struct DestinationSpec {
     /// Pooled connections to it.
     pub connections: Option<ConnectionsSpec>,
     /// Which failed calls are sent again.
-    pub retry: Option<RetrySpec>,
+    pub retry: Option<Switch<RetrySpec>>,
     /// When it gets no calls for a while.
     pub circuit_breaker: Option<Switch<CircuitBreakerSpec>>,
     /// When one of its endpoints gets no calls for a while.
     pub ejection: Option<Switch<EjectionSpec>>,
     /// How many calls each of its routes takes in which time.
-    pub rate_limit: Option<RateLimitSpec>,
+    pub rate_limit: Option<Switch<RateLimitSpec>>,
     /// Failures on purpose, for those of its routes that have none of their own.
     pub faults: Option<Vec<FaultSpec>>,
     /// Calls that are treated differently; the most specific wins, whatever the order.
@@ -192,9 +192,9 @@ pub struct RouteSpec {
     /// How long these calls may take.
     pub timeouts: Option<TimeoutsSpec>,
     /// Which of these calls are sent again when they fail.
-    pub retry: Option<RetrySpec>,
+    pub retry: Option<Switch<RetrySpec>>,
     /// How many of these calls are taken in which time.
-    pub rate_limit: Option<RateLimitSpec>,
+    pub rate_limit: Option<Switch<RateLimitSpec>>,
     /// Failures on purpose.
     pub faults: Option<Vec<FaultSpec>>,
     /// Lives by idle and maxDuration, not by request, once the head of the answer is there.

@@ -275,8 +275,7 @@ pub fn unread(caller: &Caller) -> RequestLine {
 
 impl Drop for Live {
     fn drop(&mut self) {
-        self.record.bytes_in = self.flow.request.bytes();
-        self.record.bytes_out = self.flow.response.bytes();
+        self.record.passed(self.flow.request.bytes(), self.flow.response.bytes());
         if self.flow.was_cut() {
             let limits = &self.route().timeouts;
             let (name, limit) = if self.patience.is_unary() {

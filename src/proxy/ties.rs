@@ -163,6 +163,7 @@ pub fn tell(live: &Live, fields: &mut HeaderMap, now: Instant) {
     };
     let left = at.saturating_duration_since(now);
     let left = left.saturating_sub(reserve(left));
+    let left = one_try(live, now).map_or(left, |one_try| left.min(one_try));
     if live.patience.grpc {
         if let Ok(value) = HeaderValue::from_str(&deadline::format_grpc_timeout(left)) {
             fields.insert(GRPC_TIMEOUT, value);
@@ -171,6 +172,18 @@ pub fn tell(live: &Live, fields: &mut HeaderMap, now: Instant) {
         let millis = u64::try_from(left.as_millis()).unwrap_or(u64::MAX).max(1);
         fields.insert(EXPECTED_RQ_TIMEOUT_MS, HeaderValue::from(millis));
     }
+}
+
+/// How long anybody waits for the present try, where that is known to the next hop's good.
+///
+/// `perTry` bounds the wait for the head of the answer: a gRPC call may turn out to be a stream, which would be ended by it, and
+/// while the caller still sends, it is he who is waited for. Hops below keep up to a tenth of their time for the way back; with
+/// as much on top it is our own `perTry` that ends the try, and not a failure from below, which would be final.
+fn one_try(live: &Live, now: Instant) -> Option<Duration> {
+    let per_try = live.route().timeouts.per_try.as_ref()?.value;
+    let is_known = live.patience.is_unary() && live.flow.request.ended();
+    let left = (live.patience.try_began + per_try).saturating_duration_since(now);
+    is_known.then(|| left + (per_try / 10).max(MOST_RESERVED))
 }
 
 impl Until {
@@ -280,7 +293,10 @@ pub fn mark_answer(live: &mut Live, status: StatusCode, fields: &mut HeaderMap, 
     push_back(live, fields);
 }
 
-/// The same for the trailers of a gRPC answer.
+/// The same for the trailers of a gRPC answer whose head has gone already.
+///
+/// No hop tries such a call again: each has passed the head on, as we have. But the app in between may make a failure of
+/// its own out of it, and that would be tried again above.
 pub fn mark_trailers(live: &mut Live, fields: &mut HeaderMap, code: u32, now: Instant) {
     if !is_failed_code(code) {
         return;
@@ -288,7 +304,8 @@ pub fn mark_trailers(live: &mut Live, fields: &mut HeaderMap, code: u32, now: In
     let was_marked = fields.contains_key(PROXY_STATUS);
     let below =
         was_marked.then(|| Mark::read(fields.get_all(PROXY_STATUS).iter().map(HeaderValue::as_bytes))).flatten();
-    failed(live, below.as_ref(), false, now);
+    let is_final = live.route().retry.is_final(live.attempt.into(), live.is_safe, None);
+    failed(live, below.as_ref(), is_final, now);
     mark_answer(live, StatusCode::OK, fields, was_marked);
 }
 

@@ -4,7 +4,6 @@
 //! caller that went away says nothing about the callee, and a failure that happened further down counts there. Each change
 //! of state is told once: a log line with its cause and counts, and a metric.
 
-use std::net::SocketAddr;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -217,7 +216,7 @@ fn judge_endpoint(
         Some(Event::Ejected(change)) => ejection_changed(telemetry, destination, member, &change, now),
         Some(Event::Kept { consecutive }) => {
             let name = &destination.values.name;
-            telemetry.ejection_changed(name, "kept", out_now(destination, now));
+            telemetry.ejection_changed(name, "kept", destination.cluster.health.out_now(now));
             let endpoint = member.address();
             tracing::warn!(destination = name, %endpoint, consecutive, "the endpoint fails but is the last one: it stays in");
         }
@@ -264,25 +263,5 @@ pub fn ejection_changed(
     change: &Change,
     now: Instant,
 ) {
-    let name = &destination.values.name;
-    let word = match change.to {
-        State::Open => "out",
-        State::HalfOpen => "tried",
-        State::Closed => "in",
-    };
-    telemetry.ejection_changed(name, word, out_now(destination, now));
-    let endpoint: SocketAddr = member.address();
-    tracing::warn!(
-        destination = name,
-        %endpoint,
-        change = word,
-        cause = change.cause.as_str(),
-        consecutive = change.consecutive,
-        out_for_ms = change.open_for.map(millis),
-        "an endpoint changed its state"
-    );
-}
-
-fn out_now(destination: &Destination, now: Instant) -> usize {
-    destination.cluster.health.group.members().iter().filter(|member| member.is_out(now)).count()
+    destination.cluster.ejection_changed(telemetry, member, change, now);
 }

@@ -195,38 +195,17 @@ fn judge(live: &mut Live, report: &Report, tried: &Tried, now: Instant) {
 }
 
 fn decide(live: &mut Live, report: &Report, now: Instant) -> Decision {
-    let (Some(failure), Some(spare)) = (report.failure, &live.spare) else {
-        return Decision::Stop(if report.failure.is_none() { Why::NotAFailure } else { Why::Off });
-    };
-    if live.direction == Direction::Inbound && !is_for_inbound(live, failure) {
-        return Decision::Stop(Why::AtTheCaller);
-    }
+    let Some(failure) = report.failure else { return Decision::Stop(Why::NotAFailure) };
     let modes = &live.view.policy.model.modes;
+    let (retry, in_one_place) = (modes.retry.value, modes.retry_in_one_place.value);
     let marked = report.mark.as_ref().is_some_and(|mark| mark.is_final) || ties::is_spent(live, now);
-    let in_one_place = modes.retry_in_one_place.value;
-    let route = live.route();
-    let seen = Seen {
-        tries: live.attempt.into(),
-        failure,
-        is_safe: live.is_safe || report.unseen,
-        is_marked_final: marked && in_one_place.is_enforced(),
-        pushback: report.pushback,
-        is_replayable: spare.body.is_replayable(),
-        left: live.patience.request_at(&route.timeouts).saturating_duration_since(now).saturating_sub(ties::TRY),
-        random: fastrand::f64(),
+    let (Some(seen), Some(health)) = (seen(live, report, failure, now), live.health()) else {
+        return Decision::Stop(Why::Off);
     };
-    let is_enforced = modes.retry.value.is_enforced();
-    let Some(health) = live.health() else { return Decision::Stop(Why::Off) };
-    let refuses =
-        modes.circuit_breaker.value.is_enforced() && live.view.destination(live.destination()).breaker.is_some();
-    if refuses && health.breaker.is_shut(now) {
-        // Another try would only be refused; what the callee said is worth more.
-        return Decision::Stop(Why::CircuitOpen);
-    }
-    let budget = &health.budget;
-    let decision = match is_enforced {
-        true => route.retry.next(&seen, budget, now),
-        false => route.retry.decide(&seen),
+    let seen = Seen { is_marked_final: marked && in_one_place.is_enforced(), ..seen };
+    let decision = match retry.is_enforced() {
+        true => live.route().retry.next(&seen, &health.budget, now),
+        false => live.route().retry.decide(&seen),
     };
     if !matches!(decision, Decision::Again { .. }) {
         return decision;
@@ -234,21 +213,30 @@ fn decide(live: &mut Live, report: &Report, now: Instant) -> Decision {
     if marked && !in_one_place.is_off() {
         live.would(RuleName::RetryInOnePlace);
     }
-    if !is_enforced {
+    if !retry.is_enforced() {
         live.would(RuleName::Retry);
         return Decision::Stop(Why::Off);
     }
     decision
 }
 
-/// The sidecar before the app leaves retries to the caller's, which has other endpoints; but the app's own keep-alive race
-/// nobody else can see. Once only: what breaks off again was no race.
-fn is_for_inbound(live: &Live, failure: Failure) -> bool {
-    match failure {
-        Failure::Unsent => true,
-        Failure::Reset => live.reused && live.attempt == 1,
-        Failure::Status(_) | Failure::Grpc(_) | Failure::Timeout => false,
-    }
+/// What there is to decide over, but for the mark; nothing where the request was not kept for another try.
+fn seen(live: &Live, report: &Report, failure: Failure, now: Instant) -> Option<Seen> {
+    let destination = live.view.destination(live.destination());
+    let refuses = live.view.policy.model.modes.circuit_breaker.value.is_enforced() && destination.breaker.is_some();
+    Some(Seen {
+        tries: live.attempt.into(),
+        failure,
+        is_inbound: live.direction == Direction::Inbound,
+        is_reused: live.reused,
+        is_circuit_open: refuses && live.health()?.breaker.is_shut(now),
+        is_safe: live.is_safe || report.unseen,
+        is_marked_final: false,
+        pushback: report.pushback,
+        is_replayable: live.spare.as_ref()?.body.is_replayable(),
+        left: live.patience.request_at(&live.route().timeouts).saturating_duration_since(now).saturating_sub(ties::TRY),
+        random: fastrand::f64(),
+    })
 }
 
 /// Makes the request ready for the next try.
@@ -313,16 +301,9 @@ fn tell(live: &mut Live, report: &Report, why: Why, tried: &Tried, now: Instant)
         live.worker.shard.telemetry().retry_withheld(&live.destination_values().name, why.name());
     }
     if let (true, Ok(_)) = (is_failure, tried) {
-        let below = report.mark.as_ref();
-        // Whatever ended them: a call that was tried again here is not to be tried again above. Nor is one that may have done
-        // its work and is not to do it twice: above the app it may have become a call that looks safe.
-        let is_final = live.attempt > 1
-            || (why == Why::NotSafe || !(live.is_safe || live.route().retry.idempotent.value)) && !report.unseen
-            || matches!(
-                why,
-                Why::TriesUsedUp | Why::RetriedBelow | Why::PushedBack | Why::Deadline | Why::Budget | Why::CircuitOpen
-            );
-        ties::failed(live, below, is_final, now);
+        let is_safe = live.is_safe || report.unseen;
+        let is_final = live.route().retry.is_final(live.attempt.into(), is_safe, Some(why));
+        ties::failed(live, report.mark.as_ref(), is_final, now);
     }
 }
 

@@ -235,7 +235,9 @@ mod tests {
         for (json, wanted) in [
             (serde_json::json!("on"), "`off`, or a mapping"),
             (serde_json::json!(true), "`{}` switches it on"),
-            (serde_json::json!(3), "`off` or a mapping"),
+            (serde_json::json!(3), "write `{ consecutiveFailures: 3 }`"),
+            (serde_json::json!(0), "`{}` switches it on"),
+            (serde_json::json!("none"), "write `off`"),
             (serde_json::json!({ "failureRate": 0 }), "above 0 and up to 1"),
             (serde_json::json!({ "failureRate": 1.01 }), "above 0 and up to 1"),
             (serde_json::json!({ "probes": 0 }), "whole number from 1"),

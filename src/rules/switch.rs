@@ -1,4 +1,4 @@
-//! A rule that can be switched off: the word `off`, or a mapping of its fields.
+//! A rule that can be switched off: the word `off`, or a mapping of its fields. All such rules read the same words.
 //!
 //! A mapping always means "on", also an empty one and also over a layer that says `off`. A reader of policies is asked
 //! for a struct, so that it names unknown keys, and has to offer whatever it finds there.
@@ -22,16 +22,19 @@ pub enum Switch<T> {
     On(T),
 }
 
-/// The keys of a mapping, so that a reader can name all unknown ones at once.
+/// What a reader is told of a mapping, so that it can name all unknown keys at once and say what to write instead.
 pub trait Keys {
-    /// Each key as YAML writes it.
+    /// Each key as YAML writes it; the first is the one that a bare number would mean.
     const KEYS: &'static [&'static str];
+
+    /// The mapping to write for it to be on, after "write `off`, or".
+    const ON: &'static str = "a mapping of what shall differ; `{}` switches it on as it is";
 }
 
 impl<'de, T: Deserialize<'de> + Keys> Deserialize<'de> for Switch<T> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct Read<T>(PhantomData<T>);
-        impl<'de, T: Deserialize<'de>> Visitor<'de> for Read<T> {
+        impl<'de, T: Deserialize<'de> + Keys> Visitor<'de> for Read<T> {
             type Value = Switch<T>;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -39,11 +42,15 @@ impl<'de, T: Deserialize<'de> + Keys> Deserialize<'de> for Switch<T> {
             }
 
             fn visit_str<E: de::Error>(self, word: &str) -> Result<Switch<T>, E> {
-                if word == "off" { Ok(Switch::Off) } else { Err(E::custom(neither(word))) }
+                if word == "off" { Ok(Switch::Off) } else { Err(E::custom(neither::<T>(word))) }
             }
 
             fn visit_bool<E: de::Error>(self, value: bool) -> Result<Switch<T>, E> {
-                if value { Err(E::custom(neither("true"))) } else { Ok(Switch::Off) }
+                if value { Err(E::custom(neither::<T>("true"))) } else { Ok(Switch::Off) }
+            }
+
+            fn visit_u64<E: de::Error>(self, number: u64) -> Result<Switch<T>, E> {
+                Err(E::custom(neither::<T>(&number.to_string())))
             }
 
             fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Switch<T>, A::Error> {
@@ -54,9 +61,13 @@ impl<'de, T: Deserialize<'de> + Keys> Deserialize<'de> for Switch<T> {
     }
 }
 
-fn neither(word: &str) -> Fault {
-    let message = format!("expected `off` or a mapping, found `{word}`");
-    Fault::new(message, "write `off`, or a mapping of what shall differ; `{}` switches it on as it is")
+fn neither<T: Keys>(word: &str) -> Fault {
+    let hint = match (word.to_ascii_lowercase().as_str(), T::KEYS) {
+        ("off" | "of" | "false" | "no" | "none" | "never" | "disabled", _) => "write `off`".to_owned(),
+        (number, [first, ..]) if number.parse().is_ok_and(|n: u32| n > 0) => format!("write `{{ {first}: {number} }}`"),
+        _ => format!("write `off`, or {}", T::ON),
+    };
+    Fault::new(format!("expected `off` or a mapping, found `{word}`"), hint)
 }
 
 impl<T: JsonSchema> JsonSchema for Switch<T> {

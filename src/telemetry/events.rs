@@ -56,6 +56,11 @@ impl Telemetry {
     pub fn ejection_changed(&self, destination: &str, change: &'static str, out_now: usize) {
         let labels = vec![("destination", destination.to_owned()), ("change", change.to_owned())];
         self.tally(EJECTIONS, labels).increment();
+        self.endpoints_out(destination, out_now);
+    }
+
+    /// So many endpoints of `destination` are out now, though none of them has changed: some are gone.
+    pub fn endpoints_out(&self, destination: &str, out_now: usize) {
         let count = i64::try_from(out_now).unwrap_or(i64::MAX);
         self.instruments.gauge(EJECTED, vec![("destination", destination.to_owned())], None).set(count);
     }

@@ -11,13 +11,13 @@ use http::HeaderValue;
 use jiff::Timestamp;
 
 use super::access_log::LineFormat;
-use super::exchange::{Connection, Exchange, RefusalRecord};
 use super::hop::HopLabels;
 use super::outcome::{Outcome, Protocol};
+use super::record::{Connection, Record, RefusalRecord};
 
 /// What a line is made from.
 pub(super) struct Entry<'a> {
-    pub(super) exchange: &'a Exchange,
+    pub(super) record: &'a Record,
     pub(super) outcome: Outcome,
     pub(super) total: Duration,
     pub(super) began: Timestamp,
@@ -71,15 +71,15 @@ fn json(out: &mut String, entry: &Entry<'_>) -> fmt::Result {
     object.display("time", format_args!("\"{:.3}\"", entry.began))?;
     object.string("outcome", entry.outcome.as_str())?;
     json_request(&mut object, entry)?;
-    json_answer(&mut object, entry.exchange)?;
+    json_answer(&mut object, entry.record)?;
     json_times(&mut object, entry)?;
-    json_connection(&mut object, entry.exchange)?;
-    json_notes(&mut object, entry.exchange)?;
-    if let Some(refusal) = entry.exchange.refusal() {
+    json_connection(&mut object, entry.record)?;
+    json_notes(&mut object, entry.record)?;
+    if let Some(refusal) = entry.record.refusal.as_deref() {
         object.key("refusal");
         json_refusal(object.out, refusal)?;
     }
-    if let Some(id) = trace_id(entry.exchange.request.traceparent.as_ref()) {
+    if let Some(id) = trace_id(entry.record.request.traceparent.as_ref()) {
         object.string("trace_id", id)?;
     }
     out.push('}');
@@ -87,12 +87,12 @@ fn json(out: &mut String, entry: &Entry<'_>) -> fmt::Result {
 }
 
 fn json_request(object: &mut Object<'_>, entry: &Entry<'_>) -> fmt::Result {
-    let request = &entry.exchange.request;
+    let request = &entry.record.request;
     object.string("source", &entry.hop.source)?;
     object.string("destination", &entry.hop.destination)?;
     object.string("route", &entry.hop.route)?;
     object.string("direction", entry.hop.direction.as_str())?;
-    object.string("protocol", entry.exchange.protocol().as_str())?;
+    object.string("protocol", entry.record.protocol.as_str())?;
     object.string("method", request.method.as_str())?;
     if let Some(authority) = request.uri.authority() {
         object.string("host", authority.as_str())?;
@@ -105,43 +105,43 @@ fn json_request(object: &mut Object<'_>, entry: &Entry<'_>) -> fmt::Result {
     Ok(())
 }
 
-fn json_answer(object: &mut Object<'_>, exchange: &Exchange) -> fmt::Result {
-    if let Some(status) = exchange.status {
+fn json_answer(object: &mut Object<'_>, record: &Record) -> fmt::Result {
+    if let Some(status) = record.status {
         object.display("status", status.as_u16())?;
     }
-    if let Some(code) = exchange.grpc_status {
+    if let Some(code) = record.grpc_status {
         match grpc_name(code) {
             Some(name) => object.string("grpc_status", name)?,
             None => object.display("grpc_status", format_args!("\"{code}\""))?,
         }
     }
-    if let Some(message) = &exchange.grpc_message {
+    if let Some(message) = &record.grpc_message {
         object.string("grpc_message", &percent_decode(message.as_bytes()))?;
     }
     Ok(())
 }
 
 fn json_times(object: &mut Object<'_>, entry: &Entry<'_>) -> fmt::Result {
-    let exchange = entry.exchange;
+    let record = entry.record;
     object.milliseconds("duration_ms", Some(entry.total))?;
-    object.milliseconds("first_byte_ms", exchange.first_byte)?;
-    object.milliseconds("queue_ms", exchange.queued)?;
-    object.milliseconds("connect_ms", exchange.connect)?;
-    object.milliseconds("upstream_ms", exchange.upstream)?;
-    object.milliseconds("overhead_ms", exchange.overhead())
+    object.milliseconds("first_byte_ms", record.first_byte)?;
+    object.milliseconds("queue_ms", record.queued)?;
+    object.milliseconds("connect_ms", record.connect)?;
+    object.milliseconds("upstream_ms", record.upstream)?;
+    object.milliseconds("overhead_ms", record.overhead())
 }
 
-fn json_connection(object: &mut Object<'_>, exchange: &Exchange) -> fmt::Result {
-    object.display("bytes_in", exchange.bytes_in)?;
-    object.display("bytes_out", exchange.bytes_out)?;
-    if exchange.attempts > 0 {
-        object.display("attempt", exchange.attempt)?;
-        object.display("attempts", exchange.attempts)?;
+fn json_connection(object: &mut Object<'_>, record: &Record) -> fmt::Result {
+    object.display("bytes_in", record.bytes_in)?;
+    object.display("bytes_out", record.bytes_out)?;
+    if record.attempts > 0 {
+        object.display("attempt", record.attempt)?;
+        object.display("attempts", record.attempts)?;
     }
-    if let Some(endpoint) = exchange.endpoint {
+    if let Some(endpoint) = record.endpoint {
         object.display("endpoint", format_args!("\"{endpoint}\""))?;
     }
-    match exchange.connection {
+    match record.connection {
         Some(Connection::New) => object.string("connection", "new")?,
         Some(Connection::Reused { age }) => {
             object.string("connection", "reused")?;
@@ -149,14 +149,14 @@ fn json_connection(object: &mut Object<'_>, exchange: &Exchange) -> fmt::Result 
         }
         None => {}
     }
-    if let Some(caller) = exchange.request.caller {
+    if let Some(caller) = record.request.caller {
         object.display("caller", format_args!("\"{caller}\""))?;
     }
     Ok(())
 }
 
-fn json_notes(object: &mut Object<'_>, exchange: &Exchange) -> fmt::Result {
-    let Some(notes) = exchange.notes() else { return Ok(()) };
+fn json_notes(object: &mut Object<'_>, record: &Record) -> fmt::Result {
+    let Some(notes) = record.notes.as_deref() else { return Ok(()) };
     object.milliseconds("deadline_ms", notes.deadline)?;
     for (key, value) in [
         ("deadline_from", notes.deadline_from),
@@ -193,21 +193,21 @@ fn json_refusal(out: &mut String, refusal: &RefusalRecord) -> fmt::Result {
 }
 
 fn text(out: &mut String, entry: &Entry<'_>) -> fmt::Result {
-    let exchange = entry.exchange;
+    let record = entry.record;
     write!(out, "{:.3} ", entry.began)?;
-    text_request(out, exchange)?;
+    text_request(out, record)?;
     text_answer(out, entry)?;
     out.push(' ');
     short_duration(out, entry.total)?;
-    if exchange.attempts > 0 {
-        write!(out, " try {}/{}", exchange.attempt, exchange.attempts)?;
+    if record.attempts > 0 {
+        write!(out, " try {}/{}", record.attempt, record.attempts)?;
     }
     let hop = entry.hop;
     write!(out, " {}->{}/{}", hop.source, hop.destination, hop.route)?;
-    if let Some(endpoint) = exchange.endpoint {
+    if let Some(endpoint) = record.endpoint {
         write!(out, " via {endpoint}")?;
     }
-    if let Some(refusal) = exchange.refusal() {
+    if let Some(refusal) = record.refusal.as_deref() {
         if !refusal.rule.is_empty() {
             write!(out, " {}", refusal.rule)?;
         }
@@ -222,15 +222,15 @@ fn text(out: &mut String, entry: &Entry<'_>) -> fmt::Result {
         }
         write!(out, " closed by {}", refusal.closed_by.as_str())?;
     }
-    text_notes(out, exchange)?;
-    if let Some(id) = trace_id(exchange.request.traceparent.as_ref()) {
+    text_notes(out, record)?;
+    if let Some(id) = trace_id(record.request.traceparent.as_ref()) {
         write!(out, " trace {id}")?;
     }
     Ok(())
 }
 
-fn text_notes(out: &mut String, exchange: &Exchange) -> fmt::Result {
-    let Some(notes) = exchange.notes() else { return Ok(()) };
+fn text_notes(out: &mut String, record: &Record) -> fmt::Result {
+    let Some(notes) = record.notes.as_deref() else { return Ok(()) };
     if let (Some(deadline), Some(from)) = (notes.deadline, notes.deadline_from) {
         out.push_str(" deadline ");
         short_duration(out, deadline)?;
@@ -250,9 +250,9 @@ fn text_notes(out: &mut String, exchange: &Exchange) -> fmt::Result {
     Ok(())
 }
 
-fn text_request(out: &mut String, exchange: &Exchange) -> fmt::Result {
-    let request = &exchange.request;
-    if exchange.protocol() == Protocol::Grpc {
+fn text_request(out: &mut String, record: &Record) -> fmt::Result {
+    let request = &record.request;
+    if record.protocol == Protocol::Grpc {
         return escape(out, request.uri.path().trim_start_matches('/'), Quoting::Bare);
     }
     write!(out, "{} ", request.method)?;
@@ -264,8 +264,8 @@ fn text_request(out: &mut String, exchange: &Exchange) -> fmt::Result {
 
 /// Status, the outcome where the status does not say it already, and the sentence that belongs to it.
 fn text_answer(out: &mut String, entry: &Entry<'_>) -> fmt::Result {
-    let exchange = entry.exchange;
-    match (exchange.grpc_status, exchange.status) {
+    let record = entry.record;
+    match (record.grpc_status, record.status) {
         (Some(code), _) => match grpc_name(code) {
             Some(name) => write!(out, " {name}")?,
             None => write!(out, " {code}")?,
@@ -277,10 +277,10 @@ fn text_answer(out: &mut String, entry: &Entry<'_>) -> fmt::Result {
         Outcome::Ok | Outcome::ClientError | Outcome::ServerError | Outcome::GrpcError => {}
         other => write!(out, " {other}")?,
     }
-    if let Some(refusal) = exchange.refusal() {
+    if let Some(refusal) = record.refusal.as_deref() {
         out.push(' ');
         quote(out, &refusal.detail)?;
-    } else if let Some(message) = &exchange.grpc_message {
+    } else if let Some(message) = &record.grpc_message {
         out.push(' ');
         quote(out, &percent_decode(message.as_bytes()))?;
     }

@@ -2,7 +2,8 @@
 //!
 //! | file | what |
 //! |---|---|
-//! | `exchange` | all that is known of one call; records itself when it is dropped |
+//! | `exchange` | one call; records itself when it is dropped |
+//! | `record` | all that is known of one call, as plain values |
 //! | `outcome` | the closed sets of ends and protocols |
 //! | `hop` | labels, registered once and numbers afterwards |
 //! | `shard`, `histogram` | the metrics of one worker: one writer, no lock |
@@ -28,6 +29,7 @@ mod line;
 pub mod log;
 mod openmetrics;
 mod outcome;
+mod record;
 mod shard;
 mod summary;
 
@@ -41,7 +43,7 @@ use tokio::time::Instant;
 
 pub use access_log::{AccessLog, AccessLogMode, AccessLogSettings, LineFormat, MemoryLines, Sink};
 pub use events::Again;
-pub use exchange::{Connection, Exchange, Notes, RefusalRecord, RequestLine, Side};
+pub use exchange::Exchange;
 pub use families::{DestinationMetrics, ListenerMetrics, ProcessMetrics};
 pub use histogram::{Buckets, Histogram, LATENCY_BOUNDS, LatencyHistogram, OVERHEAD_BOUNDS, OverheadHistogram};
 pub use hop::{Direction, HopId, HopLabels, Hops, MAX_HOPS};
@@ -49,6 +51,7 @@ pub use host_process::ProcessFigures;
 pub use instruments::{Counter, Family, Gauge, Held};
 pub use openmetrics::PageFormat;
 pub use outcome::{Outcome, Protocol};
+pub use record::{Connection, Notes, RefusalRecord, RequestLine, Side};
 pub use shard::{Series, SeriesKey, SeriesSums, Shard};
 pub use summary::{DestinationFigures, HopSummary};
 

@@ -117,7 +117,7 @@ fn done(exchange: &mut Exchange, status: u16) {
 fn sized(exchange: &mut Exchange, expected: u64, sent: u64) {
     head(exchange, 200);
     exchange.expect_body(expected);
-    exchange.bytes_out = sent;
+    exchange.passed(0, sent);
 }
 
 #[tokio::test(start_paused = true)]
@@ -125,13 +125,13 @@ async fn a_refused_call_explains_itself_in_both_formats() {
     for format in [LineFormat::Json, LineFormat::Text] {
         let bench = Bench::new(AccessLogMode::Errors, format);
         let mut exchange = bench.exchange(Protocol::Http1, Method::POST, "/payments/7?card=1234");
-        exchange.request.traceparent = Some(HeaderValue::from_static(TRACE));
+        exchange.record.request.traceparent = Some(HeaderValue::from_static(TRACE));
         exchange.queued(ms(1));
         exchange.attempt(1, 1);
         exchange.towards(address("10.0.0.7:8080"));
         exchange.connected(ms(5));
         exchange.via(address("10.0.0.7:8080"), Connection::Reused { age: ms(1500) });
-        exchange.bytes_in = 11;
+        exchange.passed(11, 0);
         tokio::time::advance(ms(2001)).await;
         exchange.refuse(timeout());
         exchange.head(Instant::now(), StatusCode::GATEWAY_TIMEOUT);
@@ -195,7 +195,7 @@ async fn a_grpc_line_can_be_read() {
 fn every_field_is_in_the_documents() {
     let bench = Bench::new(AccessLogMode::All, LineFormat::Json);
     let mut exchange = bench.exchange(Protocol::Grpc, Method::POST, "/shop.Payment/Charge");
-    exchange.request.traceparent = Some(HeaderValue::from_static(TRACE));
+    exchange.record.request.traceparent = Some(HeaderValue::from_static(TRACE));
     exchange.queued(ms(1));
     exchange.attempt(1, 2);
     exchange.connected(ms(1));
@@ -362,9 +362,9 @@ fn overhead_is_what_no_wait_explains() {
     exchange.upstream_waited(ms(30));
     exchange.note().paused = ms(40);
     exchange.head(exchange.began() + ms(101), StatusCode::OK);
-    assert_eq!(exchange.overhead(), Some(ms(1)));
+    assert_eq!(exchange.record.overhead(), Some(ms(1)));
     exchange.upstream_waited(ms(30));
-    assert_eq!(exchange.overhead(), Some(Duration::ZERO), "waits that overlap never make it negative");
+    assert_eq!(exchange.record.overhead(), Some(Duration::ZERO), "waits that overlap never make it negative");
 }
 
 #[test]

@@ -4,8 +4,9 @@
 //! changed timeouts or limits leave it, its connections and its counters alone.
 
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
 use rustls::ClientConfig;
@@ -13,9 +14,10 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::net::certificates::{self, CertificateError};
-use crate::rules::breaker::{Breaker, Change};
+use crate::rules::breaker::{Breaker, Change, State};
 use crate::rules::budget::Budget;
 use crate::rules::ejection::{Group, Member};
+use crate::telemetry::Telemetry;
 use crate::upstream::spec::{Endpoint, Protocol, Tls};
 
 /// One place to connect to.
@@ -63,12 +65,27 @@ pub struct Health {
     pub group: Arc<Group>,
     /// What may be spent on retries.
     pub budget: Arc<Budget>,
+    /// The cluster that a reload has put into force, and that alone says which endpoints there are; 0 before the first.
+    in_force: Arc<AtomicU64>,
+    /// Where changes are told that no call causes.
+    telemetry: Arc<OnceLock<Arc<Telemetry>>>,
 }
 
 impl Health {
     /// Nothing has failed yet.
     pub fn new(now: Instant) -> Self {
-        Self { breaker: Breaker::new(now), group: Group::new(now), budget: Budget::new() }
+        let (breaker, group, budget) = (Breaker::new(now), Group::new(now), Budget::new());
+        Self { breaker, group, budget, in_force: Arc::default(), telemetry: Arc::default() }
+    }
+
+    /// Tells `telemetry` of changes that no call causes. Whoever makes calls has to say this first: only calls eject.
+    pub fn report_to(&self, telemetry: &Arc<Telemetry>) {
+        self.telemetry.get_or_init(|| Arc::clone(telemetry));
+    }
+
+    /// How many endpoints are out.
+    pub fn out_now(&self, now: Instant) -> usize {
+        self.group.members().iter().filter(|member| member.is_out(now)).count()
     }
 }
 
@@ -144,7 +161,8 @@ impl Cluster {
         Arc::clone(&self.addresses.borrow())
     }
 
-    /// Takes up what discovery found: fixed addresses first, then `resolved`. Wakes nobody if nothing changed.
+    /// Takes up what discovery found: fixed addresses first, then `resolved`. Wakes nobody if nothing changed. Tells of the
+    /// endpoint that is taken back because all others are gone.
     pub fn publish(&self, resolved: Vec<Address>, problem: Option<String>) {
         let mut next = fixed(&self.identity);
         next.problem = problem;
@@ -154,23 +172,63 @@ impl Cluster {
                 next.list.push(address);
             }
         }
-        self.addresses.send_if_modified(|now| {
-            let changed = **now != next;
+        let now = Instant::now();
+        let mut back = None;
+        self.addresses.send_if_modified(|present| {
+            let changed = **present != next;
             if changed {
-                let sockets: Vec<_> = next.list.iter().map(|address| address.socket).collect();
-                self.health.group.retain(&sockets, Instant::now());
-                *now = Arc::new(next);
+                // One that was replaced still has calls, and its names are followed for them.
+                let may_forget = matches!(self.health.in_force.load(Relaxed), id if id == 0 || id == self.id);
+                back = may_forget.then(|| self.retain(&next, now)).flatten();
+                *present = Arc::new(next);
             }
             changed
         });
+        if let (Some((member, change)), Some(telemetry)) = (back, self.health.telemetry.get()) {
+            self.ejection_changed(telemetry, &member, &change, now);
+        }
     }
 
     /// Forgets what endpoints did that the policy no longer names; those found by name are forgotten when they are found
-    /// no more. Returns the endpoint that is taken back because all others are gone.
+    /// no more. Returns the endpoint that is taken back because all others are gone. From now on no other cluster of the
+    /// destination has a say in that.
     pub fn forget_others(&self, now: Instant) -> Option<(Arc<Member>, Change)> {
+        self.health.in_force.store(self.id, Relaxed);
         let addresses = self.addresses();
+        addresses.settled.then(|| self.retain(&addresses, now))?
+    }
+
+    fn retain(&self, addresses: &Addresses, now: Instant) -> Option<(Arc<Member>, Change)> {
         let sockets: Vec<_> = addresses.list.iter().map(|address| address.socket).collect();
-        addresses.settled.then(|| self.health.group.retain(&sockets, now))?
+        let before = self.health.out_now(now);
+        let back = self.health.group.retain(&sockets, now);
+        let after = self.health.out_now(now);
+        // An endpoint that is gone is not out any more, and no event says so.
+        if let Some(telemetry) = self.health.telemetry.get().filter(|_| before != after) {
+            telemetry.endpoints_out(&self.identity.name, after);
+        }
+        back
+    }
+
+    /// Tells that an endpoint is out, is being tried, or is in again: a log line and a metric.
+    pub fn ejection_changed(&self, telemetry: &Telemetry, member: &Member, change: &Change, now: Instant) {
+        let word = match change.to {
+            State::Open => "out",
+            State::HalfOpen => "tried",
+            State::Closed => "in",
+        };
+        telemetry.ejection_changed(&self.identity.name, word, self.health.out_now(now));
+        // A number of 128 bits would be written as a string.
+        let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        tracing::warn!(
+            destination = &*self.identity.name,
+            endpoint = %member.address(),
+            change = word,
+            cause = change.cause.as_str(),
+            consecutive = change.consecutive,
+            out_for_ms = change.open_for.map(millis),
+            "an endpoint changed its state"
+        );
     }
 }
 
@@ -186,4 +244,137 @@ fn fixed(identity: &Identity) -> Addresses {
     }
     let named = identity.endpoints.iter().any(|endpoint| matches!(endpoint, Endpoint::Dns { .. }));
     Addresses { list, problem: None, settled: !named }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::rc::Rc;
+    use std::sync::Mutex;
+
+    use super::*;
+    use crate::rules::breaker::{Admission, Outcome, Thresholds};
+    use crate::telemetry::{MemoryLines, PageFormat, Sink};
+    use crate::upstream::connect::Network;
+    use crate::upstream::discovery::Discovery;
+    use crate::upstream::worker::Upstreams;
+
+    const ONE: Thresholds = Thresholds {
+        consecutive_failures: 1,
+        rate: None,
+        open_for: Duration::from_secs(60),
+        open_for_max: Duration::from_secs(60),
+        probes: 1,
+    };
+
+    /// What the process says about itself.
+    #[derive(Clone, Default)]
+    struct Said(Arc<Mutex<Vec<u8>>>);
+
+    impl Write for Said {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0.lock().unwrap().extend_from_slice(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    impl Said {
+        fn during(work: impl FnOnce()) -> Vec<String> {
+            let said = Self::default();
+            let writer = said.clone();
+            let log = tracing_subscriber::fmt().with_ansi(false).with_writer(move || writer.clone()).finish();
+            tracing::subscriber::with_default(log, work);
+            String::from_utf8(said.0.lock().unwrap().clone()).unwrap().lines().map(str::to_owned).collect()
+        }
+    }
+
+    fn address(last: u8) -> Address {
+        Address { socket: SocketAddr::from(([10, 0, 0, last], 80)), server_name: "shop".into() }
+    }
+
+    fn behind(name: &str, health: Health) -> Arc<Cluster> {
+        let identity = Identity {
+            name: "shop".into(),
+            endpoints: vec![Endpoint::Dns { name: name.into(), port: 80 }],
+            protocol: Protocol::Auto,
+            tls: None,
+            host: "shop".into(),
+        };
+        Cluster::new(identity, health).unwrap()
+    }
+
+    /// A destination behind one name, which is at these addresses.
+    fn cluster(addresses: &[u8]) -> (Arc<Cluster>, Arc<Telemetry>) {
+        let cluster = behind("shop.test", Health::new(Instant::now()));
+        cluster.publish(addresses.iter().copied().map(address).collect(), None);
+        let telemetry = Telemetry::new(Sink::Memory(MemoryLines::default()));
+        // A worker that calls it knows the members and whom to tell of them.
+        let connector = Rc::new(Network);
+        let pool = Upstreams::new(connector, Discovery::new().0, telemetry.shard(0)).pool(&cluster);
+        pool.pick_now(Instant::now(), &[], true);
+        (cluster, telemetry)
+    }
+
+    fn eject(cluster: &Cluster, telemetry: &Telemetry, last: u8) {
+        let now = Instant::now();
+        let member = cluster.health.group.member(address(last).socket);
+        let Admission::Pass(pass) = member.admit(&ONE, now) else { panic!("no pass") };
+        match member.record(pass, &ONE, Outcome::Failure, now, 1.0) {
+            Some(crate::rules::ejection::Event::Ejected(change)) => {
+                cluster.ejection_changed(telemetry, &member, &change, now);
+            }
+            other => panic!("not ejected: {other:?}"),
+        }
+    }
+
+    fn metric(telemetry: &Telemetry, series: &str) -> Option<f64> {
+        let page = telemetry.page(PageFormat::OpenMetrics);
+        page.lines().find_map(|line| line.strip_prefix(series)?.trim().parse().ok())
+    }
+
+    #[test]
+    fn an_endpoint_that_is_taken_back_because_the_name_has_lost_all_others_is_told_once() {
+        let (cluster, telemetry) = cluster(&[1, 2]);
+        eject(&cluster, &telemetry, 1);
+        let out = "hopguard_ejected_endpoints{destination=\"shop\"}";
+        assert_eq!(metric(&telemetry, out), Some(1.0));
+        let said = Said::during(|| {
+            cluster.publish(vec![address(1)], None);
+            cluster.publish(vec![address(1)], None);
+        });
+        assert_eq!(said.len(), 1, "{said:?}");
+        for part in ["destination=\"shop\"", "endpoint=10.0.0.1:80", "change=\"in\"", "cause=\"no_other_left\""] {
+            assert!(said[0].contains(part), "{part}: {said:?}");
+        }
+        let back = "hopguard_ejections_total{destination=\"shop\",change=\"in\"}";
+        assert_eq!((metric(&telemetry, back), metric(&telemetry, out)), (Some(1.0), Some(0.0)));
+    }
+
+    #[test]
+    fn a_name_that_a_reload_has_replaced_forgets_no_endpoint_of_the_new_one() {
+        let (old, telemetry) = cluster(&[1, 2]);
+        let new = behind("shop.new", old.health.clone());
+        new.publish(vec![address(3), address(4)], None);
+        assert!(new.forget_others(Instant::now()).is_none());
+        let members = || new.health.group.members().iter().map(|one| one.address()).collect::<Vec<_>>();
+        [3, 4].iter().for_each(|last| drop(new.health.group.member(address(*last).socket)));
+        eject(&new, &telemetry, 3);
+        old.publish(vec![address(1)], None);
+        assert_eq!(members(), [address(3).socket, address(4).socket]);
+        new.publish(vec![address(3), address(5)], None);
+        assert_eq!(members(), [address(3).socket]);
+    }
+
+    #[test]
+    fn an_endpoint_that_is_out_and_goes_away_is_not_counted_as_out_any_more() {
+        let (cluster, telemetry) = cluster(&[1, 2]);
+        eject(&cluster, &telemetry, 1);
+        let said = Said::during(|| cluster.publish(vec![address(2), address(3)], None));
+        assert_eq!(said, Vec::<String>::new());
+        assert_eq!(metric(&telemetry, "hopguard_ejected_endpoints{destination=\"shop\"}"), Some(0.0));
+    }
 }

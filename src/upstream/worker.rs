@@ -76,6 +76,7 @@ impl Upstreams {
     }
 
     fn new_pool(&self, cluster: Arc<Cluster>) -> Rc<Pool> {
+        cluster.health.report_to(self.shard.telemetry());
         let metrics = self.shard.destination(&cluster.identity.name);
         Rc::new(Pool::new(cluster, Rc::clone(&self.connector), metrics))
     }

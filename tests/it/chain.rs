@@ -199,6 +199,53 @@ async fn a_failure_at_the_end_of_the_chain_is_retried_there_and_nowhere_else() {
     }
 }
 
+const DOWN_LATE: &[Say] = &[Say::Trailers(&[("grpc-status", "14")])];
+
+const REPEATABLE: &str = "    retry: { idempotent: true, backoff: { max: 1ms } }";
+
+async fn charge(to: SocketAddr) -> Answer {
+    let mut asked = grpc_request(CHARGE, full(&b"\0\0\0\0\0"[..]));
+    asked
+        .headers_mut()
+        .insert("traceparent", "00-0af7651916cd43dd8448eb211c803101-b7ad6b7169203331-01".parse().unwrap());
+    Caller::open(Speaks::Http2, to).await.ask(asked).await
+}
+
+#[tokio::test]
+async fn no_hop_tries_again_once_the_head_of_an_answer_has_come() {
+    let bank = Bank::http2(DOWN_LATE).await;
+    let inner = Mesh::start(&behind_a_caller(&[bank.addr()], "", REPEATABLE)).await;
+    let outer = Mesh::start(&behind_a_caller(&[inner.addr("in")], "", REPEATABLE)).await;
+    let answer = charge(outer.addr("in")).await;
+    assert_eq!((answer.grpc_status(), answer.trailers.is_some(), bank.tries()), ("14", true, 1), "{answer:?}");
+    for mesh in [outer, inner] {
+        eventually(|| (!mesh.log().is_empty()).then_some(())).await;
+        let line: serde_json::Value = serde_json::from_str(&mesh.log()[0]).unwrap();
+        assert_eq!((&line["attempt"], &line["retry"]), (&1.into(), &serde_json::Value::Null), "{line}");
+        assert_eq!(mesh.metric("hopguard_retries_total", &[]), 0.0);
+        mesh.stop().await;
+    }
+}
+
+#[tokio::test]
+async fn an_app_that_fails_because_of_trailers_is_not_called_again_for_what_may_not_be_repeated() {
+    for (script, repeats, tries) in
+        [(DOWN_LATE, "", 1), (DOWN[1].1, "", 1), (DOWN_LATE, "  retry: { idempotent: true }", 3)]
+    {
+        let bank = Bank::http2(script).await;
+        let c = service("c", ("d", &[bank.addr()]), Speaks::Http2, "", repeats).await;
+        let b = Mesh::start(&behind_a_caller(&[c.mesh.addr("in")], "", REPEATABLE)).await;
+        let answer = charge(b.addr("in")).await;
+        assert_eq!((answer.grpc_status(), bank.tries()), ("14", tries), "{script:?} {answer:?}");
+        if tries == 1 {
+            assert!(answer.header("proxy-status").contains("hopguard-final; hopguard-at=\"d\""), "{answer:?}");
+            assert_eq!(b.metric("hopguard_retries_withheld_total", &["why=\"retried_below\""]), 1.0);
+        }
+        b.stop().await;
+        c.mesh.stop().await;
+    }
+}
+
 #[tokio::test]
 async fn with_the_rule_off_every_hop_multiplies_the_tries() {
     for (speaks, script) in DOWN {

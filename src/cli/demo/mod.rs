@@ -109,7 +109,7 @@ impl<'a> Show<'a> {
         let begun = Instant::now();
         let mut end = begun;
         for phase in Phase::ALL {
-            let before = self.chain.read();
+            let before = Reading::of(self.chain);
             phase.set(self.chain);
             end += phase.lasts(self.duration);
             self.screen.say(&format!("[{}s] {}\n", begun.elapsed().as_secs(), phase.words()))?;
@@ -118,14 +118,14 @@ impl<'a> Show<'a> {
             }
             self.watch(phase, end).await?;
             if phase == Phase::Failing
-                && let Some(counted) = report::failing(&self.chain.read().since(&before))
+                && let Some(counted) = report::failing(&Reading::of(self.chain).since(&before))
             {
                 self.screen.say(&counted)?;
             }
         }
         drop(load);
         self.screen.leave()?;
-        self.screen.say(&report::closing(&self.done, &self.chain.read()))?;
+        self.screen.say(&report::closing(&self.done, &Reading::of(self.chain)))?;
         self.screen.say(&Box::pin(tries::tell()).await?)?;
         self.screen.say("That was it. A policy for a service of your own: README.md.")
     }
@@ -153,7 +153,7 @@ impl<'a> Show<'a> {
     async fn watch(&mut self, phase: Phase, end: Instant) -> io::Result<()> {
         let mut next = Instant::now() + SETTLE;
         sleep_until(next).await;
-        let begin = self.chain.read();
+        let begin = Reading::of(self.chain);
         let mut readings = VecDeque::from([(Instant::now(), begin.clone())]);
         let mut due = next + self.every;
         let mut explained = false;
@@ -164,7 +164,7 @@ impl<'a> Show<'a> {
                 explained = true;
                 self.explain(phase).await?;
             }
-            readings.push_back((Instant::now(), self.chain.read()));
+            readings.push_back((Instant::now(), Reading::of(self.chain)));
             while readings.len() > 2 && readings[1].0.elapsed() >= SPAN {
                 readings.pop_front();
             }
@@ -173,7 +173,7 @@ impl<'a> Show<'a> {
                 self.table(&readings)?;
             }
         }
-        self.done.push((phase, self.chain.read().since(&begin)));
+        self.done.push((phase, Reading::of(self.chain).since(&begin)));
         Ok(())
     }
 

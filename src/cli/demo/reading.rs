@@ -15,8 +15,9 @@ pub(super) struct Reading {
 }
 
 impl Reading {
-    /// What has been counted since the chain was started.
+    /// What has been counted since the chain was started. The lines of its access logs are of no more use then.
     pub(super) fn of(chain: &Chain) -> Self {
+        chain.forget_old_lines();
         let hop = |index: usize| {
             let (seen_by, place) = (chain.members()[index.saturating_sub(1)], &PLACES[index]);
             let is_it = |one: &HopSummary| &*one.labels.destination == place.name && &*one.labels.route == place.route;

@@ -205,6 +205,7 @@ impl<'de> Deserializer<'de> for Reader<'_, '_> {
             Value::Text(text) => visitor.visit_enum(text.as_str().into_deserializer()),
             // Helm and YAML 1.1 tools turn a bare `off` into `false` before we see it.
             Value::Bool(false) if variants.contains(&"off") => visitor.visit_enum("off".into_deserializer()),
+            Value::Bool(true) if variants.contains(&"off") => Err(de::Error::unknown_variant("true", variants)),
             _ => Err(self.refuse(&format!("one of {}", variants.join(", ")), None)),
         }
     }

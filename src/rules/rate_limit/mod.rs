@@ -13,12 +13,12 @@ use std::time::Duration;
 use http::header::HeaderName;
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::Deserialize;
-use serde::de::value::MapAccessDeserializer;
-use serde::de::{self, Deserializer, MapAccess, Visitor};
+use serde::de::{self, Deserializer, Visitor};
 
 pub use self::limiter::{Key, MOST_KEYS, RateLimiter, Refused};
 use super::duration::{self, Span};
 use super::limits::Count;
+use super::switch::{Keys, Switch};
 use crate::problems::{At, Fault, Set, near_miss};
 
 /// A burst must come back within this time: then no sum of times overflows.
@@ -27,18 +27,7 @@ const LONGEST: Duration = Duration::from_secs(365 * 24 * 3600);
 /// Time is counted in whole nanoseconds. From this distance between calls on, rounding takes less than a thousandth.
 const SHORTEST: Duration = Duration::from_micros(1);
 
-const FIELDS: &[&str] = &["requests", "per", "burst", "by"];
-
-/// `rateLimit:` of a destination or of a route.
-#[derive(Debug, Clone, PartialEq)]
-pub enum RateLimitSpec {
-    /// The word `off`: no limit here, whatever the destination says.
-    Off,
-    /// A limit.
-    Limit(RateLimitFields),
-}
-
-/// A rate limit that is not off.
+/// `rateLimit:` of a destination or of a route, where it is not `off`.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize, JsonSchema)]
 #[serde(
     default,
@@ -47,7 +36,7 @@ pub enum RateLimitSpec {
     expecting = "a mapping with requests, per, burst and by"
 )]
 #[schemars(extend("required" = ["requests"]))]
-pub struct RateLimitFields {
+pub struct RateLimitSpec {
     /// Calls in each `per`, evenly spaced once the burst is used up. Required.
     pub requests: Option<Count<1>>,
     /// Default 1s.
@@ -57,6 +46,13 @@ pub struct RateLimitFields {
     /// What is counted together: all calls of the `route`, those of one `caller` (its address), or those with one value
     /// of a header, as in `header:x-api-key`. Default route.
     pub by: Option<By>,
+}
+
+impl Keys for RateLimitSpec {
+    const KEYS: &'static [&'static str] = &["requests", "per", "burst", "by"];
+
+    // An empty one would be no limit.
+    const ON: &'static str = "a mapping like `{ requests: 100, per: 1s }`";
 }
 
 /// The rate limit of a route.
@@ -90,19 +86,19 @@ impl RateLimit {
     }
 }
 
-impl RateLimitSpec {
+impl Switch<RateLimitSpec> {
     /// The limit, or None for `off`, with the line of the entry. It stands in the place of the layer below as a whole.
     ///
     /// Reports a missing `requests`, and numbers that cannot be kept exactly.
     pub fn check(&self, at: &At<'_>) -> Set<Option<RateLimit>> {
         match self {
             Self::Off => at.set(None),
-            Self::Limit(spec) => at.set(spec.check(at)),
+            Self::On(spec) => at.set(spec.check(at)),
         }
     }
 }
 
-impl RateLimitFields {
+impl RateLimitSpec {
     fn check(&self, at: &At<'_>) -> Option<RateLimit> {
         let Some(requests) = self.requests else {
             at.missing("requests", "write how many calls are let through in each `per`, like `requests: 100`");
@@ -193,57 +189,6 @@ impl fmt::Display for By {
             Self::Caller => f.write_str("caller"),
             Self::Header(name) => write!(f, "header:{name}"),
         }
-    }
-}
-
-impl<'de> Deserialize<'de> for RateLimitSpec {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Read;
-        impl<'de> Visitor<'de> for Read {
-            type Value = RateLimitSpec;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("`off`, or a mapping with requests, per, burst and by")
-            }
-
-            fn visit_str<E: de::Error>(self, text: &str) -> Result<RateLimitSpec, E> {
-                if text == "off" {
-                    return Ok(RateLimitSpec::Off);
-                }
-                let hint = "write `off`, or a mapping like `{ requests: 100, per: 1s }`";
-                Err(E::custom(Fault::new(format!("`{text}` is no rate limit"), hint)))
-            }
-
-            fn visit_bool<E: de::Error>(self, flag: bool) -> Result<RateLimitSpec, E> {
-                let hint = if flag { "write a mapping like `{ requests: 100, per: 1s }`" } else { "write `off`" };
-                Err(E::custom(Fault::new(format!("`{flag}` is no rate limit"), hint)))
-            }
-
-            fn visit_u64<E: de::Error>(self, number: u64) -> Result<RateLimitSpec, E> {
-                let hint = format!("write `{{ requests: {number}, per: 1s }}`");
-                Err(E::custom(Fault::new(format!("`{number}` is no rate limit"), hint)))
-            }
-
-            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<RateLimitSpec, A::Error> {
-                RateLimitFields::deserialize(MapAccessDeserializer::new(map)).map(RateLimitSpec::Limit)
-            }
-        }
-        // As a struct, so that a reader that reports all unknown fields at once can do so.
-        deserializer.deserialize_struct("RateLimitFields", FIELDS, Read)
-    }
-}
-
-impl JsonSchema for RateLimitSpec {
-    fn schema_name() -> Cow<'static, str> {
-        "RateLimitSpec".into()
-    }
-
-    fn json_schema(generator: &mut SchemaGenerator) -> Schema {
-        let limit = generator.subschema_for::<RateLimitFields>();
-        json_schema!({
-            "description": "How many calls a time; `off` for no limit.",
-            "anyOf": [{ "const": "off" }, limit],
-        })
     }
 }
 

@@ -10,7 +10,7 @@ use crate::problems::Origin;
 use crate::rules::tests::checked;
 
 fn check(yaml: &str) -> (Set<Option<RateLimit>>, Vec<String>) {
-    checked(yaml, |spec: &RateLimitFields, at| RateLimitSpec::Limit(spec.clone()).check(at))
+    checked(yaml, |spec: &RateLimitSpec, at| Switch::On(spec.clone()).check(at))
 }
 
 fn good(yaml: &str) -> RateLimit {
@@ -41,27 +41,30 @@ fn every_field_is_read_and_keeps_its_line() {
 
 #[test]
 fn off_is_a_word_that_keeps_its_line() {
-    let read = RateLimitSpec::deserialize(StrDeserializer::<ValueError>::new("off"));
-    let (limit, problems) = checked("off", |_: &String, at| read.unwrap().check(at));
-    assert_eq!((limit.value, problems.len()), (None, 0));
-    assert_eq!(limit.origin.to_string(), "p.yaml:1");
+    let word = Switch::<RateLimitSpec>::deserialize(StrDeserializer::<ValueError>::new("off"));
+    let flag = Switch::<RateLimitSpec>::deserialize(BoolDeserializer::<ValueError>::new(false));
+    for read in [word, flag] {
+        let (limit, problems) = checked("off", |_: &String, at| read.unwrap().check(at));
+        assert_eq!((limit.value, problems.len()), (None, 0));
+        assert_eq!(limit.origin.to_string(), "p.yaml:1");
+    }
 }
 
 #[test]
 fn what_is_neither_off_nor_a_mapping_comes_with_what_to_write() {
-    let number = RateLimitSpec::deserialize(U64Deserializer::<ValueError>::new(100)).unwrap_err();
-    assert!(number.to_string().contains("`{ requests: 100, per: 1s }`"), "{number}");
-    let flag = RateLimitSpec::deserialize(BoolDeserializer::<ValueError>::new(false)).unwrap_err();
-    assert!(flag.to_string().contains("write `off`"), "{flag}");
-    let text = RateLimitSpec::deserialize(StrDeserializer::<ValueError>::new("100/s")).unwrap_err();
-    assert!(text.to_string().contains("`off`, or a mapping"), "{text}");
+    let number = Switch::<RateLimitSpec>::deserialize(U64Deserializer::<ValueError>::new(100)).unwrap_err();
+    assert!(number.to_string().contains("write `{ requests: 100 }`"), "{number}");
+    let flag = Switch::<RateLimitSpec>::deserialize(BoolDeserializer::<ValueError>::new(true)).unwrap_err();
+    assert!(flag.to_string().contains("a mapping like `{ requests: 100, per: 1s }`"), "{flag}");
+    let text = Switch::<RateLimitSpec>::deserialize(StrDeserializer::<ValueError>::new("100/s")).unwrap_err();
+    assert!(text.to_string().contains("write `off`, or a mapping like"), "{text}");
 }
 
 #[test]
 fn the_fields_that_a_reader_is_told_of_are_those_of_the_mapping() {
-    let schema = schemars::schema_for!(RateLimitFields).to_value();
+    let schema = schemars::schema_for!(RateLimitSpec).to_value();
     let mut known: Vec<_> = schema["properties"].as_object().unwrap().keys().map(String::as_str).collect();
-    let mut told = FIELDS.to_vec();
+    let mut told = RateLimitSpec::KEYS.to_vec();
     known.sort_unstable();
     told.sort_unstable();
     assert_eq!(known, told);

@@ -14,7 +14,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 pub use self::conditions::{Condition, Conditions};
-pub use self::spec::{Backoff, BackoffSpec, Retry, RetrySpec, RetryValuesSpec};
+pub use self::spec::{Backoff, BackoffSpec, Retry, RetrySpec};
 use super::budget::Budget;
 
 /// How a try ended.
@@ -48,6 +48,12 @@ pub struct Seen {
     pub tries: u32,
     /// How it ended.
     pub failure: Failure,
+    /// It was made by the sidecar before the app.
+    pub is_inbound: bool,
+    /// It went over a connection that had been used before.
+    pub is_reused: bool,
+    /// The destination's circuit breaker would refuse another one.
+    pub is_circuit_open: bool,
     /// Its method is idempotent or it bears an idempotency key.
     pub is_safe: bool,
     /// A hop further down has retried already and given up.
@@ -131,11 +137,14 @@ impl Retry {
         }
     }
 
-    /// The first reason against another try; first those that lie in the call, then those that lie in what has happened.
+    /// The first reason against another try; first those that lie in this hop, then those that lie in the call, then those that lie in what has happened.
     fn stands_against(&self, seen: &Seen) -> Option<Why> {
         let is_unsent = seen.failure == Failure::Unsent;
         let is_wanted = is_unsent || self.wants(seen.failure);
         let reasons = [
+            (seen.is_inbound && !is_for_inbound(seen), Why::AtTheCaller),
+            // Another try would only be refused; what the callee said is worth more.
+            (seen.is_circuit_open, Why::CircuitOpen),
             (!is_wanted && !is_failure(seen.failure), Why::NotAFailure),
             (!self.enabled.value, Why::Off),
             (!is_wanted, Why::ConditionOff),
@@ -147,6 +156,17 @@ impl Retry {
             (!seen.is_replayable, Why::BodyTooLong),
         ];
         reasons.into_iter().find_map(|(stands, why)| stands.then_some(why))
+    }
+
+    /// Whether nobody above shall try a failed call again: because it was tried again here, whatever ended that; because it may
+    /// have done its work and is not to do it twice, and above the app it may have become a call that looks safe; or because
+    /// of why there is no other try. `why` is None where none was thought of: the head of the answer had come.
+    ///
+    /// `is_safe` as in [`Seen`].
+    pub fn is_final(&self, tries: u32, is_safe: bool, why: Option<Why>) -> bool {
+        use Why::{Budget, CircuitOpen, Deadline, PushedBack, RetriedBelow, TriesUsedUp};
+        let is_over = matches!(why, Some(TriesUsedUp | RetriedBelow | PushedBack | Deadline | Budget | CircuitOpen));
+        tries > 1 || !(is_safe || self.idempotent.value) || is_over
     }
 
     /// Whether `retry.on` names it.
@@ -177,6 +197,16 @@ impl Retry {
                 Duration::try_from_secs_f64(most.as_secs_f64() * seen.random).map_or(most, |wait| wait.min(most))
             }
         }
+    }
+}
+
+/// The sidecar before the app leaves retries to the caller's, which has other endpoints; but the app's own keep-alive race
+/// nobody else can see. Once only: what breaks off again was no race.
+fn is_for_inbound(seen: &Seen) -> bool {
+    match seen.failure {
+        Failure::Unsent => true,
+        Failure::Reset => seen.is_reused && seen.tries == 1,
+        Failure::Status(_) | Failure::Grpc(_) | Failure::Timeout => false,
     }
 }
 

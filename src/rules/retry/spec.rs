@@ -1,13 +1,9 @@
 //! What a policy says about retries: the word `off`, or a mapping, in each layer anew; its check, and the checked values.
 
-use std::borrow::Cow;
-use std::fmt;
 use std::time::Duration;
 
-use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
+use schemars::JsonSchema;
 use serde::Deserialize;
-use serde::de::value::MapAccessDeserializer;
-use serde::de::{self, Deserializer, MapAccess, Visitor};
 
 use super::conditions::{Condition, Conditions};
 use crate::problems::{At, Fault, Origin, Set};
@@ -15,24 +11,16 @@ use crate::rules::budget::{BudgetSpec, BudgetValues};
 use crate::rules::duration::{self, Span};
 use crate::rules::limits::Count;
 use crate::rules::size::Size;
+use crate::rules::switch::{Keys, Switch};
 
 /// More retries than this of one call help nobody.
 const MOST_ATTEMPTS: u32 = 10;
 
-/// `retry:` of `defaults`, of a destination or of a route.
-#[derive(Debug, Clone, PartialEq)]
-pub enum RetrySpec {
-    /// `off`: no retries here, unless a layer above turns them on again.
-    Off,
-    /// Retries, with these values over those of the layer below.
-    On(RetryValuesSpec),
-}
-
-/// `retry:` as a mapping. That it is there, be it empty, turns retries on.
+/// `retry:` of `defaults`, of a destination or of a route, where it is not `off`. That it is there, be it empty, turns
+/// retries on.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize, JsonSchema)]
-#[serde(default, deny_unknown_fields, rename_all = "camelCase", expecting = "`off` or a mapping of retry values")]
-#[schemars(rename = "Retry")]
-pub struct RetryValuesSpec {
+#[serde(default, deny_unknown_fields, rename_all = "camelCase", expecting = "a mapping of retry values")]
+pub struct RetrySpec {
     /// Retries after the first try, 1 to 10. Default 2.
     #[schemars(extend("maximum" = MOST_ATTEMPTS))]
     pub attempts: Option<Count<1>>,
@@ -50,8 +38,9 @@ pub struct RetryValuesSpec {
     pub replay_limit: Option<Size<0, 4_194_304>>,
 }
 
-/// The fields of [`RetryValuesSpec`], for the reader: it reports all unknown ones at once.
-pub(super) const FIELDS: &[&str] = &["attempts", "on", "idempotent", "backoff", "budget", "replayLimit"];
+impl Keys for RetrySpec {
+    const KEYS: &'static [&'static str] = &["attempts", "on", "idempotent", "backoff", "budget", "replayLimit"];
+}
 
 /// `backoff:` of `retry`. The wait is random, from nothing to `base`, then to twice that, up to `max`.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize, JsonSchema)]
@@ -109,7 +98,7 @@ impl Retry {
     }
 }
 
-impl RetrySpec {
+impl Switch<RetrySpec> {
     /// Lays this layer, of `defaults` or of a destination, over another.
     pub fn check(&self, base: &Retry, at: &At<'_>) -> Retry {
         match self {
@@ -120,7 +109,7 @@ impl RetrySpec {
 
     /// The same for a route, which has no budget of its own: all calls of a destination draw on the same one.
     pub fn check_route(&self, base: &Retry, at: &At<'_>) -> Retry {
-        if let Self::On(RetryValuesSpec { budget: Some(_), .. }) = self {
+        if let Self::On(RetrySpec { budget: Some(_), .. }) = self {
             let hint = "move it to `retry` of the destination: all its routes share one budget";
             at.key("budget").report_key(Fault::new("a route has no budget of its own", hint));
         }
@@ -128,7 +117,7 @@ impl RetrySpec {
     }
 }
 
-impl RetryValuesSpec {
+impl RetrySpec {
     fn check(&self, base: &Retry, at: &At<'_>) -> Retry {
         if let Some(Count(attempts)) = self.attempts.filter(|n| n.0 > MOST_ATTEMPTS) {
             let hint = format!("write 1 to {MOST_ATTEMPTS}; it counts retries, not the first try");
@@ -200,64 +189,5 @@ impl BackoffSpec {
             let message = format!("`max` {short} is shorter than `base` {long} ({})", base.origin);
             at.key("max").report(message, format!("at least {long}, or a shorter `base` here"));
         }
-    }
-}
-
-impl<'de> Deserialize<'de> for RetrySpec {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Read;
-        impl<'de> Visitor<'de> for Read {
-            type Value = RetrySpec;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("`off` or a mapping of retry values")
-            }
-
-            fn visit_str<E: de::Error>(self, text: &str) -> Result<RetrySpec, E> {
-                match text {
-                    "off" => Ok(RetrySpec::Off),
-                    _ => Err(E::custom(no_retry(text))),
-                }
-            }
-
-            fn visit_bool<E: de::Error>(self, value: bool) -> Result<RetrySpec, E> {
-                Err(E::custom(no_retry(if value { "true" } else { "false" })))
-            }
-
-            fn visit_u64<E: de::Error>(self, number: u64) -> Result<RetrySpec, E> {
-                Err(E::custom(no_retry(&number.to_string())))
-            }
-
-            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<RetrySpec, A::Error> {
-                RetryValuesSpec::deserialize(MapAccessDeserializer::new(map)).map(RetrySpec::On)
-            }
-        }
-        // As a struct, so that the reader of policies knows the fields before it comes to the first.
-        deserializer.deserialize_struct("RetrySpec", FIELDS, Read)
-    }
-}
-
-fn no_retry(text: &str) -> Fault {
-    let hint = match text.to_ascii_lowercase().as_str() {
-        // Tools that read YAML 1.1, Helm among them, make a bare `off` this before we see it.
-        "false" => "write `off`, in quotes if a tool makes it `false`".to_owned(),
-        "no" | "none" | "never" | "disabled" | "of" | "0" => "write `off`".to_owned(),
-        number if number.parse::<u32>().is_ok() => format!("write `{{ attempts: {number} }}`"),
-        _ => "write `off`, or a mapping like `{ attempts: 2 }`; `{}` turns retries on as they were below".to_owned(),
-    };
-    Fault::new(format!("expected `off` or a mapping of retry values, found `{text}`"), hint)
-}
-
-impl JsonSchema for RetrySpec {
-    fn inline_schema() -> bool {
-        true
-    }
-
-    fn schema_name() -> Cow<'static, str> {
-        "RetrySpec".into()
-    }
-
-    fn json_schema(generator: &mut SchemaGenerator) -> Schema {
-        json_schema!({ "anyOf": [{ "const": "off" }, generator.subschema_for::<RetryValuesSpec>()] })
     }
 }

@@ -9,9 +9,9 @@ use serde::de::IntoDeserializer;
 use serde::de::value::Error as ValueError;
 use serde_json::{Value, json};
 
-use super::spec::FIELDS;
 use super::*;
 use crate::problems::{At, Found, Origin, Place, Problems, Spot};
+use crate::rules::switch::{Keys, Switch};
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -23,6 +23,9 @@ fn seen(failure: Failure) -> Seen {
     Seen {
         tries: 1,
         failure,
+        is_inbound: false,
+        is_reused: false,
+        is_circuit_open: false,
         is_safe: true,
         is_marked_final: false,
         pushback: None,
@@ -100,6 +103,63 @@ fn each_reason_stops_a_call_that_was_seen() {
     assert_eq!(off.decide(&good), Decision::Stop(Why::Off));
     assert_eq!(off.decide(&seen(Failure::Unsent)), Decision::Stop(Why::Off));
     assert_eq!(off.decide(&seen(Failure::Status(200))), Decision::Stop(Why::NotAFailure));
+}
+
+#[test]
+fn the_sidecar_before_the_app_tries_again_only_what_nobody_else_can() {
+    let inbound = |failure| Seen { is_inbound: true, is_reused: true, random: 0.0, ..seen(failure) };
+    let at_the_caller = Decision::Stop(Why::AtTheCaller);
+    let table = [
+        (inbound(Failure::Unsent), again(0)),
+        (Seen { tries: 2, ..inbound(Failure::Unsent) }, again(0)),
+        (inbound(Failure::Reset), again(0)),
+        (Seen { tries: 2, ..inbound(Failure::Reset) }, at_the_caller),
+        (Seen { is_reused: false, ..inbound(Failure::Reset) }, at_the_caller),
+        (Seen { is_safe: false, ..inbound(Failure::Reset) }, Decision::Stop(Why::NotSafe)),
+        (inbound(Failure::Status(503)), at_the_caller),
+        (inbound(Failure::Grpc(14)), at_the_caller),
+        (inbound(Failure::Timeout), at_the_caller),
+    ];
+    for (seen, wanted) in table {
+        assert_eq!(Retry::built_in().decide(&seen), wanted, "{seen:?}");
+    }
+}
+
+#[test]
+fn behind_an_open_breaker_nothing_is_tried_again() {
+    let open = |failure| Seen { is_circuit_open: true, is_safe: false, ..seen(failure) };
+    for failure in [Failure::Unsent, Failure::Reset, Failure::Status(503)] {
+        assert_eq!(Retry::built_in().decide(&open(failure)), Decision::Stop(Why::CircuitOpen), "{failure:?}");
+    }
+    let inbound = Seen { is_inbound: true, ..open(Failure::Status(503)) };
+    assert_eq!(Retry::built_in().decide(&inbound), Decision::Stop(Why::AtTheCaller));
+}
+
+#[test]
+fn nobody_above_tries_again_what_was_tried_again_or_may_not_be_repeated() {
+    let table = [
+        (1, true, None, false),
+        (1, true, Some(Why::ConditionOff), false),
+        (1, true, Some(Why::BodyTooLong), false),
+        (1, true, Some(Why::Off), false),
+        (1, true, Some(Why::AtTheCaller), false),
+        (2, true, None, true),
+        (2, true, Some(Why::BodyTooLong), true),
+        (1, false, None, true),
+        (1, false, Some(Why::NotSafe), true),
+        (1, true, Some(Why::TriesUsedUp), true),
+        (1, true, Some(Why::RetriedBelow), true),
+        (1, true, Some(Why::PushedBack), true),
+        (1, true, Some(Why::Deadline), true),
+        (1, true, Some(Why::Budget), true),
+        (1, true, Some(Why::CircuitOpen), true),
+    ];
+    for (tries, is_safe, why, wanted) in table {
+        assert_eq!(Retry::built_in().is_final(tries, is_safe, why), wanted, "{tries} {is_safe} {why:?}");
+    }
+    let mut declared = Retry::built_in();
+    declared.idempotent.value = true;
+    assert!(!declared.is_final(1, false, None));
 }
 
 #[test]
@@ -194,13 +254,13 @@ impl Spot for Nothing {
     }
 }
 
-fn read(value: &Value) -> Result<RetrySpec, String> {
+fn read(value: &Value) -> Result<Switch<RetrySpec>, String> {
     let shown = |error: ValueError| error.to_string();
     match value {
-        Value::String(text) => RetrySpec::deserialize(text.as_str().into_deserializer()).map_err(shown),
-        Value::Bool(value) => RetrySpec::deserialize(value.into_deserializer()).map_err(shown),
-        Value::Number(number) => RetrySpec::deserialize(number.as_u64().unwrap().into_deserializer()).map_err(shown),
-        other => serde_json::from_value(other.clone()).map_err(|error| error.to_string()),
+        Value::String(text) => Switch::deserialize(text.as_str().into_deserializer()).map_err(shown),
+        Value::Bool(value) => Switch::deserialize(value.into_deserializer()).map_err(shown),
+        Value::Number(number) => Switch::deserialize(number.as_u64().unwrap().into_deserializer()).map_err(shown),
+        other => serde_json::from_value(other.clone()).map(Switch::On).map_err(|error| error.to_string()),
     }
 }
 
@@ -249,6 +309,7 @@ fn off_turns_retries_off_and_a_mapping_on_again_with_the_values_below() {
     let (retry, _) = layered(&[json!({ "attempts": 5 }), json!("off")]);
     assert!(!retry.enabled.value);
     assert_eq!(retry.enabled.origin.to_string(), "p.yaml:7");
+    assert_eq!(retry, layered(&[json!({ "attempts": 5 }), json!(false)]).0);
     let (retry, _) = layered(&[json!({ "attempts": 5 }), json!("off"), json!({})]);
     assert!(retry.enabled.value);
     assert_eq!(retry.enabled.origin.to_string(), "p.yaml:7");
@@ -291,8 +352,8 @@ fn all_that_contradicts_is_reported_at_once() {
 #[test]
 fn what_cannot_be_read_comes_with_what_to_write() {
     let table = [
-        (json!(false), "write `off`, in quotes"),
-        (json!(true), "like `{ attempts: 2 }`"),
+        (json!(true), "`{}` switches it on"),
+        (json!("on"), "`{}` switches it on"),
         (json!("of"), "write `off`"),
         (json!("OFF"), "write `off`"),
         (json!("none"), "write `off`"),
@@ -319,9 +380,9 @@ fn what_cannot_be_read_comes_with_what_to_write() {
 
 #[test]
 fn the_reader_is_told_of_every_field() {
-    let schema = SchemaGenerator::default().into_root_schema_for::<RetryValuesSpec>();
+    let schema = SchemaGenerator::default().into_root_schema_for::<RetrySpec>();
     let mut known: Vec<_> = schema.get("properties").unwrap().as_object().unwrap().keys().cloned().collect();
-    let mut told = FIELDS.to_vec();
+    let mut told = RetrySpec::KEYS.to_vec();
     known.sort_unstable();
     told.sort_unstable();
     assert_eq!(known, told);

@@ -13,7 +13,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::net::TcpStream;
 use tokio::time::Instant;
 
-use super::http::{Body, empty, full};
+use super::http::{Body, empty, full, with_trailers};
 use super::upstream::Upstream;
 
 /// Fields of an answer.
@@ -28,6 +28,8 @@ pub(crate) enum Say {
     With(u16, Fields),
     /// A gRPC answer that has nothing but a head.
     Grpc(u32, Fields),
+    /// A gRPC answer with a head, a message, and these trailers.
+    Trailers(Fields),
     /// The connection, or the stream, breaks off.
     Reset,
     /// Nothing, ever.
@@ -138,6 +140,10 @@ async fn answer(say: Say) -> io::Result<Response<Body>> {
         Say::Grpc(code, fields) => {
             let head = Response::builder().header("content-type", "application/grpc").header("grpc-status", code);
             with(head.body(empty()).unwrap(), fields)
+        }
+        Say::Trailers(fields) => {
+            let head = Response::builder().header("content-type", "application/grpc");
+            Ok(head.body(with_trailers(&b"\0\0\0\0\0"[..], fields)).unwrap())
         }
         Say::Reset => Err(io::Error::other("the script says so")),
         Say::Hang => std::future::pending().await,

@@ -35,17 +35,16 @@ impl Live<'_> {
 
     pub(super) fn decide(&self, report: &Report, now: Instant) -> Decision {
         let Some(failure) = report.failure else { return Decision::Stop(Why::NotAFailure) };
-        if self.side.direction == Direction::Inbound
-            && !(failure == Failure::Unsent || (failure == Failure::Reset && self.reused && self.attempt == 1))
-        {
-            return Decision::Stop(Why::AtTheCaller);
-        }
         let own = &self.world.sidecars[self.sidecar];
         let is_spent = self.side.direction == Direction::Outbound && own.spent.knows(self.keys, self.side.id, now);
         let is_marked = report.mark.as_ref().is_some_and(|mark| mark.is_final) || is_spent;
         let seen = Seen {
             tries: self.attempt,
             failure,
+            is_inbound: self.side.direction == Direction::Inbound,
+            is_reused: self.reused,
+            // An open breaker bounds retries too, and would hide that the budget does not.
+            is_circuit_open: self.side.breaker.is_shut(now) && self.world.mutant != Mutant::BudgetIgnored,
             is_safe: self.request.is_safe || report.unseen || self.world.mutant == Mutant::SafetyIgnored,
             is_marked_final: is_marked && self.world.mutant != Mutant::MarkIgnored,
             pushback: report.pushback.filter(|_| self.world.mutant != Mutant::MarkIgnored),
@@ -94,8 +93,8 @@ impl Live<'_> {
             self.world.checks.count(why.name());
         }
         if is_failure && tried.is_ok() {
-            let is_final = self.attempt > 1
-                || matches!(why, Why::TriesUsedUp | Why::RetriedBelow | Why::PushedBack | Why::Deadline | Why::Budget);
+            let is_safe = self.request.is_safe || report.unseen;
+            let is_final = self.side.policy.retry.is_final(self.attempt, is_safe, Some(why));
             self.failed(report.mark.as_ref(), is_final, now);
         }
     }
