@@ -22,11 +22,14 @@ const TRACEPARENT: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-
 /// What an app does with the fields of a call.
 const FORWARDS: [&str; 3] = ["all", "trace", "nothing"];
 
-/// How long C works, where it has much to do.
+/// How long C works where that is waited for.
 const WORK: u64 = 2000;
 
-/// Well below [`WORK`], and well above what an overloaded machine adds to a deadline of 400 ms.
-const STOPPED: Duration = Duration::from_millis(1300);
+/// How long it would work where it is to be stopped. Longer, so that an overloaded machine is no reason to fail.
+const LONG_WORK: u64 = 6000;
+
+/// Well below that, and well above a deadline of a second.
+const STOPPED: Duration = Duration::from_millis(3000);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Language {
@@ -200,23 +203,23 @@ async fn a_deadline_goes_through_apps_of_two_languages_whatever_they_forward() {
             chain.warm_up(forward).await;
             let how = if forward == "nothing" { "only_one" } else { "by_trace" };
             let before: Vec<f64> = chain.0[..2].iter().map(|service| service.joined(how)).collect();
-            chain.does(forward, [25, 25, WORK]).await;
+            chain.does(forward, [25, 25, LONG_WORK]).await;
 
             let begun = Instant::now();
-            let answer = chain.call(&[(EXPECTED, "400")]).await.unwrap();
+            let answer = chain.call(&[(EXPECTED, "1000")]).await.unwrap();
             let answered = begun.elapsed();
             let calls = chain.calls_at_rest().await;
             let rested = begun.elapsed();
             assert_eq!(answer.status, 504, "{case}: {answer:?}");
             assert_eq!(answer.problem()["refusal"], "deadline_exceeded", "{case}: {answer:?}");
-            assert!(answered > Duration::from_millis(300) && answered < STOPPED, "{case}: {answered:?}");
+            assert!(answered > Duration::from_millis(800) && answered < STOPPED, "{case}: {answered:?}");
             assert!(rested < STOPPED, "{case}: work went on until {rested:?}");
 
             let [a, b, c] = last(&calls);
             assert!(took(a) < STOPPED && took(b) < STOPPED && took(c) < STOPPED, "{case}: {calls:#?}");
             assert_eq!((&a["status"], &b["status"], &c["left"]), (&504.into(), &504.into(), &true.into()), "{case}");
             let heard = [told(a), told(b), told(c)];
-            assert!(heard[0] < 400 && heard[1] + 25 <= heard[0] && heard[2] + 25 <= heard[1], "{case}: {heard:?}");
+            assert!(heard[0] < 1000 && heard[1] + 25 <= heard[0] && heard[2] + 25 <= heard[1], "{case}: {heard:?}");
             let trace = c["fields"]["traceparent"].as_str();
             assert_eq!(trace, (forward != "nothing").then_some(TRACEPARENT), "{case}");
 
@@ -224,7 +227,7 @@ async fn a_deadline_goes_through_apps_of_two_languages_whatever_they_forward() {
                 assert_eq!(service.joined(how), before[at] + 1.0, "{case}");
                 let line = service.line("next", calls[at].len()).await;
                 assert_eq!((&line["status"], &line["deadline_from"]), (&504.into(), &"inbound".into()), "{line}");
-                assert!(line["deadline_ms"].as_f64().is_some_and(|left| left < 400.0), "{line}");
+                assert!(line["deadline_ms"].as_f64().is_some_and(|left| left < 1000.0), "{line}");
             }
             let line = chain.0[2].line("app", calls[2].len()).await;
             // Where the machine is slow, B's hopguard leaves a moment before C's has lost patience.
@@ -269,7 +272,7 @@ async fn two_calls_at_once_through_apps_that_forward_nothing_keep_their_own_time
         let first = chain.call(&[(EXPECTED, "6000")]);
         chain.calls_when(|calls| calls[2].len() == 1).await;
         let begun = Instant::now();
-        let second = chain.call(&[(EXPECTED, "300")]).await.unwrap();
+        let second = chain.call(&[(EXPECTED, "1000")]).await.unwrap();
         assert_eq!(second.problem()["refusal"], "deadline_exceeded", "{order:?}: {second:?}");
         assert!(begun.elapsed() < STOPPED, "{order:?}: {:?}", begun.elapsed());
         assert_eq!(first.await.unwrap().status, 200, "{order:?}: it has more time than the second one");
@@ -294,8 +297,8 @@ async fn an_app_that_calls_on_after_the_deadline_reaches_nobody() {
             let case = format!("{order:?} {forward}");
             chain.warm_up(forward).await;
             let reached = chain.calls().await[2].len();
-            chain.does(forward, [0, 400, 0]).await;
-            let answer = chain.call(&[(EXPECTED, "300")]).await.unwrap();
+            chain.does(forward, [0, 800, 0]).await;
+            let answer = chain.call(&[(EXPECTED, "500")]).await.unwrap();
             assert_eq!(answer.problem()["refusal"], "deadline_exceeded", "{case}: {answer:?}");
             let calls = chain.calls_at_rest().await;
             let (b, reached) = (last(&calls)[1], calls[2].len() - reached);
