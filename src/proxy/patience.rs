@@ -120,7 +120,7 @@ impl Patience {
         } else {
             (Kind::RequestTimeout, "no answer in time")
         };
-        match self.bounded() {
+        match self.until {
             Some(until) if kind == Kind::RequestTimeout && until.at <= self.began + limits.request.value => {
                 Refusal::ruled(Kind::DeadlineExceeded, until.rule(), detail)
             }
@@ -141,13 +141,7 @@ impl Patience {
     /// When a unary call is over: at the policy's `request`, or earlier where its deadline is.
     pub fn request_at(&self, limits: &Timeouts) -> Instant {
         let request_at = self.began + limits.request.value;
-        self.bounded().map_or(request_at, |until| request_at.min(until.at))
-    }
-
-    /// The deadline that ends a unary call. What an HTTP caller's field says may be the time of one try, and that is the wait
-    /// for the head: a caller who has it and goes away shows that he does.
-    fn bounded(&self) -> Option<Until> {
-        self.until.filter(|until| self.grpc || !self.answered || until.from != Source::Caller)
+        self.until.map_or(request_at, |until| request_at.min(until.at))
     }
 }
 
@@ -216,25 +210,6 @@ mod tests {
         assert_eq!(kind(patience.judge(now + secs(1), &limits, &flow)), Some(Kind::PerTryTimeout));
         patience.answered = true;
         assert_eq!(patience.judge(now + secs(1), &limits, &flow), Verdict::Wait(now + secs(2)));
-    }
-
-    #[test]
-    fn an_answer_that_has_begun_in_the_time_of_its_try_may_be_longer() {
-        let now = Instant::now();
-        let flow = Flow::new(now);
-        flow.request.end();
-        let table = [
-            (Source::Caller, false, false, 1, Kind::DeadlineExceeded),
-            (Source::Caller, false, true, 2, Kind::RequestTimeout),
-            (Source::Inbound, false, true, 1, Kind::DeadlineExceeded),
-            (Source::Caller, true, true, 1, Kind::DeadlineExceeded),
-        ];
-        for (from, grpc, answered, over_at, expected) in table {
-            let until = Until { at: now + secs(1), from, whole: secs(1) };
-            let patience = Patience { grpc, answered, until: Some(until), ..patience(now) };
-            assert_eq!(patience.judge(now, &limits(), &flow), Verdict::Wait(now + secs(over_at)));
-            assert_eq!(kind(patience.judge(now + secs(over_at), &limits(), &flow)), Some(expected));
-        }
     }
 
     #[test]

@@ -163,7 +163,6 @@ pub fn tell(live: &Live, fields: &mut HeaderMap, now: Instant) {
     };
     let left = at.saturating_duration_since(now);
     let left = left.saturating_sub(reserve(left));
-    let left = one_try(live, now).map_or(left, |one_try| left.min(one_try));
     if live.patience.grpc {
         if let Ok(value) = HeaderValue::from_str(&deadline::format_grpc_timeout(left)) {
             fields.insert(GRPC_TIMEOUT, value);
@@ -172,18 +171,6 @@ pub fn tell(live: &Live, fields: &mut HeaderMap, now: Instant) {
         let millis = u64::try_from(left.as_millis()).unwrap_or(u64::MAX).max(1);
         fields.insert(EXPECTED_RQ_TIMEOUT_MS, HeaderValue::from(millis));
     }
-}
-
-/// How long anybody waits for the present try, where that is known to the next hop's good.
-///
-/// `perTry` bounds the wait for the head of the answer: a gRPC call may turn out to be a stream, which would be ended by it, and
-/// while the caller still sends, it is he who is waited for. Hops below keep up to a tenth of their time for the way back; with
-/// as much on top it is our own `perTry` that ends the try, and not a failure from below, which would be final.
-fn one_try(live: &Live, now: Instant) -> Option<Duration> {
-    let per_try = live.route().timeouts.per_try.as_ref()?.value;
-    let is_known = live.patience.is_unary() && live.flow.request.ended();
-    let left = (live.patience.try_began + per_try).saturating_duration_since(now);
-    is_known.then(|| left + (per_try / 10).max(MOST_RESERVED))
 }
 
 impl Until {

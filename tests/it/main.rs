@@ -23,7 +23,6 @@ mod labels; // metrics do not grow with what callers send
 mod languages; // a deadline through services in Python and Go
 mod limits; // places, the queue, who is sent away
 mod names; // names, as a real name server answers for them
-mod one_try; // how long one try is waited for, and what the next hop hears of that
 mod pools; // connections to upstreams
 mod protocols; // every protocol with every other
 mod rate_limit; // so many calls a time
