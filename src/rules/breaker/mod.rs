@@ -88,6 +88,8 @@ pub struct Pass(u64);
 pub struct Probe {
     breaker: Arc<Breaker>,
     period: u64,
+    /// When it was let through, in nanoseconds since the breaker was made.
+    began: u64,
 }
 
 /// Whether an HTTP status says that the callee failed: 5xx, but for those that are about the request (501, 505).
@@ -284,7 +286,9 @@ impl Breaker {
             }
             State::HalfOpen => {}
         }
-        let spacing = thresholds.open_for / 4;
+        // The second comes soon, in case the first met bad luck; those after it later, so that not all of them are stuck when a
+        // callee that hangs comes back.
+        let spacing = if inner.probes == 0 { thresholds.open_for / 4 } else { thresholds.open_for_max };
         // Between the look at the word and the lock, somebody else may have taken the turn.
         if let Some(wait) = self.word.load(Acquire).checked_sub(tick).filter(|wait| *wait > 0) {
             return Admission::Refuse { retry_after: Duration::from_nanos(wait) };
@@ -294,27 +298,29 @@ impl Breaker {
             return Admission::Refuse { retry_after: spacing };
         }
         inner.probes += 1;
-        Admission::Probe { probe: Probe { breaker: Arc::clone(self), period: inner.period }, change }
+        Admission::Probe { probe: Probe { breaker: Arc::clone(self), period: inner.period, began: tick }, change }
     }
 
     /// A probe has ended. Only the first that ends decides; the period of the others is over then.
     fn settle(
         &self,
-        period: u64,
+        probe: &Probe,
         thresholds: &Thresholds,
         outcome: Outcome,
         now: Instant,
         random: f64,
     ) -> Option<Change> {
         let mut inner = self.lock();
-        if inner.period != period {
+        if inner.period != probe.period {
             return None;
         }
         Some(match outcome {
             Outcome::Success => self.let_in(&mut inner, Cause::ProbeSucceeded, thresholds.rate.as_ref(), now),
             Outcome::Failure => {
                 self.consecutive.fetch_add(1, Relaxed);
-                self.shut(&mut inner, Cause::ProbeFailed, thresholds, now, random)
+                let change = self.shut(&mut inner, Cause::ProbeFailed, thresholds, now, random);
+                let waited = Duration::from_nanos(self.tick(now).saturating_sub(probe.began));
+                self.shorten(&mut inner, change, waited, thresholds.open_for / 4)
             }
         })
     }
@@ -344,6 +350,15 @@ impl Breaker {
         inner.until = later(inner.since, open_for);
         self.word.store(inner.until, Release);
         Change { open_for: Some(open_for), ..change }
+    }
+
+    /// The time for which a probe was waited for counts as open: a callee that hangs is asked again soon after it has kept one
+    /// waiting for as long as the breaker would stay open.
+    fn shorten(&self, inner: &mut Inner, change: Change, waited: Duration, least: Duration) -> Change {
+        let open_for = change.open_for.map(|whole| whole.saturating_sub(waited).max(least.min(whole)));
+        inner.until = later(inner.since, open_for.unwrap_or_default());
+        self.word.store(inner.until, Release);
+        Change { open_for, ..change }
     }
 
     fn let_in(&self, inner: &mut Inner, cause: Cause, rate: Option<&Rate>, now: Instant) -> Change {
@@ -379,7 +394,7 @@ impl Probe {
     ///
     /// None if another probe has decided already. `random` is from 0 to 1.
     pub fn record(self, thresholds: &Thresholds, outcome: Outcome, now: Instant, random: f64) -> Option<Change> {
-        self.breaker.settle(self.period, thresholds, outcome, now, random)
+        self.breaker.settle(&self, thresholds, outcome, now, random)
     }
 }
 

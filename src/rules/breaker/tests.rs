@@ -136,6 +136,18 @@ fn a_probe_that_fails_opens_it_for_twice_as_long_up_to_the_longest() {
 }
 
 #[test]
+fn the_time_for_which_a_failed_probe_was_waited_for_counts_as_open() {
+    for (waited, wanted) in [(0, 800), (300, 500), (750, 100), (5_000, 100)] {
+        let start = Instant::now();
+        let breaker = opened(start);
+        let later = start + 400 * MS;
+        let change = probe(&breaker, later).record(&USUAL, Failure, later + waited * MS, 1.0).unwrap();
+        assert_eq!(change.open_for, Some(wanted * MS), "after {waited} ms");
+        assert_eq!(breaker.retry_after(later + waited * MS), Some(wanted * MS));
+    }
+}
+
+#[test]
 fn it_doubles_on_unless_it_stayed_closed_for_the_longest_open_time() {
     for (closed_for, wanted) in [(999 * MS, 800 * MS), (1000 * MS, 400 * MS)] {
         let start = Instant::now();
@@ -148,16 +160,17 @@ fn it_doubles_on_unless_it_stayed_closed_for_the_longest_open_time() {
 }
 
 #[test]
-fn a_further_probe_goes_only_after_a_quarter_of_the_open_time_and_only_so_many_at_once() {
+fn a_second_probe_goes_soon_a_further_one_later_and_only_so_many_at_once() {
     let start = Instant::now();
     let breaker = opened(start);
     let later = start + 400 * MS;
     let first = probe(&breaker, later);
     assert_eq!(refused(&breaker, later + 30 * MS), 70 * MS);
     let _second = probe(&breaker, later + 100 * MS);
-    assert_eq!(refused(&breaker, later + 250 * MS), 100 * MS);
+    assert_eq!(refused(&breaker, later + 250 * MS), 850 * MS);
+    assert_eq!(refused(&breaker, later + 1100 * MS), 1000 * MS);
     drop(first);
-    let _third = probe(&breaker, later + 350 * MS);
+    let _third = probe(&breaker, later + 2100 * MS);
     assert_eq!(breaker.state(later), State::HalfOpen);
 }
 
@@ -272,7 +285,9 @@ impl Told {
             }
             self.openings += 1;
             let longest = (USUAL.open_for * 2_u32.pow((self.openings - 1).min(8))).min(USUAL.open_for_max);
-            assert!(length >= longest / 2 && length <= longest, "{length:?} of {longest:?}");
+            // A probe's own time is taken off.
+            let least = if change.cause == Cause::ProbeFailed { USUAL.open_for / 4 } else { longest / 2 };
+            assert!(length >= least && length <= longest, "{length:?} of {longest:?}");
             self.open = Some((now, length));
         }
         if change.to == State::Closed {
