@@ -12,6 +12,8 @@ use std::time::Duration;
 use hickory_resolver::TokioResolver;
 use hickory_resolver::config::{NameServerConfig, ResolverConfig};
 use hickory_resolver::net::runtime::TokioRuntimeProvider;
+use hickory_resolver::net::{DnsError, NetError};
+use hickory_resolver::proto::op::ResponseCode;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep};
 
@@ -76,9 +78,21 @@ impl SystemResolver {
 
 impl Resolve for SystemResolver {
     async fn resolve(&self, name: &str) -> Result<Resolved, String> {
-        let answer = self.0.lookup_ip(name).await.map_err(|error| error.to_string())?;
+        let answer = self.0.lookup_ip(name).await.map_err(|error| in_words(&error))?;
         let ttl = answer.valid_until().saturating_duration_since(Instant::now().into_std());
         Ok(Resolved { addresses: answer.iter().collect(), ttl })
+    }
+}
+
+/// What the resolver's answer means; its own words for an answer without an address are made for debugging.
+fn in_words(error: &NetError) -> String {
+    match error {
+        NetError::Dns(DnsError::NoRecordsFound(none)) => match none.response_code {
+            ResponseCode::NXDomain => "there is no such name".to_owned(),
+            ResponseCode::NoError => "the name has no address".to_owned(),
+            code => format!("the name server answered: {code}"),
+        },
+        error => error.to_string(),
     }
 }
 
