@@ -19,6 +19,7 @@ mod grpc_peers; // grpcio on both sides
 mod h2spec; // the HTTP/2 conformance tests
 mod http1; // old callers, pipelines, Expect, upstreams that hang up
 mod http1_corpus; // malformed, ambiguous, and odd but legal messages
+mod joined; // a deadline that passes through an app
 mod labels; // metrics do not grow with what callers send
 mod languages; // a deadline through services in Python and Go
 mod limits; // places, the queue, who is sent away
