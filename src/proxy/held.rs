@@ -50,8 +50,8 @@ pub enum Turn {
     None,
     /// As one of many.
     Pass(Pass),
-    /// As one of the few that find out.
-    Probe(Probe),
+    /// As one of the few that find out; boxed, because they are few.
+    Probe(Box<Probe>),
 }
 
 /// The turns of one try. Dropping them judges nothing and gives the places of probes back.

@@ -28,7 +28,7 @@ pub async fn borrow(live: &mut Live, pool: &Rc<Pool>, want: Want, now: Instant) 
     let endpoint = live.picked.take().or_else(|| pick(live, pool, now))?;
     let quiet = Rc::clone(&live.quiet);
     let mut lease = with_context(|cx| quiet.hush(cx, |cx| pool.lend(&endpoint, want, now, cx))).await;
-    if !live.is_safe && lease.as_ref().is_some_and(|lease| wants_fresh(live, lease, now)) {
+    if !live.is_safe && lease.as_ref().is_some_and(|lease| wants_fresh(live, pool, lease, now)) {
         lease = None;
     }
     live.picked = lease.is_none().then_some(endpoint);
@@ -38,11 +38,12 @@ pub async fn borrow(live: &mut Live, pool: &Rc<Pool>, want: Want, now: Instant) 
 /// Whether a request that must not be sent twice goes over a new connection instead. One that has been idle may be closed by
 /// the app, which is going down perhaps, at this very moment, and nobody could tell then whether the request was seen. Only
 /// before the app, on the same machine, where a new one costs next to nothing; and only so often.
-fn wants_fresh(live: &Live, lease: &Lease, now: Instant) -> bool {
+fn wants_fresh(live: &Live, pool: &Pool, lease: &Lease, now: Instant) -> bool {
     let endpoint = &lease.endpoint;
     live.direction == Direction::Inbound
         && !live.route().retry.idempotent.value
         && lease.is_http1()
+        && pool.cluster.identity.tls.is_none()
         && endpoint.address.socket.ip().is_loopback()
         && endpoint.grants_fresh(now)
 }

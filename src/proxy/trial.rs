@@ -36,7 +36,7 @@ pub fn admit(live: &mut Live, now: Instant) -> Result<(), Refusal> {
             if let Some(change) = change {
                 breaker_changed(live.worker.shard.telemetry(), destination, &change);
             }
-            live.trial.destination = Turn::Probe(probe);
+            live.trial.destination = Turn::Probe(Box::new(probe));
         }
         Admission::Refuse { retry_after } if view.policy.model.modes.circuit_breaker.value.is_enforced() => {
             let mut refusal = circuit_open(destination, &health.breaker);
@@ -74,7 +74,7 @@ pub fn enlist(live: &mut Live, endpoint: &Endpoint, now: Instant) -> bool {
             if let Some(change) = change {
                 ejection_changed(live.worker.shard.telemetry(), destination, &endpoint.member, &change, now);
             }
-            Turn::Probe(probe)
+            Turn::Probe(Box::new(probe))
         }
         Admission::Refuse { .. } if live.view.policy.model.modes.ejection.value.is_enforced() => return false,
         Admission::Refuse { .. } => {
