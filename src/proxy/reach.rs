@@ -79,7 +79,7 @@ pub async fn open(live: &mut Live, pool: &Rc<Pool>, want: Want) -> Result<Lease,
     };
     let mut refusal = None;
     // Nothing has been sent, so that whoever can be reached may have the call.
-    for _ in 0..TRIED {
+    for left in (0..TRIED).rev() {
         let Some(endpoint) = next.take() else { break };
         live.endpoint = Some(Rc::clone(&endpoint));
         live.record.towards(endpoint.address.socket);
@@ -101,7 +101,8 @@ pub async fn open(live: &mut Live, pool: &Rc<Pool>, want: Want) -> Result<Lease,
             return Err(by);
         }
         refusal = Some(by);
-        if pool.has_other(&live.tried, &endpoint) {
+        // A turn is taken only at one that will be tried: what this call comes to is judged where its last turn was.
+        if left > 0 && pool.has_other(&live.tried, &endpoint) {
             trial::unreachable(live, &endpoint, now);
             live.tried.push(endpoint.address.socket);
             next = pick(live, pool, now);

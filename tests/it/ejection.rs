@@ -309,6 +309,24 @@ async fn the_last_one_is_never_ejected() {
 }
 
 #[tokio::test]
+async fn an_endpoint_that_a_call_did_not_get_to_is_not_blamed_for_it() {
+    let mut gone = Vec::new();
+    for _ in 0..4 {
+        gone.push(Upstream::fixed("gone").await);
+    }
+    let addresses: Vec<SocketAddr> = gone.iter().map(|upstream| upstream.addr).collect();
+    drop(gone);
+    let first_failure = "    ejection: { consecutiveFailures: 1, openFor: 60s, openForMax: 60s }";
+    let mesh = Mesh::start(&policy(&addresses, first_failure)).await;
+    assert_eq!(get(mesh.addr("in"), "/").await.status, 502);
+    mesh.ended("connect_failed", 1).await;
+    // A connection is asked of three endpoints; the fourth has nothing to do with it.
+    assert_eq!((ejections(&mesh, "out"), ejections(&mesh, "kept")), (3.0, 0.0));
+    assert_eq!(mesh.metric("hopguard_pool_connect_failures_total", &[]), 3.0);
+    mesh.stop().await;
+}
+
+#[tokio::test]
 async fn a_destination_with_one_endpoint_goes_on_getting_calls() {
     let only = Endpoint::open(Duration::ZERO).await;
     only.turn(Does::Fail);

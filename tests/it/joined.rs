@@ -116,14 +116,9 @@ async fn call_the_bank(
 
 #[tokio::test]
 async fn an_app_that_forwards_nothing_but_a_trace_id_carries_its_deadline_on() {
-    for (name, value) in TRACES {
-        let forwards: &'static [&'static str] = match name {
-            "traceparent" => &["traceparent"],
-            "b3" => &["b3"],
-            "x-b3-traceid" => &["x-b3-traceid"],
-            _ => &["x-request-id"],
-        };
-        let service = Service::open(forwards, Duration::ZERO, "").await;
+    for trace in &TRACES {
+        let (name, value) = *trace;
+        let service = Service::open(std::slice::from_ref(&trace.0), Duration::ZERO, "").await;
         // Another request is under way, with more time and another trace, so that only the id can tell.
         let other = service.call("/other/slow", "2500", Some(("x-request-id", "another")));
         eventually(|| (service.bank.upstream.requests() == 1).then_some(())).await;
@@ -203,14 +198,9 @@ async fn a_call_that_no_request_has_caused_has_the_policys_time() {
 
 #[tokio::test]
 async fn an_app_that_calls_on_after_its_deadline_is_refused() {
-    for (name, value) in TRACES {
-        let forwards: &'static [&'static str] = match name {
-            "traceparent" => &["traceparent"],
-            "b3" => &["b3"],
-            "x-b3-traceid" => &["x-b3-traceid"],
-            _ => &["x-request-id"],
-        };
-        let service = Service::open(forwards, Duration::from_millis(350), "").await;
+    for trace in &TRACES {
+        let (name, value) = *trace;
+        let service = Service::open(std::slice::from_ref(&trace.0), Duration::from_millis(350), "").await;
         let answer = service.call("/", "200", Some((name, value))).await.unwrap();
         assert_eq!(
             (answer.status.as_u16(), &answer.problem()["refusal"]),
