@@ -35,7 +35,7 @@ lint: ## clippy, with every warning an error
 	$(CARGO) clippy --locked --all-targets -- -D warnings
 
 unit: ## unit, integration and doc tests
-	$(CARGO) test --locked
+	$(CARGO) test --locked --no-fail-fast
 
 docs: ## the documentation of the code, with every warning an error
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --document-private-items

@@ -79,7 +79,10 @@ fn the_demo_tells_how_one_failure_stays_small() {
     the_breaker_opens_and_order_goes_on(failing);
     assert!(recovered.contains("The breaker closed by itself"), "{recovered}");
     assert_eq!(row(recovered, HOPS[1])[3], "100%", "{recovered}");
-    assert!(recovered.contains("and 0 of them got no good answer"), "{recovered}");
+    // The order in a hurry is one of them: where the machine itself takes what it has left, its answer is the 504 that is shown.
+    let late = usize::from(slow.contains("    504 Gateway Timeout\n"));
+    assert!(late == 1 || slow.contains("    202 Accepted\n"), "{slow}");
+    assert!(recovered.contains(&format!("and {late} of them got no good answer")), "{recovered}");
     assert_eq!([tries(recovered, "enforce"), tries(recovered, "off")], [3, 9], "{recovered}");
 }
 

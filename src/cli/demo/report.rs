@@ -20,10 +20,12 @@ use crate::telemetry::HopSummary;
 const HURRY: u16 = 200;
 /// Longer than any call takes.
 const LONGEST: Duration = Duration::from_secs(2);
-/// How often a breaker that is just trying the service is asked again.
+/// How often at most something that is not there yet is asked for again.
 const ASKED: usize = 20;
-/// A line of the access log is written right after the answer.
-const WRITTEN: Duration = Duration::from_millis(20);
+/// How long before it is asked again.
+const PAUSE: Duration = Duration::from_millis(20);
+/// The payment that is shown: not one of the load's, so that no line of theirs is taken for its own.
+const SHOWN: &str = "/payments/4712";
 
 /// Places one order with little time, and tells how the time shrank on its way. Nothing if there was no answer.
 pub(super) async fn hurry(chain: &Chain) -> Option<String> {
@@ -34,7 +36,6 @@ pub(super) async fn hurry(chain: &Chain) -> Option<String> {
     let client = Client::new(chain.order.door, chain.order.name);
     let (head, body) = timeout(LONGEST, client.post(path_to("order"), fields)).await.ok()?.ok()?;
     let took = begun.elapsed();
-    sleep(WRITTEN).await;
     let told = |member: &Member| {
         let left = member.state.told.get().map_or_else(|| "nothing".to_owned(), short);
         format!("{} {left}", member.name)
@@ -49,9 +50,7 @@ not after the 1s of its own timeout, and order has time to answer, here after {}
         head.status,
         indent(&String::from_utf8_lossy(&body)),
     );
-    let found =
-        chain.members().into_iter().rev().find_map(|member| Some((member, line_with(member, "deadline_exceeded")?)));
-    if let Some((member, line)) = found {
+    if let Some((member, line)) = written(|| last_deadline(chain)).await {
         text.push_str(&format!("\nand why, in the access log of {}'s hopguard:\n\n{}", member.name, indent(&line)));
     }
     Some(text)
@@ -61,26 +60,43 @@ not after the 1s of its own timeout, and order has time to answer, here after {}
 pub(super) async fn refusal(chain: &Chain) -> Option<String> {
     let client = Client::new(chain.order.out, chain.payment.name);
     for _ in 0..ASKED {
-        let (head, body) = timeout(LONGEST, client.post(path_to("payment"), key())).await.ok()?.ok()?;
+        let (head, body) = timeout(LONGEST, client.post(SHOWN, key())).await.ok()?.ok()?;
         let body = String::from_utf8_lossy(&body);
         if !body.contains("circuit_open") || !body.contains("circuitBreaker.") {
-            sleep(WRITTEN).await;
+            sleep(PAUSE).await;
             continue;
         }
         let mut text = format!(
             "Every refusal explains itself. This is what order gets now when it calls payment:\n
-    $ curl -i -X POST http://{}/payments/4711 -H 'host: payment'\n    HTTP/1.1 {}\n",
+    $ curl -i -X POST http://{}{SHOWN} -H 'host: payment'\n    HTTP/1.1 {}\n",
             chain.order.out, head.status
         );
         for (name, value) in &head.headers {
             text.push_str(&format!("    {name}: {}\n", String::from_utf8_lossy(value.as_bytes())));
         }
         text.push_str(&format!("\n{}", indent(&body)));
-        sleep(WRITTEN).await;
-        if let Some(line) = line_with(&chain.order, "circuit_open") {
+        let refused = format!("{SHOWN} 503 circuit_open ");
+        if let Some(line) = written(|| line_with(&chain.order, &refused)).await {
             text.push_str(&format!("\nand as one line of the access log:\n\n{}", indent(&line)));
         }
         return Some(text);
+    }
+    None
+}
+
+/// The hopguard nearest to the end of the chain that ended a call because of its deadline, and the line that says so.
+fn last_deadline(chain: &Chain) -> Option<(&Member, String)> {
+    chain.members().into_iter().rev().find_map(|member| Some((member, line_with(member, "deadline_exceeded")?)))
+}
+
+/// What an access log says of a call, as soon as it says it: a line is written right after the answer.
+async fn written<T>(line: impl Fn() -> Option<T>) -> Option<T> {
+    for _ in 0..ASKED {
+        let found = line();
+        if found.is_some() {
+            return found;
+        }
+        sleep(PAUSE).await;
     }
     None
 }
