@@ -24,8 +24,9 @@ class Lab:
         self.folder, self.upstream, self.rounds, self.seconds, self.say = folder, upstream, rounds, seconds, say
         self.faults = []
 
-    def alternate(self, title, running, load):
-        """Loads the subjects in turn, a second each to warm up and then round by round. `load(subject, seconds)` makes one run."""
+    def alternate(self, title, running, load, latencies=None):
+        """Loads the subjects in turn, a second each to warm up and then round by round. `load(subject, seconds)` makes one run. Where it
+        does not see latencies, `latencies(subject)` does afterwards."""
         samples = {subject.name: [] for subject in running}
         for subject in running:
             load(subject, 1)
@@ -33,20 +34,21 @@ class Lab:
             self.say(f"{title}: round {number + 1} of {self.rounds}")
             turn = number % len(running)
             for subject in running[turn:] + running[:turn]:
-                samples[subject.name].append(self.sample(title, subject, load))
+                samples[subject.name].append(self.sample(title, subject, load, latencies))
         return {name: summary(rows) | {"resident_mib": resident(name, running)} for name, rows in samples.items()}
 
-    def sample(self, title, subject, load):
+    def sample(self, title, subject, load, latencies):
         before = subject.daemon.cpu_seconds()
         result = load(subject, self.seconds)
         cpu = subject.daemon.cpu_seconds() - before
+        p50, p99 = latencies(subject) if latencies else (result.p50, result.p99)
         if result.failed:
             self.faults.append(f"{title}: {result.failed} of {result.requests} answers of {subject.name} were not 200")
         return {
             "cpu_us": cpu / max(result.requests, 1) * 1e6,
             "per_second": result.requests / result.seconds,
-            "p50_us": result.p50,
-            "p99_us": result.p99,
+            "p50_us": p50,
+            "p99_us": p99,
             "busy": cpu / result.seconds,
         }
 
@@ -81,10 +83,10 @@ def stop_all(running):
         subject.daemon.stop()
 
 
-def under_load(lab, subjects, title, load):
+def under_load(lab, subjects, title, load, latencies=None):
     running = lab.start_all(subjects)
     try:
-        return lab.alternate(title, running, load)
+        return lab.alternate(title, running, load, latencies)
     finally:
         stop_all(running)
 
@@ -102,9 +104,12 @@ def http2(lab, subjects):
     """8 connections with 16 streams each, the same answer."""
 
     def load(subject, seconds):
-        return loads.h2load(subject.h2, ORDER, 8, 16, seconds, lab.folder)
+        return loads.h2load(subject.h2, ORDER, 8, 16, seconds)
 
-    return under_load(lab, subjects, "HTTP/2", load)
+    def latencies(subject):
+        return loads.h2load_latencies(subject.h2, ORDER, 8, 16, lab.folder)
+
+    return under_load(lab, subjects, "HTTP/2", load, latencies)
 
 
 def bodies(lab, subjects):
