@@ -118,7 +118,11 @@ pub async fn open(live: &mut Live, pool: &Rc<Pool>, want: Want) -> Result<Lease,
 /// If there is no address for the name, or not in time.
 pub async fn pick_known(live: &mut Live, pool: &Rc<Pool>) -> Result<Option<Rc<Endpoint>>, Refusal> {
     let until = live.patience.request_at(&live.route().timeouts);
-    match live.timer.limit(until, pool.known()).await {
+    let began = Instant::now();
+    let known = live.timer.limit(until, pool.known()).await;
+    // For whoever reads where the time went, the name is a part of the way there.
+    live.record.connected(began.elapsed());
+    match known {
         Some(known) => known.map_err(|error| refused(&error))?,
         None => {
             let limits = &live.route().timeouts;

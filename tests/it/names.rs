@@ -247,3 +247,44 @@ async fn the_old_address_stays_while_the_name_server_refuses_and_that_is_said() 
     program.said("all names are resolved again").await;
     assert_eq!(shown(&program).await, (vec![second.addr.to_string()], None));
 }
+
+#[tokio::test]
+async fn a_first_look_up_may_take_longer_than_a_connection() {
+    let upstream = upstream(SocketAddr::new(own_address(), 0), "here", &Gate::closed(), false).await;
+    let port = upstream.addr.port();
+    let records = [(NAME, upstream.addr.ip())];
+    let Some(mut server) = Nameserver::start(&records, &[]).await else { return };
+    server.kill().await;
+    let silent = UdpSocket::bind((server.at, 53)).await.unwrap();
+    let policy = policy(&format!("dns:{NAME}.:{port}"), "").replace("connect: 5s", "connect: 50ms");
+    let program = server.run(&policy).await;
+    let to = program.addr("in").await.unwrap();
+    let begun = Instant::now();
+    let waiting = tokio::spawn(async move { call(to, port, "/").await });
+    timeout(SOON, silent.recv(&mut [0; 512])).await.expect("nobody asks").unwrap();
+    // The question is asked again when it had no answer for a while.
+    drop(silent);
+    server.revive(&records).await;
+    let answer = waiting.await.unwrap();
+    assert_eq!((answer.status.as_u16(), &answer.body[..]), (200, &b"here"[..]), "{answer:?}");
+    assert!(begun.elapsed() > Duration::from_millis(50), "it took {:?}", begun.elapsed());
+    let line = eventually(|| program.access().pop()).await;
+    assert_eq!((&line["outcome"], &line["attempt"]), (&"ok".into(), &1.into()), "{line}");
+    // It was not hopguard that took so long.
+    let [connect, own] = ["connect_ms", "overhead_ms"].map(|field| line[field].as_f64().unwrap());
+    assert!(connect > 50.0 && own < connect, "{line}");
+    assert_eq!(program.metric("hopguard_requests_total", &["outcome=\"ok\""]).await, 1.0);
+}
+
+#[tokio::test]
+async fn without_settings_that_can_be_used_the_hosts_file_counts_and_that_is_said() {
+    let upstream = upstream("127.0.0.1:0".parse().unwrap(), "here", &Gate::closed(), false).await;
+    let port = upstream.addr.port();
+    let Some(server) = Nameserver::start(&[], &[]).await else { return };
+    server.empty_settings();
+    let program = server.run(&policy(&format!("dns:localhost:{port}"), "")).await;
+    program.said("the system's resolver settings cannot be used").await;
+    assert_eq!(call(program.addr("in").await.unwrap(), port, "/").await.body, "here");
+    assert!(shown(&program).await.0.contains(&upstream.addr.to_string()));
+    assert_eq!(server.asked("localhost"), 0);
+}

@@ -81,6 +81,11 @@ impl Nameserver {
         self.child.take().unwrap().kill().await.unwrap();
     }
 
+    /// Takes all that they say out of the settings of programs that are started from now on.
+    pub(crate) fn empty_settings(&self) {
+        std::fs::write(self.folder.path().join("resolv.conf"), "").unwrap();
+    }
+
     /// How often it was asked for the IPv4 addresses of a name.
     pub(crate) fn asked(&self, name: &str) -> usize {
         self.lines(&format!("query[A] {name} from"))
