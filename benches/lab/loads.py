@@ -45,34 +45,27 @@ def wrk(port, path, connections, seconds, paths=()):
     return Load(found["requests"], found["microseconds"] / 1e6, found["p50"], found["p99"], found["failed"])
 
 
-def h2load(port, path, connections, streams, seconds):
+def h2load(port, path, connections, streams, seconds, *more):
     """HTTP/2 with prior knowledge. Without latencies: writing them down would take the generator more time than the answers do."""
     url = f"http://127.0.0.1:{port}{path}"
-    text = output_of(["h2load", "-t1", f"-c{connections}", f"-m{streams}", f"-D{seconds}", url])
-    done, failed = lost_and_wrong(text)
+    text = output_of(["h2load", "-t1", f"-c{connections}", f"-m{streams}", f"-D{seconds}", *more, url])
+    done = int(re.search(r"(\d+) done", text)[1])
     if not done:
         raise RuntimeError(f"h2load got no answer:\n{text[-1000:]}")
-    return Load(done, float(seconds), 0, 0, failed)
-
-
-def lost_and_wrong(text):
-    """The answers that h2load's summary counts, and how many of the requests have none or one that is no 2xx."""
-    done = int(re.search(r"(\d+) done", text)[1])
     lost = re.search(r"(\d+) failed, (\d+) errored, (\d+) timeout", text).groups()
     wrong = re.search(r"(\d+) 3xx, (\d+) 4xx, (\d+) 5xx", text).groups()
-    return done, sum(map(int, lost + wrong))
+    return Load(done, float(seconds), 0, 0, sum(map(int, lost + wrong)))
 
 
 def h2load_latencies(port, path, connections, streams, folder):
     """A second of the same load, each request written down: the summary has no percentiles. In microseconds: p50, p99."""
     log = os.path.join(folder, "h2load.log")
-    url = f"http://127.0.0.1:{port}{path}"
-    output_of(["h2load", "-t1", f"-c{connections}", f"-m{streams}", "-D1", f"--log-file={log}", url])
+    failed = h2load(port, path, connections, streams, 1, f"--log-file={log}").failed
+    if failed:
+        raise RuntimeError(f"{failed} requests of h2load had no answer, or a wrong one")
     with open(log, encoding="ascii") as lines:
         micros = sorted(int(line.split()[2]) for line in lines)
     os.remove(log)
-    if not micros:
-        raise RuntimeError("h2load got no answer")
     return micros[len(micros) // 2], micros[len(micros) * 99 // 100]
 
 

@@ -26,6 +26,27 @@ const TRACES: [(&str, &str); 4] = [
     ("x-request-id", "order 17, first try"),
 ];
 
+/// The app's own limit where nothing streams.
+const SHORT: &str = ", timeouts: { request: 300ms }";
+
+/// The listeners of a service, its app and its bank. `rules` are lines of the policy, `of_app` what the app has besides its
+/// address.
+fn policy(app: SocketAddr, bank: SocketAddr, rules: &str, of_app: &str) -> String {
+    format!(
+        "apiVersion: hopguard.dev/v1alpha1
+kind: Policy
+service: shop
+accessLog: {{ mode: all }}
+listeners:
+  - {{ name: in, bind: \"127.0.0.1:0\", to: app }}
+  - {{ name: out, bind: \"127.0.0.1:0\", to: bank, direction: outbound }}
+{rules}destinations:
+  - {{ name: app, endpoints: [\"{app}\"]{of_app} }}
+  - {{ name: bank, endpoints: [\"{bank}\"] }}
+"
+    )
+}
+
 /// A service with hopguard on both sides of its app. The app calls the bank at the path that it was asked for itself, and
 /// forwards the fields that it knows.
 struct Service {
@@ -47,24 +68,8 @@ impl Service {
             async move { tokio::spawn(call_the_bank(request, to, forwards, pause)).await.unwrap() }
         })
         .await;
-        let text = format!(
-            "apiVersion: hopguard.dev/v1alpha1
-kind: Policy
-service: shop
-accessLog: {{ mode: all }}
-listeners:
-  - {{ name: in, bind: \"127.0.0.1:0\", to: app }}
-  - {{ name: out, bind: \"127.0.0.1:0\", to: bank, direction: outbound }}
-{rules}
-defaults:
-  retry: off
-  timeouts: {{ request: 3s }}
-destinations:
-  - {{ name: app, endpoints: [\"{}\"] }}
-  - {{ name: bank, endpoints: [\"{}\"] }}
-",
-            app.addr, bank.upstream.addr
-        );
+        let rules = format!("{rules}\ndefaults:\n  retry: off\n  timeouts: {{ request: 3s }}\n");
+        let text = policy(app.addr, bank.upstream.addr, &rules, "");
         let mesh = Mesh::start(&text).await;
         door.set(mesh.addr("out")).unwrap();
         Self { mesh, bank, app, asked }
@@ -254,23 +259,6 @@ async fn an_inbound_request_without_any_id_gets_one_and_others_keep_theirs() {
     service.mesh.stop().await;
 }
 
-/// The listeners of a service, its app and its bank; its app lives by `request: 300ms` where it does not stream.
-fn streaming_policy(app: SocketAddr, bank: SocketAddr) -> String {
-    format!(
-        "apiVersion: hopguard.dev/v1alpha1
-kind: Policy
-service: shop
-accessLog: {{ mode: all }}
-listeners:
-  - {{ name: in, bind: \"127.0.0.1:0\", to: app }}
-  - {{ name: out, bind: \"127.0.0.1:0\", to: bank, direction: outbound }}
-destinations:
-  - {{ name: app, endpoints: [\"{app}\"], timeouts: {{ request: 300ms }} }}
-  - {{ name: bank, endpoints: [\"{bank}\"] }}
-"
-    )
-}
-
 /// An app that sends a piece, calls the bank, and sends what it has heard, for as long as anybody listens.
 async fn caller_of_the_bank(http2: bool, pause: Duration) -> (Upstream, Arc<OnceLock<SocketAddr>>) {
     let door = Arc::new(OnceLock::<SocketAddr>::new());
@@ -307,7 +295,7 @@ fn piece(text: &str, is_message: bool) -> Vec<u8> {
 async fn a_stream_may_call_others_for_as_long_as_it_lives() {
     let bank = Bank::open(false).await;
     let (app, door) = caller_of_the_bank(false, Duration::from_millis(50)).await;
-    let mesh = Mesh::start(&streaming_policy(app.addr, bank.upstream.addr)).await;
+    let mesh = Mesh::start(&policy(app.addr, bank.upstream.addr, "", SHORT)).await;
     door.set(mesh.addr("out")).unwrap();
     let mut wire = Wire::open(mesh.addr("in")).await;
     wire.send(format!("GET /events HTTP/1.1\r\nHost: shop.test\r\ntraceparent: {TRACEPARENT}\r\n\r\n")).await;
@@ -333,7 +321,7 @@ async fn watch(mesh: &Mesh, timeout: &'static str) -> Answer {
 async fn a_grpc_stream_may_call_others_until_its_own_deadline() {
     let bank = Bank::open(false).await;
     let (app, door) = caller_of_the_bank(true, Duration::from_millis(50)).await;
-    let mesh = Mesh::start(&streaming_policy(app.addr, bank.upstream.addr)).await;
+    let mesh = Mesh::start(&policy(app.addr, bank.upstream.addr, "", SHORT)).await;
     door.set(mesh.addr("out")).unwrap();
     let answer = watch(&mesh, "900m").await;
     assert_eq!(answer.grpc_status(), "4", "{answer:?}");
@@ -349,7 +337,7 @@ async fn a_grpc_stream_may_call_others_until_its_own_deadline() {
 async fn an_app_that_calls_on_after_its_stream_was_ended_is_refused() {
     let bank = Bank::open(false).await;
     let (app, door) = caller_of_the_bank(true, Duration::from_millis(600)).await;
-    let mesh = Mesh::start(&streaming_policy(app.addr, bank.upstream.addr)).await;
+    let mesh = Mesh::start(&policy(app.addr, bank.upstream.addr, "", SHORT)).await;
     door.set(mesh.addr("out")).unwrap();
     assert_eq!(watch(&mesh, "250m").await.grpc_status(), "4");
     let line = mesh.only("deadline_spent").await;
