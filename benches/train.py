@@ -72,6 +72,8 @@ def main():
     if missing:
         print(*(f"{tool} is missing: {install}" for tool, install in missing.items()), sep="\n", file=sys.stderr)
         return 2
+    if options.binary is None:
+        return 0
     with tempfile.TemporaryDirectory(prefix="hopguard-train-") as folder:
         prepare(folder)
         ports = dict(zip(PORTS, free_ports(len(PORTS))))
@@ -83,7 +85,7 @@ def main():
 
 def command_line():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--binary", type=os.path.abspath, required=True, help="the hopguard that counts")
+    parser.add_argument("--binary", type=os.path.abspath, help="the hopguard that counts; left out: only the tools are looked for")
     parser.add_argument("--seconds", type=int, default=1, help="how long each kind of call is made (1)")
     return parser.parse_args()
 
