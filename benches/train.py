@@ -9,6 +9,7 @@ import argparse
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -74,6 +75,9 @@ def main():
         return 2
     if options.binary is None:
         return 0
+    # However the run is ended, it leaves its `with` blocks, and they end what was started.
+    for sign in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(sign, lambda number, _: sys.exit(128 + number))
     with tempfile.TemporaryDirectory(prefix="hopguard-train-") as folder:
         prepare(folder)
         ports = dict(zip(PORTS, free_ports(len(PORTS))))
