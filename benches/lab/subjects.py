@@ -113,6 +113,19 @@ class Nginx:
         return launch(self.name, folder, [self.program(), "-c", config], PROXY_CORES, (h1, h2))
 
 
+def haproxy_frame(mode, more):
+    """What every HAProxy here has in common: one thread, a time limit for each side."""
+    return f"""
+global
+  nbthread 1
+  maxconn 8192
+defaults
+  mode {mode}
+  timeout connect 5s
+  timeout client 1h
+{more}"""
+
+
 class Haproxy:
     name = "haproxy"
     install = "apt-get install haproxy"
@@ -126,15 +139,7 @@ class Haproxy:
 
     def start(self, folder, upstream):
         h1, h2 = free_ports(2)
-        config = f"""
-global
-  nbthread 1
-  maxconn 8192
-defaults
-  mode http
-  http-reuse always
-  timeout connect 5s
-  timeout client 1h
+        places = f"""  http-reuse always
   timeout server 60s
   timeout http-keep-alive 1h
 frontend h1
@@ -148,7 +153,7 @@ backend up1
 backend up2
   server up 127.0.0.1:{upstream.h2} proto h2
 """
-        path = written(folder, "haproxy.cfg", config)
+        path = written(folder, "haproxy.cfg", haproxy_frame("http", places))
         return launch(self.name, folder, [self.program(), "-db", "-f", path], PROXY_CORES, (h1, h2))
 
 
@@ -160,22 +165,14 @@ class HaproxyTcp(Haproxy):
 
     def start(self, folder, upstream):
         (h1,) = free_ports(1)
-        config = f"""
-global
-  nbthread 1
-  maxconn 8192
-defaults
-  mode tcp
-  timeout connect 5s
-  timeout client 1h
-  timeout server 1h
+        places = f"""  timeout server 1h
 frontend h1
   bind 127.0.0.1:{h1}
   default_backend up1
 backend up1
   server up 127.0.0.1:{upstream.h1}
 """
-        path = written(folder, "haproxy-tcp.cfg", config)
+        path = written(folder, "haproxy-tcp.cfg", haproxy_frame("tcp", places))
         return launch(self.name, folder, [self.program(), "-db", "-f", path], PROXY_CORES, (h1,))
 
 

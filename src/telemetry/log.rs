@@ -36,7 +36,8 @@ pub enum LogError {
 }
 
 /// Sets the log of the process up, once. `filter` is a list of levels and `target=level`: `info`, `warn,hopguard=debug`;
-/// the longest matching target wins. A release build has no lines of the level `trace`. Fails when the filter cannot be read or there is a log already.
+/// the longest matching target wins. A release build has no lines of the level `trace`. Fails when the filter cannot be
+/// read or there is a log already.
 pub fn init(format: LogFormat, filter: &str) -> Result<(), LogError> {
     let targets = targets(filter)?;
     let lines = match format {
