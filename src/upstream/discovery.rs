@@ -9,6 +9,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
+use futures_util::future::join_all;
 use hickory_resolver::TokioResolver;
 use hickory_resolver::config::{NameServerConfig, ResolverConfig};
 use hickory_resolver::net::runtime::TokioRuntimeProvider;
@@ -177,16 +178,19 @@ async fn keep_fresh(resolver: &impl Resolve, cluster: Weak<Cluster>) {
     while let Some(alive) = cluster.upgrade() {
         let names: Vec<_> = alive.names().map(|(name, port)| (name.to_owned(), port)).collect();
         let mut wait = TTL_CEILING;
-        let mut problem = None;
-        for key in &names {
-            match resolver.resolve(&key.0).await {
+        let mut problems = Vec::new();
+        // All at once, so that a name whose server is silent holds the others up once and not each in turn.
+        let answers = join_all(names.iter().map(|(name, _)| resolver.resolve(name))).await;
+        for (key, answer) in names.iter().zip(answers) {
+            match answer {
                 Ok(answer) => {
                     wait = wait.min(answer.ttl.max(TTL_FLOOR));
                     known.insert(key.clone(), answer.addresses);
                 }
-                Err(error) => problem = Some(format!("{}: {error}", key.0)),
+                Err(error) => problems.push(format!("{}: {error}", key.0)),
             }
         }
+        let problem = (!problems.is_empty()).then(|| problems.join("; "));
         if problem.is_some() {
             wait = wait.min(retry);
             retry = (retry * 2).min(RETRY_MOST);
@@ -258,10 +262,10 @@ mod tests {
         }
     }
 
-    fn cluster() -> Arc<Cluster> {
+    fn cluster(names: &[&str]) -> Arc<Cluster> {
         let identity = Identity {
             name: "shop".into(),
-            endpoints: vec![Endpoint::Dns { name: "shop.test".into(), port: 80 }],
+            endpoints: names.iter().map(|name| Endpoint::Dns { name: (*name).to_owned(), port: 80 }).collect(),
             protocol: Protocol::Auto,
             tls: None,
             host: "shop".into(),
@@ -273,7 +277,7 @@ mod tests {
     async fn play(answers: Script, seconds: u64) -> (Vec<Duration>, Arc<Addresses>) {
         let resolver =
             Scripted { answers: Rc::new(RefCell::new(answers)), asked: Rc::default(), begun: Instant::now() };
-        let cluster = cluster();
+        let cluster = cluster(&["shop.test"]);
         let asked = Rc::clone(&resolver.asked);
         let work = keep_fresh(&resolver, Arc::downgrade(&cluster));
         assert!(tokio::time::timeout(Duration::from_secs(seconds), work).await.is_err());
@@ -301,6 +305,29 @@ mod tests {
         assert!(asked.windows(2).all(|pair| pair[1] - pair[0] <= RETRY_MOST));
     }
 
+    /// Takes three seconds for an answer, and has none for a name that begins with `silent`.
+    struct Slow;
+
+    impl Resolve for Slow {
+        async fn resolve(&self, name: &str) -> Result<Resolved, String> {
+            sleep(Duration::from_secs(3)).await;
+            match name.starts_with("silent") {
+                true => Err("timed out".to_owned()),
+                false => Ok(Resolved { addresses: vec![Ipv4Addr::LOCALHOST.into()], ttl: TTL_CEILING }),
+            }
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn several_names_are_asked_for_at_the_same_time() {
+        let cluster = cluster(&["silent.test", "silent-too.test", "shop.test"]);
+        let work = keep_fresh(&Slow, Arc::downgrade(&cluster));
+        assert!(tokio::time::timeout(Duration::from_millis(3_100), work).await.is_err());
+        let addresses = cluster.addresses();
+        assert_eq!(addresses.list.len(), 1);
+        assert_eq!(addresses.problem.as_deref(), Some("silent.test: timed out; silent-too.test: timed out"));
+    }
+
     #[tokio::test(start_paused = true)]
     async fn a_name_that_comes_into_being_is_found_soon() {
         let (asked, addresses) = play(vec![Err("NXDOMAIN"), Ok(("10.0.0.9", 30))], 2).await;
@@ -311,7 +338,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_cluster_that_nobody_holds_is_not_asked_for_any_more() {
-        let cluster = cluster();
+        let cluster = cluster(&["shop.test"]);
         let weak = Arc::downgrade(&cluster);
         drop(cluster);
         let resolver = Scripted {
