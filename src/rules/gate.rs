@@ -4,10 +4,11 @@
 //! those who wait, and nobody in flight is forgotten.
 //! It reads no clock: whoever waits at it brings the time limit.
 
-use std::sync::Arc;
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed, Ordering::SeqCst};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use tokio::sync::Notify;
+use tokio::sync::oneshot;
 
 /// The queue had no place left.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -19,8 +20,9 @@ pub struct QueueFull;
 pub struct Gate {
     limit: AtomicU32,
     in_flight: AtomicU32,
+    /// As many as stand in the queue; looked at without its lock.
     waiting: AtomicU32,
-    turn: Notify,
+    queue: Mutex<VecDeque<oneshot::Sender<Pass>>>,
 }
 
 /// The right to one call; dropping it lets the next one in.
@@ -34,12 +36,12 @@ impl Gate {
             limit: AtomicU32::new(limit),
             in_flight: AtomicU32::new(0),
             waiting: AtomicU32::new(0),
-            turn: Notify::new(),
+            queue: Mutex::default(),
         })
     }
 
     /// Changes how many calls are let in at a time.
-    pub fn set_limit(&self, limit: u32) {
+    pub fn set_limit(self: &Arc<Self>, limit: u32) {
         self.limit.store(limit, SeqCst);
         self.call_next();
     }
@@ -64,19 +66,25 @@ impl Gate {
 
     /// A pass as soon as there is one; at most `queue` calls wait at a time.
     ///
-    /// Dropping the future gives the place in the queue back.
+    /// Whoever waits longest is handed the next pass, so that nobody who comes in between can take it. Dropping the future
+    /// gives the place in the queue back.
     pub async fn enter(self: &Arc<Self>, queue: u32) -> Result<Pass, QueueFull> {
-        let place = Place::in_queue(self, queue)?;
-        loop {
-            let turn = self.turn.notified();
-            if let Some(pass) = self.take() {
-                drop(place);
-                // There may be room for one more, after the limit was raised.
-                self.call_next();
-                return Ok(pass);
-            }
-            turn.await;
+        let mut place = self.line_up(queue)?;
+        // A pass that was given back before we stood in the queue was handed to nobody.
+        self.call_next();
+        // The sender stays in the queue until it has sent.
+        (&mut place.turn).await.map_err(|_gone| QueueFull)
+    }
+
+    fn line_up(self: &Arc<Self>, limit: u32) -> Result<Place, QueueFull> {
+        let mut queue = self.queue();
+        if queue.len() >= limit as usize {
+            return Err(QueueFull);
         }
+        let (sender, turn) = oneshot::channel();
+        queue.push_back(sender);
+        self.count(&queue);
+        Ok(Place { gate: Arc::clone(self), turn })
     }
 
     fn take(self: &Arc<Self>) -> Option<Pass> {
@@ -87,12 +95,32 @@ impl Gate {
             .map(|_| Pass(Arc::clone(self)))
     }
 
-    /// Calls the next one who waits, if there is room. Nobody is called in vain, because whoever finds no room stands at
-    /// the end of the queue again.
-    fn call_next(&self) {
-        if self.waiting.load(SeqCst) > 0 && self.in_flight.load(SeqCst) < self.limit.load(SeqCst) {
-            self.turn.notify_one();
+    /// Hands passes to those who wait, as far as there is room.
+    fn call_next(self: &Arc<Self>) {
+        if self.waiting.load(SeqCst) == 0 {
+            return;
         }
+        // What nobody wanted is given back when the queue is unlocked, because giving back looks at the queue.
+        let mut spare = None;
+        let mut queue = self.queue();
+        while let Some(next) = queue.pop_front() {
+            let Some(pass) = spare.take().or_else(|| self.take()) else {
+                queue.push_front(next);
+                break;
+            };
+            spare = next.send(pass).err();
+        }
+        self.count(&queue);
+        drop(queue);
+        drop(spare);
+    }
+
+    fn count(&self, queue: &VecDeque<oneshot::Sender<Pass>>) {
+        self.waiting.store(u32::try_from(queue.len()).unwrap_or(u32::MAX), SeqCst);
+    }
+
+    fn queue(&self) -> MutexGuard<'_, VecDeque<oneshot::Sender<Pass>>> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -103,20 +131,20 @@ impl Drop for Pass {
     }
 }
 
-struct Place<'a>(&'a Gate);
-
-impl<'a> Place<'a> {
-    fn in_queue(gate: &'a Gate, limit: u32) -> Result<Self, QueueFull> {
-        gate.waiting
-            .fetch_update(SeqCst, SeqCst, |now| (now < limit).then_some(now + 1))
-            .map(|_| Self(gate))
-            .map_err(|_| QueueFull)
-    }
+/// A place in the queue.
+struct Place {
+    gate: Arc<Gate>,
+    turn: oneshot::Receiver<Pass>,
 }
 
-impl Drop for Place<'_> {
+impl Drop for Place {
     fn drop(&mut self) {
-        self.0.waiting.fetch_sub(1, SeqCst);
+        self.turn.close();
+        // What was handed over and not taken goes to the next.
+        drop(self.turn.try_recv());
+        let mut queue = self.gate.queue();
+        queue.retain(|one| !one.is_closed());
+        self.gate.count(&queue);
     }
 }
 
@@ -184,6 +212,26 @@ mod tests {
             drop(inside.take());
             inside = Some(timeout(MOMENT, one).await.unwrap().unwrap());
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn nobody_overtakes_the_queue_while_a_place_is_handed_over() {
+        let gate = Gate::new(1);
+        let first = gate.try_enter().unwrap();
+        let (mut oldest, mut next) = (Box::pin(gate.enter(8)), Box::pin(gate.enter(8)));
+        assert!(timeout(MOMENT, &mut oldest).await.is_err());
+        assert!(timeout(MOMENT, &mut next).await.is_err());
+        drop(first);
+        assert!(gate.try_enter().is_none(), "the place is the oldest one's");
+        let mut late = Box::pin(gate.enter(8));
+        assert!(timeout(MOMENT, &mut late).await.is_err());
+        let pass = timeout(MOMENT, oldest).await.unwrap().unwrap();
+        assert!(timeout(MOMENT, &mut next).await.is_err());
+        drop(pass);
+        // Whoever does not take what it was handed leaves it to the next.
+        drop(next);
+        let _pass = timeout(MOMENT, late).await.unwrap().unwrap();
+        assert_eq!((gate.in_flight(), gate.waiting()), (1, 0));
     }
 
     #[test]
