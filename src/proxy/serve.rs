@@ -34,9 +34,10 @@ use crate::telemetry::{Exchange, Protocol};
 /// answer that names the field; hyper itself refuses what is longer.
 const MORE_THAN_ALLOWED: usize = 16 * 1024;
 
-/// How much a caller may send ahead on one HTTP/2 stream, and on one connection, in bytes.
+/// How much a caller may send ahead on one HTTP/2 stream, in bytes, and on one connection: as much as on all its streams, so
+/// that an upload that its upstream does not take holds up no other.
 const STREAM_WINDOW: u32 = 256 * 1024;
-const CONNECTION_WINDOW: u32 = 1024 * 1024;
+const CONNECTION_WINDOW: u32 = STREAM_WINDOW * STREAMS;
 
 /// HTTP/2 streams that a caller may have open on one connection.
 const STREAMS: u32 = 256;

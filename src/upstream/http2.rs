@@ -28,9 +28,13 @@ use crate::runtime::tasks;
 use crate::upstream::answer::{AnswerBody, Http2Body, Unanswered, UpstreamError};
 use crate::upstream::connect::ConnectError;
 
-/// How much an upstream may send ahead on one stream, and on one connection, in bytes.
+/// Streams that share one connection at most, also where the peer allows more.
+const STREAMS: usize = 256;
+
+/// How much an upstream may send ahead on one stream, in bytes, and on one connection: as much as on all its streams, so
+/// that callers that do not read hold up nobody else's answer.
 const STREAM_WINDOW: u32 = 256 * 1024;
-const CONNECTION_WINDOW: u32 = 2 * 1024 * 1024;
+const CONNECTION_WINDOW: u32 = STREAM_WINDOW * STREAMS as u32;
 
 /// The longest header section of an answer, in bytes as RFC 9113, 6.5.2 counts them.
 const MAX_HEADER_LIST: u32 = 16 * 1024;
@@ -45,6 +49,10 @@ const LOOK_FOR_SETTINGS: Duration = Duration::from_millis(1);
 /// up without one.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
 const SILENT_LOOKS: u32 = 4;
+
+/// The same after a ping that was answered, if nothing else has come since: servers of gRPC take pings on a silent connection
+/// more often than every five minutes for an attack, and end it with all its calls (gRFC A8).
+const SILENT_LOOKS_AGAIN: u32 = 66;
 const PING_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// One connection.
@@ -99,7 +107,7 @@ impl Http2 {
 
     /// True if one more request may be sent now.
     pub fn has_room(&self) -> bool {
-        self.is_alive() && self.streams.get() < self.limit()
+        self.is_alive() && self.streams.get() < self.limit().min(STREAMS)
     }
 
     /// How many streams the peer allows now; zero until it has said so.
@@ -181,24 +189,46 @@ impl Http2 {
     }
 }
 
+/// When a connection has been silent for so long that its peer is asked for a sign of life.
+#[derive(Default)]
+struct Silence {
+    seen: u64,
+    looks: u32,
+    /// The peer has answered a ping, and has said nothing since.
+    answered: bool,
+}
+
+impl Silence {
+    /// One look: so many reads have brought something so far, and so many calls wait for an answer. True if it is time.
+    fn asks(&mut self, reads: u64, streams: usize) -> bool {
+        if reads != self.seen || streams == 0 {
+            *self = Self { seen: reads, ..Self::default() };
+            return false;
+        }
+        self.looks += 1;
+        self.looks >= if self.answered { SILENT_LOOKS_AGAIN } else { SILENT_LOOKS }
+    }
+
+    /// The peer has answered, which was a read, too.
+    fn answered(&mut self, reads: u64) {
+        *self = Self { seen: reads, looks: 0, answered: true };
+    }
+}
+
 /// Pings a peer that says nothing although it has calls to answer, and ends the connection if it stays silent.
 async fn watch(connection: Weak<Http2>, activity: Arc<Activity>, mut pings: PingPong, task: AbortHandle) {
-    let mut seen = activity.reads();
-    let mut looks = 0;
+    let mut silence = Silence::default();
     loop {
         sleep(LOOK_EVERY).await;
         // After a GOAWAY, too, there may be calls that it has to answer.
         let Some(open) = connection.upgrade().filter(|_| !task.is_finished()) else { return };
-        let silent = open.streams.get() > 0 && activity.reads() == seen;
+        let asks = silence.asks(activity.reads(), open.streams.get());
         drop(open);
-        seen = activity.reads();
-        looks = if silent { looks + 1 } else { 0 };
-        if looks < SILENT_LOOKS {
+        if !asks {
             continue;
         }
-        looks = 0;
         match timeout(PING_TIMEOUT, pings.ping(Ping::opaque())).await {
-            Ok(Ok(_pong)) => {}
+            Ok(Ok(_pong)) => silence.answered(activity.reads()),
             Ok(Err(_over)) => return,
             Err(_late) => {
                 if let Some(dead) = connection.upgrade() {
@@ -358,6 +388,21 @@ mod tests {
         LocalSet::new().run_until(test).await;
     }
 
+    #[test]
+    fn a_silent_peer_is_asked_once_and_again_only_after_it_has_said_something_or_after_minutes() {
+        let mut silence = Silence::default();
+        let looks = |silence: &mut Silence, reads| (1..).find(|_| silence.asks(reads, 1)).unwrap();
+        assert!(!silence.asks(7, 1), "something has come");
+        assert_eq!(looks(&mut silence, 7), SILENT_LOOKS);
+        silence.answered(8);
+        assert_eq!(looks(&mut silence, 8), SILENT_LOOKS_AGAIN);
+        assert!(LOOK_EVERY * SILENT_LOOKS_AGAIN > Duration::from_secs(300));
+        silence.answered(9);
+        assert!(!silence.asks(10, 1), "it has said something");
+        assert_eq!(looks(&mut silence, 10), SILENT_LOOKS);
+        assert!((0..1000).all(|_| !silence.asks(10, 0)), "no call waits for anything");
+    }
+
     #[tokio::test(start_paused = true)]
     async fn a_peer_that_answers_no_ping_is_given_up_and_one_that_does_is_waited_for() {
         let test = Box::pin(async {
@@ -370,8 +415,9 @@ mod tests {
             assert!(client.is_alive() && !call.is_finished());
             let error = call.await.unwrap();
             assert!(matches!(error.error, UpstreamError::Silent), "{}", error.error.sentence());
-            let silent = began.elapsed() - Duration::from_secs(300);
-            assert!(silent >= Duration::from_secs(25) && silent <= Duration::from_secs(40), "{silent:?}");
+            // Asked again no sooner than gRPC allows after the ping that was answered.
+            let silent = began.elapsed();
+            assert!(silent >= Duration::from_secs(20 + 300) && silent <= Duration::from_secs(400), "{silent:?}");
             assert!(!client.is_alive());
             drop((answer, server));
         });
