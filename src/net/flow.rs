@@ -6,6 +6,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::task::{Context, Waker};
+use std::time::Duration;
 
 use tokio::time::Instant;
 
@@ -50,6 +51,7 @@ pub struct Direction {
     framing: Cell<Framing>,
     ended: Cell<bool>,
     failed: Cell<bool>,
+    left: Cell<bool>,
 }
 
 impl Direction {
@@ -83,10 +85,25 @@ impl Direction {
         self.ended.set(true);
     }
 
-    /// Notes that the sender broke off.
-    pub fn fail(&self) {
-        self.failed.set(true);
+    /// True if it broke off because the sender went away, and not because of what it sent.
+    pub fn left(&self) -> bool {
+        self.left.get()
     }
+
+    /// Notes that the sender broke off; `left` if it went away.
+    pub fn fail(&self, left: bool) {
+        self.failed.set(true);
+        self.left.set(left);
+    }
+}
+
+/// When an answer is cut whoever waits for whom.
+#[derive(Debug, Clone, Copy)]
+pub struct Cut {
+    /// At the latest.
+    pub at: Instant,
+    /// Earlier, if no byte has moved in either direction for so long.
+    pub idle: Duration,
 }
 
 /// One exchange, both directions.
@@ -97,7 +114,7 @@ pub struct Flow {
     pub response: Direction,
     grpc: Cell<bool>,
     last: Cell<Instant>,
-    cut_at: Cell<Option<Instant>>,
+    cut: Cell<Option<Cut>>,
     was_cut: Cell<bool>,
     starved: Cell<bool>,
     over: Cell<bool>,
@@ -113,7 +130,7 @@ impl Flow {
             response: Direction::default(),
             grpc: Cell::new(false),
             last: Cell::new(now),
-            cut_at: Cell::new(None),
+            cut: Cell::new(None),
             was_cut: Cell::new(false),
             starved: Cell::new(false),
             over: Cell::new(false),
@@ -193,25 +210,26 @@ impl Flow {
         *self.holder.borrow_mut() = Some(cx.waker().clone());
     }
 
-    /// Sets or clears the time at which the answer has to be cut although nobody asks for its next byte.
+    /// Sets or clears when the answer has to be cut although nobody asks for its next byte.
     ///
     /// Set while an answer's body is on its way: a caller that stops reading also stops
     /// polling the body and with it the body's own timer.
-    pub fn cut_at(&self, at: Option<Instant>) {
-        self.cut_at.set(at);
+    pub fn cut_by(&self, cut: Option<Cut>) {
+        self.cut.set(cut);
     }
 
     /// When the answer has to be cut; `None` while no answer is under way.
     pub fn cut_time(&self) -> Option<Instant> {
-        self.cut_at.get()
+        let Cut { at, idle } = self.cut.get()?;
+        Some(at.min(self.last() + idle))
     }
 
-    /// Notes that the answer was cut because the caller did not take it.
+    /// Notes that the answer was cut while nobody asked for its next byte.
     pub fn cut(&self) {
         self.was_cut.set(true);
     }
 
-    /// True if the answer was cut because the caller did not take it.
+    /// True if the answer was cut while nobody asked for its next byte.
     pub fn was_cut(&self) -> bool {
         self.was_cut.get()
     }

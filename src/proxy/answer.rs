@@ -47,11 +47,17 @@ pub fn hand_over(
         Ok(Reply::Upstream(answer)) => {
             live.record.head(live.over_at, answer.status());
             let (head, incoming) = answer.into_parts();
-            Response::from_parts(head, ResponseBody::upstream(incoming, live))
+            let length = length_of(&head, live.record.method());
+            Response::from_parts(head, ResponseBody::upstream(incoming, length, live))
         }
         Ok(Reply::Own(answer)) => {
-            live.record.head(Instant::now(), answer.status());
+            live.over_at = Instant::now();
+            live.record.head(live.over_at, answer.status());
             live.record.complete();
+            if live.lease.is_some() {
+                // Made of an answer that the upstream gave: what it stands for is what the upstream is judged by.
+                trial::judge_complete(&mut live);
+            }
             answer
         }
         Ok(Reply::Tunnel(mut answer, upstream)) => {
@@ -86,10 +92,23 @@ fn join_later(later: OnUpgrade, handoff: Handoff) {
     });
 }
 
+/// How many bytes of a body the caller waits for; 0 where there can be none (RFC 9112, 6.3).
+fn length_of(head: &http::response::Parts, method: &Method) -> Option<u64> {
+    if method == Method::HEAD || matches!(head.status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED) {
+        return Some(0);
+    }
+    head.headers.get(header::CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
+}
+
 fn refuse(live: &mut Live, refusal: &Refusal) -> Response<ResponseBody> {
-    live.record.refuse(refusal.record());
     let is_grpc = live.patience.grpc;
-    ties::refused(live, refusal.kind, Instant::now());
+    live.over_at = Instant::now();
+    // A caller that left during its body has not been refused anything.
+    let has_left = refusal.kind == refusal::Kind::BadRequest && live.flow.request.left();
+    if !has_left {
+        live.record.refuse(refusal.record());
+    }
+    ties::refused(live, refusal.kind, live.over_at);
     let context = Context {
         attempt: live.record.tries(),
         retry: live.record.notes().and_then(|notes| notes.retry),
@@ -97,11 +116,14 @@ fn refuse(live: &mut Live, refusal: &Refusal) -> Response<ResponseBody> {
         pushes_back: ties::pushes_back(live),
     };
     let answer = refusal.answer(is_grpc, &context, ResponseBody::whole);
+    if has_left {
+        return answer;
+    }
     if is_grpc {
         let message = answer.headers().get(grpc::MESSAGE).cloned();
         live.record.grpc(refusal.grpc().0 as u32, message);
     }
-    live.record.head(Instant::now(), answer.status());
+    live.record.head(live.over_at, answer.status());
     live.record.complete();
     answer
 }

@@ -304,7 +304,9 @@ fn for_http1(live: &mut Live) -> Request<RequestBody> {
         request.headers_mut().insert(header::TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
     }
     if live.takes_trailers {
-        request.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("te"));
+        let switches = request.headers().contains_key(header::UPGRADE);
+        let named = if switches { "upgrade, te" } else { "te" };
+        request.headers_mut().insert(header::CONNECTION, HeaderValue::from_static(named));
     }
     request
 }

@@ -29,6 +29,8 @@ pub struct ResponseBody {
     source: Source,
     /// Present until the exchange is over.
     live: Option<Box<Live>>,
+    /// How many bytes the caller waits for, where the head says so.
+    length: Option<u64>,
 }
 
 enum Source {
@@ -53,18 +55,19 @@ impl Source {
 impl ResponseBody {
     /// No body; `live`, if given, has ended well.
     pub fn empty() -> Self {
-        Self { source: Source::Empty, live: None }
+        Self { source: Source::Empty, live: None, length: None }
     }
 
     /// A body of our own.
     pub fn whole(bytes: Bytes) -> Self {
-        if bytes.is_empty() { Self::empty() } else { Self { source: Source::Whole(bytes), live: None } }
+        if bytes.is_empty() { Self::empty() } else { Self { source: Source::Whole(bytes), live: None, length: None } }
     }
 
-    /// The body of an upstream's answer. Ends the exchange at once if there is nothing to come.
-    pub fn upstream(incoming: AnswerBody, mut live: Box<Live>) -> Self {
+    /// The body of an upstream's answer, of `length` bytes where that is known. Ends the exchange at once if there is nothing
+    /// to come, or nothing that the caller would wait for.
+    pub fn upstream(incoming: AnswerBody, length: Option<u64>, mut live: Box<Live>) -> Self {
         live.patience.answered = true;
-        if incoming.is_end_stream() {
+        if incoming.is_end_stream() || length == Some(0) {
             // Nobody waits for this connection any more; the next one to look at it brings a waker of its own.
             finish(live, &mut Context::from_waker(Waker::noop()));
             return Self::empty();
@@ -76,7 +79,7 @@ impl ResponseBody {
             }
             None => Source::Upstream(incoming),
         };
-        let mut body = Self { source, live: Some(live) };
+        let mut body = Self { source, live: Some(live), length };
         body.mark_cut();
         body
     }
@@ -110,14 +113,19 @@ impl ResponseBody {
 
     /// Says when the answer is to be cut if the caller does not take it.
     fn mark_cut(&mut self) {
-        let Some(live) = &self.live else { return };
-        let limits = &live.route().timeouts;
-        let at = if live.patience.is_unary() {
-            live.patience.request_at(limits)
-        } else {
-            live.flow.last() + limits.idle.value
-        };
-        live.flow.cut_at(Some(at));
+        if let Some(live) = &self.live {
+            live.flow.cut_by(Some(live.patience.cut(&live.route().timeouts)));
+        }
+    }
+
+    /// Why a frame that has come may not be passed on any more: an upstream that always has something to say never lets
+    /// the body's timer be asked.
+    fn overdue(&self) -> Option<Refusal> {
+        let live = self.live.as_ref()?;
+        match live.patience.judge(live.flow.last(), &live.route().timeouts, &live.flow) {
+            Verdict::Over(refusal) => Some(refusal),
+            Verdict::Wait(_) => None,
+        }
     }
 
     fn end(&mut self, cx: &mut Context<'_>) {
@@ -133,7 +141,8 @@ impl ResponseBody {
         let live = self.live.take();
         let grpc = live.as_ref().is_some_and(|live| live.patience.grpc);
         if let Some(mut live) = live {
-            live.flow.cut_at(None);
+            live.flow.cut_by(None);
+            live.over_at = Instant::now();
             live.record.complete();
         }
         Poll::Ready(Some(if grpc { Ok(Frame::trailers(grpc::status_fields(code, message))) } else { Err(cut) }))
@@ -188,7 +197,7 @@ impl ResponseBody {
 
 /// Ends an exchange whose answer is complete; its connection goes back to the pool if it can take another request.
 fn finish(mut live: Box<Live>, cx: &mut Context<'_>) {
-    live.flow.cut_at(None);
+    live.flow.cut_by(None);
     live.flow.response.end();
     live.over_at = Instant::now();
     live.record.complete_at(live.over_at);
@@ -202,6 +211,24 @@ fn finish(mut live: Box<Live>, cx: &mut Context<'_>) {
     let announced = live.keep_alive.map(|seconds| Duration::from_secs(seconds.into()));
     lease.give_back(cx, keep.idle.value, keep.max_idle.value as usize, announced, live.over_at);
     live.worker.upstreams.note_idle();
+}
+
+impl Drop for ResponseBody {
+    /// Whoever is not waited for any more: an answer that the caller has whole, without having asked for its end, and one
+    /// that was cut. Any other is one whose caller has gone.
+    fn drop(&mut self) {
+        let Some(mut live) = self.live.take() else { return };
+        if self.length.is_some_and(|length| live.flow.response.bytes() >= length) {
+            finish(live, &mut Context::from_waker(Waker::noop()));
+        } else if live.flow.was_cut() {
+            let now = Instant::now();
+            if let Some(refusal) = live.patience.cut_off(now, &live.route().timeouts, &live.flow) {
+                trial::judge_late(&mut live, refusal.kind, now);
+                ties::ended(&live, refusal.kind, now);
+                live.record.refuse(refusal.record());
+            }
+        }
+    }
 }
 
 impl Body for ResponseBody {
@@ -220,12 +247,15 @@ impl Body for ResponseBody {
             }
             None => this.advance(cx),
         };
-        if polled.is_ready() {
-            return polled;
-        }
-        match this.poll_patience(cx) {
-            Poll::Ready(refusal) => this.refuse(&refusal),
-            Poll::Pending => Poll::Pending,
+        match polled {
+            Poll::Ready(_) => match this.overdue() {
+                Some(refusal) => this.refuse(&refusal),
+                None => polled,
+            },
+            Poll::Pending => match this.poll_patience(cx) {
+                Poll::Ready(refusal) => this.refuse(&refusal),
+                Poll::Pending => Poll::Pending,
+            },
         }
     }
 
@@ -260,7 +290,8 @@ impl ResponseBody {
             };
             match polled {
                 Poll::Ready(Some(Ok(frame))) => {
-                    let last = self.source.is_end();
+                    // Nothing comes behind trailers, and few callers ask whether it does.
+                    let last = frame.is_trailers() || self.source.is_end();
                     return Poll::Ready(Some(Ok(self.take(frame, last, cx))));
                 }
                 Poll::Ready(Some(Err(cut))) => return self.broken(cut),

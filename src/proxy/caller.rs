@@ -86,6 +86,11 @@ impl Caller {
         self.over_at.set(Some(at));
     }
 
+    /// How many exchanges are over.
+    pub fn finished(&self) -> u64 {
+        self.over.get()
+    }
+
     /// When the last exchange was over.
     pub fn over_at(&self) -> Option<Instant> {
         self.over_at.get()

@@ -18,7 +18,6 @@ use crate::proxy::caller::Caller;
 use crate::proxy::fields::{self, Present};
 use crate::proxy::held::{Aftermath, Spare, Ties, Trial};
 use crate::proxy::patience::Patience;
-use crate::proxy::refusal::{Kind, Refusal};
 use crate::proxy::worker::{View, Worker};
 use crate::rules::gate::Pass;
 use crate::rules::mark::Mark;
@@ -276,17 +275,8 @@ pub fn unread(caller: &Caller) -> RequestLine {
 impl Drop for Live {
     fn drop(&mut self) {
         self.record.passed(self.flow.request.bytes(), self.flow.response.bytes());
-        if self.flow.was_cut() {
-            let limits = &self.route().timeouts;
-            let (name, limit) = if self.patience.is_unary() {
-                ("timeouts.request", &limits.request)
-            } else {
-                ("timeouts.idle", &limits.idle)
-            };
-            let refusal = Refusal::timed(Kind::CallerTimeout, name, limit, "the caller stopped reading the answer");
-            self.record.refuse(refusal.record());
-        }
-        if self.late_at.is_some_and(|at| self.over_at > at) {
+        // A caller that left before its answer was there has no other end than this.
+        if self.late_at.is_some_and(|at| Instant::now() > at) {
             self.would(RuleName::Deadline);
         }
         if let Some((ties, at)) = self.left_behind() {

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::net::flow::Flow;
+use crate::net::flow::{Cut, Flow};
 use crate::problems::Set;
 use crate::proxy::refusal::{Kind, Refusal};
 use crate::rules::deadline::Source;
@@ -107,9 +107,34 @@ impl Patience {
         !self.stream && !self.grpc
     }
 
-    /// Whether a gRPC call has shown by now that it is no unary one.
+    /// Whether a gRPC call has shown by now that it is no unary one. A message that the upstream does not take shows nothing:
+    /// only a caller that is waited for has not finished sending.
     pub fn shows_a_stream(&self, flow: &Flow) -> bool {
-        self.grpc && (!flow.request.ended() || flow.request.messages() > 1 || flow.response.messages() > 0)
+        self.grpc && (flow.is_starved() || flow.request.messages() > 1 || flow.response.messages() > 0)
+    }
+
+    /// When the answer is cut although nobody asks for its next byte.
+    pub fn cut(&self, limits: &Timeouts) -> Cut {
+        let at = if self.is_unary() { self.request_at(limits) } else { self.began + limits.max_duration.value };
+        let until = self.until.filter(|_| self.grpc).map_or(at, |until| at.min(until.at));
+        Cut { at: until, idle: limits.idle.value }
+    }
+
+    /// Why an answer was cut that nobody asked the next byte of: the caller's fault, unless it was still reading.
+    pub fn cut_off(&self, now: Instant, limits: &Timeouts, flow: &Flow) -> Option<Refusal> {
+        let Verdict::Over(refusal) = self.judge(now, limits, flow) else { return None };
+        // What the kernel still takes of a caller that does not read comes in bursts, further and further apart.
+        let has_stopped = now.saturating_duration_since(flow.last()) >= limits.request.value / 10;
+        let by_caller = match refusal.kind {
+            Kind::IdleTimeout => true,
+            Kind::RequestTimeout | Kind::DeadlineExceeded => has_stopped,
+            _ => false,
+        };
+        if !by_caller {
+            return Some(refusal);
+        }
+        let detail = Cow::Borrowed("the caller stopped reading the answer");
+        Some(Refusal { kind: Kind::CallerTimeout, detail, ..refusal })
     }
 
     fn too_late(&self, limits: &Timeouts, flow: &Flow) -> Refusal {
@@ -250,6 +275,8 @@ mod tests {
             }
             if ended {
                 flow.request.end();
+            } else {
+                flow.starve(true);
             }
             let patience = Patience { grpc: true, answered: received > 0, ..patience(now) };
             assert_eq!(kind(patience.judge(now + secs(2), &limits(), &flow)), expected, "{sent} {received} {ended}");

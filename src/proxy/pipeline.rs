@@ -7,6 +7,7 @@ use http::header::{HeaderMap, HeaderName};
 use http::request::Parts;
 use http::uri::PathAndQuery;
 use http::{HeaderValue, Method, Request, Response, StatusCode, Uri, Version, header};
+use http_body::Body as _;
 use hyper::body::Incoming;
 use tokio::time::Instant;
 
@@ -23,7 +24,7 @@ use crate::proxy::refusal::{Kind, Refusal, Rule};
 use crate::proxy::target::{self, Target};
 use crate::proxy::tries;
 use crate::proxy::worker::Worker;
-use crate::proxy::{ties, upgrade};
+use crate::proxy::{ties, trial, upgrade};
 use crate::rules::gate::QueueFull;
 use crate::rules::mode::RuleName;
 use crate::upstream::pool::Pool;
@@ -98,7 +99,8 @@ fn decide(live: &mut Live, request: Request<Incoming>, present: &Present) -> Res
     }
 
     // What it looks like on the next hop.
-    let switch = upgrade::wanted(&head, present);
+    // A body would have to be over before the connection can be anything else.
+    let switch = upgrade::wanted(&head, present).filter(|_| body.is_end_stream());
     let said = fields::strip(&mut head.headers, present);
     if said.trailers {
         live.takes_trailers = true;
@@ -181,10 +183,14 @@ async fn act(live: &mut Live, decision: Decision) -> Result<Reply, Refusal> {
     // As many tries as it takes and as the policy allows. The answer's body carries the exchange on.
     let answer = tries::run(live, &pool, switch.is_some()).await?;
     live.spare = None;
-    if answer.status() == StatusCode::SWITCHING_PROTOCOLS {
-        return Box::pin(upgrade::switch(live, answer, switch)).await;
+    let reply = match answer.status() {
+        StatusCode::SWITCHING_PROTOCOLS => Box::pin(upgrade::switch(live, answer, switch)).await,
+        _ => answer::from_upstream(live, answer),
+    };
+    if let Err(refusal) = &reply {
+        trial::judge_late(live, refusal.kind, Instant::now());
     }
-    answer::from_upstream(live, answer)
+    reply
 }
 
 fn check_size(head: &Parts, present: &Present, listener: &Listener) -> Result<(), Refusal> {

@@ -10,6 +10,7 @@ use http::header::HeaderMap;
 use http::request::Parts;
 use http::{HeaderValue, Method, Response, Version, header};
 use hyper::upgrade::OnUpgrade;
+use tokio::time::Instant;
 
 use crate::policy::model::{Listener, Target as Towards};
 use crate::proxy::answer::Reply;
@@ -70,7 +71,15 @@ pub async fn switch(
     let connection = live.lease.take().and_then(crate::upstream::pool::Lease::into_http1);
     let mut connection = connection.ok_or_else(unasked)?;
     // hyper hands the stream out when it has seen the end of the HTTP part.
-    poll_fn(|cx| connection.drive(cx)).await;
+    let until = live.patience.request_at(&live.route().timeouts);
+    if live.timer.limit(until, poll_fn(|cx| connection.drive(cx))).await.is_none() {
+        let limits = &live.route().timeouts;
+        return Err(live.patience.over_unsent(
+            limits,
+            Kind::RequestTimeout,
+            "the upstream did not finish switching protocols",
+        ));
+    }
     let (upstream, early) = connection.into_stream();
     live.record.set_protocol(Protocol::WebSocket);
     trial::streams(live, live.over_at);
@@ -98,7 +107,13 @@ pub fn may_connect(listener: &Listener) -> Result<(), Refusal> {
 pub async fn connect(live: &mut Live, pool: &Rc<Pool>, mut head: Box<Parts>) -> Result<Reply, Refusal> {
     live.record.set_protocol(Protocol::Tunnel);
     live.record.attempt(1, 1);
-    let upstream = reach::bare_stream(live, pool).await?;
+    let upstream = reach::bare_stream(live, pool).await;
+    // What can be said of the endpoint is said now: a tunnel may last, and how it ends says nothing.
+    match &upstream {
+        Ok(_) => trial::judge(live, Outcome::Success, Instant::now()),
+        Err(refusal) => trial::judge_late(live, refusal.kind, Instant::now()),
+    }
+    let upstream = upstream?;
     let mut answer = Response::new(ResponseBody::empty());
     if head.version == Version::HTTP_2
         && let Some(later) = head.extensions.remove::<OnUpgrade>()

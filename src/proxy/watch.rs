@@ -52,6 +52,8 @@ pub struct Watch {
     headers: Set<Duration>,
     idle: Duration,
     state: State,
+    /// Exchanges that were over when it last looked.
+    finished: u64,
     timer: Timer,
     rings: Instant,
 }
@@ -69,6 +71,7 @@ impl Watch {
             idle: values.idle.value,
             max_header_size: values.max_header_size.value as usize,
             state: State::Head { since: now },
+            finished: 0,
             timer: worker.timers.at(rings),
             rings,
             headers,
@@ -122,7 +125,10 @@ impl Watch {
 
     fn next_state(&mut self, caller: &Caller) {
         let reads = self.activity.reads();
+        // One that began and ended between two looks was never seen as busy.
+        let was_busy = std::mem::replace(&mut self.finished, caller.finished()) != caller.finished();
         self.state = match self.state {
+            _ if was_busy => State::Idle { since: caller.over_at().unwrap_or_else(Instant::now), reads },
             State::Busy => State::Idle { since: caller.over_at().unwrap_or_else(Instant::now), reads },
             State::Idle { reads: before, .. } if reads != before => State::Head { since: Instant::now() },
             State::Idle { since, reads } => State::Idle { since, reads },

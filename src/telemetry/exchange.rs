@@ -8,7 +8,7 @@ use std::net::SocketAddr;
 use std::rc::Rc;
 use std::time::Duration;
 
-use http::{HeaderValue, StatusCode};
+use http::{HeaderValue, Method, StatusCode};
 use tokio::time::Instant;
 
 use super::hop::HopId;
@@ -32,7 +32,6 @@ pub struct Exchange {
     ended: Option<Instant>,
     hop: HopId,
     end: End,
-    expected: Option<u64>,
     pub(super) record: Record,
 }
 
@@ -41,7 +40,7 @@ impl Exchange {
     /// [`super::HopLabels::unrouted`].
     pub fn begin(shard: Rc<Shard>, now: Instant, hop: HopId, protocol: Protocol, request: RequestLine) -> Self {
         let record = Record::new(protocol, request);
-        Self { shard, began: now, ended: None, hop, end: End::Open, expected: None, record }
+        Self { shard, began: now, ended: None, hop, end: End::Open, record }
     }
 
     /// When the request's head was complete.
@@ -52,6 +51,11 @@ impl Exchange {
     /// The hop that it counts for.
     pub fn hop(&self) -> HopId {
         self.hop
+    }
+
+    /// The method of the request.
+    pub fn method(&self) -> &Method {
+        &self.record.request.method
     }
 
     /// What the caller spoke.
@@ -112,12 +116,6 @@ impl Exchange {
     pub fn head(&mut self, now: Instant, status: StatusCode) {
         self.record.status = Some(status);
         self.record.first_byte = Some(now.saturating_duration_since(self.began));
-    }
-
-    /// The answer's body has this many bytes. hyper drops a body of known length without reading its end, so reaching
-    /// the length completes the exchange, also at 0.
-    pub fn expect_body(&mut self, bytes: u64) {
-        self.expected = Some(bytes);
     }
 
     /// The gRPC status and the undecoded `grpc-message`, from trailers or from a head. It completes the exchange.
@@ -189,10 +187,9 @@ impl Exchange {
         let Some(status) = self.record.status else {
             return Outcome::CallerGone;
         };
-        let at_length = self.expected.is_some_and(|bytes| self.record.bytes_out >= bytes);
         match self.end {
             End::UpstreamCut => return Outcome::UpstreamCut,
-            End::Open if !at_length && self.record.grpc_status.is_none() => return Outcome::CallerGone,
+            End::Open if self.record.grpc_status.is_none() => return Outcome::CallerGone,
             End::Open | End::Complete => {}
         }
         match (self.record.protocol, self.record.grpc_status) {

@@ -114,9 +114,11 @@ async fn two_hopguards_in_a_row_are_no_loop() {
 async fn trailers_that_connection_names_end_here_too() {
     let upstream = Upstream::bytes(|stream| async move {
         let mut wire = Wire::over(stream);
-        wire.head().await;
-        wire.send("HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\nconnection: x-private\r\ntrailer: x-private, x-public\r\n\r\n").await;
-        wire.send("5\r\nhello\r\n0\r\nx-private: 1\r\nx-public: 1\r\ncontent-length: 3\r\nhost: evil\r\n\r\n").await;
+        for _ in 0..2 {
+            wire.head().await;
+            wire.send("HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\nconnection: x-private\r\ntrailer: x-private, x-public\r\n\r\n").await;
+            wire.send("5\r\nhello\r\n0\r\nx-private: 1\r\nx-public: 1\r\ncontent-length: 3\r\nhost: evil\r\n\r\n").await;
+        }
         wire.rest().await;
     })
     .await;

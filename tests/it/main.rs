@@ -13,6 +13,7 @@ mod deadline; // one budget of time for the whole chain
 mod discovery; // several endpoints, and names
 mod drain; // the end, and beginnings that fail
 mod ejection; // an endpoint that fails among others
+mod ends; // what counts as a whole answer, and whose fault it is when there is none
 mod faults; // what goes wrong on purpose
 mod fields; // header fields: which pass, which end here, which are ours
 mod grpc_peers; // grpcio on both sides

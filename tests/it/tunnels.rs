@@ -289,3 +289,41 @@ destinations:
     assert_eq!(mesh.only("connect_failed").await["method"], "CONNECT");
     mesh.stop().await;
 }
+
+#[tokio::test]
+async fn an_upgrade_with_a_body_is_not_offered_to_the_upstream() {
+    let upstream = Upstream::bytes(|stream| async move {
+        let mut wire = Wire::over(stream);
+        let head = wire.head().await;
+        assert!(!head.contains("upgrade"), "{head}");
+        wire.until("0123456789").await;
+        wire.send("HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nplain").await;
+        wire.rest().await;
+    })
+    .await;
+    let mesh = Mesh::start(&policy(upstream.addr, "    protocol: http1")).await;
+    let mut wire = Wire::open(mesh.addr("in")).await;
+    wire.send(UPGRADE.replace("\r\n\r\n", "\r\ncontent-length: 10\r\n\r\n0123456789")).await;
+    assert!(wire.until("plain").await.starts_with("HTTP/1.1 200 "));
+    mesh.ended("ok", 1).await;
+    mesh.stop().await;
+}
+
+#[tokio::test]
+async fn an_upgrade_is_offered_beside_trailers() {
+    let upstream = Upstream::bytes(|stream| async move {
+        let mut wire = Wire::over(stream);
+        let head = wire.head().await;
+        let named = head.lines().filter(|line| line.starts_with("connection:")).collect::<Vec<_>>();
+        assert_eq!(named, ["connection: upgrade, te"], "{head}");
+        wire.send(SWITCHED).await;
+        wire.rest().await;
+    })
+    .await;
+    let mesh = Mesh::start(&policy(upstream.addr, "    protocol: http1")).await;
+    let mut wire = Wire::open(mesh.addr("in")).await;
+    wire.send(UPGRADE.replace("Upgrade\r\n", "Upgrade, TE\r\nte: trailers\r\n")).await;
+    assert!(wire.head().await.starts_with("HTTP/1.1 101 "));
+    drop(wire);
+    mesh.stop().await;
+}

@@ -166,7 +166,7 @@ impl Caller {
                 Some(Ok(frame))
             }
             Some(Err(error)) => {
-                flow.request.fail();
+                flow.request.fail(has_left(&error));
                 Some(Err(CallerBodyError::Broken(error)))
             }
         })
@@ -176,6 +176,27 @@ impl Caller {
         self.ended = true;
         flow.request.end();
     }
+}
+
+/// Whether a body broke off because whoever sent it is gone: its connection ended, or its stream was cancelled. Anything
+/// else is a fault of what was sent.
+fn has_left(error: &hyper::Error) -> bool {
+    use std::io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, NotConnected, TimedOut, UnexpectedEof};
+    if error.is_incomplete_message() || error.is_closed() || error.is_canceled() {
+        return true;
+    }
+    let mut source = std::error::Error::source(error);
+    while let Some(cause) = source {
+        if let Some(error) = cause.downcast_ref::<std::io::Error>() {
+            let gone = [BrokenPipe, ConnectionAborted, ConnectionReset, NotConnected, TimedOut, UnexpectedEof];
+            return gone.contains(&error.kind());
+        }
+        if let Some(error) = cause.downcast_ref::<h2::Error>() {
+            return error.is_io() || error.is_remote();
+        }
+        source = cause.source();
+    }
+    false
 }
 
 #[cfg(test)]

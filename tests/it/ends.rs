@@ -1,0 +1,306 @@
+//! How exchanges end: what counts as a whole answer, whose fault it is when there is none, and that every limit holds while
+//! bytes move.
+
+use std::time::Duration;
+
+use http_body_util::BodyExt;
+use hyper::body::Incoming;
+use hyper::{Request, Response};
+use tokio::time::{Instant, sleep, timeout};
+
+use crate::support::http::{Caller, Http1, Speaks, empty, feed, full, get, grpc, grpc_request, with_trailers};
+use crate::support::upstream::{Upstream, policy};
+use crate::support::wire::Wire;
+use crate::support::{Mesh, SOON, eventually};
+
+const BOTH: [Speaks; 2] = [Speaks::Http1, Speaks::Http2];
+
+/// The policy whose destination speaks HTTP/2 if `http2`.
+async fn mesh(upstream: &Upstream, http2: bool, more: &str) -> Mesh {
+    let protocol = if http2 { "http2" } else { "http1" };
+    Mesh::start(&policy(upstream.addr, &format!("    protocol: {protocol}\n{more}"))).await
+}
+
+/// An upstream over HTTP/2 that says how long its answer is, sends it, and only then says that this was all.
+async fn late_end() -> Upstream {
+    Upstream::http2(|request: Request<Incoming>| async move {
+        let (pieces, body) = feed();
+        let is_head = request.method() == "HEAD";
+        tokio::spawn(async move {
+            let _taken = is_head || pieces.send("hello").await;
+            sleep(Duration::from_millis(50)).await;
+        });
+        Response::builder().header("content-length", "5").body(body).unwrap()
+    })
+    .await
+}
+
+#[tokio::test]
+async fn an_answer_of_known_length_is_whole_when_its_last_byte_was_taken() {
+    let upstream = late_end().await;
+    for method in ["GET", "HEAD"] {
+        let mesh = mesh(&upstream, true, "").await;
+        let mut caller = Caller::open(Speaks::Http1, mesh.addr("in")).await;
+        for _ in 0..3 {
+            let answer = caller.ask(Request::builder().method(method).uri("/").body(empty()).unwrap()).await;
+            assert_eq!((answer.status.as_u16(), answer.header("content-length")), (200, "5"));
+        }
+        mesh.ended("ok", 3).await;
+        assert_eq!(mesh.count("caller_gone"), 0.0);
+        eventually(|| (mesh.metric("hopguard_in_flight_requests", &["app"]) == 0.0).then_some(())).await;
+        mesh.stop().await;
+    }
+}
+
+#[tokio::test]
+async fn such_an_answer_closes_an_open_breaker() {
+    let upstream = Upstream::http2(|request: Request<Incoming>| async move {
+        let (pieces, body) = feed();
+        tokio::spawn(async move {
+            pieces.send("hello").await;
+            sleep(Duration::from_millis(50)).await;
+        });
+        let status = if request.uri().path() == "/bad" { 503 } else { 200 };
+        Response::builder().status(status).header("content-length", "5").body(body).unwrap()
+    })
+    .await;
+    let mesh = mesh(&upstream, true, "    retry: off\n    circuitBreaker: { openFor: 100ms }").await;
+    for _ in 0..5 {
+        assert_eq!(get(mesh.addr("in"), "/bad").await.status, 503);
+    }
+    assert_eq!(get(mesh.addr("in"), "/").await.status, 503, "it is open");
+    let begun = Instant::now();
+    while mesh.metric("hopguard_circuit_breaker_state", &["app"]) != 0.0 {
+        get(mesh.addr("in"), "/").await;
+        assert!(begun.elapsed() < SOON, "it stays open");
+        sleep(Duration::from_millis(20)).await;
+    }
+    mesh.stop().await;
+}
+
+#[tokio::test]
+async fn trailers_end_an_answer_and_leave_the_connection_for_the_next() {
+    let upstream =
+        Upstream::http1(|_| async move { Response::new(with_trailers("hello", &[("x-checksum", "7")])) }).await;
+    for speaks in BOTH {
+        let before = upstream.connections();
+        let mesh = mesh(&upstream, false, "").await;
+        let mut caller = Caller::open(speaks, mesh.addr("in")).await;
+        for _ in 0..3 {
+            let asked = Request::get("/").header("te", "trailers").body(empty()).unwrap();
+            let answer = caller.ask(asked).await;
+            assert_eq!(answer.body, "hello");
+        }
+        mesh.ended("ok", 3).await;
+        assert_eq!(upstream.connections() - before, 1, "{speaks:?}");
+        mesh.stop().await;
+    }
+}
+
+/// An upstream that always has something more to send.
+async fn endless() -> Upstream {
+    Upstream::http1(|_| async move {
+        let (pieces, body) = feed();
+        tokio::spawn(async move { while pieces.send(vec![b'x'; 64 << 10]).await {} });
+        Response::new(body)
+    })
+    .await
+}
+
+#[tokio::test]
+async fn limits_hold_while_the_caller_reads_on_and_on() {
+    let upstream = endless().await;
+    for (more, outcome, rule) in [
+        ("    timeouts: { request: 500ms }", "request_timeout", "timeouts.request"),
+        (
+            "    timeouts: { maxDuration: 500ms }\n    routes: [ { name: all, match: { path: / }, stream: true } ]",
+            "max_duration",
+            "timeouts.maxDuration",
+        ),
+    ] {
+        for speaks in BOTH {
+            let mesh = mesh(&upstream, false, more).await;
+            let mut caller = Caller::open(speaks, mesh.addr("in")).await;
+            let begun = Instant::now();
+            let mut body = caller.send(Request::get("/").body(empty()).unwrap()).await.unwrap().into_body();
+            let end = timeout(SOON, async {
+                loop {
+                    match body.frame().await {
+                        Some(Ok(_)) => {}
+                        end => return end,
+                    }
+                }
+            });
+            assert!(end.await.expect("it never ends").is_some_and(|end| end.is_err()), "a cut must be seen");
+            assert!(begun.elapsed() >= Duration::from_millis(500), "{:?}", begun.elapsed());
+            let line = mesh.only(outcome).await;
+            assert_eq!(line["refusal"]["rule"], rule, "{line}");
+            mesh.stop().await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_stream_on_which_only_the_caller_speaks_is_not_idle() {
+    let upstream = Upstream::http1(|request: Request<Incoming>| async move {
+        let (pieces, body) = feed();
+        tokio::spawn(async move {
+            pieces.send("begun").await;
+            let _all = request.into_body().collect().await;
+            pieces.send(" over").await;
+        });
+        Response::new(body)
+    })
+    .await;
+    let more = "    timeouts: { idle: 400ms }\n    routes: [ { name: all, match: { path: / }, stream: true } ]";
+    for speaks in BOTH {
+        let mesh = mesh(&upstream, false, more).await;
+        let (pieces, body) = feed();
+        let mut caller = Caller::open(speaks, mesh.addr("in")).await;
+        let sending = tokio::spawn(async move {
+            for _ in 0..12 {
+                assert!(pieces.send("more").await);
+                sleep(Duration::from_millis(100)).await;
+            }
+        });
+        let answer = caller.ask(Request::post("/").body(body).unwrap()).await;
+        assert_eq!(answer.body, "begun over", "{speaks:?}");
+        sending.await.unwrap();
+        mesh.ended("ok", 1).await;
+        mesh.stop().await;
+    }
+}
+
+#[tokio::test]
+async fn a_caller_that_leaves_during_its_body_has_left_and_did_nothing_wrong() {
+    let upstream = Upstream::http1(|request: Request<Incoming>| async move {
+        let _whole = request.into_body().collect().await;
+        Response::new(full("got it"))
+    })
+    .await;
+    for speaks in BOTH {
+        let mesh = mesh(&upstream, false, "").await;
+        let seen = upstream.requests();
+        let (pieces, body) = feed();
+        let mut caller = Caller::open(speaks, mesh.addr("in")).await;
+        let call = tokio::spawn(async move { caller.send(Request::post("/").body(body).unwrap()).await.map(drop) });
+        assert!(pieces.send("first").await);
+        eventually(|| (upstream.requests() > seen).then_some(())).await;
+        call.abort();
+        let line = mesh.only("caller_gone").await;
+        assert!(line["refusal"].is_null() && line["status"].is_null(), "{speaks:?}: {line}");
+        mesh.stop().await;
+    }
+    // One that sends what cannot be read is still told so.
+    let mesh = mesh(&upstream, false, "").await;
+    let mut wire = Wire::open(mesh.addr("in")).await;
+    wire.send("POST / HTTP/1.1\r\nhost: shop.test\r\ntransfer-encoding: chunked\r\n\r\nnone\r\n").await;
+    assert!(wire.rest().await.starts_with("HTTP/1.1 400 "));
+    mesh.only("bad_request").await;
+    mesh.stop().await;
+}
+
+#[tokio::test]
+async fn a_grpc_message_that_the_upstream_does_not_read_makes_no_stream() {
+    let upstream = Upstream::http2(|request: Request<Incoming>| async move {
+        let _unread = request;
+        std::future::pending::<()>().await;
+        unreachable!()
+    })
+    .await;
+    let mesh = mesh(&upstream, true, "    timeouts: { request: 2s, idle: 30s }").await;
+    let mut message = vec![0, 0, 0x40, 0, 0];
+    message.resize(5 + 0x40_0000, b'x');
+    let mut caller = Caller::open(Speaks::Http2, mesh.addr("in")).await;
+    let begun = Instant::now();
+    let answer = caller.ask(grpc_request("/shop.v1.Payment/Charge", full(message))).await;
+    assert_eq!(answer.grpc_status(), "4", "{answer:?}");
+    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+    mesh.only("request_timeout").await;
+    mesh.stop().await;
+}
+
+#[tokio::test]
+async fn a_fault_that_delays_a_grpc_call_meets_its_timeout() {
+    let upstream = Upstream::http2(|_| async { Response::new(empty()) }).await;
+    let more =
+        "    timeouts: { request: 300ms }\n    faults: [ { name: slow, delay: 5s, until: 2090-01-01T00:00:00Z } ]";
+    let mesh = mesh(&upstream, true, more).await;
+    let begun = Instant::now();
+    assert_eq!(grpc(mesh.addr("in"), "/shop.v1.Payment/Charge").await.grpc_status(), "4");
+    assert!(begun.elapsed() < Duration::from_secs(4), "{:?}", begun.elapsed());
+    mesh.only("request_timeout").await;
+    mesh.stop().await;
+}
+
+#[tokio::test]
+async fn an_answer_that_is_no_grpc_counts_against_its_upstream() {
+    let upstream = Upstream::http2(|_| async {
+        Response::builder().header("content-type", "text/html").body(full("<p>lost")).unwrap()
+    })
+    .await;
+    let mesh = mesh(&upstream, true, "    retry: off").await;
+    for _ in 0..5 {
+        assert_eq!(grpc(mesh.addr("in"), "/shop.v1.Payment/Charge").await.grpc_status(), "2");
+    }
+    assert_eq!(grpc(mesh.addr("in"), "/shop.v1.Payment/Charge").await.grpc_status(), "14");
+    mesh.only("circuit_open").await;
+    mesh.stop().await;
+}
+
+#[tokio::test]
+async fn an_answer_that_cannot_be_passed_on_counts_against_its_upstream() {
+    let upstream = Upstream::bytes(|stream| async move {
+        let mut wire = Wire::over(stream);
+        wire.head().await;
+        wire.send("HTTP/1.1 200 OK\r\ncontent-length: 5\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n").await;
+    })
+    .await;
+    let mesh = mesh(&upstream, false, "    retry: off").await;
+    for _ in 0..5 {
+        assert_eq!(get(mesh.addr("in"), "/").await.status, 502);
+    }
+    assert_eq!(get(mesh.addr("in"), "/").await.status, 503);
+    mesh.only("circuit_open").await;
+    mesh.stop().await;
+}
+
+#[tokio::test]
+async fn slow_readers_hold_up_nobody_else_on_the_same_upstream_connection() {
+    let upstream = Upstream::http2(|request: Request<Incoming>| async move {
+        let large = request.uri().path() == "/large";
+        Response::new(if large { full(vec![b'x'; 8 << 20]) } else { full("small") })
+    })
+    .await;
+    let mesh = mesh(&upstream, true, "    timeouts: { request: 5s }").await;
+    let mut slow = Vec::new();
+    for _ in 0..24 {
+        let mut caller = Http1::open(mesh.addr("in")).await;
+        let asked = crate::support::http::request("GET", "/large").body(empty()).unwrap();
+        slow.push((caller.send(asked).await.unwrap(), caller));
+    }
+    for _ in 0..20 {
+        let answer = timeout(Duration::from_secs(2), get(mesh.addr("in"), "/small")).await.expect("held up");
+        assert_eq!(answer.body, "small");
+    }
+    assert_eq!(upstream.connections(), 1);
+    drop(slow);
+    mesh.stop().await;
+}
+
+#[tokio::test]
+async fn a_connection_is_idle_after_an_answer_of_our_own() {
+    let upstream = Upstream::fixed("hello").await;
+    let text = policy(upstream.addr, "").replace("to: app }", "to: app, timeouts: { headers: 200ms, idle: 700ms } }");
+    let mesh = Mesh::start(&text).await;
+    let mut wire = Wire::open(mesh.addr("in")).await;
+    wire.send("GET / HTTP/1.1\r\nhost: shop.test\r\n\r\n").await;
+    wire.until("hello").await;
+    wire.send("OPTIONS / HTTP/1.1\r\nhost: shop.test\r\nmax-forwards: 0\r\n\r\n").await;
+    assert!(wire.head().await.starts_with("HTTP/1.1 200 "));
+    let begun = Instant::now();
+    assert_eq!(wire.rest().await, "", "nobody has begun a request that could be late");
+    assert!(begun.elapsed() >= Duration::from_millis(600), "{:?}", begun.elapsed());
+    assert_eq!(mesh.count("caller_timeout"), 0.0);
+    mesh.stop().await;
+}
