@@ -29,7 +29,7 @@ impl Inside for Window {
         let shared = self.0.upgrade().ok_or_else(|| vec![GONE.to_owned()])?;
         match shared.drain.phase() {
             Phase::Serving => Ok(()),
-            Phase::Leaving | Phase::Closing => Err(vec!["draining".to_owned()]),
+            Phase::Leaving | Phase::Closing | Phase::Over => Err(vec!["draining".to_owned()]),
         }
     }
 
@@ -69,7 +69,7 @@ impl Inside for Window {
             service: policy.service.to_string(),
             state: match shared.drain.phase() {
                 Phase::Serving => State::Ready,
-                Phase::Leaving | Phase::Closing => State::Draining,
+                Phase::Leaving | Phase::Closing | Phase::Over => State::Draining,
             },
             policy_path: path.map_or_else(String::new, |path| path.display().to_string()),
             last_error: shared.last_error.lock().unwrap_or_else(PoisonError::into_inner).clone(),

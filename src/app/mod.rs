@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use tokio::sync::mpsc;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use crate::admin::{self, AdminServer, PolicyError};
 use crate::config::Settings;
@@ -76,6 +76,10 @@ struct Shared {
     /// What the workers know together about the calls under way.
     chain: Chain,
 }
+
+/// How long threads may take to end once they are told, and how often they are looked at meanwhile.
+const AT_ONCE: Duration = Duration::from_secs(1);
+const LOOK_EVERY: Duration = Duration::from_millis(2);
 
 /// A running hopguard.
 pub struct App {
@@ -169,14 +173,16 @@ impl App {
         self.shared.leave();
         self.shared.drain.advance(Phase::Closing);
         let all_done = timeout(grace, self.workers.recv()).await.is_ok();
+        self.shared.drain.advance(Phase::Over);
+        let ended = async {
+            while !self.threads.iter().all(JoinHandle::is_finished) {
+                sleep(LOOK_EVERY).await;
+            }
+        };
+        // They end at once, and the last records are written with them.
+        let _stuck = timeout(AT_ONCE, ended).await;
         self.admin.stop();
         self.shared.telemetry.access_log.flush(Duration::from_secs(1));
-        if all_done {
-            for thread in self.threads {
-                // A thread that panicked has said so already.
-                let _ended = thread.join();
-            }
-        }
         all_done
     }
 }

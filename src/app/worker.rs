@@ -70,7 +70,11 @@ async fn run(shared: &Arc<Shared>, number: usize, mut commands: mpsc::Receiver<C
     }
     drop(open);
     worker.crowd.advance(Phase::Closing);
-    worker.crowd.gone().await;
+    tokio::select! {
+        () = worker.crowd.gone() => {}
+        // What is left is dropped with the runtime, and says so in its record.
+        () = drain.reached(Phase::Over) => worker.crowd.advance(Phase::Over),
+    }
 }
 
 /// Begins to accept; accepting ends when the result is dropped.

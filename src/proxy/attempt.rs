@@ -188,6 +188,7 @@ async fn exchange(live: &mut Live, mut lease: Lease) -> Result<Option<Response<A
             endpoint.load.failed(took, now);
             lease.lost_race(began, now);
             live.unsent = error.is_unprocessed();
+            live.reused &= error.is_close();
             Err(broken(live, lease.reused, &error))
         }
         Err(refusal) => {

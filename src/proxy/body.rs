@@ -139,13 +139,17 @@ impl ResponseBody {
     fn break_off(&mut self, code: Code, message: &str, cut: Cut) -> Poll<Option<Result<Frame<Bytes>, Cut>>> {
         self.source = Source::Empty;
         let live = self.live.take();
-        let grpc = live.as_ref().is_some_and(|live| live.patience.grpc);
-        if let Some(mut live) = live {
-            live.flow.cut_by(None);
-            live.over_at = Instant::now();
-            live.record.complete();
+        let Some(mut live) = live else { return Poll::Ready(Some(Err(cut))) };
+        live.flow.cut_by(None);
+        live.over_at = Instant::now();
+        live.record.complete();
+        if !live.patience.grpc {
+            return Poll::Ready(Some(Err(cut)));
         }
-        Poll::Ready(Some(if grpc { Ok(Frame::trailers(grpc::status_fields(code, message))) } else { Err(cut) }))
+        let mut fields = grpc::status_fields(code, message);
+        let now = live.over_at;
+        ties::mark_trailers(&mut live, &mut fields, code as u32, now);
+        Poll::Ready(Some(Ok(Frame::trailers(fields))))
     }
 
     fn broken(&mut self, cut: Cut) -> Poll<Option<Result<Frame<Bytes>, Cut>>> {

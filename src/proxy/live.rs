@@ -18,11 +18,13 @@ use crate::proxy::caller::Caller;
 use crate::proxy::fields::{self, Present};
 use crate::proxy::held::{Aftermath, Spare, Ties, Trial};
 use crate::proxy::patience::Patience;
+use crate::proxy::refusal::{Kind, Refusal};
 use crate::proxy::worker::{View, Worker};
 use crate::rules::gate::Pass;
 use crate::rules::mark::Mark;
 use crate::rules::mode::{Mode, RuleName};
 use crate::rules::retry::is_idempotent;
+use crate::runtime::drain::Phase;
 use crate::runtime::quiet::Quiet;
 use crate::runtime::timer::Timer;
 use crate::telemetry::{Exchange, Protocol, RequestLine};
@@ -74,7 +76,7 @@ pub struct Live {
     pub endpoint: Option<Rc<Endpoint>>,
     /// Where the tries before went.
     pub tried: Vec<SocketAddr>,
-    /// The present try is on a connection that had been used before.
+    /// The present try is on a connection that had been used before, and nothing but its close has ended the try.
     pub reused: bool,
     /// The present try has ended without that anybody can have seen the request.
     pub unsent: bool,
@@ -275,6 +277,10 @@ pub fn unread(caller: &Caller) -> RequestLine {
 impl Drop for Live {
     fn drop(&mut self) {
         self.record.passed(self.flow.request.bytes(), self.flow.response.bytes());
+        if self.worker.crowd.phase() == Phase::Over {
+            let detail = "the grace time was over before the call was";
+            self.record.refuse(Refusal::plain(Kind::Draining, detail).record());
+        }
         // A caller that left before its answer was there has no other end than this.
         if self.late_at.is_some_and(|at| Instant::now() > at) {
             self.would(RuleName::Deadline);

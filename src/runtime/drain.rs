@@ -16,6 +16,8 @@ pub enum Phase {
     Leaving,
     /// Accepts nothing new; what is in flight may finish.
     Closing,
+    /// The grace time is over: what is still in flight is cut off.
+    Over,
 }
 
 /// The switch of the process. Dropping it counts as [`Phase::Closing`].
@@ -155,7 +157,7 @@ mod tests {
         let crowd = Crowd::default();
         let member = crowd.join();
         let closing = poll_fn(|cx| match member.phase(cx) {
-            Phase::Closing => Poll::Ready(()),
+            Phase::Closing | Phase::Over => Poll::Ready(()),
             Phase::Serving | Phase::Leaving => Poll::Pending,
         });
         let advance = async { crowd.advance(Phase::Closing) };

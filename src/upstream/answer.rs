@@ -130,6 +130,15 @@ impl UpstreamError {
         }
     }
 
+    /// True if the connection ended before the answer began: no byte of it had come, and no stream was reset alone.
+    pub fn is_close(&self) -> bool {
+        match self {
+            Self::Http1(_) => !self.is_malformed(),
+            Self::Http2(error) => !error.is_reset() && !error.is_library(),
+            Self::Silent => false,
+        }
+    }
+
     /// The error and everything that led to it, in one line.
     pub fn sentence(&self) -> String {
         let mut sentence = self.to_string();

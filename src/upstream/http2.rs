@@ -36,8 +36,8 @@ const STREAMS: usize = 256;
 const STREAM_WINDOW: u32 = 256 * 1024;
 const CONNECTION_WINDOW: u32 = STREAM_WINDOW * STREAMS as u32;
 
-/// The longest header section of an answer, in bytes as RFC 9113, 6.5.2 counts them.
-const MAX_HEADER_LIST: u32 = 16 * 1024;
+/// The longest header section of an answer, in bytes as RFC 9113, 6.5.2 counts them; about what hyper takes over HTTP/1.
+const MAX_HEADER_LIST: u32 = 400 * 1024;
 
 /// How much of the callers' bodies a connection holds for one stream, in bytes.
 const SEND_BUFFER: usize = 1024 * 1024;

@@ -152,6 +152,11 @@ async fn what_does_not_finish_in_the_grace_time_is_cut() {
     let _cut_or_told = timeout(SOON, call).await.expect("the caller hears nothing").unwrap();
     let log = program.log();
     assert!(log.contains("in flight"), "it does not say that something was cut: {log}");
+    let lines = program.access();
+    assert_eq!(
+        (lines.len(), lines[0]["outcome"].as_str(), lines[0]["path"].as_str()),
+        (1, Some("draining"), Some("/slow"))
+    );
 }
 
 #[tokio::test]

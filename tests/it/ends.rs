@@ -1,8 +1,12 @@
 //! How exchanges end: what counts as a whole answer, whose fault it is when there is none, and that every limit holds while
 //! bytes move.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::time::Duration;
 
+use bytes::Bytes;
+use h2::Reason;
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use hyper::{Request, Response};
@@ -302,5 +306,77 @@ async fn a_connection_is_idle_after_an_answer_of_our_own() {
     assert_eq!(wire.rest().await, "", "nobody has begun a request that could be late");
     assert!(begun.elapsed() >= Duration::from_millis(600), "{:?}", begun.elapsed());
     assert_eq!(mesh.count("caller_timeout"), 0.0);
+    mesh.stop().await;
+}
+
+/// Answers calls over HTTP/2 as the path says: `/late` with a reset after the first message, `/reset` with one at once.
+async fn resetting(seen: Arc<AtomicUsize>) -> Upstream {
+    Upstream::bytes(move |stream| {
+        let seen = Arc::clone(&seen);
+        async move {
+            let mut connection = h2::server::handshake(stream).await.unwrap();
+            while let Some(Ok((request, mut answer))) = connection.accept().await {
+                seen.fetch_add(1, SeqCst);
+                let head = || Response::builder().header("content-type", "application/grpc").body(()).unwrap();
+                match request.uri().path() {
+                    "/reset" => answer.send_reset(Reason::INTERNAL_ERROR),
+                    "/shop.v1.Payment/Late" => {
+                        let mut body = answer.send_response(head(), false).unwrap();
+                        body.send_data(Bytes::from_static(b"\0\0\0\0\0"), false).unwrap();
+                        tokio::spawn(async move {
+                            sleep(Duration::from_millis(100)).await;
+                            body.send_reset(Reason::INTERNAL_ERROR);
+                        });
+                    }
+                    _ => drop(answer.send_response(Response::new(()), true).unwrap()),
+                }
+            }
+        }
+    })
+    .await
+}
+
+#[tokio::test]
+async fn a_grpc_answer_that_breaks_off_bears_the_mark_of_where_it_did() {
+    let upstream = resetting(Arc::default()).await;
+    let text = policy(upstream.addr, "    protocol: http2").replace("to: app }", "to: app, direction: outbound }");
+    let mesh = Mesh::start(&text).await;
+    let answer = grpc(mesh.addr("in"), "/shop.v1.Payment/Late").await;
+    assert_eq!(answer.grpc_status(), "14", "{answer:?}");
+    let said =
+        answer.trailers.as_ref().and_then(|fields| fields.get("proxy-status")).map(|value| value.to_str().unwrap());
+    assert!(said.is_some_and(|said| said.contains("hopguard-at=\"app\"")), "{answer:?}");
+    mesh.only("upstream_cut").await;
+    mesh.stop().await;
+}
+
+#[tokio::test]
+async fn before_the_app_only_a_connection_that_closes_is_a_reason_to_send_again() {
+    let seen = Arc::<AtomicUsize>::default();
+    let upstream = resetting(Arc::clone(&seen)).await;
+    let mesh = mesh(&upstream, true, "").await;
+    assert_eq!(get(mesh.addr("in"), "/").await.status, 200);
+    assert_eq!(get(mesh.addr("in"), "/reset").await.status, 502);
+    assert_eq!((seen.load(SeqCst), upstream.connections()), (2, 1), "the app has reset a stream, and no connection");
+    mesh.stop().await;
+
+    let asked = Arc::clone(&seen);
+    let upstream = Upstream::bytes(move |stream| {
+        let asked = Arc::clone(&asked);
+        async move {
+            let mut wire = Wire::over(stream);
+            for answer in ["HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n", "HTTP/1.1 what\r\n\r\n"] {
+                wire.head().await;
+                asked.fetch_add(1, SeqCst);
+                wire.send(answer).await;
+            }
+        }
+    })
+    .await;
+    let mesh = self::mesh(&upstream, false, "").await;
+    seen.store(0, SeqCst);
+    assert_eq!(get(mesh.addr("in"), "/").await.status, 200);
+    assert_eq!(get(mesh.addr("in"), "/").await.status, 502);
+    assert_eq!(seen.load(SeqCst), 2, "the app has answered");
     mesh.stop().await;
 }
