@@ -99,10 +99,14 @@ impl Endpoint {
         loop {
             let mut next = self.idle.borrow_mut().pop()?;
             self.metrics.idle.decrement();
-            if next.connection.is_fresh(cx) && now < next.until && self.may_be_kept(&next, now) {
+            if !next.connection.is_fresh(cx) {
+                self.discard(next, now);
+            } else if now < next.until && self.may_be_kept(&next, now) {
                 return Some(next.connection);
+            } else {
+                // Ours to close, so that there is nothing to learn of when the upstream does.
+                self.closed();
             }
-            self.discard(next, now);
         }
     }
 

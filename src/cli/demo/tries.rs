@@ -14,8 +14,8 @@ const LONGEST: Duration = Duration::from_secs(5);
 
 /// Tells it, with a chain of its own for each of the two.
 pub(super) async fn tell() -> io::Result<String> {
-    let enforced = at_the_bank("enforce").await.map_err(io::Error::other)?;
-    let off = at_the_bank("off").await.map_err(io::Error::other)?;
+    let enforced = Box::pin(at_the_bank("enforce")).await.map_err(io::Error::other)?;
+    let off = Box::pin(at_the_bank("off")).await.map_err(io::Error::other)?;
     Ok(format!(
         "Retry in one place. Now the bank is down, and one order is placed. Both order's and
 payment's hopguard try a failed call up to three times. Tries that the bank itself counted:
