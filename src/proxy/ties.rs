@@ -228,7 +228,9 @@ pub fn refused(live: &mut Live, kind: Kind, now: Instant) {
         return;
     }
     if live.direction == Direction::Outbound {
-        if kind.is_of_the_callee() {
+        // A try that failed has been told already, with the reason why there was no other; the rest (no turn, no time, an open
+        // breaker) nobody above is to ask for again.
+        if kind.is_of_the_callee() && live.mark.is_none() {
             failed(live, None, true, now);
         }
         return;

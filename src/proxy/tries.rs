@@ -89,7 +89,7 @@ async fn again(live: &mut Live, pool: &Rc<Pool>, tried: Tried) -> Option<Tried> 
         }
         Decision::Stop(why) => why,
     };
-    tell(live, &report, why, &tried, now);
+    tell(live, &report, why, now);
     Some(tried)
 }
 
@@ -294,13 +294,13 @@ async fn pause(live: &mut Live, after: Duration) {
 }
 
 /// Says why there is no further try: to the log, to the metrics, and to the sidecars above.
-fn tell(live: &mut Live, report: &Report, why: Why, tried: &Tried, now: Instant) {
+fn tell(live: &mut Live, report: &Report, why: Why, now: Instant) {
     let is_failure = report.failure.is_some_and(retry::is_failure);
     if is_failure && why != Why::Off && why != Why::NotAFailure {
         live.record.note().retry = Some(why.name());
         live.worker.shard.telemetry().retry_withheld(&live.destination_values().name, why.name());
     }
-    if let (true, Ok(_)) = (is_failure, tried) {
+    if is_failure {
         let is_safe = live.is_safe || report.unseen;
         let is_final = live.route().retry.is_final(live.attempt.into(), is_safe, Some(why));
         ties::failed(live, report.mark.as_ref(), is_final, now);

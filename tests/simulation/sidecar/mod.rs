@@ -339,7 +339,7 @@ impl Live<'_> {
                     self.world.clock.sleep(after).await;
                 }
                 Decision::Stop(why) => {
-                    self.tell(&report, why, &tried, now);
+                    self.tell(&report, why, now);
                     if let Ok(answer) = &tried {
                         self.judge_complete(answer);
                     }

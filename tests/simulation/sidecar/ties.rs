@@ -27,7 +27,7 @@ impl Live<'_> {
     pub(super) fn refused(&mut self, kind: Kind) {
         let now = self.now();
         if self.side.direction == Direction::Outbound {
-            if kind.is_of_the_callee() {
+            if kind.is_of_the_callee() && self.mark.is_none() {
                 self.failed(None, true, now);
             }
             return;

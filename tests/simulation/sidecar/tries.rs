@@ -87,12 +87,10 @@ impl Live<'_> {
         });
     }
 
-    pub(super) fn tell(&mut self, report: &Report, why: Why, tried: &Tried, now: Instant) {
+    pub(super) fn tell(&mut self, report: &Report, why: Why, now: Instant) {
         let is_failure = report.failure.is_some_and(retry::is_failure);
         if is_failure {
             self.world.checks.count(why.name());
-        }
-        if is_failure && tried.is_ok() {
             let is_safe = self.request.is_safe || report.unseen;
             let is_final = self.side.policy.retry.is_final(self.attempt, is_safe, Some(why));
             self.failed(report.mark.as_ref(), is_final, now);

@@ -1,0 +1,58 @@
+//! What one hopguard tells the next about a failure: that its tries are used up, that nobody need try again.
+
+use std::net::{SocketAddr, TcpListener};
+
+use crate::support::Mesh;
+use crate::support::bank::{Bank, Say, behind_a_caller};
+use crate::support::http::get;
+
+/// Retries that wait for next to nothing, and nothing else that comes between.
+const QUICK: &str =
+    "    circuitBreaker: off\n    ejection: off\n    retry: { idempotent: true, backoff: { max: 1ms } }";
+
+/// An address where nobody listens.
+fn nobody() -> SocketAddr {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+}
+
+/// A hopguard in front of `to`, and another in front of that one, whose caller is the test.
+async fn two_hops(to: SocketAddr, lower: &str) -> (Mesh, Mesh) {
+    let lower = format!("    circuitBreaker: off\n    ejection: off\n{lower}");
+    let lower = Mesh::start(&behind_a_caller(&[to], "", &lower)).await;
+    let upper = Mesh::start(&behind_a_caller(&[lower.addr("in")], "", QUICK)).await;
+    (upper, lower)
+}
+
+#[tokio::test]
+async fn a_failure_that_the_policy_does_not_try_again_may_be_tried_again_above() {
+    let table: [(&'static [Say], &str); 5] = [
+        (&[Say::Reset, Say::Status(200)], "    retry: off"),
+        (&[Say::Reset, Say::Status(200)], "    retry: { on: [429] }"),
+        (&[Say::Hang, Say::Status(200)], "    retry: off\n    timeouts: { perTry: 100ms }"),
+        (&[Say::Hang, Say::Status(200)], "    retry: { on: [reset] }\n    timeouts: { perTry: 100ms }"),
+        (&[Say::Status(503), Say::Status(200)], "    retry: off"),
+    ];
+    for (script, lower) in table {
+        let bank = Bank::http1(script).await;
+        let (upper, lower_mesh) = two_hops(bank.addr(), lower).await;
+        let answer = get(upper.addr("in"), "/").await;
+        assert_eq!((answer.status.as_u16(), bank.tries()), (200, 2), "{lower} {answer:?}");
+        assert_eq!(upper.only("ok").await["attempt"], 2, "{lower}");
+        upper.stop().await;
+        lower_mesh.stop().await;
+    }
+}
+
+#[tokio::test]
+async fn what_was_tried_again_is_tried_by_nobody_above() {
+    let bank = Bank::http1(&[Say::Reset]).await;
+    for (to, tries) in [(bank.addr(), 3), (nobody(), 0)] {
+        let (upper, lower) = two_hops(to, "    retry: { backoff: { max: 1ms } }").await;
+        let answer = get(upper.addr("in"), "/").await;
+        assert_eq!((answer.status.as_u16(), bank.tries().min(tries)), (502, tries), "{answer:?}");
+        let line = upper.only("server_error").await;
+        assert_eq!((&line["attempt"], &line["retry"]), (&1.into(), &"retried_below".into()), "{line}");
+        upper.stop().await;
+        lower.stop().await;
+    }
+}
