@@ -4,7 +4,9 @@ use std::net::{SocketAddr, TcpListener};
 
 use crate::support::Mesh;
 use crate::support::bank::{Bank, Say, behind_a_caller};
-use crate::support::http::get;
+use crate::support::http::{get, grpc};
+
+const CHARGE: &str = "/shop.v1.Payment/Charge";
 
 /// Retries that wait for next to nothing, and nothing else that comes between.
 const QUICK: &str =
@@ -54,5 +56,31 @@ async fn what_was_tried_again_is_tried_by_nobody_above() {
         assert_eq!((&line["attempt"], &line["retry"]), (&1.into(), &"retried_below".into()), "{line}");
         upper.stop().await;
         lower.stop().await;
+    }
+}
+
+#[tokio::test]
+async fn a_grpc_caller_is_told_not_to_try_again_wherever_that_is_said() {
+    let slow = "    timeouts: { request: 200ms }";
+    let bank = Bank::http2(&[Say::Reset]).await;
+    let silent = Bank::http2(&[Say::Hang]).await;
+    let table = [
+        (nobody(), QUICK, "connect_failed", true),
+        (nobody(), "    retry: off", "connect_failed", false),
+        (bank.addr(), QUICK, "upstream_reset", true),
+        (bank.addr(), "    retry: { idempotent: true, on: [429] }", "upstream_reset", false),
+        // What may have been done is not to be done again by anybody.
+        (bank.addr(), "    retry: off", "upstream_reset", true),
+        (silent.addr(), slow, "request_timeout", true),
+    ];
+    for (to, more, outcome, is_final) in table {
+        let mesh = Mesh::start(&behind_a_caller(&[to], "", more)).await;
+        let answer = grpc(mesh.addr("in"), CHARGE).await;
+        let said = answer.header("proxy-status");
+        assert!(said.contains(outcome), "{more} {answer:?}");
+        assert_eq!(said.contains("hopguard-final"), is_final, "{more} {answer:?}");
+        let pushback = if is_final { "-1" } else { "" };
+        assert_eq!(answer.header("grpc-retry-pushback-ms"), pushback, "{more} {answer:?}");
+        mesh.stop().await;
     }
 }
