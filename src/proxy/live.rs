@@ -87,7 +87,7 @@ pub struct Live {
     pub fault: Option<Box<Aftermath>>,
     /// How the exchange hangs together with others.
     pub ties: Option<Box<Ties>>,
-    /// What its answer tells the sidecars above.
+    /// What its answer tells the sidecars above; once there is one, it is decided, though it may say nothing.
     pub mark: Option<Box<Mark>>,
     /// The deadline that would have ended it, were the rule enforced.
     pub late_at: Option<Instant>,

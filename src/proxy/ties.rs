@@ -14,7 +14,7 @@ use http::request::Parts;
 use tokio::time::Instant;
 
 use crate::policy::model::Direction;
-use crate::problems::{Origin, Set};
+use crate::problems::Origin;
 use crate::proxy::fields::Present;
 use crate::proxy::grpc::PUSHBACK;
 use crate::proxy::held::{LATE, MOST_RESERVED, Ties};
@@ -25,7 +25,6 @@ use crate::rules::breaker::is_failed_code;
 use crate::rules::deadline::{self, Deadline, EXPECTED_RQ_TIMEOUT_MS, GRPC_TIMEOUT, Source};
 use crate::rules::joined::{Causes, Join};
 use crate::rules::mark::Mark;
-use crate::rules::mode::{Mode, Modes};
 use crate::rules::trace::{self, TraceKeys, X_REQUEST_ID};
 
 /// A call that has less than this left cannot be answered in time.
@@ -198,13 +197,14 @@ pub fn failed(live: &mut Live, below: Option<&Mark>, is_final: bool, now: Instan
     if live.direction == Direction::Inbound {
         return;
     }
-    let is_final = is_final || below.is_some_and(|mark| mark.is_final);
+    let in_one_place = live.view.policy.model.modes.retry_in_one_place.value;
+    let is_final = !in_one_place.is_off() && (is_final || below.is_some_and(|mark| mark.is_final));
     let here = || live.destination_values().name.as_str().into();
     let at = Some(below.and_then(|mark| mark.at.clone()).unwrap_or_else(here));
     if below.is_some_and(|mark| mark.at.is_some()) {
         live.record.note().failed_at.clone_from(&at);
     }
-    let mark = Mark { is_final: is_final && !is_off(live, |modes| &modes.retry_in_one_place), is_unsent: false, at };
+    let mark = Mark { is_final, is_unsent: false, at };
     if let Some(ties) = &live.ties {
         if let Some(causes) = &ties.causes {
             causes.blame(&mark);
@@ -213,12 +213,18 @@ pub fn failed(live: &mut Live, below: Option<&Mark>, is_final: bool, now: Instan
             live.worker.spent.note(ties.keys, live.view.destination(live.destination()).id, now);
         }
     }
-    live.mark = Some(Box::new(mark));
+    live.mark = Some(Box::new(written(live, mark)));
 }
 
-/// A mark is written in `warn` too: whoever reads it acts on it, or says that it would have.
-fn is_off(live: &Live, mode: impl Fn(&Modes) -> &Set<Mode>) -> bool {
-    mode(&live.view.policy.model.modes).value.is_off()
+/// What of a mark is written: in `warn` nothing, because whoever reads it acts on it. What is known in this process is kept in
+/// `warn` all the same, to be counted.
+fn written(live: &Live, mark: Mark) -> Mark {
+    let modes = &live.view.policy.model.modes;
+    Mark {
+        is_final: mark.is_final && modes.retry_in_one_place.value.is_enforced(),
+        is_unsent: mark.is_unsent && modes.unsent.value.is_enforced(),
+        at: mark.at.filter(|_| modes.blame_in_one_place.value.is_enforced()),
+    }
 }
 
 /// The mark of an answer of our own: in the place of a callee that failed or is protected, or of an app that never got the
@@ -236,12 +242,9 @@ pub fn refused(live: &mut Live, kind: Kind, now: Instant) {
         return;
     }
     ended(live, kind, now);
-    let is_unsent = kind.is_before_the_app() && !is_off(live, |modes| &modes.unsent);
-    let mut mark = blamed(live).unwrap_or(Mark { is_final: false, is_unsent: false, at: None });
-    mark.is_unsent = is_unsent;
-    if mark.is_unsent || mark.is_final || mark.at.is_some() {
-        live.mark = Some(Box::new(mark));
-    }
+    let is_unsent = kind.is_before_the_app();
+    let mark = Mark { is_unsent, ..blamed(live).unwrap_or_default() };
+    live.mark = Some(Box::new(written(live, mark)));
 }
 
 /// An exchange was ended by us, before its answer or in the midst of it. Where time was up, the app may go on, and call
@@ -270,12 +273,12 @@ pub fn is_blamed_below(live: &Live) -> bool {
 /// An app may have copied the marks of its own callee; a member of ours at the end says what holds.
 pub fn mark_answer(live: &mut Live, status: StatusCode, fields: &mut HeaderMap, was_marked: bool) {
     if live.direction == Direction::Inbound {
-        live.mark = blamed(live).map(Box::new);
-    }
-    if live.mark.is_none() && !was_marked {
-        return;
+        live.mark = blamed(live).map(|mark| Box::new(written(live, mark)));
     }
     let said = live.mark.as_ref().map_or_else(String::new, |mark| mark.write_parameters());
+    if said.is_empty() && !was_marked {
+        return;
+    }
     if let Ok(value) = HeaderValue::from_str(&format!("hopguard; received-status={}{said}", status.as_u16())) {
         fields.append(PROXY_STATUS, value);
     }
@@ -307,6 +310,5 @@ pub fn push_back(live: &Live, fields: &mut HeaderMap) {
 
 /// Whether the caller is told not to try again in words that every gRPC client obeys, be there a sidecar or not.
 pub fn pushes_back(live: &Live) -> bool {
-    let is_enforced = live.view.policy.model.modes.retry_in_one_place.value.is_enforced();
-    is_enforced && live.mark.as_ref().is_some_and(|mark| mark.is_final)
+    live.mark.as_ref().is_some_and(|mark| mark.is_final)
 }

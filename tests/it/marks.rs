@@ -5,6 +5,7 @@ use std::net::{SocketAddr, TcpListener};
 use crate::support::Mesh;
 use crate::support::bank::{Bank, Say, behind_a_caller};
 use crate::support::http::{get, grpc};
+use crate::support::upstream::policy;
 
 const CHARGE: &str = "/shop.v1.Payment/Charge";
 
@@ -82,5 +83,37 @@ async fn a_grpc_caller_is_told_not_to_try_again_wherever_that_is_said() {
         let pushback = if is_final { "-1" } else { "" };
         assert_eq!(answer.header("grpc-retry-pushback-ms"), pushback, "{more} {answer:?}");
         mesh.stop().await;
+    }
+}
+
+#[tokio::test]
+async fn in_warn_and_when_off_nothing_is_written_and_nothing_obeyed() {
+    const MARKED: &[Say] = &[Say::With(503, &[("proxy-status", "hopguard; hopguard-final; hopguard-at=\"deep\"")])];
+    let all = |mode: &str| format!("retryInOnePlace: {mode}, unsent: {mode}, blameInOnePlace: {mode}");
+    for (mode, marks, tries) in [("enforce", true, 1), ("warn", false, 3), ("off", false, 3)] {
+        let bank = Bank::http1(&[Say::Status(503)]).await;
+        let mesh = Mesh::start(&behind_a_caller(&[bank.addr()], &all(mode), QUICK)).await;
+        let said = get(mesh.addr("in"), "/").await.header("proxy-status").to_owned();
+        assert_eq!((said.contains("hopguard-final"), said.contains("hopguard-at")), (marks, marks), "{mode} {said}");
+        let refused = Mesh::start(&behind_a_caller(&[nobody()], &all(mode), QUICK)).await;
+        let answer = grpc(refused.addr("in"), CHARGE).await;
+        let said = answer.header("proxy-status");
+        assert_eq!((said.contains("hopguard-final"), said.contains("hopguard-at")), (marks, marks), "{mode} {said}");
+        assert_eq!(answer.header("grpc-retry-pushback-ms") == "-1", marks, "{mode} {answer:?}");
+        let before = format!("{}rules: {{ {} }}\n", policy(nobody(), ""), all(mode));
+        let before = Mesh::start(&before).await;
+        let said = get(before.addr("in"), "/").await.header("proxy-status").to_owned();
+        assert_eq!((said.contains("connect_failed"), said.contains("hopguard-unsent")), (true, marks), "{mode} {said}");
+
+        let marked = Bank::http1(MARKED).await;
+        let reader = Mesh::start(&behind_a_caller(&[marked.addr()], &all(mode), QUICK)).await;
+        get(reader.addr("in"), "/").await;
+        assert_eq!(marked.tries(), tries, "{mode}");
+        let would = |rule: &str| reader.metric("hopguard_would_act_total", &[&format!("rule=\"{rule}\"")]);
+        let counted = if mode == "warn" { 1.0 } else { 0.0 };
+        assert_eq!((would("retry_in_one_place"), would("blame_in_one_place")), (counted, counted), "{mode}");
+        for mesh in [mesh, refused, before, reader] {
+            mesh.stop().await;
+        }
     }
 }
