@@ -242,7 +242,7 @@ pub fn refused(live: &mut Live, kind: Kind, now: Instant) {
         return;
     }
     ended(live, kind, now);
-    let is_unsent = kind.is_before_the_app();
+    let is_unsent = kind.is_before_the_app() && !live.was_seen;
     let mark = Mark { is_unsent, ..blamed(live).unwrap_or_default() };
     live.mark = Some(Box::new(written(live, mark)));
 }

@@ -241,6 +241,7 @@ fn seen(live: &Live, report: &Report, failure: Failure, now: Instant) -> Option<
 
 /// Makes the request ready for the next try.
 fn prepare(live: &mut Live, tried: Tried, report: &Report) {
+    live.was_seen |= !report.unseen;
     if let Some(endpoint) = live.endpoint.take() {
         live.tried.push(endpoint.address.socket);
     }

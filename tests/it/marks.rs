@@ -6,6 +6,7 @@ use crate::support::Mesh;
 use crate::support::bank::{Bank, Say, behind_a_caller};
 use crate::support::http::{get, grpc};
 use crate::support::upstream::policy;
+use crate::support::wire::Wire;
 
 const CHARGE: &str = "/shop.v1.Payment/Charge";
 
@@ -116,4 +117,32 @@ async fn in_warn_and_when_off_nothing_is_written_and_nothing_obeyed() {
             mesh.stop().await;
         }
     }
+}
+
+/// An app that answers once, breaks off when it has read the second request, and then is gone.
+async fn dying_app() -> SocketAddr {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let addr = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        let (stream, _) = listener.accept().await.unwrap();
+        drop(listener);
+        let mut wire = Wire::over(stream);
+        wire.head().await;
+        wire.send("HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n").await;
+        wire.head().await;
+    });
+    addr
+}
+
+#[tokio::test]
+async fn a_call_that_an_earlier_try_may_have_brought_to_the_app_is_not_called_unsent() {
+    let mesh = Mesh::start(&policy(dying_app().await, "    circuitBreaker: off\n    ejection: off")).await;
+    assert_eq!(get(mesh.addr("in"), "/").await.status, 200);
+    for (tries, is_unsent) in [("try 2/3", false), ("try 1/3", true)] {
+        let answer = get(mesh.addr("in"), "/").await;
+        let said = answer.header("proxy-status");
+        assert!(said.contains("connect_failed") && said.contains(tries), "{answer:?}");
+        assert_eq!(said.contains("hopguard-unsent"), is_unsent, "{answer:?}");
+    }
+    mesh.stop().await;
 }

@@ -172,6 +172,7 @@ struct Live<'a> {
     tried: Vec<SocketAddr>,
     reused: bool,
     unsent: bool,
+    was_seen: bool,
     trial: Trial,
     mark: Option<Mark>,
     failed_at: bool,
@@ -210,6 +211,7 @@ pub(crate) async fn call(world: &Rc<World>, sidecar: usize, direction: Direction
         tried: Vec::new(),
         reused: false,
         unsent: false,
+        was_seen: false,
         trial: Trial::default(),
         mark: None,
         failed_at: false,
@@ -332,6 +334,7 @@ impl Live<'_> {
             match self.decide(&report, now) {
                 Decision::Again { after } => {
                     self.note_retry(&report);
+                    self.was_seen |= !report.unseen;
                     if let Some(endpoint) = self.endpoint.take() {
                         self.tried.push(self.side.endpoints[endpoint].address);
                     }

@@ -36,7 +36,7 @@ impl Live<'_> {
             self.world.sidecars[self.sidecar].late.note(self.keys, LATE, now);
         }
         let mut mark = self.blamed().unwrap_or_default();
-        mark.is_unsent = kind.is_before_the_app();
+        mark.is_unsent = kind.is_before_the_app() && !self.was_seen;
         self.mark = Some(mark);
     }
 
