@@ -79,6 +79,8 @@ pub struct Live {
     pub reused: bool,
     /// The present try has ended without that anybody can have seen the request.
     pub unsent: bool,
+    /// That was so because its connection came to its end.
+    pub leaving: bool,
     /// Somebody may have seen the request in one of the tries before.
     pub was_seen: bool,
     /// The method or a key of the request says that it may be repeated.
@@ -147,6 +149,7 @@ impl Live {
             tried: Vec::new(),
             reused: false,
             unsent: false,
+            leaving: false,
             was_seen: false,
             is_safe: present.idempotency_key || is_idempotent(request.method().as_str()),
             trial: Trial::default(),

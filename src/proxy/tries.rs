@@ -110,7 +110,7 @@ impl Report {
         match tried {
             Ok(answer) => Self::of_answer(live, pool, answer),
             Err(refusal) => {
-                let failure = of_refusal(refusal.kind, live.unsent);
+                let failure = of_refusal(live, pool, refusal.kind);
                 let unseen = refusal.kind != Kind::UpstreamProtocol && live.unsent;
                 Self {
                     failure,
@@ -135,7 +135,7 @@ impl Report {
         };
         let is_unsent = live.believes_unsent(mark.as_ref().is_some_and(|mark| mark.is_unsent));
         // Where there is nobody else to send it to at once, it waits like any other failure.
-        if is_unsent && live.endpoint.as_ref().is_some_and(|this| pool.has_other(&live.tried, this)) {
+        if is_unsent && has_other(live, pool) {
             failure = Failure::Unsent;
         }
         let said = code.map(|(code, _)| code).ok_or(status);
@@ -169,11 +169,19 @@ fn until_date(text: &str) -> Option<Duration> {
     Some(Duration::try_from(at.duration_since(Timestamp::now())).unwrap_or_default())
 }
 
+/// Whether the destination has an endpoint that the call has not tried.
+fn has_other(live: &Live, pool: &Pool) -> bool {
+    live.endpoint.as_ref().is_some_and(|this| pool.has_other(&live.tried, this))
+}
+
 /// What a refusal of ours means for another try.
-fn of_refusal(kind: Kind, unsent: bool) -> Option<Failure> {
+fn of_refusal(live: &Live, pool: &Pool, kind: Kind) -> Option<Failure> {
+    // A connection that ends leaves its last requests aside, and a new one takes them; but not one after the other.
+    let can_have_it = || has_other(live, pool) || (live.leaving && live.attempt == 1);
     match kind {
         Kind::ConnectFailed | Kind::ConnectTimeout | Kind::DnsFailed | Kind::TlsFailed => Some(Failure::Reset),
-        Kind::UpstreamReset if unsent => Some(Failure::Unsent),
+        Kind::UpstreamReset if live.unsent && can_have_it() => Some(Failure::Unsent),
+        Kind::UpstreamReset if live.unsent => Some(Failure::Refused),
         Kind::UpstreamReset | Kind::UpstreamProtocol => Some(Failure::Reset),
         Kind::PerTryTimeout => Some(Failure::Timeout),
         _ => None,

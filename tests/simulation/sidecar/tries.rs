@@ -9,7 +9,12 @@ impl Live<'_> {
             Err(kind) => {
                 let failure = match kind {
                     Kind::ConnectFailed => Some(Failure::Reset),
-                    Kind::UpstreamReset if self.unsent => Some(Failure::Unsent),
+                    Kind::UpstreamReset if self.unsent => {
+                        match self.endpoint.is_some_and(|this| self.has_other(this)) {
+                            true => Some(Failure::Unsent),
+                            false => Some(Failure::Refused),
+                        }
+                    }
                     Kind::UpstreamReset => Some(Failure::Reset),
                     Kind::PerTryTimeout => Some(Failure::Timeout),
                     _ => None,
