@@ -38,7 +38,7 @@ impl Ties {
     /// Callers wait for the same deadline, so that theirs can be over a moment before ours.
     pub fn abandoned(&self, late: &Spent, at: Instant, now: Instant) {
         let is_as_good_as_over = at <= now + MOST_RESERVED;
-        late.note(self.keys, LATE, if is_as_good_as_over { now } else { at });
+        late.note(self.keys, LATE, if is_as_good_as_over { now } else { at }, now);
     }
 }
 

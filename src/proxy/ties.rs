@@ -210,7 +210,7 @@ pub fn failed(live: &mut Live, below: Option<&Mark>, is_final: bool, now: Instan
             causes.blame(&mark);
         }
         if mark.is_final {
-            live.worker.spent.note(ties.keys, live.view.destination(live.destination()).id, now);
+            live.worker.spent.note(ties.keys, live.view.destination(live.destination()).id, now, now);
         }
     }
     live.mark = Some(Box::new(written(live, mark)));
@@ -254,7 +254,7 @@ pub fn ended(live: &Live, kind: Kind, now: Instant) {
         && matches!(kind, Kind::RequestTimeout | Kind::DeadlineExceeded)
         && let Some(ties) = &live.ties
     {
-        live.worker.late.note(ties.keys, LATE, now);
+        live.worker.late.note(ties.keys, LATE, now, now);
     }
 }
 

@@ -235,7 +235,7 @@ impl Drop for Live<'_> {
     fn drop(&mut self) {
         let now = self.now();
         if self.side.direction == Direction::Inbound && !self.is_answered && self.request_at() <= now + ms(10) {
-            self.world.sidecars[self.sidecar].late.note(self.keys, LATE, now);
+            self.world.sidecars[self.sidecar].late.note(self.keys, LATE, now, now);
         }
     }
 }

@@ -15,7 +15,7 @@ impl Live<'_> {
             causes.blame(&mark);
         }
         if mark.is_final {
-            self.world.sidecars[self.sidecar].spent.note(self.keys, self.side.id, now);
+            self.world.sidecars[self.sidecar].spent.note(self.keys, self.side.id, now, now);
         }
         self.mark = Some(mark);
     }
@@ -33,7 +33,7 @@ impl Live<'_> {
             return;
         }
         if matches!(kind, Kind::RequestTimeout | Kind::DeadlineExceeded) {
-            self.world.sidecars[self.sidecar].late.note(self.keys, LATE, now);
+            self.world.sidecars[self.sidecar].late.note(self.keys, LATE, now, now);
         }
         let mut mark = self.blamed().unwrap_or_default();
         mark.is_unsent = kind.is_before_the_app() && !self.was_seen;
