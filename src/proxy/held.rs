@@ -26,7 +26,7 @@ pub struct Ties {
     pub is_late: bool,
 }
 
-/// Inbound requests that were ended by their deadline stand here under a destination that there is not.
+/// Inbound requests that were ended by their deadline stand here under a place that there is not.
 pub const LATE: u64 = 0;
 
 /// The most that a hop keeps of the time for the way back.

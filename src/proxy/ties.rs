@@ -185,8 +185,11 @@ impl Until {
 
 /// True if the tries of this request were used up here a moment ago: whoever sends it again has tried for us.
 pub fn is_spent(live: &Live, now: Instant) -> bool {
-    let destination = live.view.destination(live.destination()).id;
-    live.ties.as_ref().is_some_and(|ties| live.worker.spent.knows(ties.keys, destination, now))
+    live.ties.as_ref().is_some_and(|ties| live.worker.spent.knows(ties.keys, place(live), now))
+}
+
+fn place(live: &Live) -> u64 {
+    live.worker.spent.place(live.view.destination(live.destination()).id, live.record.path())
 }
 
 /// A call failed for good. Says so to the inbound request behind it, and in the answer.
@@ -210,7 +213,7 @@ pub fn failed(live: &mut Live, below: Option<&Mark>, is_final: bool, now: Instan
             causes.blame(&mark);
         }
         if mark.is_final {
-            live.worker.spent.note(ties.keys, live.view.destination(live.destination()).id, now, now);
+            live.worker.spent.note(ties.keys, place(live), now, now);
         }
     }
     live.mark = Some(Box::new(written(live, mark)));

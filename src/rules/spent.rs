@@ -5,6 +5,7 @@
 //! told only of failures, so one lock is enough. Shared by all workers, bounded in time and in size.
 
 use std::collections::{HashMap, VecDeque};
+use std::hash::BuildHasher;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -26,6 +27,7 @@ type Call = (TraceKey, u64);
 #[derive(Debug, Default)]
 pub struct Spent {
     memory: Mutex<Memory>,
+    hasher: RandomState,
     /// False as long as there was never anything to remember: then nobody waits for the lock.
     used: AtomicBool,
 }
@@ -38,27 +40,33 @@ struct Memory {
 }
 
 impl Spent {
-    /// Remembers under each of these ids that the tries at a destination (its hash) were used up at `at`. That may be still
+    /// Where a call goes: its destination (the hash of that) and its path. That one path fails says nothing about what else
+    /// belongs to the same trace.
+    pub fn place(&self, destination: u64, path: &str) -> u64 {
+        self.hasher.hash_one((destination, path))
+    }
+
+    /// Remembers under each of these ids that the tries at a place were used up at `at`. That may be still
     /// to come: until then nothing is known. What is forgotten meanwhile goes by `now`.
-    pub fn note(&self, keys: TraceKeys, destination: u64, at: Instant, now: Instant) {
+    pub fn note(&self, keys: TraceKeys, place: u64, at: Instant, now: Instant) {
         self.used.store(true, Relaxed);
         let mut memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
         for key in keys.iter() {
-            let call = (key, destination);
+            let call = (key, place);
             memory.last.insert(call, at);
             memory.notes.push_back((at, call));
         }
         memory.forget(now);
     }
 
-    /// Whether the tries at a destination were used up, under any of these ids, less than [`REMEMBERED`] ago.
-    pub fn knows(&self, keys: TraceKeys, destination: u64, now: Instant) -> bool {
+    /// Whether the tries at a place were used up, under any of these ids, less than [`REMEMBERED`] ago.
+    pub fn knows(&self, keys: TraceKeys, place: u64, now: Instant) -> bool {
         if !self.used.load(Relaxed) {
             return false;
         }
         let memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
         let holds = |noted: &Instant| *noted <= now && is_fresh(*noted, now);
-        keys.iter().any(|key| memory.last.get(&(key, destination)).is_some_and(holds))
+        keys.iter().any(|key| memory.last.get(&(key, place)).is_some_and(holds))
     }
 }
 
@@ -94,7 +102,7 @@ mod tests {
     }
 
     #[test]
-    fn a_call_is_known_for_ten_seconds_and_only_at_its_destination() {
+    fn a_call_is_known_for_ten_seconds_and_only_at_its_place() {
         let (spent, now) = (Spent::default(), Instant::now());
         note(&spent, key(1), now);
         assert!(spent.knows(key(1), 7, now));
@@ -103,6 +111,14 @@ mod tests {
         assert!(!spent.knows(key(1), 8, now));
         assert!(!spent.knows(key(2), 7, now));
         assert!(!spent.knows(TraceKeys::default(), 7, now));
+    }
+
+    #[test]
+    fn a_place_is_a_path_of_a_destination() {
+        let spent = Spent::default();
+        let places = [spent.place(1, "/a"), spent.place(1, "/b"), spent.place(2, "/a")];
+        assert_eq!(places[0], spent.place(1, "/a"));
+        assert!(places[0] != places[1] && places[0] != places[2] && places[1] != places[2]);
     }
 
     #[test]

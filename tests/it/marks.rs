@@ -4,7 +4,7 @@ use std::net::{SocketAddr, TcpListener};
 
 use crate::support::Mesh;
 use crate::support::bank::{Bank, Say, behind_a_caller};
-use crate::support::http::{get, grpc};
+use crate::support::http::{ask, empty, get, grpc, request};
 use crate::support::upstream::policy;
 use crate::support::wire::Wire;
 
@@ -143,6 +143,22 @@ async fn a_call_that_an_earlier_try_may_have_brought_to_the_app_is_not_called_un
         let said = answer.header("proxy-status");
         assert!(said.contains("connect_failed") && said.contains(tries), "{answer:?}");
         assert_eq!(said.contains("hopguard-unsent"), is_unsent, "{answer:?}");
+    }
+    mesh.stop().await;
+}
+
+#[tokio::test]
+async fn what_was_tried_out_is_remembered_for_its_path_and_not_for_the_whole_trace() {
+    let bank = Bank::http1(&[Say::Status(503)]).await;
+    let both = behind_a_caller(&[bank.addr()], "", QUICK)
+        .replace("listeners:\n", "listeners:\n  - { name: back, bind: \"127.0.0.1:0\", to: app }\n");
+    let mesh = Mesh::start(&both).await;
+    let mut before = 0;
+    for (path, tries) in [("/a", 3), ("/b", 3), ("/a?again", 1), ("/b", 1)] {
+        let asked = request("GET", path).header("x-request-id", "one trace").body(empty()).unwrap();
+        assert_eq!(ask(mesh.addr("in"), asked).await.status, 503);
+        assert_eq!(bank.tries() - before, tries, "{path}");
+        before = bank.tries();
     }
     mesh.stop().await;
 }
