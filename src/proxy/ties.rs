@@ -66,16 +66,22 @@ pub fn begin(live: &mut Live, head: &mut Parts, present: &Present) -> Result<(),
     Ok(())
 }
 
-/// The time that the request's own fields allow.
+/// The time that the request's own fields allow: the least, where there are several.
 fn asked(grpc: bool, fields: &HeaderMap) -> Result<Option<Duration>, Refusal> {
-    if grpc {
-        let Some(value) = fields.get(GRPC_TIMEOUT) else { return Ok(None) };
-        let malformed = |_| Refusal::plain(Kind::BadRequest, "grpc-timeout is malformed");
-        return deadline::parse_grpc_timeout(value.as_bytes()).map(Some).map_err(malformed);
+    if !grpc {
+        // Not a standard's field: one that cannot be read is somebody else's.
+        let values = fields.get_all(EXPECTED_RQ_TIMEOUT_MS).iter();
+        return Ok(values
+            .filter_map(|value| deadline::parse_expected_rq_timeout_ms(value.as_bytes()).ok().flatten())
+            .min());
     }
-    // Not a standard's field: one that cannot be read is somebody else's.
-    let value = fields.get(EXPECTED_RQ_TIMEOUT_MS);
-    Ok(value.and_then(|value| deadline::parse_expected_rq_timeout_ms(value.as_bytes()).ok().flatten()))
+    let mut least = None;
+    for value in fields.get_all(GRPC_TIMEOUT) {
+        let malformed = |_| Refusal::plain(Kind::BadRequest, "grpc-timeout is malformed");
+        let time = deadline::parse_grpc_timeout(value.as_bytes()).map_err(malformed)?;
+        least = Some(least.map_or(time, |least: Duration| least.min(time)));
+    }
+    Ok(least)
 }
 
 /// Takes up a deadline that is not the policy's.
@@ -314,4 +320,34 @@ pub fn push_back(live: &Live, fields: &mut HeaderMap) {
 /// Whether the caller is told not to try again in words that every gRPC client obeys, be there a sidecar or not.
 pub fn pushes_back(live: &Live) -> bool {
     live.mark.as_ref().is_some_and(|mark| mark.is_final)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_several_fields_that_tell_a_time_the_least_counts() {
+        let table: [(bool, &[&str], Option<u64>); 9] = [
+            (false, &[], None),
+            (false, &["300", "700"], Some(300)),
+            (false, &["700", "300"], Some(300)),
+            (false, &["0", "700"], Some(700)),
+            (false, &["soon", "700"], Some(700)),
+            (false, &["soon"], None),
+            (true, &["700m", "1S"], Some(700)),
+            (true, &["1S", "700m"], Some(700)),
+            (true, &["0n", "1S"], Some(0)),
+        ];
+        for (grpc, values, wanted) in table {
+            let name = if grpc { GRPC_TIMEOUT } else { EXPECTED_RQ_TIMEOUT_MS };
+            let mut fields = HeaderMap::new();
+            for value in values {
+                fields.append(&name, HeaderValue::from_str(value).unwrap());
+            }
+            assert_eq!(asked(grpc, &fields).unwrap(), wanted.map(Duration::from_millis), "{values:?}");
+        }
+        let odd = HeaderMap::from_iter([GRPC_TIMEOUT, GRPC_TIMEOUT].map(|name| (name, HeaderValue::from_static("7x"))));
+        assert_eq!(asked(true, &odd).unwrap_err().kind, Kind::BadRequest);
+    }
 }

@@ -159,7 +159,9 @@ fn pushback(fields: &HeaderMap, grpc: bool) -> Option<Pushback> {
         return Some(wait.map_or(Pushback::Stop, |millis| Pushback::Wait(Duration::from_millis(millis.into()))));
     }
     let text = fields.get(header::RETRY_AFTER)?.to_str().ok()?.trim();
-    let wait = text.parse().map_or_else(|_| until_date(text), |seconds| Some(Duration::from_secs(seconds)));
+    let is_number = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    // A number that is too large to be held is a very long time all the same.
+    let wait = if is_number { Some(Duration::from_secs(text.parse().unwrap_or(u64::MAX))) } else { until_date(text) };
     wait.map(Pushback::Wait)
 }
 
@@ -331,6 +333,9 @@ mod tests {
         assert_eq!(said("Sun, 06 Nov 1994 08:49:37 GMT"), Some(Pushback::Wait(Duration::ZERO)), "it is past");
         let Some(Pushback::Wait(wait)) = said("Fri, 31 Dec 2100 23:59:59 GMT") else { panic!("no wait") };
         assert!(wait > Duration::from_secs(365 * 24 * 3600));
-        assert_eq!(said("soon"), None);
+        assert_eq!(said("99999999999999999999"), Some(Pushback::Wait(Duration::from_secs(u64::MAX))));
+        for nothing in ["soon", "", "-1", "+1"] {
+            assert_eq!(said(nothing), None, "{nothing:?}");
+        }
     }
 }
