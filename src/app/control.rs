@@ -130,6 +130,7 @@ pub(super) fn replace(shared: &Arc<Shared>, model: Model, begun: Instant) -> Res
     next.take_effect(now, |destination, member, change| {
         trial::ejection_changed(&shared.telemetry, destination, member, change, now);
     });
+    trial::policy_changed(&shared.telemetry, &old, &next, now);
     shared.policy.store(Arc::new(next));
     doors.carry_out(plan);
     drop(doors);

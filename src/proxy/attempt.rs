@@ -78,6 +78,7 @@ pub async fn send(live: &mut Live, pool: &Rc<Pool>, switching: bool) -> Result<R
             None => continue,
         }
     }
+    live.leaving = true;
     Err(Refusal::plain(Kind::UpstreamReset, "every connection was closed before the request could be sent"))
 }
 
@@ -189,6 +190,7 @@ async fn exchange(live: &mut Live, mut lease: Lease) -> Result<Option<Response<A
             lease.lost_race(began, now);
             live.unsent = error.is_unprocessed();
             live.reused &= error.is_close();
+            live.leaving = error.is_end_of_connection();
             Err(broken(live, lease.reused, &error))
         }
         Err(refusal) => {

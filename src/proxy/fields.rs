@@ -68,7 +68,7 @@ pub struct Present {
     pub pushback: bool,
     /// `Proxy-Status`.
     pub proxy_status: bool,
-    /// `Idempotency-Key`.
+    /// An `Idempotency-Key` that has a key.
     pub idempotency_key: bool,
     /// `TE`.
     pub te: bool,
@@ -116,7 +116,10 @@ impl Present {
                     "x-envoy-attempt-count" => found.attempt_count = true,
                     "grpc-retry-pushback-ms" => found.pushback = true,
                     "proxy-status" => found.proxy_status = true,
-                    "idempotency-key" => found.idempotency_key = true,
+                    // By an empty one nobody can tell the second request from the first.
+                    "idempotency-key" => {
+                        found.idempotency_key |= value.as_bytes().iter().any(|byte| !b" \t\"".contains(byte))
+                    }
                     _ => {}
                 },
             }
@@ -352,6 +355,22 @@ mod tests {
         let present = Present::scan(&all);
         join_cookies(&mut all, &present);
         assert_eq!(all.get_all(header::COOKIE).iter().collect::<Vec<_>>(), ["a=1; b=2"]);
+    }
+
+    #[test]
+    fn an_idempotency_key_is_one_only_if_it_says_something() {
+        for (values, is_key) in [
+            (&[][..], false),
+            (&[""], false),
+            (&[" \t"], false),
+            (&["\"\""], false),
+            (&["\"7\""], true),
+            (&["7"], true),
+            (&["7", ""], true),
+        ] {
+            let list: Vec<_> = values.iter().map(|value| ("idempotency-key", *value)).collect();
+            assert_eq!(Present::scan(&fields(&list)).idempotency_key, is_key, "{values:?}");
+        }
     }
 
     #[test]

@@ -26,7 +26,7 @@ pub struct Ties {
     pub is_late: bool,
 }
 
-/// Inbound requests that were ended by their deadline stand here under a destination that there is not.
+/// Inbound requests that were ended by their deadline stand here under a place that there is not.
 pub const LATE: u64 = 0;
 
 /// The most that a hop keeps of the time for the way back.
@@ -38,7 +38,7 @@ impl Ties {
     /// Callers wait for the same deadline, so that theirs can be over a moment before ours.
     pub fn abandoned(&self, late: &Spent, at: Instant, now: Instant) {
         let is_as_good_as_over = at <= now + MOST_RESERVED;
-        late.note(self.keys, LATE, if is_as_good_as_over { now } else { at });
+        late.note(self.keys, LATE, if is_as_good_as_over { now } else { at }, now);
     }
 }
 

@@ -80,6 +80,10 @@ pub struct Live {
     pub reused: bool,
     /// The present try has ended without that anybody can have seen the request.
     pub unsent: bool,
+    /// That was so because its connection came to its end.
+    pub leaving: bool,
+    /// Somebody may have seen the request in one of the tries before.
+    pub was_seen: bool,
     /// The method or a key of the request says that it may be repeated.
     pub is_safe: bool,
     /// What the present try says about the callee is still to be judged.
@@ -88,7 +92,7 @@ pub struct Live {
     pub fault: Option<Box<Aftermath>>,
     /// How the exchange hangs together with others.
     pub ties: Option<Box<Ties>>,
-    /// What its answer tells the sidecars above.
+    /// What its answer tells the sidecars above; once there is one, it is decided, though it may say nothing.
     pub mark: Option<Box<Mark>>,
     /// The deadline that would have ended it, were the rule enforced.
     pub late_at: Option<Instant>,
@@ -146,6 +150,8 @@ impl Live {
             tried: Vec::new(),
             reused: false,
             unsent: false,
+            leaving: false,
+            was_seen: false,
             is_safe: present.idempotency_key || is_idempotent(request.method().as_str()),
             trial: Trial::default(),
             fault: None,

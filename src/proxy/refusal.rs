@@ -428,24 +428,15 @@ impl Refusal {
         if let Some(value) = self.proxy_status(context) {
             answer.headers_mut().insert(PROXY_STATUS, value);
         }
+        if is_grpc && context.pushes_back {
+            answer.headers_mut().insert(PUSHBACK, HeaderValue::from_static("-1"));
+            return answer;
+        }
         let busy = self.kind.status() == StatusCode::SERVICE_UNAVAILABLE;
         if let Some(wait) = self.retry_after.or_else(|| busy.then_some(Duration::from_secs(1))) {
-            self.say_when(is_grpc, wait, context, answer.headers_mut());
+            say_when(is_grpc, wait, answer.headers_mut());
         }
         answer
-    }
-
-    /// When to call again (RFC 9110, 10.2.3; gRFC A6).
-    fn say_when(&self, is_grpc: bool, wait: Duration, context: &Context<'_>, fields: &mut HeaderMap) {
-        if is_grpc && context.pushes_back {
-            fields.insert(PUSHBACK, HeaderValue::from_static("-1"));
-        } else if is_grpc {
-            let millis = u32::try_from(wait.as_millis()).unwrap_or(u32::MAX);
-            fields.insert(PUSHBACK, HeaderValue::from(millis));
-        } else {
-            let seconds = wait.as_secs() + u64::from(wait.subsec_nanos() > 0);
-            fields.insert(header::RETRY_AFTER, HeaderValue::from(seconds.max(1)));
-        }
     }
 
     fn proxy_status(&self, context: &Context<'_>) -> Option<HeaderValue> {
@@ -489,6 +480,17 @@ impl Refusal {
     }
 }
 
+/// When to call again (RFC 9110, 10.2.3; gRFC A6).
+fn say_when(is_grpc: bool, wait: Duration, fields: &mut HeaderMap) {
+    if is_grpc {
+        let millis = u32::try_from(wait.as_millis()).unwrap_or(u32::MAX);
+        fields.insert(PUSHBACK, HeaderValue::from(millis));
+    } else {
+        let seconds = wait.as_secs() + u64::from(wait.subsec_nanos() > 0);
+        fields.insert(header::RETRY_AFTER, HeaderValue::from(seconds.max(1)));
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -527,6 +529,21 @@ mod tests {
         assert_eq!(answer.headers()[grpc::STATUS], "4");
         assert!(answer.body().is_empty());
         assert!(answer.headers()[grpc::MESSAGE].to_str().unwrap().contains("policy.yaml:12"));
+    }
+
+    #[test]
+    fn whoever_pushes_a_grpc_caller_back_says_so_whatever_the_refusal() {
+        let kinds = [Kind::UpstreamReset, Kind::DnsFailed, Kind::RequestTimeout, Kind::CircuitOpen];
+        for (kind, waits) in kinds.into_iter().zip([None, None, None, Some("1000")]) {
+            for (pushes_back, wanted) in [(true, Some("-1")), (false, waits)] {
+                let context = Context { pushes_back, ..Context::default() };
+                let answer = Refusal::plain(kind, "").answer(true, &context, |bytes| bytes);
+                let said = answer.headers().get(PUSHBACK).map(|value| value.to_str().unwrap());
+                assert_eq!(said, wanted, "{kind:?}");
+                let answer = Refusal::plain(kind, "").answer(false, &context, |bytes| bytes);
+                assert_eq!(answer.headers().get(PUSHBACK), None, "{kind:?}");
+            }
+        }
     }
 
     #[test]

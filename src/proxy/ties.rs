@@ -14,7 +14,7 @@ use http::request::Parts;
 use tokio::time::Instant;
 
 use crate::policy::model::Direction;
-use crate::problems::{Origin, Set};
+use crate::problems::Origin;
 use crate::proxy::fields::Present;
 use crate::proxy::grpc::PUSHBACK;
 use crate::proxy::held::{LATE, MOST_RESERVED, Ties};
@@ -25,7 +25,6 @@ use crate::rules::breaker::is_failed_code;
 use crate::rules::deadline::{self, Deadline, EXPECTED_RQ_TIMEOUT_MS, GRPC_TIMEOUT, Source};
 use crate::rules::joined::{Causes, Join};
 use crate::rules::mark::Mark;
-use crate::rules::mode::{Mode, Modes};
 use crate::rules::trace::{self, TraceKeys, X_REQUEST_ID};
 
 /// A call that has less than this left cannot be answered in time.
@@ -67,16 +66,22 @@ pub fn begin(live: &mut Live, head: &mut Parts, present: &Present) -> Result<(),
     Ok(())
 }
 
-/// The time that the request's own fields allow.
+/// The time that the request's own fields allow: the least, where there are several.
 fn asked(grpc: bool, fields: &HeaderMap) -> Result<Option<Duration>, Refusal> {
-    if grpc {
-        let Some(value) = fields.get(GRPC_TIMEOUT) else { return Ok(None) };
-        let malformed = |_| Refusal::plain(Kind::BadRequest, "grpc-timeout is malformed");
-        return deadline::parse_grpc_timeout(value.as_bytes()).map(Some).map_err(malformed);
+    if !grpc {
+        // Not a standard's field: one that cannot be read is somebody else's.
+        let values = fields.get_all(EXPECTED_RQ_TIMEOUT_MS).iter();
+        return Ok(values
+            .filter_map(|value| deadline::parse_expected_rq_timeout_ms(value.as_bytes()).ok().flatten())
+            .min());
     }
-    // Not a standard's field: one that cannot be read is somebody else's.
-    let value = fields.get(EXPECTED_RQ_TIMEOUT_MS);
-    Ok(value.and_then(|value| deadline::parse_expected_rq_timeout_ms(value.as_bytes()).ok().flatten()))
+    let mut least = None;
+    for value in fields.get_all(GRPC_TIMEOUT) {
+        let malformed = |_| Refusal::plain(Kind::BadRequest, "grpc-timeout is malformed");
+        let time = deadline::parse_grpc_timeout(value.as_bytes()).map_err(malformed)?;
+        least = Some(least.map_or(time, |least: Duration| least.min(time)));
+    }
+    Ok(least)
 }
 
 /// Takes up a deadline that is not the policy's.
@@ -186,8 +191,11 @@ impl Until {
 
 /// True if the tries of this request were used up here a moment ago: whoever sends it again has tried for us.
 pub fn is_spent(live: &Live, now: Instant) -> bool {
-    let destination = live.view.destination(live.destination()).id;
-    live.ties.as_ref().is_some_and(|ties| live.worker.spent.knows(ties.keys, destination, now))
+    live.ties.as_ref().is_some_and(|ties| live.worker.spent.knows(ties.keys, place(live), now))
+}
+
+fn place(live: &Live) -> u64 {
+    live.worker.spent.place(live.view.destination(live.destination()).id, live.record.path())
 }
 
 /// A call failed for good. Says so to the inbound request behind it, and in the answer.
@@ -198,27 +206,34 @@ pub fn failed(live: &mut Live, below: Option<&Mark>, is_final: bool, now: Instan
     if live.direction == Direction::Inbound {
         return;
     }
-    let is_final = is_final || below.is_some_and(|mark| mark.is_final);
+    let in_one_place = live.view.policy.model.modes.retry_in_one_place.value;
+    let is_final = !in_one_place.is_off() && (is_final || below.is_some_and(|mark| mark.is_final));
     let here = || live.destination_values().name.as_str().into();
     let at = Some(below.and_then(|mark| mark.at.clone()).unwrap_or_else(here));
     if below.is_some_and(|mark| mark.at.is_some()) {
         live.record.note().failed_at.clone_from(&at);
     }
-    let mark = Mark { is_final: is_final && !is_off(live, |modes| &modes.retry_in_one_place), is_unsent: false, at };
+    let mark = Mark { is_final, is_unsent: false, at };
     if let Some(ties) = &live.ties {
         if let Some(causes) = &ties.causes {
             causes.blame(&mark);
         }
         if mark.is_final {
-            live.worker.spent.note(ties.keys, live.view.destination(live.destination()).id, now);
+            live.worker.spent.note(ties.keys, place(live), now, now);
         }
     }
-    live.mark = Some(Box::new(mark));
+    live.mark = Some(Box::new(written(live, mark)));
 }
 
-/// A mark is written in `warn` too: whoever reads it acts on it, or says that it would have.
-fn is_off(live: &Live, mode: impl Fn(&Modes) -> &Set<Mode>) -> bool {
-    mode(&live.view.policy.model.modes).value.is_off()
+/// What of a mark is written: in `warn` nothing, because whoever reads it acts on it. What is known in this process is kept in
+/// `warn` all the same, to be counted.
+fn written(live: &Live, mark: Mark) -> Mark {
+    let modes = &live.view.policy.model.modes;
+    Mark {
+        is_final: mark.is_final && modes.retry_in_one_place.value.is_enforced(),
+        is_unsent: mark.is_unsent && modes.unsent.value.is_enforced(),
+        at: mark.at.filter(|_| modes.blame_in_one_place.value.is_enforced()),
+    }
 }
 
 /// The mark of an answer of our own: in the place of a callee that failed or is protected, or of an app that never got the
@@ -228,18 +243,17 @@ pub fn refused(live: &mut Live, kind: Kind, now: Instant) {
         return;
     }
     if live.direction == Direction::Outbound {
-        if kind.is_of_the_callee() {
+        // A try that failed has been told already, with the reason why there was no other; the rest (no turn, no time, an open
+        // breaker) nobody above is to ask for again.
+        if kind.is_of_the_callee() && live.mark.is_none() {
             failed(live, None, true, now);
         }
         return;
     }
     ended(live, kind, now);
-    let is_unsent = kind.is_before_the_app() && !is_off(live, |modes| &modes.unsent);
-    let mut mark = blamed(live).unwrap_or(Mark { is_final: false, is_unsent: false, at: None });
-    mark.is_unsent = is_unsent;
-    if mark.is_unsent || mark.is_final || mark.at.is_some() {
-        live.mark = Some(Box::new(mark));
-    }
+    let is_unsent = kind.is_before_the_app() && !live.was_seen;
+    let mark = Mark { is_unsent, ..blamed(live).unwrap_or_default() };
+    live.mark = Some(Box::new(written(live, mark)));
 }
 
 /// An exchange was ended by us, before its answer or in the midst of it. Where time was up, the app may go on, and call
@@ -249,7 +263,7 @@ pub fn ended(live: &Live, kind: Kind, now: Instant) {
         && matches!(kind, Kind::RequestTimeout | Kind::DeadlineExceeded)
         && let Some(ties) = &live.ties
     {
-        live.worker.late.note(ties.keys, LATE, now);
+        live.worker.late.note(ties.keys, LATE, now, now);
     }
 }
 
@@ -268,12 +282,12 @@ pub fn is_blamed_below(live: &Live) -> bool {
 /// An app may have copied the marks of its own callee; a member of ours at the end says what holds.
 pub fn mark_answer(live: &mut Live, status: StatusCode, fields: &mut HeaderMap, was_marked: bool) {
     if live.direction == Direction::Inbound {
-        live.mark = blamed(live).map(Box::new);
-    }
-    if live.mark.is_none() && !was_marked {
-        return;
+        live.mark = blamed(live).map(|mark| Box::new(written(live, mark)));
     }
     let said = live.mark.as_ref().map_or_else(String::new, |mark| mark.write_parameters());
+    if said.is_empty() && !was_marked {
+        return;
+    }
     if let Ok(value) = HeaderValue::from_str(&format!("hopguard; received-status={}{said}", status.as_u16())) {
         fields.append(PROXY_STATUS, value);
     }
@@ -305,6 +319,35 @@ pub fn push_back(live: &Live, fields: &mut HeaderMap) {
 
 /// Whether the caller is told not to try again in words that every gRPC client obeys, be there a sidecar or not.
 pub fn pushes_back(live: &Live) -> bool {
-    let is_enforced = live.view.policy.model.modes.retry_in_one_place.value.is_enforced();
-    is_enforced && live.mark.as_ref().is_some_and(|mark| mark.is_final)
+    live.mark.as_ref().is_some_and(|mark| mark.is_final)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_several_fields_that_tell_a_time_the_least_counts() {
+        let table: [(bool, &[&str], Option<u64>); 9] = [
+            (false, &[], None),
+            (false, &["300", "700"], Some(300)),
+            (false, &["700", "300"], Some(300)),
+            (false, &["0", "700"], Some(700)),
+            (false, &["soon", "700"], Some(700)),
+            (false, &["soon"], None),
+            (true, &["700m", "1S"], Some(700)),
+            (true, &["1S", "700m"], Some(700)),
+            (true, &["0n", "1S"], Some(0)),
+        ];
+        for (grpc, values, wanted) in table {
+            let name = if grpc { GRPC_TIMEOUT } else { EXPECTED_RQ_TIMEOUT_MS };
+            let mut fields = HeaderMap::new();
+            for value in values {
+                fields.append(&name, HeaderValue::from_str(value).unwrap());
+            }
+            assert_eq!(asked(grpc, &fields).unwrap(), wanted.map(Duration::from_millis), "{values:?}");
+        }
+        let odd = HeaderMap::from_iter([GRPC_TIMEOUT, GRPC_TIMEOUT].map(|name| (name, HeaderValue::from_static("7x"))));
+        assert_eq!(asked(true, &odd).unwrap_err().kind, Kind::BadRequest);
+    }
 }

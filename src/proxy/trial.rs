@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::policy::snapshot::Destination;
+use crate::policy::snapshot::{Destination, Snapshot};
 use crate::proxy::held::{Trial, Turn};
 use crate::proxy::live::Live;
 use crate::proxy::refusal::{Kind, Refusal, Rule};
@@ -234,14 +234,32 @@ fn millis(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
-fn breaker_changed(telemetry: &Telemetry, destination: &Destination, change: &Change) {
-    let name = &destination.values.name;
-    let number = match change.to {
+/// A state in the metrics.
+const fn number(state: State) -> i64 {
+    match state {
         State::Closed => 0,
         State::HalfOpen => 1,
         State::Open => 2,
-    };
-    telemetry.breaker_changed(name, change.to.as_str(), number);
+    }
+}
+
+/// Another policy is in force: a breaker or an ejection that it has not is shown no more, and one that is back as it is.
+pub fn policy_changed(telemetry: &Telemetry, old: &Snapshot, next: &Snapshot, now: Instant) {
+    let is_gone = |one: &&Destination| next.destinations.iter().all(|other| other.id != one.id);
+    let gone = old.destinations.iter().filter(is_gone).map(|one| (one, false, false));
+    let there = next.destinations.iter().map(|one| (one, one.breaker.is_some(), one.ejection.is_some()));
+    for (destination, breaker, ejection) in gone.chain(there) {
+        let health = &destination.cluster.health;
+        if health.show(breaker, ejection) {
+            let state = number(health.shown(health.breaker.state(now)));
+            telemetry.breaker_and_endpoints(&destination.values.name, state, health.out_now(now));
+        }
+    }
+}
+
+fn breaker_changed(telemetry: &Telemetry, destination: &Destination, change: &Change) {
+    let name = &destination.values.name;
+    telemetry.breaker_changed(name, change.to.as_str(), number(destination.cluster.health.shown(change.to)));
     tracing::warn!(
         destination = name,
         from = change.from.as_str(),

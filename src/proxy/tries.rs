@@ -89,7 +89,7 @@ async fn again(live: &mut Live, pool: &Rc<Pool>, tried: Tried) -> Option<Tried> 
         }
         Decision::Stop(why) => why,
     };
-    tell(live, &report, why, &tried, now);
+    tell(live, &report, why, now);
     Some(tried)
 }
 
@@ -110,7 +110,7 @@ impl Report {
         match tried {
             Ok(answer) => Self::of_answer(live, pool, answer),
             Err(refusal) => {
-                let failure = of_refusal(refusal.kind, live.unsent);
+                let failure = of_refusal(live, pool, refusal.kind);
                 let unseen = refusal.kind != Kind::UpstreamProtocol && live.unsent;
                 Self {
                     failure,
@@ -135,7 +135,7 @@ impl Report {
         };
         let is_unsent = live.believes_unsent(mark.as_ref().is_some_and(|mark| mark.is_unsent));
         // Where there is nobody else to send it to at once, it waits like any other failure.
-        if is_unsent && live.endpoint.as_ref().is_some_and(|this| pool.has_other(&live.tried, this)) {
+        if is_unsent && has_other(live, pool) {
             failure = Failure::Unsent;
         }
         let said = code.map(|(code, _)| code).ok_or(status);
@@ -159,7 +159,9 @@ fn pushback(fields: &HeaderMap, grpc: bool) -> Option<Pushback> {
         return Some(wait.map_or(Pushback::Stop, |millis| Pushback::Wait(Duration::from_millis(millis.into()))));
     }
     let text = fields.get(header::RETRY_AFTER)?.to_str().ok()?.trim();
-    let wait = text.parse().map_or_else(|_| until_date(text), |seconds| Some(Duration::from_secs(seconds)));
+    let is_number = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    // A number that is too large to be held is a very long time all the same.
+    let wait = if is_number { Some(Duration::from_secs(text.parse().unwrap_or(u64::MAX))) } else { until_date(text) };
     wait.map(Pushback::Wait)
 }
 
@@ -169,11 +171,19 @@ fn until_date(text: &str) -> Option<Duration> {
     Some(Duration::try_from(at.duration_since(Timestamp::now())).unwrap_or_default())
 }
 
+/// Whether the destination has an endpoint that the call has not tried.
+fn has_other(live: &Live, pool: &Pool) -> bool {
+    live.endpoint.as_ref().is_some_and(|this| pool.has_other(&live.tried, this))
+}
+
 /// What a refusal of ours means for another try.
-fn of_refusal(kind: Kind, unsent: bool) -> Option<Failure> {
+fn of_refusal(live: &Live, pool: &Pool, kind: Kind) -> Option<Failure> {
+    // A connection that ends leaves its last requests aside, and a new one takes them; but not one after the other.
+    let can_have_it = || has_other(live, pool) || (live.leaving && live.attempt == 1);
     match kind {
         Kind::ConnectFailed | Kind::ConnectTimeout | Kind::DnsFailed | Kind::TlsFailed => Some(Failure::Reset),
-        Kind::UpstreamReset if unsent => Some(Failure::Unsent),
+        Kind::UpstreamReset if live.unsent && can_have_it() => Some(Failure::Unsent),
+        Kind::UpstreamReset if live.unsent => Some(Failure::Refused),
         Kind::UpstreamReset | Kind::UpstreamProtocol => Some(Failure::Reset),
         Kind::PerTryTimeout => Some(Failure::Timeout),
         _ => None,
@@ -241,6 +251,7 @@ fn seen(live: &Live, report: &Report, failure: Failure, now: Instant) -> Option<
 
 /// Makes the request ready for the next try.
 fn prepare(live: &mut Live, tried: Tried, report: &Report) {
+    live.was_seen |= !report.unseen;
     if let Some(endpoint) = live.endpoint.take() {
         live.tried.push(endpoint.address.socket);
     }
@@ -294,13 +305,13 @@ async fn pause(live: &mut Live, after: Duration) {
 }
 
 /// Says why there is no further try: to the log, to the metrics, and to the sidecars above.
-fn tell(live: &mut Live, report: &Report, why: Why, tried: &Tried, now: Instant) {
+fn tell(live: &mut Live, report: &Report, why: Why, now: Instant) {
     let is_failure = report.failure.is_some_and(retry::is_failure);
     if is_failure && why != Why::Off && why != Why::NotAFailure {
         live.record.note().retry = Some(why.name());
         live.worker.shard.telemetry().retry_withheld(&live.destination_values().name, why.name());
     }
-    if let (true, Ok(_)) = (is_failure, tried) {
+    if is_failure {
         let is_safe = live.is_safe || report.unseen;
         let is_final = live.route().retry.is_final(live.attempt.into(), is_safe, Some(why));
         ties::failed(live, report.mark.as_ref(), is_final, now);
@@ -322,6 +333,9 @@ mod tests {
         assert_eq!(said("Sun, 06 Nov 1994 08:49:37 GMT"), Some(Pushback::Wait(Duration::ZERO)), "it is past");
         let Some(Pushback::Wait(wait)) = said("Fri, 31 Dec 2100 23:59:59 GMT") else { panic!("no wait") };
         assert!(wait > Duration::from_secs(365 * 24 * 3600));
-        assert_eq!(said("soon"), None);
+        assert_eq!(said("99999999999999999999"), Some(Pushback::Wait(Duration::from_secs(u64::MAX))));
+        for nothing in ["soon", "", "-1", "+1"] {
+            assert_eq!(said(nothing), None, "{nothing:?}");
+        }
     }
 }

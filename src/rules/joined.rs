@@ -239,9 +239,11 @@ impl Drop for Entered {
 }
 
 impl Causes {
-    /// The earliest of their deadlines, which holds whichever of them it was; `None` if none has one.
+    /// The latest of their deadlines, because nothing tells which of them it was, and a call that has time must not fail for
+    /// another's haste; `None` if one has none.
     pub fn deadline(&self) -> Option<Instant> {
-        self.iter().filter_map(|one| one.deadline()).min()
+        let first = self.first.deadline()?;
+        self.others.iter().try_fold(first, |latest, other| Some(latest.max(other.deadline()?)))
     }
 
     /// Tells each of them the mark of a failed outbound call.
@@ -370,20 +372,33 @@ mod tests {
     }
 
     #[test]
-    fn of_several_with_one_id_the_earliest_deadline_holds_and_each_is_told() {
+    fn of_several_with_one_id_the_latest_deadline_holds_and_each_is_told() {
         let table = Inbounds::new();
-        let mut requests: Vec<_> = [300, 100, 200].map(|millis| table.enter(trace(1), later(millis))).into();
+        let mut requests: Vec<_> = [100, 300, 200].map(|millis| table.enter(trace(1), later(millis))).into();
         let causes = table.find(TraceKey::Trace(1)).unwrap();
         assert_eq!(causes.deadline(), requests[1].inbound().deadline());
         causes.blame(&failed("bank"));
         assert!(requests.iter().all(|one| one.inbound().blamed().is_some()));
-        let earliest = requests.remove(1);
-        drop(earliest);
+        let latest = requests.remove(1);
+        drop(latest);
         assert_eq!(table.join(trace(1)).deadline(), requests[1].inbound().deadline());
-        requests.remove(0);
+        requests.remove(1);
         assert_eq!(table.join(trace(1)).deadline(), requests[0].inbound().deadline());
         requests.clear();
         assert!(is_empty(&table));
+    }
+
+    #[test]
+    fn a_stream_among_those_with_one_id_has_as_much_time_as_it_likes() {
+        let table = Inbounds::new();
+        let requests: Vec<_> = [100, 300].map(|millis| table.enter(trace(1), later(millis))).into();
+        for stream in &requests {
+            let own = stream.inbound().deadline();
+            stream.inbound().lift(None);
+            assert_eq!(table.join(trace(1)).deadline(), None);
+            stream.inbound().lift(own);
+        }
+        assert_eq!(table.join(trace(1)).deadline(), requests[1].inbound().deadline());
     }
 
     #[test]

@@ -5,6 +5,7 @@
 //! told only of failures, so one lock is enough. Shared by all workers, bounded in time and in size.
 
 use std::collections::{HashMap, VecDeque};
+use std::hash::BuildHasher;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -26,6 +27,7 @@ type Call = (TraceKey, u64);
 #[derive(Debug, Default)]
 pub struct Spent {
     memory: Mutex<Memory>,
+    hasher: RandomState,
     /// False as long as there was never anything to remember: then nobody waits for the lock.
     used: AtomicBool,
 }
@@ -38,27 +40,33 @@ struct Memory {
 }
 
 impl Spent {
-    /// Remembers under each of these ids that the tries at a destination (its hash) were used up at `now`. That may be still
-    /// to come: until then nothing is known.
-    pub fn note(&self, keys: TraceKeys, destination: u64, now: Instant) {
+    /// Where a call goes: its destination (the hash of that) and its path. That one path fails says nothing about what else
+    /// belongs to the same trace.
+    pub fn place(&self, destination: u64, path: &str) -> u64 {
+        self.hasher.hash_one((destination, path))
+    }
+
+    /// Remembers under each of these ids that the tries at a place were used up at `at`. That may be still
+    /// to come: until then nothing is known. What is forgotten meanwhile goes by `now`.
+    pub fn note(&self, keys: TraceKeys, place: u64, at: Instant, now: Instant) {
         self.used.store(true, Relaxed);
         let mut memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
         for key in keys.iter() {
-            let call = (key, destination);
-            memory.last.insert(call, now);
-            memory.notes.push_back((now, call));
+            let call = (key, place);
+            memory.last.insert(call, at);
+            memory.notes.push_back((at, call));
         }
         memory.forget(now);
     }
 
-    /// Whether the tries at a destination were used up, under any of these ids, less than [`REMEMBERED`] ago.
-    pub fn knows(&self, keys: TraceKeys, destination: u64, now: Instant) -> bool {
+    /// Whether the tries at a place were used up, under any of these ids, less than [`REMEMBERED`] ago.
+    pub fn knows(&self, keys: TraceKeys, place: u64, now: Instant) -> bool {
         if !self.used.load(Relaxed) {
             return false;
         }
         let memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
         let holds = |noted: &Instant| *noted <= now && is_fresh(*noted, now);
-        keys.iter().any(|key| memory.last.get(&(key, destination)).is_some_and(holds))
+        keys.iter().any(|key| memory.last.get(&(key, place)).is_some_and(holds))
     }
 }
 
@@ -88,10 +96,15 @@ mod tests {
         TraceKey::Trace(id).into()
     }
 
+    /// Something that has happened just now.
+    fn note(spent: &Spent, keys: TraceKeys, now: Instant) {
+        spent.note(keys, 7, now, now);
+    }
+
     #[test]
-    fn a_call_is_known_for_ten_seconds_and_only_at_its_destination() {
+    fn a_call_is_known_for_ten_seconds_and_only_at_its_place() {
         let (spent, now) = (Spent::default(), Instant::now());
-        spent.note(key(1), 7, now);
+        note(&spent, key(1), now);
         assert!(spent.knows(key(1), 7, now));
         assert!(spent.knows(key(1), 7, now + Duration::from_millis(9_999)));
         assert!(!spent.knows(key(1), 7, now + REMEMBERED));
@@ -101,12 +114,20 @@ mod tests {
     }
 
     #[test]
+    fn a_place_is_a_path_of_a_destination() {
+        let spent = Spent::default();
+        let places = [spent.place(1, "/a"), spent.place(1, "/b"), spent.place(2, "/a")];
+        assert_eq!(places[0], spent.place(1, "/a"));
+        assert!(places[0] != places[1] && places[0] != places[2] && places[1] != places[2]);
+    }
+
+    #[test]
     fn a_call_noted_again_is_remembered_from_then_on() {
         let (spent, now) = (Spent::default(), Instant::now());
         let later = now + Duration::from_secs(8);
-        spent.note(key(1), 7, now);
-        spent.note(key(1), 7, later);
-        spent.note(key(2), 7, now + REMEMBERED);
+        note(&spent, key(1), now);
+        note(&spent, key(1), later);
+        note(&spent, key(2), now + REMEMBERED);
         assert!(spent.knows(key(1), 7, later + Duration::from_secs(9)));
     }
 
@@ -114,8 +135,8 @@ mod tests {
     fn what_is_noted_for_later_is_known_from_then_on() {
         let (spent, now) = (Spent::default(), Instant::now());
         let later = now + REMEMBERED * 2;
-        spent.note(key(1), 7, later);
-        spent.note(key(2), 7, now);
+        spent.note(key(1), 7, later, now);
+        note(&spent, key(2), now);
         assert!(!spent.knows(key(1), 7, now));
         assert!(spent.knows(key(1), 7, later));
         assert!(!spent.knows(key(1), 7, later + REMEMBERED));
@@ -123,10 +144,20 @@ mod tests {
     }
 
     #[test]
+    fn what_is_noted_for_later_wipes_out_nothing_that_was_noted_before() {
+        let (spent, now) = (Spent::default(), Instant::now());
+        note(&spent, key(1), now);
+        spent.note(key(2), 7, now + REMEMBERED * 2, now);
+        assert!(spent.knows(key(1), 7, now));
+        note(&spent, key(3), now + REMEMBERED);
+        assert_eq!(spent.memory.lock().unwrap().last.len(), 2, "its own time wipes it out");
+    }
+
+    #[test]
     fn the_oldest_goes_first_and_nothing_stays_for_ever() {
         let (spent, now) = (Spent::default(), Instant::now());
         for id in 0..=MOST as u128 {
-            spent.note(key(id + 1), 7, now);
+            note(&spent, key(id + 1), now);
         }
         assert!(!spent.knows(key(1), 7, now));
         assert!(spent.knows(key(2), 7, now));
@@ -135,7 +166,7 @@ mod tests {
             (memory.last.len(), memory.notes.len())
         };
         assert_eq!(size(&spent), (MOST, MOST));
-        spent.note(key(1), 7, now + REMEMBERED);
+        note(&spent, key(1), now + REMEMBERED);
         assert_eq!(size(&spent), (1, 1));
     }
 }

@@ -65,6 +65,17 @@ impl Telemetry {
         self.instruments.gauge(EJECTED, vec![("destination", destination.to_owned())], None).set(count);
     }
 
+    /// How it stands with `destination` after a reload, without any change of its own; what was never told stays untold.
+    pub fn breaker_and_endpoints(&self, destination: &str, breaker: i64, out_now: usize) {
+        let labels = vec![("destination", destination.to_owned())];
+        if breaker != 0 || self.instruments.has(BREAKER_STATE, &labels) {
+            self.instruments.gauge(BREAKER_STATE, labels.clone(), None).set(breaker);
+        }
+        if out_now != 0 || self.instruments.has(EJECTED, &labels) {
+            self.endpoints_out(destination, out_now);
+        }
+    }
+
     /// A rule in `warn` would have acted on a call to `destination`.
     pub fn would_act(&self, destination: &str, rule: &'static str) {
         let labels = vec![("destination", destination.to_owned()), ("rule", rule.to_owned())];

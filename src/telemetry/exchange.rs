@@ -58,6 +58,11 @@ impl Exchange {
         &self.record.request.method
     }
 
+    /// The path that was asked for.
+    pub fn path(&self) -> &str {
+        self.record.request.uri.path()
+    }
+
     /// What the caller spoke.
     pub fn protocol(&self) -> Protocol {
         self.record.protocol

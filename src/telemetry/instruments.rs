@@ -145,6 +145,12 @@ impl Instruments {
         })
     }
 
+    /// Whether there is a series with these labels.
+    pub(super) fn has(&self, family: Family, labels: &Labels) -> bool {
+        let families = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        families.get(family.name).is_some_and(|cells| cells.by_labels.contains_key(labels))
+    }
+
     fn with_cell<T>(
         &self,
         family: Family,

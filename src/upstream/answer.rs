@@ -139,6 +139,11 @@ impl UpstreamError {
         }
     }
 
+    /// True if the peer has ended the connection with GOAWAY, not this request alone.
+    pub fn is_end_of_connection(&self) -> bool {
+        matches!(self, Self::Http2(error) if error.is_go_away())
+    }
+
     /// The error and everything that led to it, in one line.
     pub fn sentence(&self) -> String {
         let mut sentence = self.to_string();

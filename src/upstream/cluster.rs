@@ -4,7 +4,7 @@
 //! changed timeouts or limits leave it, its connections and its counters alone.
 
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -67,6 +67,8 @@ pub struct Health {
     pub budget: Arc<Budget>,
     /// The cluster that a reload has put into force, and that alone says which endpoints there are; 0 before the first.
     in_force: Arc<AtomicU64>,
+    /// Whether the policy in force has no circuit breaker, and no ejection, for the destination.
+    hidden: Arc<[AtomicBool; 2]>,
     /// Where changes are told that no call causes.
     telemetry: Arc<OnceLock<Arc<Telemetry>>>,
 }
@@ -75,7 +77,19 @@ impl Health {
     /// Nothing has failed yet.
     pub fn new(now: Instant) -> Self {
         let (breaker, group, budget) = (Breaker::new(now), Group::new(now), Budget::new());
-        Self { breaker, group, budget, in_force: Arc::default(), telemetry: Arc::default() }
+        Self { breaker, group, budget, in_force: Arc::default(), hidden: Arc::default(), telemetry: Arc::default() }
+    }
+
+    /// Says which of the two rules the policy in force has. What has failed is remembered without them, but it is not shown,
+    /// whatever calls of an older policy still bring about. True if that is a change.
+    pub fn show(&self, breaker: bool, ejection: bool) -> bool {
+        let was = [self.hidden[0].swap(!breaker, Relaxed), self.hidden[1].swap(!ejection, Relaxed)];
+        was != [!breaker, !ejection]
+    }
+
+    /// The state of the circuit breaker as it is shown, if it is in `state`.
+    pub fn shown(&self, state: State) -> State {
+        if self.hidden[0].load(Relaxed) { State::Closed } else { state }
     }
 
     /// Tells `telemetry` of changes that no call causes. Whoever makes calls has to say this first: only calls eject.
@@ -83,8 +97,11 @@ impl Health {
         self.telemetry.get_or_init(|| Arc::clone(telemetry));
     }
 
-    /// How many endpoints are out.
+    /// How many endpoints are out, and get no calls or would get none.
     pub fn out_now(&self, now: Instant) -> usize {
+        if self.hidden[1].load(Relaxed) {
+            return 0;
+        }
         self.group.members().iter().filter(|member| member.is_out(now)).count()
     }
 }

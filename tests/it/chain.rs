@@ -263,12 +263,18 @@ async fn with_the_rule_off_every_hop_multiplies_the_tries() {
 async fn in_warn_every_hop_retries_and_says_that_it_would_not_have() {
     for (speaks, script) in DOWN {
         let chain = Chain::start(speaks, script, "retryInOnePlace: warn", RETRIES_ONLY).await;
-        assert!(failed(speaks, &chain.call("GET", 1).await));
+        let answer = chain.call("GET", 1).await;
+        assert!(failed(speaks, &answer), "{answer:?}");
         assert_eq!(chain.bank.tries(), 27, "{speaks:?}");
+        assert!(!answer.header("proxy-status").contains("hopguard-final"), "{speaks:?} {answer:?}");
+        assert_eq!(answer.header("grpc-retry-pushback-ms"), "", "{speaks:?}");
+        // Nobody writes a mark that A could have obeyed; B and C have tried for A and for B already.
         let would = chain.metric("hopguard_would_act_total", &["rule=\"retry_in_one_place\""]);
-        assert!(would[0] >= 1.0 && would[1] >= 1.0 && would[3] == 0.0, "{speaks:?} {would:?}");
-        let line = &chain.lines("a", "b", 1).await[0];
-        assert!(line["would"].as_str().is_some_and(|would| would.contains("retry_in_one_place")), "{line}");
+        assert!(would[0] == 0.0 && would[1] >= 1.0 && would[2] >= 1.0 && would[3] == 0.0, "{speaks:?} {would:?}");
+        let lines = chain.lines("b", "c", 3).await;
+        let says =
+            |line: &serde_json::Value| line["would"].as_str().is_some_and(|it| it.contains("retry_in_one_place"));
+        assert!(lines.iter().any(says), "{lines:#?}");
         chain.stop().await;
     }
 }
@@ -320,7 +326,8 @@ async fn a_failure_opens_the_breaker_where_it_happened_and_no_other() {
             };
             assert_eq!([opened(0, "b"), opened(1, "c"), opened(2, "d")], breakers, "{speaks:?} {rules}");
             let line = &chain.lines("a", "b", 1).await[0];
-            assert_eq!(line["failed_at"], "d", "{line}");
+            let named = answer.header("proxy-status").contains("hopguard-at");
+            assert_eq!((line["failed_at"] == "d", named), (rules.is_empty(), rules.is_empty()), "{line} {answer:?}");
             chain.stop().await;
         }
     }
@@ -329,12 +336,16 @@ async fn a_failure_opens_the_breaker_where_it_happened_and_no_other() {
 #[tokio::test]
 async fn blame_in_warn_says_so_and_opens_all_the_same() {
     let chain = Chain::start(Speaks::Http1, DOWN[0].1, "blameInOnePlace: warn", TOUCHY).await;
-    assert_eq!(chain.call("GET", 1).await.status, 503);
+    let answer = chain.call("GET", 1).await;
+    assert_eq!(answer.status, 503);
+    assert!(!answer.header("proxy-status").contains("hopguard-at"), "{answer:?}");
     let opened = chain.metric("hopguard_circuit_breaker_changes_total", &["destination=\"b\"", "to=\"open\""]);
     assert_eq!(opened[0], 1.0);
-    assert_eq!(chain.metric("hopguard_would_act_total", &["rule=\"blame_in_one_place\"", "destination=\"b\""])[0], 1.0);
-    let line = &chain.lines("a", "b", 1).await[0];
-    assert!(line["would"].as_str().is_some_and(|would| would.contains("blame_in_one_place")), "{line}");
+    // Nobody writes a name; but beside its app, each hop has seen the app's own call fail.
+    for (service, app) in ["a", "b", "c"].into_iter().enumerate() {
+        let labels = ["rule=\"blame_in_one_place\"", &format!("destination=\"{app}\"")];
+        assert_eq!(chain.metric("hopguard_would_act_total", &labels)[service], 1.0, "{app}");
+    }
     chain.stop().await;
 }
 

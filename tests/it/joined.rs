@@ -147,6 +147,19 @@ async fn an_app_that_forwards_nothing_but_a_trace_id_carries_its_deadline_on() {
 }
 
 #[tokio::test]
+async fn of_two_requests_with_one_id_the_hasty_one_does_not_hurry_the_other() {
+    let service = Service::open(&["traceparent"], Duration::ZERO, "").await;
+    let hasty = service.call("/slow", "600", Some(("traceparent", TRACEPARENT)));
+    eventually(|| (service.bank.upstream.requests() == 1).then_some(())).await;
+    let patient = service.call("/", "2500", Some(("traceparent", TRACEPARENT))).await.unwrap();
+    assert_eq!(patient.status, 200);
+    let told: u64 = service.bank.told(EXPECTED).parse().unwrap();
+    assert!((1000..2500).contains(&told), "{told}");
+    assert_eq!(hasty.await.unwrap().status, 504);
+    service.mesh.stop().await;
+}
+
+#[tokio::test]
 async fn without_the_rule_work_goes_on_at_the_bank_that_nobody_waits_for() {
     let service = Service::open(&["traceparent"], Duration::ZERO, "rules: { deadline: off }").await;
     let call = service.call("/slow", "300", Some(("traceparent", TRACEPARENT)));

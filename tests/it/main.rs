@@ -24,6 +24,7 @@ mod joined; // a deadline that passes through an app
 mod labels; // metrics do not grow with what callers send
 mod languages; // a deadline through services in Python and Go
 mod limits; // places, the queue, who is sent away
+mod marks; // what one hopguard tells the next about a failure
 mod names; // names, as a real name server answers for them
 mod pools; // connections to upstreams
 mod protocols; // every protocol with every other

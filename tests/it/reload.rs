@@ -12,11 +12,12 @@ use tempfile::TempDir;
 use tokio::net::TcpStream;
 use tokio::time::{Instant, sleep, timeout};
 
-use crate::support::SOON;
+use crate::support::bank::{Bank, Say, behind_a_caller};
 use crate::support::http::{Caller, Http1, Speaks, empty, feed, full, get, request};
 use crate::support::load::Load;
 use crate::support::program::Program;
 use crate::support::upstream::{Gate, Upstream};
+use crate::support::{Mesh, SOON, eventually};
 
 /// A policy whose only difference is the value of `request`.
 fn policy(upstream: SocketAddr, request: &str) -> String {
@@ -335,4 +336,68 @@ async fn two_hundred_reloads_under_load_lose_no_call_and_cut_no_connection() {
     let refused = program.metric("hopguard_requests_total", &["outcome"]).await
         - program.metric("hopguard_requests_total", &["outcome=\"ok\""]).await;
     assert_eq!(refused, 0.0, "{:?}", program.access().iter().find(|line| line["outcome"] != "ok"));
+}
+
+#[tokio::test]
+async fn a_breaker_or_an_ejection_that_the_policy_has_no_more_is_shown_no_more() {
+    let bad = Bank::http1(&[Say::Status(500)]).await;
+    let policy = |name: &str, breaker: &str, ejection: &str| {
+        let endpoints = [bad.addr(), SocketAddr::from(([127, 0, 0, 1], 9))];
+        let more = format!("    retry: off\n    circuitBreaker: {breaker}\n    ejection: {ejection}");
+        behind_a_caller(&endpoints, "", &more)
+            .replace("to: app", &format!("to: {name}"))
+            .replace("name: app", &format!("name: {name}"))
+    };
+    let (breaker, ejection) =
+        ("{ consecutiveFailures: 1, openFor: 1m, openForMax: 1m }", "{ consecutiveFailures: 1, openFor: 1m }");
+    let mesh = Mesh::start(&policy("app", breaker, ejection)).await;
+    let shown = || {
+        let labels = ["destination=\"app\""];
+        (mesh.metric("hopguard_circuit_breaker_state", &labels), mesh.metric("hopguard_ejected_endpoints", &labels))
+    };
+    assert!(get(mesh.addr("in"), "/").await.status.is_server_error());
+    assert_eq!(get(mesh.addr("in"), "/").await.problem()["refusal"], "circuit_open");
+    assert_eq!(shown(), (2.0, 1.0));
+    for (breaker, ejection, wanted) in [
+        ("off", ejection, (0.0, 1.0)),
+        (breaker, "off", (2.0, 0.0)),
+        ("off", "off", (0.0, 0.0)),
+        (breaker, ejection, (2.0, 1.0)),
+    ] {
+        mesh.reload(&policy("app", breaker, ejection)).await;
+        assert_eq!(shown(), wanted, "{breaker} {ejection}");
+    }
+    mesh.reload(&policy("other", breaker, ejection)).await;
+    assert_eq!(shown(), (0.0, 0.0), "its destination is gone");
+    let other = ["destination=\"other\""];
+    assert!(!mesh.metrics().await.contains("breaker_state{destination=\"other\""), "nothing has happened to it");
+    assert_eq!(mesh.metric("hopguard_ejected_endpoints", &other), 0.0);
+    mesh.stop().await;
+}
+
+#[tokio::test]
+async fn what_a_call_of_an_older_policy_still_brings_about_is_not_shown() {
+    let gate = Gate::closed();
+    let held = gate.clone();
+    let upstream = Upstream::http1(move |_| {
+        let held = held.clone();
+        async move {
+            held.pass().await;
+            Response::builder().status(500).body(empty()).unwrap()
+        }
+    })
+    .await;
+    let more = "    retry: off\n    circuitBreaker: { consecutiveFailures: 1 }";
+    let with = behind_a_caller(&[upstream.addr], "", more);
+    let mesh = Mesh::start(&with).await;
+    let to = mesh.addr("in");
+    let asked = tokio::spawn(async move { get(to, "/").await });
+    eventually(|| (upstream.requests() == 1).then_some(())).await;
+    mesh.reload(&with.replace("circuitBreaker: { consecutiveFailures: 1 }", "circuitBreaker: off")).await;
+    gate.release(1);
+    assert_eq!(asked.await.unwrap().status, 500);
+    mesh.ended("server_error", 1).await;
+    assert_eq!(mesh.metric("hopguard_circuit_breaker_changes_total", &["to=\"open\""]), 1.0);
+    assert_eq!(mesh.metric("hopguard_circuit_breaker_state", &[]), 0.0);
+    mesh.stop().await;
 }

@@ -287,13 +287,41 @@ async fn a_stream_that_was_refused_is_sent_again_whatever_its_method() {
             if is_on {
                 assert_eq!(answer.status, 200, "{answer:?}");
                 assert_eq!(mesh.only("ok").await["attempt"], 2);
-                assert_eq!(mesh.metric("hopguard_retries_total", &["because=\"unsent\""]), 1.0);
+                // At once only over a new connection; a stream that was refused waits where there is nobody else.
+                let because = if goaway { "because=\"unsent\"" } else { "because=\"failed\"" };
+                assert_eq!(mesh.metric("hopguard_retries_total", &[because]), 1.0);
             } else {
                 assert_eq!(answer.status, 502, "{answer:?}");
                 mesh.only("upstream_reset").await;
             }
             mesh.stop().await;
         }
+    }
+}
+
+#[tokio::test]
+async fn streams_that_are_always_refused_cost_no_more_than_the_budget() {
+    for (goaway, endpoints) in [(false, 1), (false, 2), (true, 1)] {
+        let mut upstreams = Vec::new();
+        for _ in 0..endpoints {
+            upstreams.push(Upstream::bytes(move |stream| refuse(stream, goaway)).await);
+        }
+        let addresses: Vec<_> = upstreams.iter().map(|upstream| upstream.addr).collect();
+        let more = "    protocol: http2\n    circuitBreaker: off\n    ejection: off
+    retry: { attempts: 5, backoff: { max: 1ms }, budget: { minPerSecond: 0 } }";
+        let mesh = Mesh::start(&behind_a_caller(&addresses, "", more)).await;
+        let calls = 30;
+        for _ in 0..calls {
+            let answer = ask(mesh.addr("in"), request("POST", "/").body(full("pay 5")).unwrap()).await;
+            assert_eq!(answer.status, 502, "{answer:?}");
+        }
+        // Each connection refuses one stream. At once goes one more for each call, to the other endpoint or over the
+        // connection that is said to be new; the bucket has ten tokens.
+        let at_once = if goaway { calls } else { calls * (endpoints - 1) };
+        let streams: usize = upstreams.iter().map(Upstream::connections).sum();
+        assert_eq!(streams, calls + at_once + 10, "goaway {goaway}, {endpoints} endpoints");
+        assert!(mesh.metric("hopguard_retries_withheld_total", &["why=\"budget\""]) >= 10.0);
+        mesh.stop().await;
     }
 }
 

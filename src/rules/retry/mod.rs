@@ -28,8 +28,11 @@ pub enum Failure {
     Reset,
     /// No answer within `timeouts.perTry`.
     Timeout,
-    /// Nobody has seen the request: no connection, or it was handed back, or the peer says that its app never got it.
+    /// Nobody has seen the request, and another endpoint or connection can have it at once: it was handed back, or the peer
+    /// says that its app never got it.
     Unsent,
+    /// The peer has left the request aside, and there is nobody else to send it to: at once it would only be left aside again.
+    Refused,
 }
 
 /// What the upstream said about another try (`Retry-After`, `grpc-retry-pushback-ms`).
@@ -178,7 +181,7 @@ impl Retry {
         let condition = match failure {
             Failure::Status(status) => Condition::Status(status),
             Failure::Grpc(code) => Condition::Grpc(conditions::known(code)),
-            Failure::Reset => Condition::Reset,
+            Failure::Reset | Failure::Refused => Condition::Reset,
             Failure::Timeout => Condition::Timeout,
             Failure::Unsent => return false,
         };
@@ -204,7 +207,7 @@ impl Retry {
 /// nobody else can see. Once only: what breaks off again was no race.
 fn is_for_inbound(seen: &Seen) -> bool {
     match seen.failure {
-        Failure::Unsent => true,
+        Failure::Unsent | Failure::Refused => true,
         Failure::Reset => seen.is_reused && seen.tries == 1,
         Failure::Status(_) | Failure::Grpc(_) | Failure::Timeout => false,
     }
@@ -216,7 +219,7 @@ pub fn is_failure(seen: Failure) -> bool {
     match seen {
         Failure::Status(status) => status >= 500,
         Failure::Grpc(code) => conditions::is_failure(conditions::known(code)),
-        Failure::Reset | Failure::Timeout | Failure::Unsent => true,
+        Failure::Reset | Failure::Timeout | Failure::Unsent | Failure::Refused => true,
     }
 }
 

@@ -42,7 +42,7 @@ fn again(after: u64) -> Decision {
 #[test]
 fn each_failure_is_tried_again_if_the_policy_names_it() {
     use Decision::Stop;
-    use Failure::{Grpc, Reset, Status, Timeout, Unsent};
+    use Failure::{Grpc, Refused, Reset, Status, Timeout, Unsent};
     let half_of_the_base = Decision::Again { after: Duration::from_micros(12_500) };
     let table = [
         (Status(200), Stop(Why::NotAFailure)),
@@ -61,6 +61,7 @@ fn each_failure_is_tried_again_if_the_policy_names_it() {
         (Grpc(14), half_of_the_base),
         (Reset, half_of_the_base),
         (Timeout, half_of_the_base),
+        (Refused, half_of_the_base),
         (Unsent, again(0)),
     ];
     for (failure, wanted) in table {
@@ -111,6 +112,7 @@ fn the_sidecar_before_the_app_tries_again_only_what_nobody_else_can() {
     let at_the_caller = Decision::Stop(Why::AtTheCaller);
     let table = [
         (inbound(Failure::Unsent), again(0)),
+        (Seen { tries: 2, is_reused: false, ..inbound(Failure::Refused) }, again(0)),
         (Seen { tries: 2, ..inbound(Failure::Unsent) }, again(0)),
         (inbound(Failure::Reset), again(0)),
         (Seen { tries: 2, ..inbound(Failure::Reset) }, at_the_caller),
@@ -224,6 +226,7 @@ fn the_budget_is_asked_last_and_not_for_what_nobody_has_seen() {
         assert!(matches!(retry.next(&seen(Failure::Reset), &budget, now), Decision::Again { .. }));
     }
     assert_eq!(retry.next(&seen(Failure::Reset), &budget, now), Decision::Stop(Why::Budget));
+    assert_eq!(retry.next(&seen(Failure::Refused), &budget, now), Decision::Stop(Why::Budget));
     assert_eq!(retry.next(&seen(Failure::Unsent), &budget, now), again(0));
 }
 

@@ -172,6 +172,7 @@ struct Live<'a> {
     tried: Vec<SocketAddr>,
     reused: bool,
     unsent: bool,
+    was_seen: bool,
     trial: Trial,
     mark: Option<Mark>,
     failed_at: bool,
@@ -210,6 +211,7 @@ pub(crate) async fn call(world: &Rc<World>, sidecar: usize, direction: Direction
         tried: Vec::new(),
         reused: false,
         unsent: false,
+        was_seen: false,
         trial: Trial::default(),
         mark: None,
         failed_at: false,
@@ -233,7 +235,7 @@ impl Drop for Live<'_> {
     fn drop(&mut self) {
         let now = self.now();
         if self.side.direction == Direction::Inbound && !self.is_answered && self.request_at() <= now + ms(10) {
-            self.world.sidecars[self.sidecar].late.note(self.keys, LATE, now);
+            self.world.sidecars[self.sidecar].late.note(self.keys, LATE, now, now);
         }
     }
 }
@@ -332,6 +334,7 @@ impl Live<'_> {
             match self.decide(&report, now) {
                 Decision::Again { after } => {
                     self.note_retry(&report);
+                    self.was_seen |= !report.unseen;
                     if let Some(endpoint) = self.endpoint.take() {
                         self.tried.push(self.side.endpoints[endpoint].address);
                     }
@@ -339,7 +342,7 @@ impl Live<'_> {
                     self.world.clock.sleep(after).await;
                 }
                 Decision::Stop(why) => {
-                    self.tell(&report, why, &tried, now);
+                    self.tell(&report, why, now);
                     if let Ok(answer) = &tried {
                         self.judge_complete(answer);
                     }

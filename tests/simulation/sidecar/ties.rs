@@ -15,7 +15,7 @@ impl Live<'_> {
             causes.blame(&mark);
         }
         if mark.is_final {
-            self.world.sidecars[self.sidecar].spent.note(self.keys, self.side.id, now);
+            self.world.sidecars[self.sidecar].spent.note(self.keys, self.side.id, now, now);
         }
         self.mark = Some(mark);
     }
@@ -27,16 +27,16 @@ impl Live<'_> {
     pub(super) fn refused(&mut self, kind: Kind) {
         let now = self.now();
         if self.side.direction == Direction::Outbound {
-            if kind.is_of_the_callee() {
+            if kind.is_of_the_callee() && self.mark.is_none() {
                 self.failed(None, true, now);
             }
             return;
         }
         if matches!(kind, Kind::RequestTimeout | Kind::DeadlineExceeded) {
-            self.world.sidecars[self.sidecar].late.note(self.keys, LATE, now);
+            self.world.sidecars[self.sidecar].late.note(self.keys, LATE, now, now);
         }
         let mut mark = self.blamed().unwrap_or_default();
-        mark.is_unsent = kind.is_before_the_app();
+        mark.is_unsent = kind.is_before_the_app() && !self.was_seen;
         self.mark = Some(mark);
     }
 

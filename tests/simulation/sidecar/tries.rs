@@ -9,7 +9,12 @@ impl Live<'_> {
             Err(kind) => {
                 let failure = match kind {
                     Kind::ConnectFailed => Some(Failure::Reset),
-                    Kind::UpstreamReset if self.unsent => Some(Failure::Unsent),
+                    Kind::UpstreamReset if self.unsent => {
+                        match self.endpoint.is_some_and(|this| self.has_other(this)) {
+                            true => Some(Failure::Unsent),
+                            false => Some(Failure::Refused),
+                        }
+                    }
                     Kind::UpstreamReset => Some(Failure::Reset),
                     Kind::PerTryTimeout => Some(Failure::Timeout),
                     _ => None,
@@ -87,12 +92,10 @@ impl Live<'_> {
         });
     }
 
-    pub(super) fn tell(&mut self, report: &Report, why: Why, tried: &Tried, now: Instant) {
+    pub(super) fn tell(&mut self, report: &Report, why: Why, now: Instant) {
         let is_failure = report.failure.is_some_and(retry::is_failure);
         if is_failure {
             self.world.checks.count(why.name());
-        }
-        if is_failure && tried.is_ok() {
             let is_safe = self.request.is_safe || report.unseen;
             let is_final = self.side.policy.retry.is_final(self.attempt, is_safe, Some(why));
             self.failed(report.mark.as_ref(), is_final, now);
