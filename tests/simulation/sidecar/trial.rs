@@ -159,6 +159,6 @@ impl Live<'_> {
     }
 
     pub(super) fn is_in_a_hurry(&self) -> bool {
-        self.until.as_ref().is_some_and(|until| until.whole < self.side.policy.request / 2)
+        self.until.as_ref().is_some_and(|until| until.whole < self.side.policy.request / 10)
     }
 }
