@@ -209,7 +209,7 @@ fn policies(rng: &mut Rng, layers: usize, is_roomy: bool) -> Vec<Policy> {
         ejection: ejection.thresholds().unwrap(),
         request,
         per_try: None,
-        in_flight: if is_roomy { 100_000 } else { 1 + rng.u32(..30) },
+        in_flight: if is_roomy { 100_000 } else { 1 + rng.u32(..12) },
         queue: rng.u32(..20),
         queue_timeout: ms(rng.u64(5..100)),
     };
