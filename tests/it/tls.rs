@@ -96,6 +96,37 @@ async fn an_upstream_agrees_on_the_protocol() {
 }
 
 #[tokio::test]
+async fn a_burst_to_an_upstream_without_http2_does_not_connect_one_after_the_other() {
+    const CALLS: usize = 6;
+    let (folder, authority) = (tempfile::tempdir().unwrap(), Authority::new());
+    std::fs::write(folder.path().join("ca.crt"), authority.pem()).unwrap();
+    let acceptor = authority.issue("bank.test").acceptor(&["http/1.1"]);
+    let (handshakes, answers) = (Gate::closed(), Gate::closed());
+    let (open, held) = (handshakes.clone(), answers.clone());
+    let upstream = Upstream::bytes(move |stream| {
+        let (acceptor, open, held) = (acceptor.clone(), open.clone(), held.clone());
+        async move {
+            open.pass().await;
+            Box::pin(serve(stream, acceptor, held)).await;
+        }
+    })
+    .await;
+    let mesh = Mesh::start(&policy(folder.path(), &upstream, "serverName: bank.test")).await;
+    let to = mesh.addr("in");
+    let calls: Vec<_> = (0..CALLS).map(|_| tokio::spawn(async move { get(to, "/slow").await.status })).collect();
+    // One finds out what the upstream speaks; then nobody waits for anybody.
+    eventually(|| (upstream.connections() == 1).then_some(())).await;
+    handshakes.release(1);
+    eventually(|| (upstream.connections() == CALLS).then_some(())).await;
+    handshakes.release(CALLS - 1);
+    answers.release(CALLS);
+    for call in calls {
+        assert_eq!(call.await.unwrap(), 200);
+    }
+    mesh.stop().await;
+}
+
+#[tokio::test]
 async fn without_a_server_name_it_is_the_destinations_host() {
     let (folder, authority) = (tempfile::tempdir().unwrap(), Authority::new());
     std::fs::write(folder.path().join("ca.crt"), authority.pem()).unwrap();
