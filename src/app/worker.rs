@@ -43,7 +43,7 @@ async fn run(shared: &Arc<Shared>, number: usize, mut commands: mpsc::Receiver<C
     let upstreams = Upstreams::new(Rc::new(Network), shared.discovery.clone(), Rc::clone(&shard));
     tasks::spawn(Upstreams::sweep(Rc::downgrade(&upstreams)));
     let worker = Worker::new(Arc::clone(&shared.policy), upstreams, shard, &shared.chain);
-    let mut open: HashMap<u64, oneshot::Sender<()>> = HashMap::new();
+    let mut open: HashMap<u64, Accepting> = HashMap::new();
     let drain = shared.drain.signal();
     let mut leaving = Box::pin(drain.reached(Phase::Leaving));
     let mut left = false;
@@ -59,11 +59,15 @@ async fn run(shared: &Arc<Shared>, number: usize, mut commands: mpsc::Receiver<C
             }
             command = commands.recv() => match command {
                 Some(Command::Open(opening)) => {
-                    if let Some((number, stop)) = accept_from(&worker, *opening) {
-                        open.insert(number, stop);
+                    let number = opening.number;
+                    open.extend(accept_from(&worker, *opening).map(|accepting| (number, accepting)));
+                }
+                Some(Command::Close(number)) => {
+                    if let Some(Accepting { door, stop }) = open.remove(&number) {
+                        drop(stop);
+                        door.close();
                     }
                 }
-                Some(Command::Close(number)) => drop(open.remove(&number)),
                 None => break,
             },
         }
@@ -73,8 +77,14 @@ async fn run(shared: &Arc<Shared>, number: usize, mut commands: mpsc::Receiver<C
     worker.crowd.gone().await;
 }
 
-/// Begins to accept; accepting ends when the result is dropped.
-fn accept_from(worker: &Rc<Worker>, opening: Opening) -> Option<(u64, oneshot::Sender<()>)> {
+/// A listener that is being accepted from; that ends when this is dropped.
+struct Accepting {
+    door: Rc<Door>,
+    stop: oneshot::Sender<()>,
+}
+
+/// Begins to accept.
+fn accept_from(worker: &Rc<Worker>, opening: Opening) -> Option<Accepting> {
     let name = opening.values.name.clone();
     let via = Via::new(&mark(&opening));
     let listener = match TcpListener::from_std(opening.listener) {
@@ -84,15 +94,16 @@ fn accept_from(worker: &Rc<Worker>, opening: Opening) -> Option<(u64, oneshot::S
             return None;
         }
     };
+    let door = Rc::new(Door::new(opening.values, via));
     let acceptor = Acceptor {
         worker: Rc::clone(worker),
         metrics: worker.shard.listener(&name),
-        door: Rc::new(Door { via, values: opening.values }),
+        door: Rc::clone(&door),
         certificates: opening.certificates,
     };
     let (stop, stopped) = oneshot::channel();
     tasks::spawn(acceptor.run(listener, stopped));
-    Some((opening.number, stop))
+    Some(Accepting { door, stop })
 }
 
 /// What tells this listener's `Via` from that of every other listener of every other process.

@@ -42,7 +42,8 @@ pub fn hand_over(
     // A caller that waits for leave to send its body has not got it, or has sent it all the same; what follows a CONNECT
     // that came to nothing is no request either.
     let doubtful = connect || live.flow.is_held();
-    let mut close = version <= Version::HTTP_11 && (version < Version::HTTP_11 || doubtful || live.worker.is_leaving());
+    let leaving = live.worker.is_leaving() || live.caller.door.is_closed();
+    let mut close = version <= Version::HTTP_11 && (version < Version::HTTP_11 || doubtful || leaving);
     let mut answer = match reply {
         Ok(Reply::Upstream(answer)) => {
             live.record.head(live.over_at, answer.status());
