@@ -300,7 +300,10 @@ async fn wait_in_queue(live: &mut Live, pool: &Rc<Pool>) -> Result<(), Refusal> 
     let late_at = live.patience.request_at(&live.route().timeouts);
     let entered = live.timer.limit((began + limits.queue_timeout.value).min(late_at), queue).await;
     drop(waiting);
-    live.record.queued(began.elapsed());
+    // Who was sent away at once has not waited.
+    if !matches!(entered, Some(Err(QueueFull))) {
+        live.record.queued(began.elapsed());
+    }
     match entered {
         Some(Ok(pass)) => {
             live.hold(Some(pass), Rc::clone(pool));
