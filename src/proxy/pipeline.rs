@@ -5,14 +5,14 @@ use std::rc::Rc;
 
 use http::header::{HeaderMap, HeaderName};
 use http::request::Parts;
-use http::uri::PathAndQuery;
+use http::uri::{PathAndQuery, Scheme};
 use http::{HeaderValue, Method, Request, Response, StatusCode, Uri, Version, header};
 use hyper::body::Incoming;
 use tokio::time::Instant;
 
 use crate::net::body::RequestBody;
 use crate::net::flow::Flow;
-use crate::policy::model::{Direction, Listener, Target as Towards};
+use crate::policy::model::{Destination, Direction, Listener, Target as Towards};
 use crate::proxy::answer::{self, Reply};
 use crate::proxy::body::ResponseBody;
 use crate::proxy::caller::Caller;
@@ -86,6 +86,7 @@ fn decide(live: &mut Live, request: Request<Incoming>, present: &Present) -> Res
     let position = choose(&view.policy, listener, &target)?;
     let route = view.destination(position).index.find(&head.method, head.uri.path(), &head.headers);
     live.met(position, route, listener.direction);
+    check_scheme(&head, listener, live.destination_values())?;
     let pool = pool(live, &target)?;
     ties::begin(live, &mut head, present)?;
     check_rate(live, &head.headers)?;
@@ -255,6 +256,20 @@ fn choose(
             ))
         }),
     }
+}
+
+/// What a proxy is asked to fetch by `https` never goes out in plain text (RFC 9110, 4.2.2). Over HTTP/2 the scheme says
+/// nothing: there it is the one of the connection to us.
+fn check_scheme(head: &Parts, listener: &Listener, destination: &Destination) -> Result<(), Refusal> {
+    let is_asked = head.version < Version::HTTP_2 && head.uri.scheme() == Some(&Scheme::HTTPS);
+    if !is_asked || listener.target != Towards::Forward || destination.tls.is_some() {
+        return Ok(());
+    }
+    let detail = format!(
+        "the target begins with https, and the destination {} has no `tls`: use CONNECT, or give it `tls`",
+        destination.name
+    );
+    Err(Refusal::plain(Kind::BadRequest, detail))
 }
 
 /// The pool of the destination, or of the place where the caller was going.

@@ -13,7 +13,7 @@ use tokio_rustls::TlsAcceptor;
 use tokio_rustls::client::TlsStream;
 
 use crate::support::certificates::{Authority, Identity};
-use crate::support::http::{Caller, Http1, Speaks, ask, empty, full, get, request};
+use crate::support::http::{Caller, Http1, Speaks, ask, empty, full, get, raw, request};
 use crate::support::load::Load;
 use crate::support::program::Program;
 use crate::support::upstream::{Gate, Upstream};
@@ -161,6 +161,9 @@ destinations:
                 .await;
         assert_eq!(answer.status, status, "{answer:?}");
     }
+    let absolute = format!("GET https://{}/ HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n", right.addr);
+    let answer = raw(mesh.addr("out"), absolute.as_bytes()).await;
+    assert!(answer.starts_with("HTTP/1.1 200 ") && answer.contains("HTTP/1.1 for"), "{answer}");
     assert_eq!(mesh.only("tls_failed").await["destination"], "others");
     mesh.stop().await;
 }
