@@ -166,6 +166,29 @@ impl Explanation<'_> {
         rows
     }
 }
+/// The rules of a destination that no route changes, by their names in the policy.
+pub fn rules_of_destination(destination: &Destination) -> [(&'static str, Vec<Row>); 2] {
+    [
+        ("circuitBreaker", rows::circuit_breaker(&destination.circuit_breaker)),
+        ("ejection", rows::ejection(&destination.ejection)),
+    ]
+}
+
+/// The rules of a route beside its timeouts that differ from those of the route `below`, by their names in the policy.
+pub fn rules_of_route(route: &Route, below: Option<&Route>, now: Timestamp) -> Vec<(&'static str, Vec<Row>)> {
+    let mut rules = Vec::new();
+    if below.is_none_or(|below| below.retry != route.retry) {
+        rules.push(("retry", rows::retry(&route.retry, false)));
+    }
+    if below.is_none_or(|below| below.rate_limit != route.rate_limit) {
+        rules.push(("rateLimit", rows::rate_limit(&route.rate_limit)));
+    }
+    if below.is_none_or(|below| below.faults != route.faults) {
+        rules.push(("faults", rows::faults(&route.faults, now)));
+    }
+    rules
+}
+
 
 fn listener_row(l: &Listener) -> Row {
     let target = if l.target == Target::Forward { "forward" } else { "to" };
