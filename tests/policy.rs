@@ -215,6 +215,23 @@ fn what_cannot_be_read_is_a_problem() {
 }
 
 #[test]
+fn a_pipe_in_a_folder_is_named_and_holds_nobody_up() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("a.yaml"), HEAD).unwrap();
+    let made = std::process::Command::new("mkfifo").arg(folder.path().join("pipe")).status().unwrap();
+    assert!(made.success());
+    std::os::unix::fs::symlink("pipe", folder.path().join("b.yaml")).unwrap();
+    let (done, result) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let first = fingerprint(folder.path());
+        done.send((load(folder.path()), first == fingerprint(folder.path()))).unwrap();
+    });
+    let (loaded, is_same) = result.recv_timeout(Duration::from_secs(20)).expect("it reads from the pipe");
+    let shown = loaded.unwrap_err().render(false);
+    assert!(shown.contains("b.yaml: is not a regular file") && is_same, "{shown}");
+}
+
+#[test]
 fn hostile_documents_are_refused_quickly() {
     let deep = "[".repeat(100_000);
     let many: String = (0..50_000).map(|n| format!("k{n}: 1\n")).collect();
