@@ -340,6 +340,22 @@ fn explain_exits_by_what_went_wrong() {
         let code = hopguard::cli::explain::explain(call, headers, &policy, false, (&mut out, &mut err)).unwrap();
         assert_eq!(out.is_empty(), code != 0, "{}", String::from_utf8_lossy(&err));
         (code, String::from_utf8(out).unwrap())
+#[test]
+fn check_says_when_there_may_be_more_mistakes_than_it_shows() {
+    use hopguard::cli::check::{Form, check};
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("p.yaml");
+    for (mistakes, end) in [(1, "1 problem\n"), (300, "200 problems or more\n")] {
+        let unknown: String = (0..mistakes).map(|n| format!("unknown{n}: 1\n")).collect();
+        fs::write(&file, format!("{HEAD}{unknown}")).unwrap();
+        let (mut out, mut err) = (Vec::new(), Vec::new());
+        let code = check(std::slice::from_ref(&file), Form::Text, false, (&mut out, &mut err)).unwrap();
+        let err = String::from_utf8(err).unwrap();
+        assert!(code == 1 && err.ends_with(&format!("{}: {end}", file.display())), "{err}");
+        assert_eq!(err.contains("and perhaps more: a file was not read to its end\n"), mistakes > 200, "{err}");
+    }
+}
+
     };
     let tenant = ["x-tenant: a".to_owned()];
     let (code, out) = run(("post", "http://payment/payments/7"), &tenant, "valid/full.yaml");
