@@ -282,6 +282,14 @@ fn an_explanation_names_everything_that_holds_and_its_line() {
         ("rules", "GET", "http://ledger/"),
         ("rules-off", "GET", "http://payment/"),
         ("rules-off", "GET", "http://ledger/"),
+        ("tunnels", "CONNECT", "bank.example:443"),
+        ("tunnels", "OPTIONS", "*"),
+        ("tunnels", "CONNECT", "http://bank.example:443/"),
+        ("tunnels", "CONNECT", "bank.example"),
+        ("tunnels", "GET", "*"),
+        ("tunnels", "GET", "ftp://bank.example/"),
+        ("tunnels", "GET", "http://user@bank.example/"),
+        ("minimal", "CONNECT", "bank.example:443"),
     ];
     let now = "2026-11-22T18:15:48Z".parse().unwrap();
     let mut out = String::new();
@@ -333,14 +341,6 @@ fn check_says_ok_or_everything_that_is_wrong() {
 }
 
 #[test]
-fn explain_exits_by_what_went_wrong() {
-    let run = |call, headers: &[String], policy: &str| {
-        let (mut out, mut err) = (Vec::new(), Vec::new());
-        let policy = Path::new("tests/policies").join(policy);
-        let code = hopguard::cli::explain::explain(call, headers, &policy, false, (&mut out, &mut err)).unwrap();
-        assert_eq!(out.is_empty(), code != 0, "{}", String::from_utf8_lossy(&err));
-        (code, String::from_utf8(out).unwrap())
-#[test]
 fn check_says_when_there_may_be_more_mistakes_than_it_shows() {
     use hopguard::cli::check::{Form, check};
     let folder = tempfile::tempdir().unwrap();
@@ -356,6 +356,14 @@ fn check_says_when_there_may_be_more_mistakes_than_it_shows() {
     }
 }
 
+#[test]
+fn explain_exits_by_what_went_wrong() {
+    let run = |call, headers: &[String], policy: &str| {
+        let (mut out, mut err) = (Vec::new(), Vec::new());
+        let policy = Path::new("tests/policies").join(policy);
+        let code = hopguard::cli::explain::explain(call, headers, &policy, false, (&mut out, &mut err)).unwrap();
+        assert_eq!(out.is_empty(), code != 0, "{}", String::from_utf8_lossy(&err));
+        (code, String::from_utf8(out).unwrap())
     };
     let tenant = ["x-tenant: a".to_owned()];
     let (code, out) = run(("post", "http://payment/payments/7"), &tenant, "valid/full.yaml");
