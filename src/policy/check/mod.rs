@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 use super::model::{AccessLog, Listener, LogMode, Model, Target};
 use super::spec::{AccessLogSpec, DefaultsSpec, PolicySpec};
-use crate::problems::{At, Origin};
+use crate::problems::{At, Fault, Origin};
 use crate::rules::circuit_breaker::CircuitBreaker;
 use crate::rules::ejection::Ejection;
 use crate::rules::limits::Limits;
@@ -258,10 +258,20 @@ impl<'a> Names<'a> {
 }
 
 /// Names become metric labels and parts of header values: 1 to 63 letters, digits, `-`, `_` or `.`.
-fn check_name(name: &str, at: &At<'_>) {
+///
+/// # Errors
+/// What is no such name, with a hint.
+pub fn good_name(name: &str) -> Result<(), Fault> {
     let is_good = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.');
-    if !(1..=63).contains(&name.len()) || !name.bytes().all(is_good) {
-        at.report(format!("`{name}` is no good name"), "write 1 to 63 letters, digits, `-`, `_` or `.`");
+    if (1..=63).contains(&name.len()) && name.bytes().all(is_good) {
+        return Ok(());
+    }
+    Err(Fault::new(format!("`{name}` is no good name"), "write 1 to 63 letters, digits, `-`, `_` or `.`"))
+}
+
+fn check_name(name: &str, at: &At<'_>) {
+    if let Err(fault) = good_name(name) {
+        at.report_fault(fault);
     }
 }
 
