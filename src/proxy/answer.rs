@@ -71,6 +71,10 @@ pub fn hand_over(
             refuse(&mut live, &refusal)
         }
     };
+    if version == Version::HTTP_10 {
+        // To an answer of a later version hyper would add what an HTTP/1.0 caller wishes: `keep-alive`.
+        *answer.version_mut() = version;
+    }
     if close {
         // A proxy keeps no connection with an HTTP/1.0 caller (RFC 9112, 9.3), and none while it is leaving.
         answer.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
