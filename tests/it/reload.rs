@@ -312,6 +312,32 @@ async fn a_listener_that_is_renamed_or_gone_sends_its_callers_away_and_cuts_nobo
 }
 
 #[tokio::test]
+async fn no_connection_is_lost_between_a_listener_and_its_successor() {
+    let upstream = Upstream::fixed("hello").await;
+    let (address, folder) = (free_address(), tempfile::tempdir().unwrap());
+    let file = folder.path().join("policy.yaml");
+    let text = policy(upstream.addr, "5s").replace("127.0.0.1:0", &address.to_string());
+    std::fs::write(&file, &text).unwrap();
+    let program = Program::run(&file, &["--workers", "2"]).await;
+    let callers: Vec<_> = (0..8)
+        .map(|_| {
+            tokio::spawn(async move {
+                loop {
+                    assert_eq!(get(address, "/").await.status, 200);
+                }
+            })
+        })
+        .collect();
+    for round in 0..30 {
+        let name = format!("in{round}");
+        replace(&file, &text.replace("name: in,", &format!("name: {name},")));
+        until(&program, |policy| policy["listeners"][0]["name"] == *name).await;
+    }
+    assert!(callers.iter().all(|caller| !caller.is_finished()), "a call was lost");
+    callers.iter().for_each(tokio::task::JoinHandle::abort);
+}
+
+#[tokio::test]
 async fn a_listener_whose_port_is_taken_changes_nothing() {
     let site = Site::open().await;
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
