@@ -185,6 +185,7 @@ impl Sources {
 pub struct Problems {
     kept: Vec<Problem>,
     more: usize,
+    is_cut: bool,
 }
 
 impl Problems {
@@ -205,6 +206,13 @@ impl Problems {
     /// How many there are, those that were only counted included.
     pub fn len(&self) -> usize {
         self.kept.len() + self.more
+    }
+
+    /// How many there are, in words.
+    pub fn count(&self) -> String {
+        let plural = if self.len() == 1 { "problem" } else { "problems" };
+        let more = if self.is_cut { " or more" } else { "" };
+        format!("{} {plural}{more}", self.len())
     }
 
     /// Those that were kept: in reading order after [`Problems::sort`].
@@ -230,6 +238,9 @@ impl Problems {
         }
         if self.more > 0 {
             out.push_str(&format!("and {} more\n", self.more));
+        }
+        if self.is_cut {
+            out.push_str("and perhaps more: a file was not read to its end\n");
         }
         out
     }
@@ -419,6 +430,11 @@ impl<'a> At<'a> {
             Step::Index(index) => path.push_str(&format!("[{index}]")),
         }
         path
+    }
+
+    /// Notes that the document is not read any further, although it may have more problems.
+    pub fn give_up(&self) {
+        self.problems.borrow_mut().is_cut = true;
     }
 
     /// How many problems were reported so far, by whichever cursor of this check.

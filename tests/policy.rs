@@ -215,6 +215,23 @@ fn what_cannot_be_read_is_a_problem() {
 }
 
 #[test]
+fn a_pipe_in_a_folder_is_named_and_holds_nobody_up() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("a.yaml"), HEAD).unwrap();
+    let made = std::process::Command::new("mkfifo").arg(folder.path().join("pipe")).status().unwrap();
+    assert!(made.success());
+    std::os::unix::fs::symlink("pipe", folder.path().join("b.yaml")).unwrap();
+    let (done, result) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let first = fingerprint(folder.path());
+        done.send((load(folder.path()), first == fingerprint(folder.path()))).unwrap();
+    });
+    let (loaded, is_same) = result.recv_timeout(Duration::from_secs(20)).expect("it reads from the pipe");
+    let shown = loaded.unwrap_err().render(false);
+    assert!(shown.contains("b.yaml: is not a regular file") && is_same, "{shown}");
+}
+
+#[test]
 fn hostile_documents_are_refused_quickly() {
     let deep = "[".repeat(100_000);
     let many: String = (0..50_000).map(|n| format!("k{n}: 1\n")).collect();
@@ -265,6 +282,14 @@ fn an_explanation_names_everything_that_holds_and_its_line() {
         ("rules", "GET", "http://ledger/"),
         ("rules-off", "GET", "http://payment/"),
         ("rules-off", "GET", "http://ledger/"),
+        ("tunnels", "CONNECT", "bank.example:443"),
+        ("tunnels", "OPTIONS", "*"),
+        ("tunnels", "CONNECT", "http://bank.example:443/"),
+        ("tunnels", "CONNECT", "bank.example"),
+        ("tunnels", "GET", "*"),
+        ("tunnels", "GET", "ftp://bank.example/"),
+        ("tunnels", "GET", "http://user@bank.example/"),
+        ("minimal", "CONNECT", "bank.example:443"),
     ];
     let now = "2026-11-22T18:15:48Z".parse().unwrap();
     let mut out = String::new();
@@ -313,6 +338,22 @@ fn check_says_ok_or_everything_that_is_wrong() {
     let (code, out, err) = run(&["valid/minimal.yaml", "invalid/five-mistakes.yaml"], Form::Json);
     assert_eq!((code, out.lines().count(), err.as_str()), (1, 6, ""));
     assert!(out.lines().all(|line| serde_json::from_str::<Value>(line).is_ok()));
+}
+
+#[test]
+fn check_says_when_there_may_be_more_mistakes_than_it_shows() {
+    use hopguard::cli::check::{Form, check};
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("p.yaml");
+    for (mistakes, end) in [(1, "1 problem\n"), (300, "200 problems or more\n")] {
+        let unknown: String = (0..mistakes).map(|n| format!("unknown{n}: 1\n")).collect();
+        fs::write(&file, format!("{HEAD}{unknown}")).unwrap();
+        let (mut out, mut err) = (Vec::new(), Vec::new());
+        let code = check(std::slice::from_ref(&file), Form::Text, false, (&mut out, &mut err)).unwrap();
+        let err = String::from_utf8(err).unwrap();
+        assert!(code == 1 && err.ends_with(&format!("{}: {end}", file.display())), "{err}");
+        assert_eq!(err.contains("and perhaps more: a file was not read to its end\n"), mistakes > 200, "{err}");
+    }
 }
 
 #[test]

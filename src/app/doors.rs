@@ -22,12 +22,20 @@ pub(super) enum Command {
 pub(super) struct Opening {
     /// Unique among all that this process ever opens.
     pub number: u64,
-    /// The socket.
-    pub listener: TcpListener,
+    /// Where it accepts.
+    pub socket: Socket,
     /// Its values.
     pub values: Listener,
     /// Its certificates.
     pub certificates: Option<Arc<Certificates>>,
+}
+
+/// One worker's socket for a listener.
+pub(super) enum Socket {
+    /// A new one.
+    New(TcpListener),
+    /// That of the listener with this number, which closes. A socket that is closed resets the callers that wait on it.
+    Of(u64),
 }
 
 /// One open listener.
@@ -48,8 +56,10 @@ pub(super) struct Doors {
 
 /// What has to be opened and closed for another policy. The sockets are open already; dropping it closes them.
 pub(super) struct Plan {
-    open: Vec<(Door, Vec<TcpListener>)>,
+    open: Vec<(Door, Vec<Socket>)>,
     close: Vec<u64>,
+    /// Those that leave their sockets to others.
+    leave: Vec<u64>,
 }
 
 impl Doors {
@@ -68,42 +78,49 @@ impl Doors {
     /// # Errors
     /// If one cannot be opened; nothing has changed then.
     pub(super) fn plan(&mut self, wanted: &[Listener]) -> Result<Plan, StartError> {
-        let close = self
-            .open
-            .iter()
-            .filter(|door| !wanted.iter().any(|values| door.serves(values)))
-            .map(|door| door.number)
-            .collect();
-        let mut open = Vec::new();
+        let (mut open, mut leave) = (Vec::new(), Vec::new());
+        let mut close: Vec<&Door> =
+            self.open.iter().filter(|door| !wanted.iter().any(|values| door.serves(values))).collect();
         for values in wanted {
             if self.open.iter().any(|door| door.serves(values)) {
                 continue;
             }
             let certificates = values.tls.as_ref().map(Certificates::load).transpose()?;
-            // An address that we have open ourselves, under another name or other certificates, is no conflict.
-            let ours = self.open.iter().any(|door| door.values.bind == values.bind);
-            let sockets = socket::listen(values.bind, self.workers, !ours)
-                .and_then(|sockets| sockets[0].local_addr().map(|address| (sockets, address)));
-            let (sockets, address) = sockets.map_err(|source| StartError::Listen {
-                name: values.name.clone(),
-                bind: values.bind,
-                source,
-            })?;
+            // An address that we have open ourselves, under another name or other certificates, goes over as it is.
+            let old = close.iter().position(|door| door.values.bind == values.bind).map(|at| close.swap_remove(at));
+            let (sockets, address) = match old {
+                Some(old) => {
+                    leave.push(old.number);
+                    ((0..self.workers).map(|_| Socket::Of(old.number)).collect(), old.address)
+                }
+                None => self.listen(values)?,
+            };
             self.next += 1;
             let door = Door { number: self.next, values: values.clone(), address, certificates };
             open.push((door, sockets));
         }
-        Ok(Plan { open, close })
+        let close = close.into_iter().map(|door| door.number).collect();
+        Ok(Plan { open, close, leave })
+    }
+
+    /// A new socket for each worker, and their address.
+    fn listen(&self, values: &Listener) -> Result<(Vec<Socket>, SocketAddr), StartError> {
+        let sockets = socket::listen(values.bind, self.workers, true)
+            .and_then(|sockets| sockets[0].local_addr().map(|address| (sockets, address)));
+        match sockets {
+            Ok((sockets, address)) => Ok((sockets.into_iter().map(Socket::New).collect(), address)),
+            Err(source) => Err(StartError::Listen { name: values.name.clone(), bind: values.bind, source }),
+        }
     }
 
     /// Tells the workers.
     pub(super) fn carry_out(&mut self, plan: Plan) {
         for (door, sockets) in plan.open {
             tracing::info!(listener = door.values.name, address = %door.address, "listening");
-            for (sender, listener) in self.senders.iter().zip(sockets) {
+            for (sender, socket) in self.senders.iter().zip(sockets) {
                 let opening = Opening {
                     number: door.number,
-                    listener,
+                    socket,
                     values: door.values.clone(),
                     certificates: door.certificates.clone(),
                 };
@@ -111,14 +128,21 @@ impl Doors {
             }
             self.open.push(door);
         }
+        for number in plan.leave {
+            self.forget(number);
+        }
         for number in plan.close {
-            if let Some(position) = self.open.iter().position(|door| door.number == number) {
-                let door = self.open.swap_remove(position);
-                tracing::info!(listener = door.values.name, address = %door.address, "closed");
-            }
+            self.forget(number);
             for sender in &self.senders {
                 tell(sender, Command::Close(number));
             }
+        }
+    }
+
+    fn forget(&mut self, number: u64) {
+        if let Some(position) = self.open.iter().position(|door| door.number == number) {
+            let door = self.open.swap_remove(position);
+            tracing::info!(listener = door.values.name, address = %door.address, "closed");
         }
     }
 

@@ -2,14 +2,18 @@
 
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-use serde_json::{Value, json};
+use jiff::Timestamp;
+use serde_json::{Map, Number, Value, json};
+use tokio::time::Instant;
 
 use crate::admin::{Inside, ListenerView, PolicyError, State, StatusView};
 use crate::app::Shared;
-use crate::policy::model::{Destination, Listener, Route, Target};
+use crate::policy::explain::{self, Row};
+use crate::policy::model::{AccessLog, Destination, Listener, LogFormat, LogMode, Route, Target};
 use crate::policy::snapshot::Snapshot;
 use crate::problems::Set;
 use crate::rules::duration;
+use crate::rules::mode::RuleName;
 use crate::runtime::drain::Phase;
 
 /// The view from the admin door; holds nothing alive.
@@ -40,7 +44,7 @@ impl Inside for Window {
             let error = error.lock().unwrap_or_else(PoisonError::into_inner).clone()?;
             Some(json!({ "message": error.message, "at": shared.telemetry.wall(error.at).to_string() }))
         };
-        let mut document = document(&policy);
+        let mut document = document(&policy, shared.telemetry.wall(Instant::now()));
         document["lastError"] = shown(&shared.last_error).into();
         document["certificateError"] = shown(&shared.certificate_error).into();
         format!("{document:#}\n")
@@ -102,16 +106,22 @@ fn towards(policy: &Snapshot, listener: &Listener) -> Option<String> {
 }
 
 /// The policy in force: every effective value with the line that it comes from.
-fn document(policy: &Snapshot) -> Value {
+fn document(policy: &Snapshot, now: Timestamp) -> Value {
+    let modes = RuleName::ALL.into_iter().map(|rule| {
+        let mode = policy.model.modes.of(rule);
+        (rule.key().to_owned(), set(mode, |mode| mode.as_str().into()))
+    });
     json!({
         "hash": policy.hash,
         "loaded": policy.loaded.to_string(),
         "files": policy.model.files.iter().map(|file| &**file).collect::<Vec<_>>(),
         "service": &*policy.service,
+        "accessLog": access_log(&policy.model.access_log),
+        "rules": modes.collect::<Map<_, _>>(),
         "listeners": policy.listeners.iter().map(|one| listener(policy, one)).collect::<Vec<_>>(),
         "destinations": policy.destinations.iter().map(|one| {
             let addresses = one.cluster.addresses();
-            let mut shown = destination(&one.values);
+            let mut shown = destination(&one.values, now);
             shown["addresses"] = addresses.list.iter().map(|address| address.socket.to_string()).collect();
             shown["problem"] = addresses.problem.clone().into();
             shown["inFlight"] = one.gate.in_flight().into();
@@ -133,8 +143,25 @@ fn listener(policy: &Snapshot, one: &Listener) -> Value {
     })
 }
 
-fn destination(one: &Destination) -> Value {
-    json!({
+fn access_log(log: &AccessLog) -> Value {
+    let mode = match log.mode {
+        LogMode::Off => "off",
+        LogMode::Errors => "errors",
+        LogMode::All => "all",
+        LogMode::Sampled => "sampled",
+    };
+    let format = match log.format {
+        LogFormat::Json => "json",
+        LogFormat::Text => "text",
+    };
+    json!({ "mode": mode, "format": format, "ratio": (log.mode == LogMode::Sampled).then_some(log.ratio) })
+}
+
+fn destination(one: &Destination, now: Timestamp) -> Value {
+    // The implicit one, which has what the destination says.
+    let below = one.routes.last();
+    let routes = one.routes.iter().map(|route| self::route(route, below, now));
+    let mut shown = json!({
         "name": one.name,
         "hosts": one.hosts.iter().map(ToString::to_string).collect::<Vec<_>>(),
         "endpoints": one.endpoints.iter().map(ToString::to_string).collect::<Vec<_>>(),
@@ -149,13 +176,18 @@ fn destination(one: &Destination) -> Value {
             "idle": time(&one.connections.idle),
             "maxIdle": set(&one.connections.max_idle, |count| (*count).into()),
         },
-        "routes": one.routes.iter().map(route).collect::<Vec<_>>(),
-    })
+        "routes": routes.collect::<Vec<_>>(),
+    });
+    for (rule, rows) in explain::rules_of_destination(one) {
+        shown[rule] = values(rule, &rows);
+    }
+    shown
 }
 
-fn route(one: &Route) -> Value {
+/// What a route says, and of the rules only those in which it is not like the route `below`: there may be thousands.
+fn route(one: &Route, below: Option<&Route>, now: Timestamp) -> Value {
     let limits = &one.timeouts;
-    json!({
+    let mut shown = json!({
         "name": one.name,
         "match": one.matches.to_string(),
         "stream": one.stream,
@@ -167,7 +199,30 @@ fn route(one: &Route) -> Value {
             "idle": time(&limits.idle),
             "maxDuration": time(&limits.max_duration),
         },
-    })
+    });
+    let below = below.filter(|below| !std::ptr::eq(*below, one));
+    for (rule, rows) in explain::rules_of_route(one, below, now) {
+        shown[rule] = values(rule, &rows);
+    }
+    shown
+}
+
+/// A rule's values as `explain` shows them, without its own name before theirs; a row for the rule as a whole stands alone.
+fn values(rule: &str, rows: &[Row]) -> Value {
+    let shown = |row: &Row| {
+        let number = serde_json::from_str::<Number>(&row.value);
+        json!({ "value": number.map_or_else(|_| row.value.as_str().into(), Value::Number), "from": row.origin })
+    };
+    match rows {
+        [whole] if whole.name == rule => shown(whole),
+        _ => rows
+            .iter()
+            .map(|row| {
+                (row.name.strip_prefix(rule).unwrap_or(&row.name).trim_start_matches('.').to_owned(), shown(row))
+            })
+            .collect::<Map<_, _>>()
+            .into(),
+    }
 }
 
 fn time(value: &Set<std::time::Duration>) -> Value {

@@ -4,14 +4,16 @@ use std::collections::HashMap;
 use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::thread::JoinHandle;
 
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinHandle;
 
 use crate::app::Shared;
-use crate::app::doors::{Command, Opening};
+use crate::app::doors::{Command, Socket};
 use crate::listener::accept::Acceptor;
+use crate::listener::tls::Certificates;
+use crate::policy::model::Listener;
 use crate::proxy::caller::Door;
 use crate::proxy::fields::Via;
 use crate::proxy::worker::Worker;
@@ -28,7 +30,7 @@ pub(super) fn start(
     shared: &Arc<Shared>,
     number: usize,
     alive: mpsc::Sender<()>,
-) -> io::Result<JoinHandle<io::Result<()>>> {
+) -> io::Result<std::thread::JoinHandle<io::Result<()>>> {
     let (sender, commands) = mpsc::channel(COMMANDS);
     shared.doors().add_worker(sender);
     let shared = Arc::clone(shared);
@@ -43,7 +45,7 @@ async fn run(shared: &Arc<Shared>, number: usize, mut commands: mpsc::Receiver<C
     let upstreams = Upstreams::new(Rc::new(Network), shared.discovery.clone(), Rc::clone(&shard));
     tasks::spawn(Upstreams::sweep(Rc::downgrade(&upstreams)));
     let worker = Worker::new(Arc::clone(&shared.policy), upstreams, shard, &shared.chain);
-    let mut open: HashMap<u64, oneshot::Sender<()>> = HashMap::new();
+    let mut open: HashMap<u64, Accepting> = HashMap::new();
     let drain = shared.drain.signal();
     let mut leaving = Box::pin(drain.reached(Phase::Leaving));
     let mut left = false;
@@ -59,11 +61,23 @@ async fn run(shared: &Arc<Shared>, number: usize, mut commands: mpsc::Receiver<C
             }
             command = commands.recv() => match command {
                 Some(Command::Open(opening)) => {
-                    if let Some((number, stop)) = accept_from(&worker, *opening) {
-                        open.insert(number, stop);
+                    let (number, opening) = (opening.number, *opening);
+                    match listener(&mut open, opening.socket).await {
+                        Ok(socket) => {
+                            let accepting = accept_from(&worker, socket, number, opening.values, opening.certificates);
+                            open.insert(number, accepting);
+                        }
+                        Err(error) => {
+                            let name = opening.values.name;
+                            tracing::error!(listener = name, %error, "a worker cannot accept connections");
+                        }
                     }
                 }
-                Some(Command::Close(number)) => drop(open.remove(&number)),
+                Some(Command::Close(number)) => {
+                    if let Some(accepting) = open.remove(&number) {
+                        drop(accepting.end());
+                    }
+                }
                 None => break,
             },
         }
@@ -77,35 +91,56 @@ async fn run(shared: &Arc<Shared>, number: usize, mut commands: mpsc::Receiver<C
     }
 }
 
-/// Begins to accept; accepting ends when the result is dropped.
-fn accept_from(worker: &Rc<Worker>, opening: Opening) -> Option<(u64, oneshot::Sender<()>)> {
-    let name = opening.values.name.clone();
-    let via = Via::new(&mark(&opening));
-    let listener = match TcpListener::from_std(opening.listener) {
-        Ok(listener) => listener,
-        Err(error) => {
-            tracing::error!(listener = name, %error, "a worker cannot accept connections");
-            return None;
+/// A listener that is being accepted from; that ends when this is dropped.
+struct Accepting {
+    door: Rc<Door>,
+    stop: oneshot::Sender<()>,
+    ended: JoinHandle<TcpListener>,
+}
+
+impl Accepting {
+    /// Accepts no more, and sends its callers elsewhere; they are not cut. Gives the socket back.
+    fn end(self) -> JoinHandle<TcpListener> {
+        drop(self.stop);
+        self.door.close();
+        self.ended
+    }
+}
+
+/// The socket to accept from: a new one, or that of a listener which ends so.
+async fn listener(open: &mut HashMap<u64, Accepting>, socket: Socket) -> io::Result<TcpListener> {
+    match socket {
+        Socket::New(listener) => TcpListener::from_std(listener),
+        Socket::Of(number) => {
+            let old = open.remove(&number).ok_or(io::ErrorKind::NotConnected)?;
+            old.end().await.map_err(io::Error::other)
         }
-    };
-    let acceptor = Acceptor {
-        worker: Rc::clone(worker),
-        metrics: worker.shard.listener(&name),
-        door: Rc::new(Door { via, values: opening.values }),
-        certificates: opening.certificates,
-    };
+    }
+}
+
+/// Begins to accept.
+fn accept_from(
+    worker: &Rc<Worker>,
+    socket: TcpListener,
+    number: u64,
+    values: Listener,
+    certificates: Option<Arc<Certificates>>,
+) -> Accepting {
+    let via = Via::new(&mark(number, &values));
+    let metrics = worker.shard.listener(&values.name);
+    let door = Rc::new(Door::new(values, via));
+    let acceptor = Acceptor { worker: Rc::clone(worker), metrics, door: Rc::clone(&door), certificates };
     let (stop, stopped) = oneshot::channel();
-    tasks::spawn(acceptor.run(listener, stopped));
-    Some((opening.number, stop))
+    Accepting { door, stop, ended: tasks::spawn(acceptor.run(socket, stopped)) }
 }
 
 /// What tells this listener's `Via` from that of every other listener of every other process.
-fn mark(opening: &Opening) -> String {
+fn mark(number: u64, values: &Listener) -> String {
     use std::hash::{BuildHasher, RandomState};
     use std::sync::OnceLock;
     // The standard library's hasher is seeded by the system, differently in each process.
     static PROCESS: OnceLock<RandomState> = OnceLock::new();
     let process = PROCESS.get_or_init(RandomState::new);
-    let mark = process.hash_one((opening.number, &opening.values.name, opening.values.bind));
+    let mark = process.hash_one((number, &values.name, values.bind));
     format!("{:08x}", mark >> 32)
 }

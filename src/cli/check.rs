@@ -49,9 +49,7 @@ pub fn check(
             }
             (Err(error), Form::Text) => {
                 code = 1;
-                let total = error.problems.len();
-                let plural = if total == 1 { "problem" } else { "problems" };
-                writeln!(err, "{}{}: {total} {plural}", error.render(colour), path.display())?;
+                writeln!(err, "{}{}: {}", error.render(colour), path.display(), error.problems.count())?;
             }
             (Err(error), Form::Json) => {
                 code = 1;

@@ -16,6 +16,7 @@ use clap::builder::styling::{AnsiColor, Styles};
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 
 use crate::config;
+use crate::policy::check::good_name;
 use crate::rules::duration;
 
 const EXIT_CODES: &str = "\
@@ -96,7 +97,7 @@ struct RunArgs {
     #[arg(long, value_name = "N", env = "HOPGUARD_WORKERS", value_parser = clap::value_parser!(u16).range(1..=1024))]
     workers: Option<u16>,
     /// Who we are in the metrics, if the policy does not say so.
-    #[arg(long, value_name = "NAME", default_value = "unknown", env = "HOPGUARD_SERVICE")]
+    #[arg(long, value_name = "NAME", default_value = "unknown", env = "HOPGUARD_SERVICE", value_parser = parse_name)]
     service: String,
     /// How long calls in flight may take to finish after the last one was accepted.
     #[arg(long, value_name = "DURATION", default_value = "25s", env = "HOPGUARD_GRACE", value_parser = parse_duration)]
@@ -136,6 +137,11 @@ fn parse_duration(text: &str) -> Result<Duration, String> {
         return Ok(Duration::ZERO);
     }
     duration::parse(text).map_err(|fault| fault.to_string())
+}
+
+/// The same names as in a policy: it becomes a metric label there too.
+fn parse_name(text: &str) -> Result<String, String> {
+    good_name(text).map(|()| text.to_owned()).map_err(|fault| fault.to_string())
 }
 
 fn parse_demo_duration(text: &str) -> Result<Duration, String> {

@@ -36,14 +36,15 @@ pub struct Acceptor {
 }
 
 impl Acceptor {
-    /// Accepts until `stop` is dropped or rung; connections go on as tasks of the worker.
-    pub async fn run(self, listener: TcpListener, mut stop: oneshot::Receiver<()>) {
+    /// Accepts until `stop` is dropped or rung; connections go on as tasks of the worker. Gives the socket back, with
+    /// whoever waits on it.
+    pub async fn run(self, listener: TcpListener, mut stop: oneshot::Receiver<()>) -> TcpListener {
         let this = Rc::new(self);
         loop {
             let accepted = tokio::select! {
                 biased;
                 accepted = listener.accept() => accepted,
-                _ = &mut stop => break,
+                _ = &mut stop => return listener,
             };
             match accepted {
                 Ok((stream, peer)) => this.begin(stream, peer),

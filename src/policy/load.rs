@@ -114,10 +114,13 @@ fn files(path: &Path) -> io::Result<Vec<PathBuf>> {
 
 fn read(path: &Path) -> Result<String, String> {
     let cannot = |error: io::Error| format!("cannot be read: {error}");
+    // A pipe or a device would block, even to open it, or never end.
+    if !fs::metadata(path).map_err(cannot)?.is_file() {
+        return Err("is not a regular file".into());
+    }
     let file = File::open(path).map_err(cannot)?;
-    // A pipe or a device would block, or never end.
     if !file.metadata().map_err(cannot)?.is_file() {
-        return Err("is not a file".into());
+        return Err("is not a regular file".into());
     }
     let mut bytes = Vec::new();
     file.take(LARGEST + 1).read_to_end(&mut bytes).map_err(cannot)?;

@@ -42,7 +42,8 @@ pub fn hand_over(
     // A caller that waits for leave to send its body has not got it, or has sent it all the same; what follows a CONNECT
     // that came to nothing is no request either.
     let doubtful = connect || live.flow.is_held();
-    let mut close = version <= Version::HTTP_11 && (version < Version::HTTP_11 || doubtful || live.worker.is_leaving());
+    let leaving = live.worker.is_leaving() || live.caller.door.is_closed();
+    let mut close = version <= Version::HTTP_11 && (version < Version::HTTP_11 || doubtful || leaving);
     let mut answer = match reply {
         Ok(Reply::Upstream(answer)) => {
             live.record.head(live.over_at, answer.status());
@@ -76,6 +77,10 @@ pub fn hand_over(
             refuse(&mut live, &refusal)
         }
     };
+    if version == Version::HTTP_10 {
+        // To an answer of a later version hyper would add what an HTTP/1.0 caller wishes: `keep-alive`.
+        *answer.version_mut() = version;
+    }
     if close {
         // A proxy keeps no connection with an HTTP/1.0 caller (RFC 9112, 9.3), and none while it is leaving.
         answer.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));

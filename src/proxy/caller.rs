@@ -13,6 +13,7 @@ use crate::policy::model::Listener;
 use crate::policy::snapshot::Snapshot;
 use crate::proxy::fields::Via;
 use crate::proxy::refusal::{Kind, Refusal};
+use crate::runtime::drain::{Crowd, Phase};
 use crate::runtime::quiet::Quiet;
 
 /// A listener as one worker has it open.
@@ -21,20 +22,42 @@ pub struct Door {
     pub values: Listener,
     /// What it writes into `Via`.
     pub via: Via,
+    /// The connections that came through it, which are sent elsewhere when it closes.
+    pub crowd: Crowd,
 }
 
 impl Door {
-    /// The listener's values in `policy`.
+    /// A listener that has just been opened.
+    pub fn new(values: Listener, via: Via) -> Self {
+        Self { values, via, crowd: Crowd::default() }
+    }
+
+    /// The listener's values in `policy`. Where that has another listener on the same address now, a request on an old
+    /// connection is treated as if it had come on a new one: its caller cannot know that the name has changed.
     ///
     /// # Errors
     /// If that policy does not have it any more: its last connections end.
     pub fn listener<'a>(&self, policy: &'a Snapshot) -> Result<&'a Listener, Refusal> {
-        let same = |one: &&Listener| one.bind == self.values.bind && one.name == self.values.name;
-        policy
-            .listeners
-            .iter()
+        let here = |one: &&Listener| one.bind == self.values.bind;
+        let same = |one: &&Listener| here(one) && one.name == self.values.name;
+        // Port 0 is another address each time; and who came with TLS must not be led on where there is none.
+        let successor =
+            |one: &&Listener| here(one) && one.bind.port() != 0 && one.tls.is_some() == self.values.tls.is_some();
+        let all = &policy.listeners;
+        all.iter()
             .find(same)
+            .or_else(|| all.iter().find(successor))
             .ok_or_else(|| Refusal::plain(Kind::Draining, "the policy does not have this listener any more"))
+    }
+
+    /// Tells its connections to go elsewhere: HTTP/2 at once, HTTP/1 with the next answer. None is cut.
+    pub fn close(&self) {
+        self.crowd.advance(Phase::Leaving);
+    }
+
+    /// True once its connections are told to go elsewhere.
+    pub fn is_closed(&self) -> bool {
+        self.crowd.phase() >= Phase::Leaving
     }
 }
 

@@ -5,7 +5,7 @@ use std::rc::Rc;
 
 use http::header::{HeaderMap, HeaderName};
 use http::request::Parts;
-use http::uri::PathAndQuery;
+use http::uri::{PathAndQuery, Scheme};
 use http::{HeaderValue, Method, Request, Response, StatusCode, Uri, Version, header};
 use http_body::Body as _;
 use hyper::body::Incoming;
@@ -13,7 +13,7 @@ use tokio::time::Instant;
 
 use crate::net::body::RequestBody;
 use crate::net::flow::Flow;
-use crate::policy::model::{Direction, Listener, Target as Towards};
+use crate::policy::model::{Destination, Direction, Listener, Target as Towards};
 use crate::proxy::answer::{self, Reply};
 use crate::proxy::body::ResponseBody;
 use crate::proxy::caller::Caller;
@@ -87,6 +87,7 @@ fn decide(live: &mut Live, request: Request<Incoming>, present: &Present) -> Res
     let position = choose(&view.policy, listener, &target)?;
     let route = view.destination(position).index.find(&head.method, head.uri.path(), &head.headers);
     live.met(position, route, listener.direction);
+    check_scheme(&head, listener, live.destination_values())?;
     let pool = pool(live, &target)?;
     ties::begin(live, &mut head, present)?;
     check_rate(live, &head.headers)?;
@@ -263,6 +264,20 @@ fn choose(
     }
 }
 
+/// What a proxy is asked to fetch by `https` never goes out in plain text (RFC 9110, 4.2.2). Over HTTP/2 the scheme says
+/// nothing: there it is the one of the connection to us.
+fn check_scheme(head: &Parts, listener: &Listener, destination: &Destination) -> Result<(), Refusal> {
+    let is_asked = head.version < Version::HTTP_2 && head.uri.scheme() == Some(&Scheme::HTTPS);
+    if !is_asked || listener.target != Towards::Forward || destination.tls.is_some() {
+        return Ok(());
+    }
+    let detail = format!(
+        "the target begins with https, and the destination {} has no `tls`: use CONNECT, or give it `tls`",
+        destination.name
+    );
+    Err(Refusal::plain(Kind::BadRequest, detail))
+}
+
 /// The pool of the destination, or of the place where the caller was going.
 fn pool(live: &Live, target: &Target<'_>) -> Result<Rc<Pool>, Refusal> {
     let position = live.destination();
@@ -306,7 +321,10 @@ async fn wait_in_queue(live: &mut Live, pool: &Rc<Pool>) -> Result<(), Refusal> 
     let late_at = live.patience.request_at(&live.route().timeouts);
     let entered = live.timer.limit((began + limits.queue_timeout.value).min(late_at), queue).await;
     drop(waiting);
-    live.record.queued(began.elapsed());
+    // Who was sent away at once has not waited.
+    if !matches!(entered, Some(Err(QueueFull))) {
+        live.record.queued(began.elapsed());
+    }
     match entered {
         Some(Ok(pass)) => {
             live.hold(Some(pass), Rc::clone(pool));

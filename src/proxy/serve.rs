@@ -100,7 +100,7 @@ pub async fn http1(worker: Rc<Worker>, caller: Rc<Caller>, io: Io) {
 
 /// Serves one HTTP/2 connection.
 pub async fn http2(worker: Rc<Worker>, caller: Rc<Caller>, io: Io) {
-    let member = worker.crowd.join();
+    let (member, guest) = (worker.crowd.join(), caller.door.crowd.join());
     let mut watch = Watch::new(&worker, &caller, io.activity());
     let streams = Streams { worker: Rc::clone(&worker), caller: Rc::clone(&caller) };
     // Boxed, because hyper moves it with the stream from the connection to the stream's own task.
@@ -125,7 +125,10 @@ pub async fn http2(worker: Rc<Worker>, caller: Rc<Caller>, io: Io) {
             if closing {
                 return Poll::Pending;
             }
-            closing = member.phase(cx) >= Phase::Closing || watch.poll_silence(cx, &caller).is_ready();
+            // An answer over HTTP/2 cannot say that its connection is to close, so a listener that closes says it at once.
+            closing = member.phase(cx) >= Phase::Closing
+                || guest.phase(cx) >= Phase::Leaving
+                || watch.poll_silence(cx, &caller).is_ready();
             if !closing {
                 return Poll::Pending;
             }

@@ -15,7 +15,7 @@ use hickory_resolver::config::{NameServerConfig, ResolverConfig};
 use hickory_resolver::net::runtime::TokioRuntimeProvider;
 use hickory_resolver::net::{DnsError, NetError};
 use hickory_resolver::proto::op::ResponseCode;
-use tokio::sync::mpsc;
+use tokio::sync::Notify;
 use tokio::time::{Instant, sleep};
 
 use crate::runtime::tasks;
@@ -30,9 +30,6 @@ pub const TTL_CEILING: Duration = Duration::from_secs(60);
 /// A failure is tried again after the first, then after twice that, and so on up to the second.
 const RETRY_FIRST: Duration = Duration::from_millis(250);
 const RETRY_MOST: Duration = Duration::from_secs(5);
-
-/// Clusters that wait for their discovery to begin.
-const QUEUE: usize = 1024;
 
 /// Destinations without endpoints may lead to so many different places before the ones nobody uses are forgotten.
 const PLACES: usize = 4096;
@@ -113,27 +110,52 @@ type Places = HashMap<Place, Weak<Cluster>>;
 /// The way to discovery from everywhere else.
 #[derive(Clone)]
 pub struct Discovery {
-    begin: mpsc::Sender<Weak<Cluster>>,
+    requests: Requests,
     places: Arc<Mutex<Places>>,
 }
 
-/// What [`run`] works through.
-pub type Requests = mpsc::Receiver<Weak<Cluster>>;
+/// The clusters whose discovery is to begin.
+///
+/// A list and not a channel: a policy is compiled on the thread that works through them, so nobody takes any from it in
+/// the meantime, and it is to hold all the names of any policy. A cluster is in it at most once.
+#[derive(Clone, Default)]
+pub struct Requests(Arc<Waiting>);
+
+#[derive(Default)]
+struct Waiting {
+    clusters: Mutex<Vec<Weak<Cluster>>>,
+    more: Notify,
+}
+
+impl Requests {
+    fn add(&self, cluster: Weak<Cluster>) {
+        self.0.clusters.lock().unwrap_or_else(PoisonError::into_inner).push(cluster);
+        self.0.more.notify_one();
+    }
+
+    /// All of them, as soon as there are any.
+    async fn take(&self) -> Vec<Weak<Cluster>> {
+        loop {
+            let clusters = std::mem::take(&mut *self.0.clusters.lock().unwrap_or_else(PoisonError::into_inner));
+            if !clusters.is_empty() {
+                return clusters;
+            }
+            self.0.more.notified().await;
+        }
+    }
+}
 
 impl Discovery {
     /// A handle, and the requests that it makes.
     pub fn new() -> (Self, Requests) {
-        let (begin, requests) = mpsc::channel(QUEUE);
-        (Self { begin, places: Arc::default() }, requests)
+        let requests = Requests::default();
+        (Self { requests: requests.clone(), places: Arc::default() }, requests)
     }
 
     /// Keeps a cluster's addresses fresh for as long as somebody holds it.
     pub fn follow(&self, cluster: &Arc<Cluster>) {
-        if cluster.names().next().is_none() {
-            return;
-        }
-        if self.begin.try_send(Arc::downgrade(cluster)).is_err() {
-            cluster.publish(Vec::new(), Some("too many names wait to be resolved".to_owned()));
+        if cluster.names().next().is_some() {
+            self.requests.add(Arc::downgrade(cluster));
         }
     }
 
@@ -162,12 +184,14 @@ impl Discovery {
     }
 }
 
-/// Begins discovery for each cluster that is asked for, until all handles are gone.
-pub async fn run<R: Resolve + 'static>(resolver: R, mut requests: Requests) {
+/// Begins discovery for each cluster that is asked for.
+pub async fn run<R: Resolve + 'static>(resolver: R, requests: Requests) {
     let resolver = std::rc::Rc::new(resolver);
-    while let Some(cluster) = requests.recv().await {
-        let resolver = std::rc::Rc::clone(&resolver);
-        tasks::spawn(async move { keep_fresh(&*resolver, cluster).await });
+    loop {
+        for cluster in requests.take().await {
+            let resolver = std::rc::Rc::clone(&resolver);
+            tasks::spawn(async move { keep_fresh(&*resolver, cluster).await });
+        }
     }
 }
 
@@ -326,6 +350,25 @@ mod tests {
         let addresses = cluster.addresses();
         assert_eq!(addresses.list.len(), 1);
         assert_eq!(addresses.problem.as_deref(), Some("silent.test: timed out; silent-too.test: timed out"));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_policy_with_very_many_names_loses_none() {
+        let resolver = Scripted {
+            answers: Rc::new(RefCell::new(vec![Ok(("10.0.0.1", 30))])),
+            asked: Rc::default(),
+            begun: Instant::now(),
+        };
+        let (discovery, requests) = Discovery::new();
+        let clusters: Vec<_> = (0..5_000).map(|_| cluster(&["shop.test"])).collect();
+        clusters.iter().for_each(|cluster| discovery.follow(cluster));
+        let all = tokio::task::LocalSet::new();
+        let work = all.run_until(run(resolver, requests));
+        assert!(tokio::time::timeout(Duration::from_secs(1), work).await.is_err());
+        for cluster in &clusters {
+            let addresses = cluster.addresses();
+            assert_eq!((addresses.list.len(), addresses.problem.as_deref()), (1, None));
+        }
     }
 
     #[tokio::test(start_paused = true)]

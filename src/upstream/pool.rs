@@ -262,17 +262,16 @@ impl Pool {
 
     /// A new connection to `endpoint`, or an HTTP/2 one that somebody else has just opened.
     pub async fn open(&self, endpoint: &Rc<Endpoint>, want: Want) -> Result<Lease, ConnectError> {
-        if want == Want::Http1 || (want == Want::Either && endpoint.chose_http1.get()) {
-            return self.dial(endpoint, want).await;
-        }
-        // One caller opens an HTTP/2 connection, the others wait for it instead of opening one each.
-        while endpoint.opening.get() {
+        // One caller opens an HTTP/2 connection, the others wait for it instead of opening one each. Where what it got is
+        // HTTP/1.1 after all, nobody can share it, and all go on at once.
+        let is_alone = || want == Want::Http1 || (want == Want::Either && endpoint.chose_http1.get());
+        while !is_alone() && endpoint.opening.get() {
             endpoint.opened.notified().await;
             if let Some(lease) = poll_fn(|cx| Poll::Ready(self.lend(endpoint, want, Instant::now(), cx))).await {
                 return Ok(lease);
             }
         }
-        let _turn = Turn::take(endpoint);
+        let _turn = (!is_alone()).then(|| Turn::take(endpoint));
         self.dial(endpoint, want).await
     }
 

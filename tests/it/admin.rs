@@ -3,7 +3,7 @@
 use std::process::Stdio;
 
 use hyper::Response;
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio::io::AsyncWriteExt;
 
 use crate::support::http::{Answer, Caller, Speaks, ask, empty, full, get, grpc, request};
@@ -187,6 +187,51 @@ async fn the_policy_in_force_shows_every_value_and_its_line() {
     );
     assert_eq!(timeouts["connect"]["from"], "built in", "{shown:#}");
     assert!(shown["lastError"].is_null() && shown["loaded"].is_string() && shown["hash"].is_string(), "{shown:#}");
+    mesh.stop().await;
+}
+
+#[tokio::test]
+async fn the_policy_in_force_shows_the_rules_too() {
+    let upstream = Upstream::fixed("hello").await;
+    let text = policy(
+        upstream.addr,
+        "    retry: { attempts: 2, backoff: { base: 7ms } }
+    ejection: off
+    rateLimit: { requests: 9, per: 1s }
+    routes:
+      - name: own
+        match: { path: /own }
+        retry: off
+        faults: [{ name: slow.v1, until: 2099-01-01T00:00:00Z, delay: 5ms }]
+      - { name: plain, match: { path: /plain } }
+",
+    );
+    let mesh = Mesh::start(&text.replace("service: shop\n", "service: shop\nrules: { rateLimit: warn }\n")).await;
+    let shown: Value = serde_json::from_slice(&admin(&mesh, "GET", "/policy").await.body).unwrap();
+    let at = |pointer: &str| {
+        let Some(set) = shown.pointer(pointer) else { panic!("no {pointer} in {shown:#}") };
+        (set["value"].clone(), set["from"].as_str().unwrap().to_owned())
+    };
+    let destination = "/destinations/0";
+    let (own, plain, rest) = ("/destinations/0/routes/0", "/destinations/0/routes/1", "/destinations/0/routes/2");
+    for (pointer, value, is_built_in) in [
+        ("/rules/rateLimit".to_owned(), json!("warn"), false),
+        ("/rules/retry".to_owned(), json!("enforce"), true),
+        (format!("{destination}/circuitBreaker/minRequests"), json!(20), true),
+        (format!("{destination}/ejection"), json!("off"), false),
+        (format!("{rest}/retry/attempts"), json!(2), false),
+        (format!("{rest}/retry/backoff.base"), json!("7ms"), false),
+        (format!("{rest}/rateLimit/requests"), json!(9), false),
+        (format!("{rest}/faults"), json!("none"), true),
+        (format!("{own}/retry"), json!("off"), false),
+        (format!("{own}/faults/slow.v1"), json!("delay 5ms, share 1, until 2099-01-01T00:00:00Z"), false),
+    ] {
+        let (found, from) = at(&pointer);
+        assert_eq!((found, from == "built in"), (value, is_built_in), "{pointer}");
+    }
+    assert!(shown.pointer(&format!("{own}/rateLimit")).is_none(), "it is that of the destination");
+    assert!(shown.pointer(&format!("{plain}/retry")).is_none(), "it is that of the destination");
+    assert_eq!(shown["accessLog"], json!({ "mode": "all", "format": "json", "ratio": null }));
     mesh.stop().await;
 }
 

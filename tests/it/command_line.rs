@@ -165,6 +165,15 @@ async fn the_help_tells_everything() {
 }
 
 #[tokio::test]
+async fn a_service_is_named_as_in_a_policy() {
+    for name in ["a b", "", "caf\u{e9}"] {
+        let ended = run(&["run", "--policy", "nowhere.yaml", "--service", name]).await;
+        assert_eq!(ended.code, Some(2), "{name:?}: {}", ended.error);
+        assert!(ended.error.contains("letters, digits"), "{}", ended.error);
+    }
+}
+
+#[tokio::test]
 async fn every_flag_may_be_a_variable() {
     let upstream = Upstream::fixed("hello").await;
     let folder = tempfile::tempdir().unwrap();

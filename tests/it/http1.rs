@@ -39,9 +39,12 @@ async fn an_http10_caller_gets_no_chunks_and_a_closed_connection() {
     let answer = wire.rest().await;
     assert!(answer.starts_with("HTTP/1.0 200") || answer.starts_with("HTTP/1.1 200"), "{answer}");
     assert!(answer.ends_with("\r\n\r\n/old") && !answer.to_lowercase().contains("chunked"), "{answer}");
+    let wish = b"GET /old HTTP/1.0\r\nhost: shop.test\r\nconnection: keep-alive\r\n\r\n";
+    let answer = raw(mesh.addr("in"), wish).await.to_lowercase();
+    assert!(answer.contains("\r\nconnection: close\r\n") && !answer.contains("keep-alive"), "{answer}");
     let bare = raw(mesh.addr("in"), b"GET /bare HTTP/1.0\r\n\r\n").await;
     assert!(bare.ends_with("/bare"), "an HTTP/1.0 call needs no host on a listener with `to`");
-    mesh.ended("ok", 2).await;
+    mesh.ended("ok", 3).await;
     mesh.stop().await;
 }
 

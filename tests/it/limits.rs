@@ -72,6 +72,8 @@ async fn who_finds_the_queue_full_is_sent_away_at_once() {
     assert!(["limits.inFlight", "limits.queue"].contains(&rule), "{line}");
     mesh.refused(&answer, "queue_full", rule, if rule == "limits.queue" { "0" } else { "1" }).await;
     assert_eq!(line["refusal"]["origin"], "policy.yaml:11", "{line}");
+    assert!(line["queue_ms"].is_null(), "{line}");
+    assert_eq!(mesh.metric("hopguard_queue_duration_seconds_count", &["app"]), 0.0, "nobody has waited");
     shop.gate.release(1);
     assert_eq!(first.await.unwrap().body, "done");
     assert_eq!(shop.asked.lock().unwrap().len(), 1);

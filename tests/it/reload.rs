@@ -236,6 +236,108 @@ async fn listeners_come_and_go_and_the_others_do_not_notice() {
     assert_eq!(site.upstream.connections(), 1, "the pool was kept");
 }
 
+/// A listener has been given this address, and no one listens there any more.
+fn free_address() -> SocketAddr {
+    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+}
+
+/// Waits until a connection of HTTP/2 has been told to take no more requests.
+async fn sent_away(caller: &mut Caller) {
+    let Caller::Http2(sender) = caller else { panic!("this is for HTTP/2") };
+    // Each look needs the client's own task to have run.
+    let begun = Instant::now();
+    while sender.ready().await.is_ok() {
+        assert!(begun.elapsed() < SOON, "no GOAWAY came");
+        sleep(Duration::from_millis(5)).await;
+    }
+}
+
+#[tokio::test]
+async fn a_listener_that_is_renamed_or_gone_sends_its_callers_away_and_cuts_nobody() {
+    let gate = Gate::closed();
+    let held = gate.clone();
+    let upstream = Upstream::http1(move |request| {
+        let held = held.clone();
+        async move {
+            if request.uri().path() == "/slow" {
+                held.pass().await;
+            }
+            Response::new(full("hello"))
+        }
+    })
+    .await;
+    let (first, second) = (free_address(), free_address());
+    let before = policy(upstream.addr, "20s").replace(
+        "destinations:",
+        &format!("  - {{ name: old, bind: \"{first}\", to: app }}\n  - {{ name: away, bind: \"{second}\", to: app }}\ndestinations:"),
+    );
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("policy.yaml");
+    std::fs::write(&file, &before).unwrap();
+    let program = Program::run(&file, &[]).await;
+    let path = |path| Request::get(path).body(empty()).unwrap();
+    let mut callers = Vec::new();
+    for (to, speaks) in
+        [(first, Speaks::Http1), (first, Speaks::Http2), (second, Speaks::Http1), (second, Speaks::Http2)]
+    {
+        let mut idle = Caller::open(speaks, to).await;
+        assert_eq!(idle.ask(path("/")).await.body, "hello");
+        let mut busy = Caller::open(speaks, to).await;
+        let answer = tokio::spawn(async move { (busy.ask(path("/slow")).await, busy) });
+        callers.push((to, speaks, idle, answer));
+    }
+    crate::support::eventually(|| (upstream.requests() == 8).then_some(())).await;
+
+    let lines = before.lines().filter(|line| !line.contains("name: away"));
+    replace(&file, &lines.collect::<Vec<_>>().join("\n").replace("name: old", "name: new"));
+    until(&program, |policy| policy["listeners"].as_array().unwrap().len() == 2).await;
+    gate.release(4);
+    for (to, speaks, mut idle, answer) in callers {
+        let case = format!("{speaks:?}, {}", if to == first { "renamed" } else { "gone" });
+        match speaks {
+            Speaks::Http1 => {
+                let answer = idle.ask(path("/")).await;
+                assert_eq!(answer.status, if to == first { 200 } else { 503 }, "{case}: {answer:?}");
+                assert_eq!(answer.header("connection"), "close", "{case}");
+            }
+            Speaks::Http2 => sent_away(&mut idle).await,
+        }
+        let (answer, mut busy) = timeout(SOON, answer).await.expect("it was cut").unwrap();
+        assert_eq!((answer.status.as_u16(), &*answer.body), (200, &b"hello"[..]), "{case}");
+        match speaks {
+            Speaks::Http1 => assert_eq!(answer.header("connection"), "close", "{case}"),
+            Speaks::Http2 => sent_away(&mut busy).await,
+        }
+    }
+    assert_eq!(get(first, "/").await.body, "hello");
+}
+
+#[tokio::test]
+async fn no_connection_is_lost_between_a_listener_and_its_successor() {
+    let upstream = Upstream::fixed("hello").await;
+    let (address, folder) = (free_address(), tempfile::tempdir().unwrap());
+    let file = folder.path().join("policy.yaml");
+    let text = policy(upstream.addr, "5s").replace("127.0.0.1:0", &address.to_string());
+    std::fs::write(&file, &text).unwrap();
+    let program = Program::run(&file, &["--workers", "2"]).await;
+    let callers: Vec<_> = (0..8)
+        .map(|_| {
+            tokio::spawn(async move {
+                loop {
+                    assert_eq!(get(address, "/").await.status, 200);
+                }
+            })
+        })
+        .collect();
+    for round in 0..30 {
+        let name = format!("in{round}");
+        replace(&file, &text.replace("name: in,", &format!("name: {name},")));
+        until(&program, |policy| policy["listeners"][0]["name"] == *name).await;
+    }
+    assert!(callers.iter().all(|caller| !caller.is_finished()), "a call was lost");
+    callers.iter().for_each(tokio::task::JoinHandle::abort);
+}
+
 #[tokio::test]
 async fn a_listener_whose_port_is_taken_changes_nothing() {
     let site = Site::open().await;

@@ -13,7 +13,7 @@ use tokio_rustls::TlsAcceptor;
 use tokio_rustls::client::TlsStream;
 
 use crate::support::certificates::{Authority, Identity};
-use crate::support::http::{Caller, Http1, Speaks, ask, empty, full, get, request};
+use crate::support::http::{Caller, Http1, Speaks, ask, empty, full, get, raw, request};
 use crate::support::load::Load;
 use crate::support::program::Program;
 use crate::support::upstream::{Gate, Upstream};
@@ -96,6 +96,37 @@ async fn an_upstream_agrees_on_the_protocol() {
 }
 
 #[tokio::test]
+async fn a_burst_to_an_upstream_without_http2_does_not_connect_one_after_the_other() {
+    const CALLS: usize = 6;
+    let (folder, authority) = (tempfile::tempdir().unwrap(), Authority::new());
+    std::fs::write(folder.path().join("ca.crt"), authority.pem()).unwrap();
+    let acceptor = authority.issue("bank.test").acceptor(&["http/1.1"]);
+    let (handshakes, answers) = (Gate::closed(), Gate::closed());
+    let (open, held) = (handshakes.clone(), answers.clone());
+    let upstream = Upstream::bytes(move |stream| {
+        let (acceptor, open, held) = (acceptor.clone(), open.clone(), held.clone());
+        async move {
+            open.pass().await;
+            Box::pin(serve(stream, acceptor, held)).await;
+        }
+    })
+    .await;
+    let mesh = Mesh::start(&policy(folder.path(), &upstream, "serverName: bank.test")).await;
+    let to = mesh.addr("in");
+    let calls: Vec<_> = (0..CALLS).map(|_| tokio::spawn(async move { get(to, "/slow").await.status })).collect();
+    // One finds out what the upstream speaks; then nobody waits for anybody.
+    eventually(|| (upstream.connections() == 1).then_some(())).await;
+    handshakes.release(1);
+    eventually(|| (upstream.connections() == CALLS).then_some(())).await;
+    handshakes.release(CALLS - 1);
+    answers.release(CALLS);
+    for call in calls {
+        assert_eq!(call.await.unwrap(), 200);
+    }
+    mesh.stop().await;
+}
+
+#[tokio::test]
 async fn without_a_server_name_it_is_the_destinations_host() {
     let (folder, authority) = (tempfile::tempdir().unwrap(), Authority::new());
     std::fs::write(folder.path().join("ca.crt"), authority.pem()).unwrap();
@@ -130,6 +161,9 @@ destinations:
                 .await;
         assert_eq!(answer.status, status, "{answer:?}");
     }
+    let absolute = format!("GET https://{}/ HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n", right.addr);
+    let answer = raw(mesh.addr("out"), absolute.as_bytes()).await;
+    assert!(answer.starts_with("HTTP/1.1 200 ") && answer.contains("HTTP/1.1 for"), "{answer}");
     assert_eq!(mesh.only("tls_failed").await["destination"], "others");
     mesh.stop().await;
 }

@@ -7,7 +7,7 @@ use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::{Instant, timeout};
 
-use crate::support::http::{Caller, Speaks, empty};
+use crate::support::http::{Caller, Speaks, empty, raw};
 use crate::support::upstream::{Upstream, policy};
 use crate::support::wire::Wire;
 use crate::support::{Mesh, SOON};
@@ -264,6 +264,22 @@ destinations:
     wire.until("hello").await;
     drop(wire);
     assert_eq!(mesh.only("ok").await["endpoint"], target.to_string());
+    mesh.stop().await;
+}
+
+#[tokio::test]
+async fn https_in_absolute_form_never_goes_out_in_plain_text() {
+    let upstream = echo().await;
+    let mesh = proxy(&upstream, "request: 1s").await;
+    for target in ["https://bank.test/x", "HTTPS://bank.test:8443/x"] {
+        let request = format!("GET {target} HTTP/1.1\r\nhost: bank.test\r\nconnection: close\r\n\r\n");
+        let answer = raw(mesh.addr("out"), request.as_bytes()).await;
+        assert!(answer.starts_with("HTTP/1.1 400 "), "{answer}");
+        assert!(answer.contains("use CONNECT") && answer.contains("app has no `tls`"), "{answer}");
+    }
+    mesh.ended("bad_request", 2).await;
+    assert_eq!(mesh.metric("hopguard_requests_total", &["destination=\"app\""]), 2.0);
+    assert_eq!(upstream.connections(), 0);
     mesh.stop().await;
 }
 

@@ -9,12 +9,13 @@ mod listener;
 mod route;
 
 use std::collections::HashMap;
+use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
 
 use super::model::{AccessLog, Listener, LogMode, Model, Target};
 use super::spec::{AccessLogSpec, DefaultsSpec, PolicySpec};
-use crate::problems::{At, Origin};
+use crate::problems::{At, Fault, Origin};
 use crate::rules::circuit_breaker::CircuitBreaker;
 use crate::rules::ejection::Ejection;
 use crate::rules::limits::Limits;
@@ -186,7 +187,7 @@ fn check_listeners(documents: &[Document<'_>], model: &mut Model, is_complete: b
     let known = known(documents);
     // A destination whose name could not be read may be the one that is meant.
     let is_complete = is_complete && known.iter().all(|destination| !destination.name.is_empty());
-    let (mut names, mut binds) = (Names::default(), HashMap::new());
+    let (mut names, mut binds) = (Names::default(), Vec::<(SocketAddr, Origin)>::new());
     for document in documents {
         let list = document.at.key("listeners");
         for (index, spec) in document.spec.listeners.iter().flatten().enumerate() {
@@ -196,17 +197,27 @@ fn check_listeners(documents: &[Document<'_>], model: &mut Model, is_complete: b
             // Port 0 is a new port each time.
             if let Some(bind) = spec.bind.filter(|bind| bind.0.port() != 0) {
                 let bind_at = at.key("bind");
-                match binds.get(&bind.0) {
-                    Some(first) => bind_at.report(
+                match binds.iter().find(|(other, _)| clash(bind.0, *other)) {
+                    Some((other, first)) if *other == bind.0 => bind_at.report(
                         format!("`{}` is taken already by the listener at {first}", bind.0),
                         "choose another address or port",
                     ),
-                    None => drop(binds.insert(bind.0, bind_at.origin())),
+                    Some((other, first)) => bind_at.report(
+                        format!("`{}` and `{other}` of the listener at {first} take each other's port", bind.0),
+                        "choose another port for one of them: an address of zeros is every address of the machine",
+                    ),
+                    None => binds.push((bind.0, bind_at.origin())),
                 }
             }
             model.listeners.push(listener);
         }
     }
+}
+
+/// Whether only one of two addresses can be listened at. `0.0.0.0` takes all of IPv4, `[::]` all of both.
+fn clash(one: SocketAddr, other: SocketAddr) -> bool {
+    let takes = |all: SocketAddr, one: SocketAddr| all.ip().is_unspecified() && (all.is_ipv6() || one.is_ipv4());
+    one.port() == other.port() && (one.ip() == other.ip() || takes(one, other) || takes(other, one))
 }
 
 /// A destination without hosts that no listener sends to would stand there without any effect.
@@ -247,10 +258,20 @@ impl<'a> Names<'a> {
 }
 
 /// Names become metric labels and parts of header values: 1 to 63 letters, digits, `-`, `_` or `.`.
-fn check_name(name: &str, at: &At<'_>) {
+///
+/// # Errors
+/// What is no such name, with a hint.
+pub fn good_name(name: &str) -> Result<(), Fault> {
     let is_good = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.');
-    if !(1..=63).contains(&name.len()) || !name.bytes().all(is_good) {
-        at.report(format!("`{name}` is no good name"), "write 1 to 63 letters, digits, `-`, `_` or `.`");
+    if (1..=63).contains(&name.len()) && name.bytes().all(is_good) {
+        return Ok(());
+    }
+    Err(Fault::new(format!("`{name}` is no good name"), "write 1 to 63 letters, digits, `-`, `_` or `.`"))
+}
+
+fn check_name(name: &str, at: &At<'_>) {
+    if let Err(fault) = good_name(name) {
+        at.report_fault(fault);
     }
 }
 

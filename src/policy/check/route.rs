@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 
 use http::Method;
-use http::header::{HeaderName, HeaderValue};
+use http::header::{HOST, HeaderName, HeaderValue};
 
 use super::{Names, check_not_empty, required_name};
 use crate::policy::index::{Segment, parse_template, precedence};
@@ -126,6 +126,12 @@ fn headers(spec: &MatchSpec, at: &At<'_>) -> Vec<(HeaderName, HeaderValue)> {
             at.report_key(Fault::new(format!("`{name}` is no header name"), "write a name like `x-tenant`"));
             continue;
         };
+        if field == HOST {
+            // HTTP/2 has no such field, so that a route would be found over HTTP/1 and not over HTTP/2.
+            let hint = "a host chooses the destination: write it in `hosts` of one, and let a `forward: true` listener take the calls";
+            at.report_key(Fault::new(format!("a route cannot match by `{name}`"), hint));
+            continue;
+        }
         if headers.iter().any(|(other, _)| *other == field) {
             let hint = "header names have no case: remove one of the two";
             at.report_key(Fault::new(format!("header `{field}` stands twice"), hint));

@@ -5,6 +5,7 @@ mod rows;
 use std::fmt;
 
 use http::header::{CONTENT_TYPE, HeaderMap, HeaderValue};
+use http::uri::Scheme;
 use http::{Method, Uri};
 use jiff::Timestamp;
 
@@ -26,6 +27,10 @@ pub struct Explanation<'a> {
     pub modes: &'a Modes,
     /// When this was asked: faults have an end.
     pub now: Timestamp,
+    /// A CONNECT, which the destination sees nothing of.
+    pub is_tunnel: bool,
+    /// It asks for `https` where the destination gets plain text.
+    pub is_exposed: bool,
 }
 
 /// Why there is nothing to explain.
@@ -35,8 +40,11 @@ pub enum ExplainError {
     #[error("`{0}` is no method; write one like GET, or GRPC for a gRPC call")]
     BadMethod(String),
     /// Neither `http://HOST/PATH` nor `/PATH`.
-    #[error("`{0}` is no URL; write one like http://payment/orders/1, or only the path")]
+    #[error("`{0}` is no URL of a call; write one like http://payment/orders/1, or only the path")]
     BadUrl(String),
+    /// Not `HOST:PORT`.
+    #[error("`{0}` is nothing to CONNECT to; write a host and a port, like bank.example:443")]
+    BadTunnel(String),
     /// The policy leads such a call nowhere.
     #[error("no destination: {0}")]
     NoDestination(String),
@@ -51,7 +59,8 @@ pub struct Call {
 }
 
 impl Call {
-    /// Reads method and URL; a URL without scheme and host is a path, one without scheme an authority.
+    /// Reads method and URL; a URL without scheme and host is a path, one without scheme an authority, which is all that
+    /// CONNECT takes.
     ///
     /// # Errors
     /// What is no method or no URL.
@@ -63,10 +72,34 @@ impl Call {
             let upper = method.to_ascii_uppercase();
             Method::from_bytes(upper.as_bytes()).map_err(|_| ExplainError::BadMethod(method.to_owned()))?
         };
-        let full = if url.starts_with('/') || url.contains("://") { url.to_owned() } else { format!("http://{url}") };
-        let uri: Uri = full.parse().map_err(|_| ExplainError::BadUrl(url.to_owned()))?;
+        let uri = match method {
+            Method::CONNECT => read_tunnel(url).ok_or_else(|| ExplainError::BadTunnel(url.to_owned()))?,
+            _ => read_url(&method, url).ok_or_else(|| ExplainError::BadUrl(url.to_owned()))?,
+        };
         Ok(Self { method, uri, headers })
     }
+}
+
+/// A target of CONNECT, by the same rules as those of a request.
+fn read_tunnel(target: &str) -> Option<Uri> {
+    let uri: Uri = target.parse().ok()?;
+    let is_bare = uri.scheme().is_none() && uri.port_u16().is_some_and(|port| port > 0);
+    (is_bare && !has_user(&uri)).then_some(uri)
+}
+
+/// A target of any other method, by the same rules as those of a request.
+fn read_url(method: &Method, url: &str) -> Option<Uri> {
+    if url == "*" {
+        return (method == Method::OPTIONS).then(|| Uri::from_static("*"));
+    }
+    let full = if url.starts_with('/') || url.contains("://") { url.to_owned() } else { format!("http://{url}") };
+    let uri: Uri = full.parse().ok()?;
+    let is_http = uri.scheme_str().is_none_or(|scheme| scheme == "http" || scheme == "https");
+    (is_http && !has_user(&uri)).then_some(uri)
+}
+
+fn has_user(uri: &Uri) -> bool {
+    uri.authority().is_some_and(|authority| authority.as_str().contains('@'))
 }
 
 /// Explains a call as it would be treated at `now`. A bare path is explained for each listener with `to`.
@@ -79,7 +112,16 @@ pub fn explain<'a>(model: &'a Model, call: &Call, now: Timestamp) -> Result<Vec<
         let destination = &model.destinations[destination];
         let routes = RouteIndex::new(&destination.routes);
         let route = &destination.routes[routes.find(&call.method, call.uri.path(), &call.headers)];
-        Explanation { listeners, destination, route, modes: &model.modes, now }
+        let is_forwarded = listeners.iter().any(|l| l.target == Target::Forward);
+        Explanation {
+            is_tunnel: call.method == Method::CONNECT,
+            is_exposed: call.uri.scheme() == Some(&Scheme::HTTPS) && is_forwarded && destination.tls.is_none(),
+            listeners,
+            destination,
+            route,
+            modes: &model.modes,
+            now,
+        }
     });
     Ok(explanations.collect())
 }
@@ -104,20 +146,47 @@ fn targets<'a>(model: &'a Model, call: &Call) -> Result<Vec<Reached<'a>>, Explai
             false => Ok(all),
         };
     };
+    let is_tunnel = call.method == Method::CONNECT;
+    if is_tunnel && model.listeners.iter().all(|l| l.target != Target::Forward) {
+        return Err(ExplainError::NoDestination("CONNECT needs a listener with `forward: true`".into()));
+    }
     // Who writes the address of a listener asks for what stands behind it.
     let port = call.uri.port_u16();
     let is_here = |l: &&Listener| {
         let same_address = host == l.bind.ip().to_string() || host == "localhost" || host.starts_with("127.");
         same_address && port == Some(l.bind.port())
     };
-    if let Some(found) = model.listeners.iter().filter(is_here).find_map(fixed) {
+    if !is_tunnel && let Some(found) = model.listeners.iter().filter(is_here).find_map(fixed) {
         return Ok(vec![found]);
     }
     let at = HostIndex::new(&model.destinations)
         .find(host)
         .ok_or_else(|| ExplainError::NoDestination(format!("no destination has the host `{host}`")))?;
-    let leads_there = |l: &&Listener| l.target == Target::Forward || l.target == Target::To(at);
+    let leads_there = |l: &&Listener| l.target == Target::Forward || (!is_tunnel && l.target == Target::To(at));
     Ok(vec![Reached { destination: at, listeners: model.listeners.iter().filter(leads_there).collect() }])
+}
+
+/// The rules of a destination that no route changes, by their names in the policy.
+pub fn rules_of_destination(destination: &Destination) -> [(&'static str, Vec<Row>); 2] {
+    [
+        ("circuitBreaker", rows::circuit_breaker(&destination.circuit_breaker)),
+        ("ejection", rows::ejection(&destination.ejection)),
+    ]
+}
+
+/// The rules of a route beside its timeouts that differ from those of the route `below`, by their names in the policy.
+pub fn rules_of_route(route: &Route, below: Option<&Route>, now: Timestamp) -> Vec<(&'static str, Vec<Row>)> {
+    let mut rules = Vec::new();
+    if below.is_none_or(|below| below.retry != route.retry) {
+        rules.push(("retry", rows::retry(&route.retry, false)));
+    }
+    if below.is_none_or(|below| below.rate_limit != route.rate_limit) {
+        rules.push(("rateLimit", rows::rate_limit(&route.rate_limit)));
+    }
+    if below.is_none_or(|below| below.faults != route.faults) {
+        rules.push(("faults", rows::faults(&route.faults, now)));
+    }
+    rules
 }
 
 impl Explanation<'_> {
@@ -130,7 +199,14 @@ impl Explanation<'_> {
         }
         rows.push(Row::new("destination", &destination.name, &destination.origin));
         rows.push(Row::new("route", format!("{} ({})", route.name, route.matches), &route.origin));
-        let life = if route.stream { "stream: idle and maxDuration hold" } else { "unary: request holds" };
+        if self.is_exposed {
+            rows.push(Row::bare("https", "refused over HTTP/1, as the destination has no `tls`: use CONNECT"));
+        }
+        let life = match (self.is_tunnel, route.stream) {
+            (true, _) => "tunnel: idle and maxDuration hold",
+            (false, true) => "stream: idle and maxDuration hold",
+            (false, false) => "unary: request holds",
+        };
         rows.push(Row::bare("life", life));
         let endpoints: Vec<String> = destination.endpoints.iter().map(ToString::to_string).collect();
         let there = if endpoints.is_empty() { "where the caller was going".into() } else { endpoints.join(", ") };
@@ -146,7 +222,7 @@ impl Explanation<'_> {
 
     /// Every effective value, rules that are not enforced first.
     pub fn values(&self) -> Vec<Row> {
-        let Self { listeners, destination, route, modes, now } = self;
+        let Self { listeners, destination, route, modes, now, .. } = self;
         let is_inbound = !listeners.is_empty() && listeners.iter().all(|l| l.direction == Direction::Inbound);
         let mut rows = rows::modes(modes);
         rows.extend(rows::timeouts(&route.timeouts));

@@ -35,6 +35,7 @@ impl Node {
                 }
             }
         }
+        at.give_up();
         None
     }
 
