@@ -105,7 +105,7 @@ impl Doors {
 
     /// A new socket for each worker, and their address.
     fn listen(&self, values: &Listener) -> Result<(Vec<Socket>, SocketAddr), StartError> {
-        let sockets = socket::listen(values.bind, self.workers, true)
+        let sockets = socket::listen(values.bind, self.workers)
             .and_then(|sockets| sockets[0].local_addr().map(|address| (sockets, address)));
         match sockets {
             Ok((sockets, address)) => Ok((sockets.into_iter().map(Socket::New).collect(), address)),

@@ -16,13 +16,10 @@ const USER_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Opens `count` listeners on one address, one for each worker; the kernel spreads connections over them.
 ///
-/// Port 0 is chosen once and then shared. With `alone`, fails if anybody holds the address, even if they would share
-/// it, because two proxies on one port would each get half of the calls.
-pub fn listen(address: SocketAddr, count: usize, alone: bool) -> io::Result<Vec<TcpListener>> {
-    let mut address = address;
-    if alone {
-        address = open(address, false)?.local_addr()?;
-    }
+/// Port 0 is chosen once and then shared. Fails if anybody holds the address, even if they would share it, because two
+/// proxies on one port would each get half of the calls.
+pub fn listen(address: SocketAddr, count: usize) -> io::Result<Vec<TcpListener>> {
+    let address = open(address, false)?.local_addr()?;
     (0..count).map(|_| open(address, true)).collect()
 }
 
@@ -70,9 +67,9 @@ mod tests {
 
     #[test]
     fn workers_share_one_port_and_a_second_owner_is_refused() {
-        let listeners = listen("127.0.0.1:0".parse().unwrap(), 3, true).unwrap();
+        let listeners = listen("127.0.0.1:0".parse().unwrap(), 3).unwrap();
         let address = listeners[0].local_addr().unwrap();
         assert!(listeners.iter().all(|l| l.local_addr().unwrap() == address));
-        assert_eq!(listen(address, 1, true).unwrap_err().kind(), io::ErrorKind::AddrInUse);
+        assert_eq!(listen(address, 1).unwrap_err().kind(), io::ErrorKind::AddrInUse);
     }
 }
