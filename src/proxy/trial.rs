@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use crate::policy::model::Direction;
 use crate::policy::snapshot::{Destination, Snapshot};
 use crate::proxy::held::{Trial, Turn};
 use crate::proxy::live::Live;
@@ -186,9 +187,11 @@ pub fn had_no_time(live: &Live, said: Result<u32, u16>) -> bool {
 }
 
 /// A caller in a hurry says nothing about the callee, unless the callee had a good part of what the policy gives it. A tenth
-/// is: were it more, no breaker below a short deadline would ever open for a callee that hangs.
+/// is: were it more, no breaker below a short deadline would ever open for a callee that hangs. Of our own app it takes half,
+/// because it may only wait for somebody further down.
 fn is_in_a_hurry(live: &Live) -> bool {
-    live.patience.until.is_some_and(|until| until.whole < live.route().timeouts.request.value / 10)
+    let part = if live.direction == Direction::Inbound { 2 } else { 10 };
+    live.patience.until.is_some_and(|until| until.whole < live.route().timeouts.request.value / part)
 }
 
 /// Judges the endpoint alone: it could not be reached, and another one may have the call.

@@ -281,8 +281,11 @@ async fn a_malformed_grpc_timeout_is_not_taken_for_no_timeout() {
 #[tokio::test]
 async fn callers_in_a_hurry_do_not_open_the_breaker_and_patient_ones_do() {
     let bank = Bank::open(false).await;
-    for (wait, opens) in [("20", false), ("100", true)] {
-        let mesh = Mesh::start(&policy(bank.upstream.addr, "    timeouts: { request: 300ms }")).await;
+    let table =
+        [("inbound", "100", false), ("inbound", "280", true), ("outbound", "20", false), ("outbound", "100", true)];
+    for (direction, wait, opens) in table {
+        let text = policy(bank.upstream.addr, "    timeouts: { request: 300ms }");
+        let mesh = Mesh::start(&text.replace("to: app }", &format!("to: app, direction: {direction} }}"))).await;
         for _ in 0..6 {
             expecting(mesh.addr("in"), "/slow", wait).await;
         }

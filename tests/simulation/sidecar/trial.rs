@@ -159,6 +159,7 @@ impl Live<'_> {
     }
 
     pub(super) fn is_in_a_hurry(&self) -> bool {
-        self.until.as_ref().is_some_and(|until| until.whole < self.side.policy.request / 10)
+        let part = if self.side.direction == Direction::Inbound { 2 } else { 10 };
+        self.until.as_ref().is_some_and(|until| until.whole < self.side.policy.request / part)
     }
 }
