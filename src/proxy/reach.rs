@@ -176,6 +176,8 @@ fn refused(error: &ConnectError) -> Refusal {
     let kind = match error {
         ConnectError::Network(_) => Kind::ConnectFailed,
         ConnectError::Tls(_) => Kind::TlsFailed,
+        // A server that is just going down takes connections and closes them; nobody has seen anything of the call.
+        ConnectError::Handshake(error) if !error.is_malformed() => Kind::ConnectFailed,
         ConnectError::Handshake(_) | ConnectError::NotHttp2 => Kind::UpstreamProtocol,
         ConnectError::NoAddress(_) => Kind::DnsFailed,
     };

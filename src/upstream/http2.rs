@@ -94,8 +94,10 @@ impl Http2 {
             idle_since: Cell::new(now),
         });
         while this.limit() == 0 {
-            if !this.is_alive() {
-                return Err(ConnectError::NotHttp2);
+            match this.ended() {
+                Some(error) if error.is_malformed() => return Err(ConnectError::NotHttp2),
+                Some(error) => return Err(ConnectError::Handshake(error)),
+                None => {}
             }
             sleep(LOOK_FOR_SETTINGS).await;
         }

@@ -351,6 +351,35 @@ async fn a_grpc_answer_that_breaks_off_bears_the_mark_of_where_it_did() {
 }
 
 #[tokio::test]
+async fn a_connection_that_is_closed_before_http2_has_begun_carried_nothing() {
+    let refused = Arc::<AtomicUsize>::default();
+    let count = Arc::clone(&refused);
+    let upstream = Upstream::bytes(move |stream| {
+        let first = count.fetch_add(1, SeqCst) == 0;
+        async move {
+            if first {
+                // The end comes as RST, as from a process that has gone.
+                let _set = socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO));
+                return drop(stream);
+            }
+            let mut connection = h2::server::handshake(stream).await.unwrap();
+            while let Some(Ok((_, mut answer))) = connection.accept().await {
+                let head = Response::builder().header("content-type", "application/grpc").header("grpc-status", "0");
+                drop(answer.send_response(head.body(()).unwrap(), true).unwrap());
+            }
+        }
+    })
+    .await;
+    let text = policy(upstream.addr, "    protocol: http2").replace("to: app }", "to: app, direction: outbound }");
+    let mesh = Mesh::start(&text).await;
+    let answer = grpc(mesh.addr("in"), "/shop.v1.Payment/Charge").await;
+    assert_eq!(answer.grpc_status(), "0", "{answer:?}");
+    let line = mesh.only("ok").await;
+    assert_eq!(line["attempt"], 2, "{line}");
+    mesh.stop().await;
+}
+
+#[tokio::test]
 async fn before_the_app_only_a_connection_that_closes_is_a_reason_to_send_again() {
     let seen = Arc::<AtomicUsize>::default();
     let upstream = resetting(Arc::clone(&seen)).await;
