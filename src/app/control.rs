@@ -20,7 +20,7 @@ use crate::proxy::trial;
 use crate::runtime::drain::Phase;
 use crate::runtime::{tasks, worker};
 use crate::telemetry::{AccessLogMode, AccessLogSettings, LineFormat, Telemetry};
-use crate::upstream::discovery::{self, Requests, SystemResolver};
+use crate::upstream::discovery::{self, NoResolver, Requests, SystemResolver};
 
 /// Starts the thread; it ends when the process begins to close.
 pub(super) fn start(shared: &Arc<Shared>, requests: Requests) -> io::Result<JoinHandle<io::Result<()>>> {
@@ -36,7 +36,10 @@ pub(super) fn start(shared: &Arc<Shared>, requests: Requests) -> io::Result<Join
                 }
                 drop(tasks::spawn(discovery::run(resolver, requests)));
             }
-            Err(error) => tracing::error!(error, "no name can be resolved"),
+            Err(error) => {
+                tracing::error!(error, "no name can be resolved");
+                drop(tasks::spawn(discovery::run(NoResolver(error), requests)));
+            }
         }
         let closing = shared.drain.signal();
         tokio::select! {

@@ -55,13 +55,11 @@ pub fn hand_over(
             live.over_at = Instant::now();
             live.record.head(live.over_at, answer.status());
             live.record.complete();
-            if live.lease.is_some() {
-                // Made of an answer that the upstream gave: what it stands for is what the upstream is judged by.
-                trial::judge_complete(&mut live);
-            }
             answer
         }
         Ok(Reply::Tunnel(mut answer, upstream)) => {
+            // A deadline ends no tunnel.
+            live.late_at = None;
             live.record.head(Instant::now(), answer.status());
             let later = answer.extensions_mut().remove::<OnUpgrade>();
             let caller = Rc::clone(&live.caller);
@@ -202,6 +200,13 @@ fn grpc_answer(live: &mut Live, present: &Present, mut answer: Response<AnswerBo
     }
     ties::push_back(live, translated.headers_mut());
     live.record.grpc(code as u32, translated.headers().get(grpc::MESSAGE).cloned());
+    if status.is_success() {
+        // A good answer to something else: no service of gRPC is there.
+        trial::judge_complete(live);
+    } else {
+        // A bad status was judged when it came; any other is somebody's answer.
+        trial::judge_probes(live, live.over_at);
+    }
     Reply::Own(translated)
 }
 

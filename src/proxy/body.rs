@@ -169,12 +169,27 @@ impl ResponseBody {
         self.break_off(Code::Unavailable, &message, cut)
     }
 
+    /// Time is over, and the upstream is what was waited for.
     fn refuse(&mut self, refusal: &Refusal) -> Poll<Option<Result<Frame<Bytes>, Cut>>> {
-        let (code, message) = refusal.grpc();
         if let Some(live) = &mut self.live {
             let now = Instant::now();
             trial::judge_late(live, refusal.kind, now);
             ties::ended(live, refusal.kind, now);
+        }
+        self.end_with(refusal)
+    }
+
+    /// Time is over, but the upstream had more to give at once: it says nothing against it that the answer was too long.
+    fn cut_short(&mut self, refusal: &Refusal) -> Poll<Option<Result<Frame<Bytes>, Cut>>> {
+        if let Some(live) = &mut self.live {
+            trial::judge_probes(live, Instant::now());
+        }
+        self.end_with(refusal)
+    }
+
+    fn end_with(&mut self, refusal: &Refusal) -> Poll<Option<Result<Frame<Bytes>, Cut>>> {
+        let (code, message) = refusal.grpc();
+        if let Some(live) = &mut self.live {
             live.record.refuse(refusal.record());
             if live.patience.grpc {
                 live.record.grpc(code as u32, None);
@@ -227,8 +242,8 @@ impl Drop for ResponseBody {
         } else if live.flow.was_cut() {
             let now = Instant::now();
             if let Some(refusal) = live.patience.cut_off(now, &live.route().timeouts, &live.flow) {
-                trial::judge_late(&mut live, refusal.kind, now);
-                ties::ended(&live, refusal.kind, now);
+                // Nobody asked for the next byte: what was waited for is the caller, whatever time was over.
+                trial::judge_probes(&mut live, now);
                 live.record.refuse(refusal.record());
             }
         }
@@ -253,7 +268,7 @@ impl Body for ResponseBody {
         };
         match polled {
             Poll::Ready(_) => match this.overdue() {
-                Some(refusal) => this.refuse(&refusal),
+                Some(refusal) => this.cut_short(&refusal),
                 None => polled,
             },
             Poll::Pending => match this.poll_patience(cx) {

@@ -124,7 +124,8 @@ impl Patience {
     pub fn cut_off(&self, now: Instant, limits: &Timeouts, flow: &Flow) -> Option<Refusal> {
         let Verdict::Over(refusal) = self.judge(now, limits, flow) else { return None };
         // What the kernel still takes of a caller that does not read comes in bursts, further and further apart.
-        let has_stopped = now.saturating_duration_since(flow.last()) >= limits.request.value / 10;
+        let whole = self.request_at(limits).saturating_duration_since(self.began);
+        let has_stopped = now.saturating_duration_since(flow.last()) >= whole / 10;
         let by_caller = match refusal.kind {
             Kind::IdleTimeout => true,
             Kind::RequestTimeout | Kind::DeadlineExceeded => has_stopped,

@@ -143,6 +143,10 @@ pub fn judge_probes(live: &mut Live, now: Instant) {
 
 /// The exchange has shown itself as a stream, which may last.
 pub fn streams(live: &mut Live, now: Instant) {
+    if !live.patience.grpc {
+        // Of all streams a deadline ends only those of gRPC.
+        live.late_at = None;
+    }
     ties::lift(live);
     judge_probes(live, now);
 }

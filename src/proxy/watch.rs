@@ -127,8 +127,10 @@ impl Watch {
         let reads = self.activity.reads();
         // One that began and ended between two looks was never seen as busy.
         let was_busy = std::mem::replace(&mut self.finished, caller.finished()) != caller.finished();
+        if was_busy {
+            self.state = State::Busy;
+        }
         self.state = match self.state {
-            _ if was_busy => State::Idle { since: caller.over_at().unwrap_or_else(Instant::now), reads },
             State::Busy => State::Idle { since: caller.over_at().unwrap_or_else(Instant::now), reads },
             State::Idle { reads: before, .. } if reads != before => State::Head { since: Instant::now() },
             State::Idle { since, reads } => State::Idle { since, reads },

@@ -73,18 +73,24 @@ impl Gate {
         // A pass that was given back before we stood in the queue was handed to nobody.
         self.call_next();
         // The sender stays in the queue until it has sent.
-        (&mut place.turn).await.map_err(|_gone| QueueFull)
+        let pass = (&mut place.turn).await.map_err(|_gone| QueueFull);
+        place.is_over = true;
+        pass
     }
 
     fn line_up(self: &Arc<Self>, limit: u32) -> Result<Place, QueueFull> {
         let mut queue = self.queue();
-        if queue.len() >= limit as usize {
-            return Err(QueueFull);
-        }
+        // Somebody may be about to hand a place over, or to leave.
+        let spare = (queue.len() >= limit as usize).then(|| self.hand_over(&mut queue)).flatten();
+        let is_full = queue.len() >= limit as usize;
         let (sender, turn) = oneshot::channel();
-        queue.push_back(sender);
+        if !is_full {
+            queue.push_back(sender);
+        }
         self.count(&queue);
-        Ok(Place { gate: Arc::clone(self), turn })
+        drop(queue);
+        drop(spare);
+        if is_full { Err(QueueFull) } else { Ok(Place { gate: Arc::clone(self), turn, is_over: false }) }
     }
 
     fn take(self: &Arc<Self>) -> Option<Pass> {
@@ -100,9 +106,17 @@ impl Gate {
         if self.waiting.load(SeqCst) == 0 {
             return;
         }
-        // What nobody wanted is given back when the queue is unlocked, because giving back looks at the queue.
-        let mut spare = None;
         let mut queue = self.queue();
+        let spare = self.hand_over(&mut queue);
+        self.count(&queue);
+        drop(queue);
+        drop(spare);
+    }
+
+    /// The same with the queue at hand. What nobody wanted is to be dropped when the queue is unlocked, because giving back
+    /// looks at the queue.
+    fn hand_over(self: &Arc<Self>, queue: &mut VecDeque<oneshot::Sender<Pass>>) -> Option<Pass> {
+        let mut spare = None;
         while let Some(next) = queue.pop_front() {
             let Some(pass) = spare.take().or_else(|| self.take()) else {
                 queue.push_front(next);
@@ -110,9 +124,7 @@ impl Gate {
             };
             spare = next.send(pass).err();
         }
-        self.count(&queue);
-        drop(queue);
-        drop(spare);
+        spare
     }
 
     fn count(&self, queue: &VecDeque<oneshot::Sender<Pass>>) {
@@ -135,10 +147,15 @@ impl Drop for Pass {
 struct Place {
     gate: Arc<Gate>,
     turn: oneshot::Receiver<Pass>,
+    /// The pass has come.
+    is_over: bool,
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
+        if self.is_over {
+            return;
+        }
         self.turn.close();
         // What was handed over and not taken goes to the next.
         drop(self.turn.try_recv());

@@ -82,6 +82,15 @@ impl Resolve for SystemResolver {
     }
 }
 
+/// Stands in where there can be no resolver: says so to whoever asks.
+pub struct NoResolver(pub String);
+
+impl Resolve for NoResolver {
+    async fn resolve(&self, _name: &str) -> Result<Resolved, String> {
+        Err(self.0.clone())
+    }
+}
+
 /// What the resolver's answer means; its own words for an answer without an address are made for debugging.
 fn in_words(error: &NetError) -> String {
     match error {

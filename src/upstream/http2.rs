@@ -50,8 +50,8 @@ const LOOK_FOR_SETTINGS: Duration = Duration::from_millis(1);
 const LOOK_EVERY: Duration = Duration::from_secs(5);
 const SILENT_LOOKS: u32 = 4;
 
-/// The same after a ping that was answered, if nothing else has come since: servers of gRPC take pings on a silent connection
-/// more often than every five minutes for an attack, and end it with all its calls (gRFC A8).
+/// Looks between two pings, whatever has come in between: servers of gRPC take more than one in five minutes for an attack,
+/// and end the connection with all its calls (gRFC A8). A host that is gone is found by TCP meanwhile.
 const SILENT_LOOKS_AGAIN: u32 = 66;
 const PING_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -196,24 +196,23 @@ impl Http2 {
 struct Silence {
     seen: u64,
     looks: u32,
-    /// The peer has answered a ping, and has said nothing since.
-    answered: bool,
+    /// Looks since the peer was asked last, once it has been.
+    asked: Option<u32>,
 }
 
 impl Silence {
     /// One look: so many reads have brought something so far, and so many calls wait for an answer. True if it is time.
     fn asks(&mut self, reads: u64, streams: usize) -> bool {
-        if reads != self.seen || streams == 0 {
-            *self = Self { seen: reads, ..Self::default() };
-            return false;
-        }
-        self.looks += 1;
-        self.looks >= if self.answered { SILENT_LOOKS_AGAIN } else { SILENT_LOOKS }
+        self.asked = self.asked.map(|looks| looks.saturating_add(1));
+        let is_silent = reads == self.seen && streams > 0;
+        self.seen = reads;
+        self.looks = if is_silent { self.looks + 1 } else { 0 };
+        self.looks >= SILENT_LOOKS && self.asked.is_none_or(|looks| looks >= SILENT_LOOKS_AGAIN)
     }
 
     /// The peer has answered, which was a read, too.
     fn answered(&mut self, reads: u64) {
-        *self = Self { seen: reads, looks: 0, answered: true };
+        *self = Self { seen: reads, looks: 0, asked: Some(0) };
     }
 }
 
@@ -391,7 +390,7 @@ mod tests {
     }
 
     #[test]
-    fn a_silent_peer_is_asked_once_and_again_only_after_it_has_said_something_or_after_minutes() {
+    fn a_silent_peer_is_asked_and_then_left_alone_for_minutes_whatever_it_says() {
         let mut silence = Silence::default();
         let looks = |silence: &mut Silence, reads| (1..).find(|_| silence.asks(reads, 1)).unwrap();
         assert!(!silence.asks(7, 1), "something has come");
@@ -401,8 +400,9 @@ mod tests {
         assert!(LOOK_EVERY * SILENT_LOOKS_AGAIN > Duration::from_secs(300));
         silence.answered(9);
         assert!(!silence.asks(10, 1), "it has said something");
-        assert_eq!(looks(&mut silence, 10), SILENT_LOOKS);
+        assert_eq!(looks(&mut silence, 10), SILENT_LOOKS_AGAIN - 1);
         assert!((0..1000).all(|_| !silence.asks(10, 0)), "no call waits for anything");
+        assert_eq!(looks(&mut silence, 10), SILENT_LOOKS);
     }
 
     #[tokio::test(start_paused = true)]

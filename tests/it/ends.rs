@@ -115,7 +115,11 @@ async fn endless() -> Upstream {
 async fn limits_hold_while_the_caller_reads_on_and_on() {
     let upstream = endless().await;
     for (more, outcome, rule) in [
-        ("    timeouts: { request: 500ms }", "request_timeout", "timeouts.request"),
+        (
+            "    timeouts: { request: 500ms }\n    circuitBreaker: { consecutiveFailures: 1 }",
+            "request_timeout",
+            "timeouts.request",
+        ),
         (
             "    timeouts: { maxDuration: 500ms }\n    routes: [ { name: all, match: { path: / }, stream: true } ]",
             "max_duration",
@@ -139,6 +143,8 @@ async fn limits_hold_while_the_caller_reads_on_and_on() {
             assert!(begun.elapsed() >= Duration::from_millis(500), "{:?}", begun.elapsed());
             let line = mesh.only(outcome).await;
             assert_eq!(line["refusal"]["rule"], rule, "{line}");
+            // The upstream had more to give all the time.
+            assert_eq!(mesh.metric("hopguard_circuit_breaker_changes_total", &["to=\"open\""]), 0.0);
             mesh.stop().await;
         }
     }
@@ -249,6 +255,17 @@ async fn an_answer_that_is_no_grpc_counts_against_its_upstream() {
     }
     assert_eq!(grpc(mesh.addr("in"), "/shop.v1.Payment/Charge").await.grpc_status(), "14");
     mesh.only("circuit_open").await;
+    mesh.stop().await;
+}
+
+#[tokio::test]
+async fn a_refusal_in_http_of_a_grpc_call_is_judged_as_what_it_was() {
+    let upstream = Upstream::http2(|_| async { Response::builder().status(431).body(empty()).unwrap() }).await;
+    let mesh = mesh(&upstream, true, "    retry: off").await;
+    for _ in 0..12 {
+        assert_eq!(grpc(mesh.addr("in"), "/shop.v1.Payment/Charge").await.grpc_status(), "13");
+    }
+    assert_eq!(mesh.count("circuit_open"), 0.0);
     mesh.stop().await;
 }
 
