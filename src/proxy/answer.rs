@@ -48,7 +48,8 @@ pub fn hand_over(
         Ok(Reply::Upstream(answer)) => {
             live.record.head(live.over_at, answer.status());
             let (head, incoming) = answer.into_parts();
-            let length = length_of(&head, live.record.method());
+            // A gRPC answer ends with its trailers, whatever it says of its length.
+            let length = if live.patience.grpc { None } else { length_of(&head, live.record.method()) };
             Response::from_parts(head, ResponseBody::upstream(incoming, length, live))
         }
         Ok(Reply::Own(answer)) => {

@@ -190,7 +190,7 @@ async fn exchange(live: &mut Live, mut lease: Lease) -> Result<Option<Response<A
             lease.lost_race(began, now);
             live.unsent = error.is_unprocessed();
             live.reused &= error.is_close();
-            live.leaving = error.is_end_of_connection();
+            live.leaving = error.is_go_away();
             Err(broken(live, lease.reused, &error))
         }
         Err(refusal) => {

@@ -140,7 +140,7 @@ impl UpstreamError {
     }
 
     /// True if the peer has ended the connection with GOAWAY, not this request alone.
-    pub fn is_end_of_connection(&self) -> bool {
+    pub fn is_go_away(&self) -> bool {
         matches!(self, Self::Http2(error) if error.is_go_away())
     }
 

@@ -2,13 +2,13 @@
 
 use std::time::Duration;
 
-use hyper::{Request, Response};
+use hyper::Request;
 use tempfile::TempDir;
 use tokio::io::AsyncReadExt;
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout};
 
-use crate::support::http::{Caller, Http1, Speaks, empty, full, get, request};
+use crate::support::http::{Caller, Http1, Speaks, empty, get, request};
 use crate::support::program::{Program, end, hopguard};
 use crate::support::upstream::{Gate, Upstream, policy};
 use crate::support::wire::Wire;
@@ -25,17 +25,7 @@ impl Site {
     /// An upstream that holds up what is asked for below `/slow`.
     async fn open() -> Self {
         let gate = Gate::closed();
-        let held = gate.clone();
-        let upstream = Upstream::http1(move |request: Request<hyper::body::Incoming>| {
-            let held = held.clone();
-            async move {
-                if request.uri().path() == "/slow" {
-                    held.pass().await;
-                }
-                Response::new(full("done"))
-            }
-        })
-        .await;
+        let upstream = Upstream::gated("done", &gate).await;
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("policy.yaml");
         let more = "    protocol: http1\n    timeouts: { request: 20s }";

@@ -25,16 +25,17 @@ async fn mesh(upstream: &Upstream, http2: bool, more: &str) -> Mesh {
     Mesh::start(&policy(upstream.addr, &format!("    protocol: {protocol}\n{more}"))).await
 }
 
-/// An upstream over HTTP/2 that says how long its answer is, sends it, and only then says that this was all.
+/// An upstream over HTTP/2 that says how long its answer is, sends it, and only then says that this was all. `/bad` is a 503.
 async fn late_end() -> Upstream {
     Upstream::http2(|request: Request<Incoming>| async move {
         let (pieces, body) = feed();
-        let is_head = request.method() == "HEAD";
+        let (is_head, is_bad) = (request.method() == "HEAD", request.uri().path() == "/bad");
         tokio::spawn(async move {
             let _taken = is_head || pieces.send("hello").await;
             sleep(Duration::from_millis(50)).await;
         });
-        Response::builder().header("content-length", "5").body(body).unwrap()
+        let status = if is_bad { 503 } else { 200 };
+        Response::builder().status(status).header("content-length", "5").body(body).unwrap()
     })
     .await
 }
@@ -58,16 +59,7 @@ async fn an_answer_of_known_length_is_whole_when_its_last_byte_was_taken() {
 
 #[tokio::test]
 async fn such_an_answer_closes_an_open_breaker() {
-    let upstream = Upstream::http2(|request: Request<Incoming>| async move {
-        let (pieces, body) = feed();
-        tokio::spawn(async move {
-            pieces.send("hello").await;
-            sleep(Duration::from_millis(50)).await;
-        });
-        let status = if request.uri().path() == "/bad" { 503 } else { 200 };
-        Response::builder().status(status).header("content-length", "5").body(body).unwrap()
-    })
-    .await;
+    let upstream = late_end().await;
     let mesh = mesh(&upstream, true, "    retry: off\n    circuitBreaker: { openFor: 100ms }").await;
     for _ in 0..5 {
         assert_eq!(get(mesh.addr("in"), "/bad").await.status, 503);
@@ -101,19 +93,9 @@ async fn trailers_end_an_answer_and_leave_the_connection_for_the_next() {
     }
 }
 
-/// An upstream that always has something more to send.
-async fn endless() -> Upstream {
-    Upstream::http1(|_| async move {
-        let (pieces, body) = feed();
-        tokio::spawn(async move { while pieces.send(vec![b'x'; 64 << 10]).await {} });
-        Response::new(body)
-    })
-    .await
-}
-
 #[tokio::test]
 async fn limits_hold_while_the_caller_reads_on_and_on() {
-    let upstream = endless().await;
+    let upstream = Upstream::endless("text/plain").await;
     for (more, outcome, rule) in [
         (
             "    timeouts: { request: 500ms }\n    circuitBreaker: { consecutiveFailures: 1 }",
@@ -255,6 +237,19 @@ async fn an_answer_that_is_no_grpc_counts_against_its_upstream() {
     }
     assert_eq!(grpc(mesh.addr("in"), "/shop.v1.Payment/Charge").await.grpc_status(), "14");
     mesh.only("circuit_open").await;
+    mesh.stop().await;
+}
+
+#[tokio::test]
+async fn a_grpc_answer_ends_with_its_trailers_whatever_length_it_gives() {
+    let upstream = Upstream::http2(|_| async {
+        let answer = Response::builder().header("content-type", "application/grpc").header("content-length", "0");
+        answer.body(with_trailers("", &[("grpc-status", "5")])).unwrap()
+    })
+    .await;
+    let mesh = mesh(&upstream, true, "").await;
+    assert_eq!(grpc(mesh.addr("in"), "/shop.v1.Payment/Charge").await.grpc_status(), "5");
+    mesh.ended("grpc_error", 1).await;
     mesh.stop().await;
 }
 

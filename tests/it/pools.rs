@@ -215,17 +215,7 @@ async fn a_post_that_was_not_sent_goes_over_another_connection() {
 #[tokio::test]
 async fn a_destination_that_moves_lets_idle_connections_go_while_a_call_lasts() {
     let gate = Gate::closed();
-    let held = gate.clone();
-    let old = Upstream::http1(move |request| {
-        let held = held.clone();
-        async move {
-            if request.uri().path() == "/slow" {
-                held.pass().await;
-            }
-            Response::new(full("old"))
-        }
-    })
-    .await;
+    let old = Upstream::gated("old", &gate).await;
     let new = Upstream::fixed("new").await;
     let more = "    connections: { idle: 60s }\n    timeouts: { request: 20s }";
     let mesh = Mesh::start(&policy(old.addr, more)).await;

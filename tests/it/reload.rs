@@ -255,17 +255,7 @@ async fn sent_away(caller: &mut Caller) {
 #[tokio::test]
 async fn a_listener_that_is_renamed_or_gone_sends_its_callers_away_and_cuts_nobody() {
     let gate = Gate::closed();
-    let held = gate.clone();
-    let upstream = Upstream::http1(move |request| {
-        let held = held.clone();
-        async move {
-            if request.uri().path() == "/slow" {
-                held.pass().await;
-            }
-            Response::new(full("hello"))
-        }
-    })
-    .await;
+    let upstream = Upstream::gated("hello", &gate).await;
     let (first, second) = (free_address(), free_address());
     let before = policy(upstream.addr, "20s").replace(
         "destinations:",

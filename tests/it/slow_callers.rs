@@ -115,20 +115,10 @@ async fn a_request_body_that_does_not_come_is_the_callers_fault() {
     }
 }
 
-/// An upstream that sends as long as somebody takes it.
-async fn endless(content_type: &'static str) -> Upstream {
-    Upstream::http1(move |_| async move {
-        let (pieces, body) = feed();
-        tokio::spawn(async move { while pieces.send(vec![b'x'; 64 << 10]).await {} });
-        Response::builder().header("content-type", content_type).body(body).unwrap()
-    })
-    .await
-}
-
 #[tokio::test]
 async fn a_caller_that_stops_reading_is_cut() {
     for (content_type, rule) in [("text/plain", "timeouts.request"), ("text/event-stream", "timeouts.idle")] {
-        let upstream = endless(content_type).await;
+        let upstream = Upstream::endless(content_type).await;
         let mesh = Mesh::start(&policy(upstream.addr, "    timeouts: { request: 500ms, idle: 500ms }")).await;
         let mut wire = Wire::open(mesh.addr("in")).await;
         let begun = Instant::now();
@@ -143,7 +133,7 @@ async fn a_caller_that_stops_reading_is_cut() {
 
 #[tokio::test]
 async fn an_http2_caller_that_gives_no_window_is_cut() {
-    let upstream = endless("text/plain").await;
+    let upstream = Upstream::endless("text/plain").await;
     let mesh = Mesh::start(&policy(upstream.addr, "    timeouts: { request: 500ms }")).await;
     let mut caller = Caller::open(Speaks::Http2, mesh.addr("in")).await;
     let response = caller.send(Request::get("/").body(empty()).unwrap()).await.unwrap();

@@ -12,7 +12,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 
-use super::http::{Body, full};
+use super::http::{Body, feed, full};
 
 /// A running upstream; it ends, with all its connections, when it is dropped.
 pub(crate) struct Upstream {
@@ -105,6 +105,31 @@ impl Upstream {
     /// Answers everything with `body`.
     pub(crate) async fn fixed(body: &'static str) -> Self {
         Self::http1(move |_| async move { Response::new(full(body)) }).await
+    }
+
+    /// The same, but what is asked for as `/slow` waits for `gate`.
+    pub(crate) async fn gated(body: &'static str, gate: &Gate) -> Self {
+        let gate = gate.clone();
+        Self::http1(move |request| {
+            let gate = gate.clone();
+            async move {
+                if request.uri().path() == "/slow" {
+                    gate.pass().await;
+                }
+                Response::new(full(body))
+            }
+        })
+        .await
+    }
+
+    /// Always has something more to send, for as long as somebody takes it.
+    pub(crate) async fn endless(content_type: &'static str) -> Self {
+        Self::http1(move |_| async move {
+            let (pieces, body) = feed();
+            tokio::spawn(async move { while pieces.send(vec![b'x'; 64 << 10]).await {} });
+            Response::builder().header("content-type", content_type).body(body).unwrap()
+        })
+        .await
     }
 
     /// Requests seen so far.
