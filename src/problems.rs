@@ -6,6 +6,7 @@
 
 use std::borrow::Cow;
 use std::cell::RefCell;
+use std::collections::HashSet;
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
@@ -103,7 +104,7 @@ impl fmt::Display for Fault {
 impl std::error::Error for Fault {}
 
 /// A piece of a document's text.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Default)]
 pub struct Place {
     /// Bytes from the start of the document.
     pub span: Range<usize>,
@@ -220,12 +221,15 @@ impl Problems {
         self.kept.iter()
     }
 
-    /// Brings them into reading order: file by file, top to bottom.
+    /// Brings them into reading order: file by file, top to bottom. A mistake under an anchor, which each alias has met
+    /// again, is left there once.
     pub fn sort(&mut self) {
         self.kept.sort_by(|a, b| {
             let key = |p: &Problem| (p.place.line, p.place.column);
             a.file.cmp(&b.file).then_with(|| key(a).cmp(&key(b)))
         });
+        let mut seen = HashSet::new();
+        self.kept.retain(|p| seen.insert((Arc::clone(&p.file), p.place.clone(), p.message.clone(), p.hint.clone())));
     }
 
     /// Each problem with its line of source, the value marked, and the hint; as rustc prints its own.

@@ -105,7 +105,7 @@ impl Door {
             exchange.upstream_waited(Duration::ZERO);
             exchange.head(Instant::now(), StatusCode::OK);
             exchange.complete();
-            if outcome.is_refusal() {
+            if outcome != Outcome::Ok {
                 exchange.refuse(RefusalRecord {
                     outcome,
                     rule: "timeouts.request",

@@ -2,16 +2,18 @@
 //!
 //! A bad file changes nothing: the last good policy stays, and a log line, a metric and `/policy` say so.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use tokio::time::Instant;
 
 use crate::admin::PolicyError;
 use crate::app::{Shared, StartError};
+use crate::net::certificates::SystemRoots;
 use crate::policy::load::{self, LoadError};
 use crate::policy::model::{LogFormat, LogMode, Model};
 use crate::policy::snapshot::Snapshot;
@@ -25,28 +27,32 @@ use crate::upstream::discovery::{self, NoResolver, Requests, SystemResolver};
 /// Starts the thread; it ends when the process begins to close.
 pub(super) fn start(shared: &Arc<Shared>, requests: Requests) -> io::Result<JoinHandle<io::Result<()>>> {
     let shared = Arc::clone(shared);
-    worker::spawn("control", move || async move {
-        match SystemResolver::new() {
-            Ok((resolver, problem)) => {
-                if let Some(problem) = problem {
-                    tracing::warn!(
-                        problem,
-                        "the system's resolver settings cannot be used: names are looked up in the hosts file and at 127.0.0.1"
-                    );
+    worker::spawn(
+        "control",
+        || (),
+        move || async move {
+            match SystemResolver::new() {
+                Ok((resolver, problem)) => {
+                    if let Some(problem) = problem {
+                        tracing::warn!(
+                            problem,
+                            "the system's resolver settings cannot be used: names are looked up in the hosts file and at 127.0.0.1"
+                        );
+                    }
+                    drop(tasks::spawn(discovery::run(resolver, requests)));
                 }
-                drop(tasks::spawn(discovery::run(resolver, requests)));
+                Err(error) => {
+                    tracing::error!(error, "no name can be resolved");
+                    drop(tasks::spawn(discovery::run(NoResolver(error), requests)));
+                }
             }
-            Err(error) => {
-                tracing::error!(error, "no name can be resolved");
-                drop(tasks::spawn(discovery::run(NoResolver(error), requests)));
+            let closing = shared.drain.signal();
+            tokio::select! {
+                () = follow(&shared) => {}
+                () = closing.reached(Phase::Closing) => {}
             }
-        }
-        let closing = shared.drain.signal();
-        tokio::select! {
-            () = follow(&shared) => {}
-            () = closing.reached(Phase::Closing) => {}
-        }
-    })
+        },
+    )
 }
 
 /// Follows the files for as long as the process serves.
@@ -54,53 +60,100 @@ async fn follow(shared: &Arc<Shared>) {
     let Some(followed) = shared.settings.policy.clone() else {
         return std::future::pending().await;
     };
-    let mut files = certificate_files(shared);
-    let mut seen = Seen { policy: followed.fingerprint, certificates: contents(&files) };
+    let mut files = certificate_files(&shared.policy.load().model);
+    let mut seen = Seen { policy: followed.fingerprint, waiting: None, certificates: contents(&files) };
     let mut watch = watch(&followed.path, &files);
     // The first look comes at once: the files may have changed since they were read.
     loop {
-        let policy = load::fingerprint(&followed.path);
-        if policy != seen.policy {
-            seen.policy = policy;
-            reload(shared, &followed.path);
-        }
-        let named_now = certificate_files(shared);
-        let contents_now = contents(&named_now);
-        // Also where the policy names other files now: those that it named before may have changed at the same time.
-        if contents_now != seen.certificates {
-            reload_certificates(shared);
-        }
-        seen.certificates = contents_now;
+        look(shared, &followed.path, &mut seen);
+        shared.replaced.forget(Instant::now());
+        let named_now: BTreeSet<PathBuf> = seen.certificates.keys().chain(seen.waits_for()).cloned().collect();
         if named_now != files {
             files = named_now;
             watch = self::watch(&followed.path, &files);
         }
-        watch.changed().await;
+        tokio::select! {
+            () = watch.changed() => {}
+            () = shared.look.notified() => {}
+        }
     }
 }
 
 /// What the files looked like when they were last looked at.
 struct Seen {
     policy: u64,
-    certificates: u64,
+    /// Such a policy, if it did not come into force although there is nothing wrong with it.
+    waiting: Option<Waiting>,
+    certificates: Contents,
+}
+
+impl Seen {
+    /// The certificates without which it perhaps did not.
+    fn waits_for(&self) -> impl Iterator<Item = &PathBuf> {
+        self.waiting.iter().flat_map(|waiting| &waiting.files)
+    }
+}
+
+/// A good policy for which something else is missing: an address, a certificate. It may be there at the next look.
+struct Waiting {
+    message: String,
+    files: BTreeSet<PathBuf>,
+}
+
+/// Puts into force what has changed in the files.
+fn look(shared: &Arc<Shared>, path: &Path, seen: &mut Seen) {
+    let (policy, before) = (load::fingerprint(path), shared.policy.load_full());
+    let waiting = seen.waiting.take().filter(|_| policy == seen.policy);
+    if policy != seen.policy || waiting.is_some() {
+        seen.policy = policy;
+        seen.waiting = reload(shared, path, waiting, &mut seen.certificates);
+    }
+    let in_force = shared.policy.load_full();
+    let contents_now = contents(&certificate_files(&in_force.model));
+    // Files that the policy names from now on have been read with it.
+    let has_changed = |(file, now)| seen.certificates.get(file).is_some_and(|before| before != now);
+    let is_settled = || Arc::ptr_eq(&before, &in_force) || lock(&shared.certificate_error).is_none();
+    // The file that could not be used may be one that the policy does not name any more.
+    if contents_now.iter().any(has_changed) || !is_settled() {
+        reload_certificates(shared);
+    }
+    seen.certificates = contents_now;
 }
 
 fn watch(policy: &Path, certificates: &BTreeSet<PathBuf>) -> Watch {
     Watch::new(std::iter::once(policy.to_path_buf()).chain(certificates.iter().cloned()))
 }
 
-fn reload(shared: &Arc<Shared>, path: &Path) {
+/// Puts the policy of the files into force, or says why not. Returns it if it is to be tried again; `before` is what
+/// came of the same files at the last look.
+fn reload(shared: &Arc<Shared>, path: &Path, before: Option<Waiting>, certificates: &mut Contents) -> Option<Waiting> {
     let begun = Instant::now();
-    match load::load(path) {
-        Err(error) => refuse(shared, &problems(&error)),
-        Ok(model) => match replace(shared, model, begun) {
-            Ok(()) => {
-                let took = begun.elapsed();
-                tracing::info!(hash = shared.policy.load().hash, ?took, "the policy was reloaded");
-            }
-            Err(error) => refuse(shared, &error.to_string()),
-        },
+    let model = match load::load(path) {
+        Ok(model) => model,
+        Err(error) => {
+            refuse(shared, &problems(&error));
+            return None;
+        }
+    };
+    let files = certificate_files(&model);
+    // What they hold before they are read: if they change afterwards, the next look is to see it.
+    for (file, content) in contents(&files) {
+        certificates.entry(file).or_insert(content);
     }
+    let Err(error) = replace(shared, model, begun) else {
+        let took = begun.elapsed();
+        tracing::info!(hash = shared.policy.load().hash, ?took, "the policy was reloaded");
+        return None;
+    };
+    let message = error.to_string();
+    if before.is_none_or(|before| before.message != message) {
+        refuse(shared, &message);
+    }
+    Some(Waiting { message, files })
+}
+
+fn lock<T>(of: &Mutex<T>) -> MutexGuard<'_, T> {
+    of.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn problems(error: &LoadError) -> String {
@@ -116,7 +169,7 @@ fn refuse(shared: &Shared, message: &str) {
         "the changed policy was refused; the last good one stays in force"
     );
     let error = PolicyError { message: message.to_owned(), at: Instant::now() };
-    *shared.last_error.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+    *lock(&shared.last_error) = Some(error);
 }
 
 /// Puts a checked policy into force; `begun` is when the work on it began.
@@ -131,16 +184,36 @@ pub(super) fn replace(shared: &Arc<Shared>, model: Model, begun: Instant) -> Res
     let hash = next.hash.clone();
     let now = Instant::now();
     next.take_effect(now, |destination, member, change| {
-        trial::ejection_changed(&shared.telemetry, destination, member, change, now);
+        destination.cluster.ejection_changed(&shared.telemetry, member, change, now);
     });
     trial::policy_changed(&shared.telemetry, &old, &next, now);
     shared.policy.store(Arc::new(next));
     doors.carry_out(plan);
+    doors.renew();
     drop(doors);
     shared.telemetry.policy_loaded(&hash, begun.elapsed());
-    *shared.last_error.lock().unwrap_or_else(PoisonError::into_inner) = None;
-    *shared.replaced.lock().unwrap_or_else(PoisonError::into_inner) = Some(old);
+    *lock(&shared.last_error) = None;
+    shared.replaced.keep(old, now);
     Ok(())
+}
+
+/// How long a replaced policy is kept at least.
+const KEEP: Duration = Duration::from_secs(60);
+
+/// The policy before the present one, so that it is this thread that takes it apart, and not a worker between two calls.
+#[derive(Default)]
+pub(super) struct Replaced(Mutex<Option<(Instant, Arc<Snapshot>)>>);
+
+impl Replaced {
+    fn keep(&self, policy: Arc<Snapshot>, now: Instant) {
+        *lock(&self.0) = Some((now, policy));
+    }
+
+    /// Lets go of one that has been kept long enough: with it go its names, which are resolved for as long as it is there.
+    fn forget(&self, now: Instant) {
+        let mut kept = lock(&self.0);
+        drop(kept.take_if(|(since, _)| now.saturating_duration_since(*since) >= KEEP));
+    }
 }
 
 /// Sets the access log to what the policy says.
@@ -158,27 +231,31 @@ pub(super) fn configure_log(telemetry: &Telemetry, model: &Model) {
     telemetry.access_log.configure(AccessLogSettings { mode, format });
 }
 
-fn certificate_files(shared: &Shared) -> BTreeSet<PathBuf> {
-    let policy = shared.policy.load();
-    let listeners = policy.listeners.iter().filter_map(|listener| listener.tls.as_ref());
-    let upstreams = policy.destinations.iter().filter_map(|one| one.values.tls.as_ref()?.ca.clone());
+fn certificate_files(model: &Model) -> BTreeSet<PathBuf> {
+    let listeners = model.listeners.iter().filter_map(|listener| listener.tls.as_ref());
+    let upstreams = model.destinations.iter().filter_map(|one| one.tls.as_ref()?.ca.clone());
     listeners.flat_map(|tls| [tls.certificate.clone(), tls.key.clone()]).chain(upstreams).collect()
 }
 
-fn contents(files: &BTreeSet<PathBuf>) -> u64 {
+/// Files, and a number for what each of them holds.
+type Contents = BTreeMap<PathBuf, u64>;
+
+fn contents(files: &BTreeSet<PathBuf>) -> Contents {
     use std::hash::{DefaultHasher, Hash, Hasher};
-    let mut hasher = DefaultHasher::new();
-    for file in files {
+    let content = |file: &PathBuf| {
+        let mut hasher = DefaultHasher::new();
         std::fs::read(file).ok().hash(&mut hasher);
-    }
-    hasher.finish()
+        (file.clone(), hasher.finish())
+    };
+    files.iter().map(content).collect()
 }
 
 fn reload_certificates(shared: &Shared) {
     let doors = shared.doors().certificates();
     let listeners = doors.iter().map(|one| one.reload());
     let policy = shared.policy.load_full();
-    let upstreams = policy.destinations.iter().map(|one| one.cluster.load_certificates());
+    let roots = SystemRoots::default();
+    let upstreams = policy.destinations.iter().map(|one| one.cluster.load_certificates(&roots));
     // Several destinations may have one file.
     let problems: BTreeSet<String> =
         listeners.chain(upstreams).filter_map(Result::err).map(|error| error.to_string()).collect();
@@ -191,5 +268,27 @@ fn reload_certificates(shared: &Shared) {
     shared.telemetry.certificates_read(problems.is_empty());
     let message = Vec::from_iter(problems).join("\n");
     let error = (!message.is_empty()).then(|| PolicyError { message, at: Instant::now() });
-    *shared.certificate_error.lock().unwrap_or_else(PoisonError::into_inner) = error;
+    *lock(&shared.certificate_error) = error;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::telemetry::Sink;
+
+    #[test]
+    fn a_replaced_policy_is_kept_for_a_minute_and_no_longer() {
+        let yaml = "apiVersion: hopguard.dev/v1alpha1\nkind: Policy\n\
+                    listeners: [{ name: in, bind: \"127.0.0.1:0\", to: app }]\n\
+                    destinations: [{ name: app, endpoints: [\"127.0.0.1:1\"] }]\n";
+        let model = load::load_str("policy.yaml", yaml).unwrap();
+        let telemetry = Telemetry::new(Sink::memory().0);
+        let policy = Arc::new(Snapshot::compile(model, "shop", None, &telemetry.hops, |_| ()).unwrap());
+        let (replaced, now) = (Replaced::default(), Instant::now());
+        replaced.keep(Arc::clone(&policy), now);
+        for (after, holders) in [(0, 2), (59, 2), (60, 1), (61, 1)] {
+            replaced.forget(now + Duration::from_secs(after));
+            assert_eq!(Arc::strong_count(&policy), holders, "after {after} s");
+        }
+    }
 }

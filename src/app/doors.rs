@@ -16,6 +16,8 @@ pub(super) enum Command {
     Open(Box<Opening>),
     /// Accept no more from the listener with this number.
     Close(u64),
+    /// Take up the policy that is in force now.
+    Renew,
 }
 
 /// One worker's share of a listener that opens.
@@ -136,6 +138,14 @@ impl Doors {
             for sender in &self.senders {
                 tell(sender, Command::Close(number));
             }
+        }
+    }
+
+    /// Has the workers take up the policy in force. One that is called finds it by itself; another would hold on to the
+    /// old one with all its connections.
+    pub(super) fn renew(&self) {
+        for sender in &self.senders {
+            tell(sender, Command::Renew);
         }
     }
 

@@ -1,7 +1,8 @@
 //! Level 7: builds the parts, starts them, and takes them down again; the only module that knows all of them.
 //!
 //! Threads: one for each worker (the data path), one for control (discovery, files, reloads), one for the admin
-//! door, one that writes the access log. They share the policy snapshot, the drain switch and the telemetry.
+//! door, one that writes the access log, and one for the program's own log, which is there before. They share the policy
+//! snapshot, the drain switch and the telemetry.
 
 mod control;
 mod doors;
@@ -15,7 +16,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 use tokio::time::{sleep, timeout};
 
 use crate::admin::{self, AdminServer, PolicyError};
@@ -29,6 +30,7 @@ use crate::runtime::drain::{Drain, Phase, Signal};
 use crate::telemetry::{Sink, Telemetry};
 use crate::upstream::discovery::Discovery;
 
+use control::Replaced;
 use doors::Doors;
 
 /// Why a policy did not come into force, or the process did not start.
@@ -71,8 +73,10 @@ struct Shared {
     last_error: Mutex<Option<PolicyError>>,
     /// Why changed certificates are not in use.
     certificate_error: Mutex<Option<PolicyError>>,
-    /// The policy before the present one: a worker may be about to read it while it is replaced.
-    replaced: Mutex<Option<Arc<Snapshot>>>,
+    /// The policy before the present one.
+    replaced: Replaced,
+    /// Rung to have the files looked at.
+    look: Arc<Notify>,
     /// What the workers know together about the calls under way.
     chain: Chain,
 }
@@ -115,7 +119,8 @@ impl App {
             doors: Mutex::new(doors),
             last_error: Mutex::default(),
             certificate_error: Mutex::default(),
-            replaced: Mutex::default(),
+            replaced: Replaced::default(),
+            look: Arc::default(),
             chain: Chain::default(),
             settings,
         });
@@ -156,6 +161,11 @@ impl App {
         control::replace(&self.shared, model, tokio::time::Instant::now())
     }
 
+    /// Rung, it has the files looked at now; they are seen to change without it too.
+    pub fn look(&self) -> Arc<Notify> {
+        Arc::clone(&self.shared.look)
+    }
+
     /// Follows the way down, which the admin door can begin too.
     pub fn drain(&self) -> Signal {
         self.shared.drain.signal()
@@ -169,10 +179,20 @@ impl App {
     /// Ends the way down: accepts nothing new, lets what is in flight finish for at most `grace`, then stops all threads.
     ///
     /// Returns false if something was cut off.
-    pub async fn stop(mut self, grace: Duration) -> bool {
+    pub async fn stop(self, grace: Duration) -> bool {
+        self.stop_at(sleep(grace)).await
+    }
+
+    /// The same, but what is in flight may finish until `enough` returns. However soon that is, each call that is cut
+    /// leaves its record.
+    pub async fn stop_at(mut self, enough: impl Future<Output = ()>) -> bool {
         self.shared.leave();
         self.shared.drain.advance(Phase::Closing);
-        let all_done = timeout(grace, self.workers.recv()).await.is_ok();
+        let all_done = tokio::select! {
+            biased;
+            _ = self.workers.recv() => true,
+            () = enough => false,
+        };
         self.shared.drain.advance(Phase::Over);
         let ended = async {
             while !self.threads.iter().all(JoinHandle::is_finished) {

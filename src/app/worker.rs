@@ -34,10 +34,15 @@ pub(super) fn start(
     let (sender, commands) = mpsc::channel(COMMANDS);
     shared.doors().add_worker(sender);
     let shared = Arc::clone(shared);
-    worker::spawn(&format!("worker-{number}"), move || async move {
-        run(&shared, number, commands).await;
-        drop(alive);
-    })
+    let naps = shared.telemetry.process.naps.clone();
+    worker::spawn(
+        &format!("worker-{number}"),
+        move || naps.increment(),
+        move || async move {
+            run(&shared, number, commands).await;
+            drop(alive);
+        },
+    )
 }
 
 async fn run(shared: &Arc<Shared>, number: usize, mut commands: mpsc::Receiver<Command>) {
@@ -78,6 +83,7 @@ async fn run(shared: &Arc<Shared>, number: usize, mut commands: mpsc::Receiver<C
                         drop(accepting.end());
                     }
                 }
+                Some(Command::Renew) => drop(worker.view()),
                 None => break,
             },
         }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use jiff::Timestamp;
 
-use crate::policy::load::load;
+use crate::policy::load::{load_given, name_given};
 use crate::policy::model::Model;
 
 /// How problems are printed.
@@ -31,16 +31,17 @@ pub fn check(
 ) -> io::Result<u8> {
     let mut code = 0;
     for path in paths {
-        match (load(path), form) {
+        let name = name_given(path).display();
+        match (load_given(path), form) {
             (Ok(model), Form::Text) => {
                 for warning in warnings(&model, Timestamp::now()) {
                     writeln!(err, "warning: {warning}")?;
                 }
-                writeln!(out, "ok: {} ({})", path.display(), counts(&model))?;
+                writeln!(out, "ok: {name} ({})", counts(&model))?;
             }
             (Ok(model), Form::Json) => {
                 let hash = format!("{:016x}", model.hash);
-                let mut line = serde_json::json!({ "ok": path.display().to_string(), "hash": hash });
+                let mut line = serde_json::json!({ "ok": name.to_string(), "hash": hash });
                 let warnings = warnings(&model, Timestamp::now());
                 if !warnings.is_empty() {
                     line["warnings"] = warnings.into();
@@ -49,7 +50,7 @@ pub fn check(
             }
             (Err(error), Form::Text) => {
                 code = 1;
-                writeln!(err, "{}{}: {}", error.render(colour), path.display(), error.problems.count())?;
+                writeln!(err, "{}{name}: {}", error.render(colour), error.problems.count())?;
             }
             (Err(error), Form::Json) => {
                 code = 1;

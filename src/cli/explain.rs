@@ -7,7 +7,7 @@ use http::header::{HeaderMap, HeaderName, HeaderValue};
 use jiff::Timestamp;
 
 use crate::policy::explain::{Call, explain as explain_call};
-use crate::policy::load::load;
+use crate::policy::load::load_given;
 
 /// Explains a call. Headers are `NAME: VALUE`. Returns the exit code: 0, 1 when the policy has problems or leads the
 /// call nowhere, 2 when method, URL or a header is none.
@@ -29,7 +29,7 @@ pub fn explain(
         Ok(call) => call,
         Err(message) => return writeln!(err, "error: {message}").map(|()| 2),
     };
-    let model = match load(policy) {
+    let model = match load_given(policy) {
         Ok(model) => model,
         Err(error) => return write!(err, "{}", error.render(colour)).map(|()| 1),
     };

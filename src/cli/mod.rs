@@ -47,7 +47,7 @@ enum Command {
     Demo(DemoArgs),
     /// Check policies; print every problem at once.
     Check {
-        /// Files or directories; each is a policy of its own.
+        /// Files or directories, each a policy of its own; "-" is the standard input.
         #[arg(required = true, value_name = "PATH")]
         paths: Vec<PathBuf>,
         /// How problems are printed.
@@ -63,7 +63,7 @@ enum Command {
         /// A header of the call, as in "content-type: application/grpc"; may be given more than once.
         #[arg(short = 'H', long = "header", value_name = "NAME: VALUE")]
         headers: Vec<String>,
-        /// The policy: a file, or a directory of files.
+        /// The policy: a file, or a directory of files; "-" is the standard input.
         #[arg(long, value_name = "PATH", env = "HOPGUARD_POLICY")]
         policy: PathBuf,
     },

@@ -2,8 +2,8 @@
 #![allow(clippy::print_stderr, reason = "what keeps the program from starting is said before there is a log")]
 
 use std::process::ExitCode;
-use std::time::Duration;
 
+use tokio::sync::Notify;
 use tokio::time::{Instant, sleep};
 
 use crate::app::App;
@@ -11,7 +11,7 @@ use crate::cli::{LogForm, RunArgs};
 use crate::config::{self, Followed, Settings};
 use crate::policy::load;
 use crate::runtime::drain::Phase;
-use crate::runtime::signals::{Ended, Signals};
+use crate::runtime::signals::{Ended, Hangup, Signals};
 use crate::telemetry::{Sink, log};
 
 const BAD_POLICY: u8 = 1;
@@ -24,10 +24,14 @@ pub(super) fn run(args: RunArgs) -> ExitCode {
         LogForm::Text => log::LogFormat::Text,
         LogForm::Json => log::LogFormat::Json,
     };
-    if let Err(error) = log::init(form, &args.log) {
-        eprintln!("error: --log: {error}");
-        return BAD_COMMAND_LINE.into();
-    }
+    // Dropped last: what was said on the way to the end is written then.
+    let _log = match log::init(form, &args.log) {
+        Ok(log) => log,
+        Err(error) => {
+            eprintln!("error: --log: {error}");
+            return BAD_COMMAND_LINE.into();
+        }
+    };
     let fingerprint = load::fingerprint(&args.policy);
     let model = match load::load(&args.policy) {
         Ok(model) => model,
@@ -51,13 +55,22 @@ pub(super) fn run(args: RunArgs) -> ExitCode {
         Err(error) => return no_start(&error),
     };
     let _inside = runtime.enter();
-    let (mut signals, app) = match (Signals::listen(), App::start(settings.clone(), model, Sink::Stdout)) {
-        (Ok(signals), Ok(app)) => (signals, app),
-        (Err(error), _) => return no_start(&error),
-        (_, Err(error)) => return no_start(&error),
+    let (mut signals, mut hangup) = match Signals::listen().and_then(|signals| Ok((signals, Hangup::listen()?))) {
+        Ok(both) => both,
+        Err(error) => return no_start(&error),
+    };
+    let app = match App::start(settings.clone(), model, Sink::Stdout) {
+        Ok(app) => app,
+        Err(error) => return no_start(&error),
     };
     tracing::info!(admin = %app.admin(), workers = settings.workers, "ready");
-    runtime.block_on(until_stopped(app, &mut signals, &settings));
+    let look = app.look();
+    runtime.block_on(async {
+        tokio::select! {
+            () = until_stopped(app, &mut signals, &settings) => {}
+            () = pass_on(&mut hangup, &look) => {}
+        }
+    });
     ExitCode::SUCCESS
 }
 
@@ -66,30 +79,59 @@ fn no_start(error: &dyn std::error::Error) -> ExitCode {
     NO_START.into()
 }
 
+/// Has the files looked at whenever SIGHUP comes; never ends.
+async fn pass_on(hangup: &mut Hangup, look: &Notify) {
+    loop {
+        hangup.next().await;
+        tracing::info!("SIGHUP: the policy and the certificates are looked at now");
+        look.notify_one();
+    }
+}
+
 /// Serves until a signal or the admin door begins the way down, then goes it. A second signal hurries it.
 async fn until_stopped(app: App, signals: &mut Signals, settings: &Settings) {
     let drain = app.drain();
-    let delay = tokio::select! {
-        ended = signals.next() => match ended {
-            Ended::Terminate => settings.drain_delay,
-            Ended::Interrupt => Duration::ZERO,
-        },
-        () = drain.reached(Phase::Leaving) => settings.drain_delay,
+    let mut first = tokio::select! {
+        ended = signals.next() => Some(ended),
+        () = drain.reached(Phase::Leaving) => None,
     };
     app.leave();
     tokio::select! {
-        () = sleep(delay) => {}
-        _ = signals.next() => {}
+        () = sleep(settings.drain_delay) => {}
+        () = skipped(signals, &mut first) => {}
     }
     let begun = Instant::now();
-    let stopped = tokio::select! {
-        finished = app.stop(settings.grace) => finished,
-        _ = signals.next() => false,
+    let enough = async {
+        tokio::select! {
+            () = sleep(settings.grace) => {}
+            () = second(signals, first) => {}
+        }
     };
+    let stopped = app.stop_at(enough).await;
     let took = begun.elapsed();
     if stopped {
         tracing::info!(?took, "stopped; everything in flight had finished");
     } else {
         tracing::warn!(?took, grace = ?settings.grace, "stopped; what was still in flight was cut off");
     }
+}
+
+/// Returns when signals end the delay; `first` is the one that began the way down, or begins it also: whoever asks at
+/// the admin door may have a SIGTERM sent afterwards, as Kubernetes does.
+async fn skipped(signals: &mut Signals, first: &mut Option<Ended>) {
+    let first = match *first {
+        Some(first) => first,
+        None => *first.insert(signals.next().await),
+    };
+    if first == Ended::Terminate {
+        signals.next().await;
+    }
+}
+
+/// Returns at the second signal.
+async fn second(signals: &mut Signals, first: Option<Ended>) {
+    if first.is_none() {
+        signals.next().await;
+    }
+    signals.next().await;
 }

@@ -68,17 +68,24 @@ impl Acceptor {
         });
     }
 
+    /// How long a handshake and how long silence may last on a connection that begins now.
+    fn limits(&self) -> (Duration, Duration) {
+        let view = self.worker.view();
+        let values = self.door.values_in(&view.policy);
+        (values.headers_timeout.value, values.idle.value)
+    }
+
     async fn connection(&self, stream: TcpStream, peer: SocketAddr) -> io::Result<()> {
         socket::tune(&stream)?;
-        let limit = self.door.values.headers_timeout.value;
+        let (headers, idle) = self.limits();
         let (io, agreed) = match &self.certificates {
-            Some(certificates) => timeout(limit, certificates.accept(stream)).await??,
+            Some(certificates) => timeout(headers, certificates.accept(stream)).await??,
             None => (Io::tcp(stream), None),
         };
         let (spoken, io) = match agreed {
             Some(spoken) => (spoken, io),
             // A connection opened ahead of its first request may be silent for as long as one between two requests.
-            None => match timeout(self.door.values.idle.value, detect(io)).await?? {
+            None => match timeout(idle, detect(io)).await?? {
                 Some(detected) => detected,
                 None => return Ok(()),
             },

@@ -2,6 +2,7 @@
 //!
 //! Every error names the file. Settings are built anew when files change; connections keep what they began with.
 
+use std::cell::OnceCell;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -60,22 +61,39 @@ pub fn server(certificate: &Path, key: &Path) -> Result<Arc<ServerConfig>, Certi
     Ok(Arc::new(config))
 }
 
-/// Settings for calls to an upstream: roots from `ca`, else the system's; `h2` is offered when `http2` is wanted.
-pub fn client(ca: Option<&Path>, http1: bool, http2: bool) -> Result<Arc<ClientConfig>, CertificateError> {
-    let mut roots = RootCertStore::empty();
-    match ca {
+/// The system's roots, which are read when they are first asked for. Make one for each load: they may have changed since
+/// the last.
+#[derive(Debug, Default)]
+pub struct SystemRoots(OnceCell<Arc<RootCertStore>>);
+
+impl SystemRoots {
+    fn get(&self) -> Result<Arc<RootCertStore>, CertificateError> {
+        let roots = self.0.get_or_init(|| {
+            let mut roots = RootCertStore::empty();
+            roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+            Arc::new(roots)
+        });
+        if roots.is_empty() { Err(CertificateError::NoRoots) } else { Ok(Arc::clone(roots)) }
+    }
+}
+
+/// Settings for calls to an upstream: roots from `ca`, else the `system`'s; `h2` is offered when `http2` is wanted.
+pub fn client(
+    ca: Option<&Path>,
+    system: &SystemRoots,
+    http1: bool,
+    http2: bool,
+) -> Result<Arc<ClientConfig>, CertificateError> {
+    let roots = match ca {
         Some(path) => {
+            let mut roots = RootCertStore::empty();
             for certificate in chain(path)? {
                 roots.add(certificate).map_err(|source| CertificateError::Unusable { path: path.into(), source })?;
             }
+            Arc::new(roots)
         }
-        None => {
-            roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
-            if roots.is_empty() {
-                return Err(CertificateError::NoRoots);
-            }
-        }
-    }
+        None => system.get()?,
+    };
     let mut config = ClientConfig::builder_with_provider(provider())
         .with_safe_default_protocol_versions()
         .map_err(|source| CertificateError::Unusable { path: ca.unwrap_or(Path::new("system roots")).into(), source })?
@@ -84,6 +102,13 @@ pub fn client(ca: Option<&Path>, http1: bool, http2: bool) -> Result<Arc<ClientC
     config.alpn_protocols =
         ALPN.iter().zip([http2, http1]).filter(|(_, wanted)| *wanted).map(|(name, _)| name.to_vec()).collect();
     Ok(Arc::new(config))
+}
+
+/// The same settings for a connection that has to be HTTP/1.1.
+pub fn http1_only(config: &ClientConfig) -> Arc<ClientConfig> {
+    let mut config = config.clone();
+    config.alpn_protocols = vec![ALPN[1].to_vec()];
+    Arc::new(config)
 }
 
 fn chain(path: &Path) -> Result<Vec<CertificateDer<'static>>, CertificateError> {

@@ -120,6 +120,7 @@ pub struct Flow {
     over: Cell<bool>,
     held: Cell<bool>,
     holder: RefCell<Option<Waker>>,
+    streams: RefCell<Option<Box<dyn FnOnce()>>>,
 }
 
 impl Flow {
@@ -136,6 +137,7 @@ impl Flow {
             over: Cell::new(false),
             held: Cell::new(false),
             holder: RefCell::new(None),
+            streams: RefCell::new(None),
         }
     }
 
@@ -152,7 +154,17 @@ impl Flow {
             let mut framing = direction.framing.get();
             framing.take(chunk);
             direction.framing.set(framing);
+            if self.request.messages() > 1
+                && let Some(then) = self.streams.take()
+            {
+                then();
+            }
         }
+    }
+
+    /// Does something once the caller has sent a second message.
+    pub fn when_it_streams(&self, then: Box<dyn FnOnce()>) {
+        *self.streams.borrow_mut() = Some(then);
     }
 
     /// When a body byte last moved in either direction; at first, when the exchange began.

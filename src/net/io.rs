@@ -14,6 +14,8 @@ use bytes::{Buf, Bytes};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 
+use crate::net::socket;
+
 /// Any stream that is not a bare TCP socket.
 pub trait Stream: AsyncRead + AsyncWrite + Unpin + Send {}
 impl<T: AsyncRead + AsyncWrite + Unpin + Send> Stream for T {}
@@ -78,6 +80,14 @@ impl Io {
     pub fn with_prefix(mut self, prefix: Bytes) -> Self {
         self.prefix = prefix;
         self
+    }
+
+    /// Drops the stream so that the peer cannot take what has come for all there is: with a reset, or without the end
+    /// that TLS has.
+    pub fn break_off(self) {
+        if let Kind::Tcp(stream) = &self.kind {
+            socket::reset_on_drop(stream);
+        }
     }
 
     /// The counters of this stream; they live on after it.

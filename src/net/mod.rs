@@ -2,7 +2,7 @@
 //!
 //! `socket` opens listeners and connections, `io` is the byte stream that everything else reads and writes,
 //! `flow` is what has passed through one exchange so far, `body` the caller's body on its way to the upstream,
-//! `certificates` reads PEM files, `tunnel` copies bytes both ways.
+//! `trailers` is what may come behind it, `certificates` reads PEM files, `tunnel` copies bytes both ways.
 
 pub mod body;
 pub mod certificates;

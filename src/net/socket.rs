@@ -61,6 +61,12 @@ pub fn tune(stream: &TcpStream) -> io::Result<()> {
     socket.set_tcp_user_timeout(Some(USER_TIMEOUT))
 }
 
+/// Has the connection reset, not closed, when it is dropped.
+pub fn reset_on_drop(stream: &TcpStream) {
+    // Fails only if the connection is over already.
+    let _over = SockRef::from(stream).set_linger(Some(Duration::ZERO));
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -71,6 +71,30 @@ pub fn load(path: &Path) -> Result<Model, LoadError> {
     build(texts, problems)
 }
 
+/// Loads what a command line names: a file, a directory, or `-` for the standard input, in which relative paths are
+/// relative to the current directory.
+///
+/// # Errors
+/// Everything that is wrong with it.
+pub fn load_given(path: &Path) -> Result<Model, LoadError> {
+    let name = name_given(path);
+    if name == path {
+        return load(path);
+    }
+    let mut problems = Problems::default();
+    let mut texts = Vec::new();
+    match text_of(io::stdin().lock()) {
+        Ok(text) => texts.push((name.to_owned(), text)),
+        Err(message) => problems.push(of_file(name, message, None)),
+    }
+    build(texts, problems)
+}
+
+/// What the problems of such a path are shown under.
+pub fn name_given(path: &Path) -> &Path {
+    if path == Path::new("-") { Path::new("stdin") } else { path }
+}
+
 /// Loads one policy from a text; relative paths in it are relative to the current directory.
 ///
 /// # Errors
@@ -122,8 +146,12 @@ fn read(path: &Path) -> Result<String, String> {
     if !file.metadata().map_err(cannot)?.is_file() {
         return Err("is not a regular file".into());
     }
+    text_of(file)
+}
+
+fn text_of(source: impl Read) -> Result<String, String> {
     let mut bytes = Vec::new();
-    file.take(LARGEST + 1).read_to_end(&mut bytes).map_err(cannot)?;
+    source.take(LARGEST + 1).read_to_end(&mut bytes).map_err(|error| format!("cannot be read: {error}"))?;
     if bytes.len() as u64 > LARGEST {
         return Err(format!("is larger than {} MiB", LARGEST >> 20));
     }

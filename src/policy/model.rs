@@ -19,6 +19,7 @@ use crate::rules::limits::Limits;
 use crate::rules::mode::Modes;
 use crate::rules::rate_limit::RateLimit;
 use crate::rules::retry::Retry;
+use crate::rules::switch::allow_false;
 use crate::rules::timeouts::Timeouts;
 use crate::upstream::spec::{Connections, Endpoint, Protocol, Tls};
 
@@ -64,6 +65,7 @@ impl Default for AccessLog {
 /// Which exchanges get a log line.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
+#[schemars(transform = allow_false)]
 pub enum LogMode {
     /// None.
     Off,

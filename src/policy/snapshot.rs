@@ -9,7 +9,7 @@ use std::sync::{Arc, OnceLock};
 use jiff::Timestamp;
 use tokio::time::Instant;
 
-use crate::net::certificates::CertificateError;
+use crate::net::certificates::{CertificateError, SystemRoots};
 use crate::policy::index::{HostIndex, RouteIndex};
 use crate::policy::model::{self, Direction, Host, Listener, Model};
 use crate::rules::breaker::{Change, Thresholds};
@@ -62,6 +62,8 @@ pub struct Destination {
     pub limiters: Vec<Option<Arc<RateLimiter>>>,
     /// Of its name: the same in every policy.
     pub id: u64,
+    /// What calls that name no host are for: the first name that it is known by.
+    pub host: String,
     hops: Vec<[OnceLock<HopId>; 2]>,
 }
 
@@ -82,11 +84,17 @@ impl Snapshot {
             .flat_map(|snapshot| &snapshot.destinations)
             .map(|destination| (destination.values.name.as_str(), destination))
             .collect();
+        let roots = SystemRoots::default();
+        let mut make = |identity, health| -> Result<_, CertificateError> {
+            let cluster = Cluster::new(identity, health, &roots)?;
+            follow(&cluster);
+            Ok(cluster)
+        };
         let destinations = model
             .destinations
             .iter()
             .map(|values| {
-                Destination::compile(values, &model.modes, before.get(values.name.as_str()).copied(), &mut follow)
+                Destination::compile(values, &model.modes, before.get(values.name.as_str()).copied(), &mut make)
             })
             .collect::<Result<_, _>>()?;
         let unrouted = [Direction::Inbound, Direction::Outbound]
@@ -141,7 +149,7 @@ impl Destination {
         values: &model::Destination,
         modes: &Modes,
         before: Option<&Self>,
-        follow: &mut impl FnMut(&Arc<Cluster>),
+        make: &mut impl FnMut(Identity, Health) -> Result<Arc<Cluster>, CertificateError>,
     ) -> Result<Self, CertificateError> {
         let identity = identity(values);
         let cluster = match before {
@@ -149,9 +157,7 @@ impl Destination {
             _ => {
                 let now = Instant::now();
                 let health = before.map_or_else(|| Health::new(now), |before| before.cluster.health.clone());
-                let cluster = Cluster::new(identity, health)?;
-                follow(&cluster);
-                cluster
+                make(identity, health)?
             }
         };
         Ok(Self {
@@ -163,6 +169,7 @@ impl Destination {
             ejects: values.ejection.on.value && modes.ejection.value.is_enforced(),
             limiters: limiters(values, before),
             id: name_id(&values.name),
+            host: host(values),
             hops: values.routes.iter().map(|_| [OnceLock::new(), OnceLock::new()]).collect(),
             values: values.clone(),
         })
@@ -171,10 +178,14 @@ impl Destination {
 
 /// One limiter for each route with a rate limit; one whose limit has not changed goes on counting.
 fn limiters(values: &model::Destination, before: Option<&Destination>) -> Vec<Option<Arc<RateLimiter>>> {
+    let counting: HashMap<&str, _> = before
+        .into_iter()
+        .flat_map(|before| before.values.routes.iter().zip(&before.limiters))
+        .filter_map(|(route, limiter)| Some((route.name.as_str(), (&route.rate_limit, limiter.as_ref()?))))
+        .collect();
     let known = |route: &model::Route| {
-        let before = before?;
-        let at = before.values.routes.iter().position(|other| other.name == route.name)?;
-        (before.values.routes[at].rate_limit == route.rate_limit).then(|| before.limiters[at].clone())?
+        let (limit, limiter) = counting.get(route.name.as_str())?;
+        (**limit == route.rate_limit).then(|| Arc::clone(limiter))
     };
     let limiter = |route: &model::Route| {
         route.rate_limit.value.as_ref()?;
@@ -195,7 +206,7 @@ fn name_id(name: &str) -> u64 {
     state.finish()
 }
 
-fn identity(values: &model::Destination) -> Identity {
+fn host(values: &model::Destination) -> String {
     let first_name = values.hosts.iter().find_map(|host| match host {
         Host::Exact(name) => Some(name.clone()),
         Host::Suffix(_) | Host::Any => None,
@@ -205,7 +216,13 @@ fn identity(values: &model::Destination) -> Identity {
         Endpoint::Dns { name, .. } => name.trim_end_matches('.').to_owned(),
     });
     let wanted = values.tls.as_ref().and_then(|tls| tls.server_name.clone());
-    let host = wanted.or(first_name).or(address).unwrap_or_else(|| values.name.clone());
+    wanted.or(first_name).or(address).unwrap_or_else(|| values.name.clone())
+}
+
+fn identity(values: &model::Destination) -> Identity {
+    // What no certificate is asked for may change, and everything else lives on.
+    let is_checked = values.tls.is_some() && !values.endpoints.is_empty();
+    let host = if is_checked { host(values) } else { String::new() };
     Identity {
         name: values.name.as_str().into(),
         endpoints: values.endpoints.clone(),

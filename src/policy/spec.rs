@@ -212,13 +212,29 @@ pub struct RouteSpec {
 #[schemars(extend("not" = { "required": ["path", "grpc"] }))]
 pub struct MatchSpec {
     /// Any of these, in upper case.
-    pub methods: Option<Vec<String>>,
+    pub methods: Option<Vec<MethodName>>,
     /// A template like /orders/{id} or /files/{*rest}.
     pub path: Option<String>,
     /// Exact values.
     pub headers: Option<BTreeMap<String, String>>,
     /// gRPC calls of package.Service/Method, or of a whole package.Service.
     pub grpc: Option<String>,
+}
+
+/// A method like GET. Not a star, which HTTP would allow: it is meant for all methods and would match none.
+#[derive(Debug, Clone, PartialEq, Eq, JsonSchema)]
+#[schemars(inline, extend("not" = { "const": "*" }))]
+pub struct MethodName(pub String);
+
+impl<'de> Deserialize<'de> for MethodName {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        if text == "*" {
+            let hint = "remove `methods`: without it, all methods match";
+            return Err(de::Error::custom(Fault::new("`*` is no method", hint)));
+        }
+        Ok(Self(text))
+    }
 }
 
 /// An address to listen at, `IP:PORT`, IPv6 in brackets; port 0 lets the system choose.

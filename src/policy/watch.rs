@@ -1,7 +1,8 @@
 //! Says when to look at files again, because they may have changed.
 //!
 //! It watches folders, not files: an editor replaces a file by renaming another over it, and a ConfigMap mount swaps
-//! the link `..data`; a watch on the file itself sees the first of these and none after. It looks every five seconds
+//! the link `..data`; a watch on the file itself sees the first of these and none after. Links may stand anywhere on the
+//! way to a file, so the folders that hold them are watched too. It looks every five seconds
 //! too, because some mounts send no events, and a folder that was removed and made again needs a new watch. Whether
 //! anything did change is for the reader to compare.
 
@@ -12,10 +13,12 @@ use std::time::Duration;
 
 use notify::{RecommendedWatcher, RecursiveMode, Watcher};
 use tokio::sync::Notify;
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::time::{Instant, timeout_at};
 
-/// Several events of one change come together.
+/// Several events of one change come together: it is over when none has come for so long.
 const SETTLE: Duration = Duration::from_millis(100);
+/// Where they do not cease, so that a change is still seen within a second.
+const SETTLE_MOST: Duration = Duration::from_millis(700);
 /// How often to look without an event.
 const LOOK: Duration = Duration::from_secs(5);
 /// The same where the system gives us no events, so that a change is still seen within a second.
@@ -27,6 +30,8 @@ pub struct Watch {
     watcher: Option<RecommendedWatcher>,
     armed: BTreeSet<PathBuf>,
     event: Arc<Notify>,
+    /// An event has come, and [`Watch::changed`] has not returned for it yet.
+    is_due: bool,
     next_look: Instant,
 }
 
@@ -44,25 +49,28 @@ impl Watch {
             }
         });
         let paths = paths.into_iter().map(|path| std::path::absolute(&path).unwrap_or(path)).collect();
-        let mut watch = Self { paths, watcher: watcher.ok(), armed: BTreeSet::new(), event, next_look: Instant::now() };
+        let (watcher, armed, next_look) = (watcher.ok(), BTreeSet::new(), Instant::now());
+        let mut watch = Self { paths, watcher, armed, event, is_due: false, next_look };
         watch.arm();
         watch
     }
 
-    /// Waits until the files may have changed: a tenth of a second after an event, or when five seconds passed.
+    /// Waits until the files may have changed: a tenth of a second after the last event of several, because a file that
+    /// is being written is half a file, or when five seconds passed.
     ///
     /// Nothing is lost when the future is dropped: the next call returns for the same event.
     pub async fn changed(&mut self) {
-        if timeout_at(self.next_look, self.event.notified()).await.is_ok() {
-            // Kept until the wait is over, so that a dropped future leaves the event behind.
-            self.event.notify_one();
-            sleep(SETTLE).await;
-            timeout_at(Instant::now(), self.event.notified()).await.ok();
-            self.arm();
-        } else {
+        if !self.is_due && timeout_at(self.next_look, self.event.notified()).await.is_err() {
             self.disarm();
             self.arm();
+            return;
         }
+        self.is_due = true;
+        let latest = Instant::now() + SETTLE_MOST;
+        let quiet = || latest.min(Instant::now() + SETTLE);
+        while timeout_at(quiet(), self.event.notified()).await.is_ok() && Instant::now() < latest {}
+        self.is_due = false;
+        self.arm();
     }
 
     /// Watches the folders that are there now and are not watched yet.
@@ -97,15 +105,29 @@ impl Watch {
     }
 }
 
-/// The folder that a path is in, the path itself if it is one, and the folder of the file that a link leads to.
-fn folders(path: &Path) -> Vec<PathBuf> {
-    let mut folders: Vec<PathBuf> = path.parent().map(Path::to_owned).into_iter().collect();
-    if path.is_dir() {
-        folders.push(path.to_owned());
-    } else if let Ok(target) = path.canonicalize() {
-        folders.extend(target.parent().map(Path::to_owned));
+/// The folders in which a change may change what a path leads to: its own, those that hold links on the way, and the one
+/// at the end, which is the path itself or has the file in it. All are named without links, so that the folder behind
+/// a link is another one when the link leads elsewhere.
+fn folders(path: &Path) -> BTreeSet<PathBuf> {
+    let mut links = BTreeSet::new();
+    find_links(path, &mut links);
+    let holders = links.iter().map(PathBuf::as_path).chain([path]).filter_map(Path::parent);
+    let mut folders: BTreeSet<PathBuf> = holders.filter_map(|folder| folder.canonicalize().ok()).collect();
+    if let Ok(end) = path.canonicalize() {
+        folders.extend(if end.is_dir() { Some(end) } else { end.parent().map(Path::to_owned) });
     }
     folders
+}
+
+/// Adds all links that a path leads over.
+fn find_links(path: &Path, links: &mut BTreeSet<PathBuf>) {
+    for way in path.ancestors() {
+        if let (Ok(target), Some(folder)) = (way.read_link(), way.parent())
+            && links.insert(way.to_owned())
+        {
+            find_links(&folder.join(target), links);
+        }
+    }
 }
 
 #[cfg(test)]
@@ -167,6 +189,31 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_link_to_a_folder_that_leads_elsewhere_is_seen_and_what_changes_behind_it_too() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = folder.path();
+        let lead = |link: &str, to: &str| {
+            symlink(to, root.join("new")).unwrap();
+            fs::rename(root.join("new"), root.join(link)).unwrap();
+        };
+        for version in ["first", "second"] {
+            fs::create_dir_all(root.join(version).join("policy")).unwrap();
+            fs::write(root.join(version).join("policy/policy.yaml"), version).unwrap();
+        }
+        lead("current", "first");
+        fs::create_dir(root.join("etc")).unwrap();
+        symlink("../current/policy", root.join("etc/hopguard")).unwrap();
+        let mut of_file = Watch::new([root.join("etc/hopguard/policy.yaml")]);
+        let mut of_folder = Watch::new([root.join("etc/hopguard")]);
+        lead("current", "second");
+        let (by_file, by_folder) = tokio::join!(is_seen(&mut of_file), is_seen(&mut of_folder));
+        assert!(by_file && by_folder, "swapped: {by_file} {by_folder}");
+        fs::write(root.join("second/policy/policy.yaml"), "third").unwrap();
+        let (by_file, by_folder) = tokio::join!(is_seen(&mut of_file), is_seen(&mut of_folder));
+        assert!(by_file && by_folder, "edited: {by_file} {by_folder}");
+    }
+
+    #[tokio::test]
     async fn a_folder_that_vanished_and_came_back_is_watched_again() {
         let folder = tempfile::tempdir().unwrap();
         let inner = folder.path().join("inner");
@@ -192,6 +239,30 @@ mod tests {
         fs::write(&file, "a").unwrap();
         tokio::time::timeout(Duration::from_millis(50), watch.changed()).await.ok();
         assert!(is_seen(&mut watch).await);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_file_that_is_still_being_written_is_not_looked_at_yet() {
+        let between = Duration::from_millis(60);
+        for (pieces, wanted) in [(1, SETTLE), (5, between * 4 + SETTLE), (100, SETTLE_MOST)] {
+            let folder = tempfile::tempdir().unwrap();
+            let mut watch = Watch::new([folder.path().join("policy.yaml")]);
+            let event = Arc::clone(&watch.event);
+            let begun = Instant::now();
+            let writer = async {
+                for _ in 0..pieces {
+                    event.notify_one();
+                    tokio::time::sleep(between).await;
+                }
+            };
+            let looked = async {
+                watch.changed().await;
+                begun.elapsed()
+            };
+            let ((), looked) = tokio::join!(writer, looked);
+            // The clock of the runtime goes in milliseconds.
+            assert!(looked >= wanted && looked <= wanted + between, "{pieces} pieces: {looked:?}");
+        }
     }
 
     #[tokio::test]

@@ -18,7 +18,7 @@ use crate::proxy::live::Live;
 use crate::proxy::refusal::{self, Context, PROXY_STATUS, Refusal};
 use crate::proxy::tunnel::Handoff;
 use crate::proxy::{ties, trial};
-use crate::rules::breaker::is_failed_code;
+use crate::rules::retry::Failure;
 use crate::runtime::tasks;
 use crate::upstream::answer::AnswerBody;
 
@@ -50,6 +50,9 @@ pub fn hand_over(
             let (head, incoming) = answer.into_parts();
             // A gRPC answer ends with its trailers, whatever it says of its length.
             let length = if live.patience.grpc { None } else { length_of(&head, live.record.method()) };
+            if version == Version::HTTP_10 && length.is_none() {
+                live.caller.end_with_connection();
+            }
             Response::from_parts(head, ResponseBody::upstream(incoming, length, live))
         }
         Ok(Reply::Own(answer)) => {
@@ -117,7 +120,8 @@ fn refuse(live: &mut Live, refusal: &Refusal) -> Response<ResponseBody> {
         attempt: live.record.tries(),
         retry: live.record.notes().and_then(|notes| notes.retry),
         mark: live.mark.as_deref(),
-        pushes_back: ties::pushes_back(live),
+        // Who is told when to come again may do so.
+        pushes_back: ties::pushes_back(live) && refusal.kind != refusal::Kind::RateLimited,
     };
     let answer = refusal.answer(is_grpc, &context, ResponseBody::whole);
     if has_left {
@@ -154,9 +158,8 @@ pub fn from_upstream(live: &mut Live, mut answer: Response<AnswerBody>) -> Resul
     *answer.version_mut() = Version::HTTP_11;
     let fields = answer.headers_mut();
     let said = fields::strip(fields, &present);
+    live.keep_alive = said.kept_for(version);
     live.named = said.named;
-    // An HTTP/1.0 upstream may have kept the connection, but not for a request of HTTP/1.1.
-    live.keep_alive = if version < Version::HTTP_11 { Some(0) } else { said.keep_alive };
     if status == StatusCode::NO_CONTENT {
         fields.remove(header::CONTENT_LENGTH);
     } else {
@@ -164,7 +167,7 @@ pub fn from_upstream(live: &mut Live, mut answer: Response<AnswerBody>) -> Resul
     }
     live.caller.door.via.add(fields, version);
     fields::forget(answer.extensions_mut());
-    if status.is_server_error() {
+    if live.route().retry.is_failure(Failure::Status(status.as_u16())) {
         ties::mark_answer(live, status, answer.headers_mut(), present.proxy_status);
     }
     if live.patience.grpc {
@@ -184,7 +187,7 @@ fn grpc_answer(live: &mut Live, present: &Present, mut answer: Response<AnswerBo
     let fields = answer.headers_mut();
     if let Some((code, message)) = grpc::read_status(fields) {
         live.record.grpc(code, message);
-        if is_failed_code(code) {
+        if live.route().retry.is_failure(Failure::Grpc(code)) {
             ties::mark_answer(live, StatusCode::OK, fields, present.proxy_status);
         }
         return Reply::Upstream(answer);
@@ -194,7 +197,13 @@ fn grpc_answer(live: &mut Live, present: &Present, mut answer: Response<AnswerBo
     }
     let status = answer.status();
     let code = Code::of_http(status);
-    let message = format!("the upstream answered with HTTP status {} and no gRPC status", status.as_u16());
+    let message = match answer.body() {
+        // A fault's text; what is left of an answer that was given up has none.
+        AnswerBody::Own(said) if !said.is_empty() => String::from_utf8_lossy(said).trim_end().to_owned(),
+        AnswerBody::Own(_) | AnswerBody::Http1(_) | AnswerBody::Http2(_) => {
+            format!("the upstream answered with HTTP status {} and no gRPC status", status.as_u16())
+        }
+    };
     let mut translated = grpc::trailers_only(code, &message, ResponseBody::empty());
     for said in answer.headers().get_all(PROXY_STATUS) {
         translated.headers_mut().append(PROXY_STATUS, said.clone());

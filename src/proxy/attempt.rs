@@ -21,7 +21,7 @@ use crate::proxy::fields::ATTEMPT_COUNT;
 use crate::proxy::live::Live;
 use crate::proxy::patience::Verdict;
 use crate::proxy::refusal::{Kind, Refusal};
-use crate::proxy::{fault, reach, ties};
+use crate::proxy::{fault, reach, ties, trial};
 use crate::telemetry::Connection;
 use crate::upstream::answer::{AnswerBody, Unanswered, UpstreamError};
 use crate::upstream::endpoint::Endpoint;
@@ -70,12 +70,16 @@ pub async fn send(live: &mut Live, pool: &Rc<Pool>, switching: bool) -> Result<R
             false => Connection::New,
         };
         live.record.via(address, connection);
-        match exchange(live, lease).await? {
-            Some(answer) => {
+        match exchange(live, lease).await {
+            Ok(Some(answer)) => {
                 live.record.upstream_waited(live.patience.took(live.over_at));
                 return Ok(answer);
             }
-            None => continue,
+            Ok(None) => live.record.waited_in_vain(live.over_at.saturating_duration_since(begun)),
+            Err(refusal) => {
+                live.record.waited_in_vain(live.patience.took(live.over_at));
+                return Err(refusal);
+            }
         }
     }
     live.leaving = true;
@@ -98,21 +102,27 @@ async fn faulted(live: &mut Live, pool: &Rc<Pool>) -> Result<Option<Response<Ans
     live.patience.try_began = began;
     let happened = fault::happen(live, fault).await;
     let now = Instant::now();
-    let took = now.saturating_duration_since(began);
-    if let Ok(None) = happened {
+    let Some(tried) = happened.transpose() else {
         live.picked = Some(endpoint);
-        return happened;
-    }
+        return Ok(None);
+    };
     live.over_at = now;
-    match &happened {
-        Ok(Some(answer)) if !answer.status().is_server_error() => endpoint.load.answered(took, now),
-        Err(refusal) if refusal.kind == Kind::CallerTimeout => {}
-        _ => endpoint.load.failed(took, now),
+    let took = live.patience.took(now);
+    weigh(live, &endpoint, &tried, took);
+    match &tried {
+        Ok(_) => live.record.upstream_waited(took),
+        Err(_) => live.record.waited_in_vain(took),
     }
-    if happened.is_ok() {
-        live.record.upstream_waited(took);
+    tried.map(Some)
+}
+
+/// Notes for the choice among endpoints how a try went that is over now, unless it says nothing about its endpoint.
+fn weigh(live: &Live, endpoint: &Endpoint, tried: &Result<Response<AnswerBody>, Refusal>, took: Duration) {
+    if trial::speaks_against(live, tried) {
+        endpoint.load.failed(took, live.over_at);
+    } else if tried.is_ok() {
+        endpoint.load.answered(took, live.over_at);
     }
-    happened
 }
 
 fn want(pool: &Pool, grpc: bool) -> Want {
@@ -132,7 +142,9 @@ async fn exchange(live: &mut Live, mut lease: Lease) -> Result<Option<Response<A
     live.unsent = false;
     let goes_on = hold_for_continue(live, &mut lease);
     let began = live.sent_at();
-    let patience = CONTINUE_AFTER.min(live.route().timeouts.request.value / 2);
+    let limits = &live.route().timeouts;
+    let whole = limits.per_try.as_ref().map_or(limits.request.value, |per_try| per_try.value.min(limits.request.value));
+    let patience = CONTINUE_AFTER.min(whole / 2);
     let mut wait = Wait { live, goes_on, held_until: began + patience };
     wait.look_at(began)?;
     let answer = match lease.carrier() {
@@ -170,36 +182,30 @@ async fn exchange(live: &mut Live, mut lease: Lease) -> Result<Option<Response<A
     let now = Instant::now();
     let took = live.patience.took(now);
     live.over_at = now;
-    match answer {
+    let tried = match answer {
         Ok(Ok(answer)) => {
-            if answer.status().is_server_error() {
-                endpoint.load.failed(took, now);
-            } else {
-                endpoint.load.answered(took, now);
-            }
             live.lease = Some(lease);
-            Ok(Some(answer))
+            Ok(answer)
         }
         Ok(Err(Unanswered { unsent: Some(back), .. })) => {
             live.request = Some(*back);
             live.unsent = true;
-            Ok(None)
+            return Ok(None);
         }
         Ok(Err(Unanswered { error, unsent: None })) => {
-            endpoint.load.failed(took, now);
-            lease.lost_race(began, now);
             live.unsent = error.is_unprocessed();
             live.reused &= error.is_close();
             live.leaving = error.is_go_away();
-            Err(broken(live, lease.reused, &error))
-        }
-        Err(refusal) => {
-            if refusal.kind != Kind::CallerTimeout {
-                endpoint.load.failed(took, now);
+            let refusal = broken(live, lease.reused, &error);
+            if error.is_close() && trial::is_callees_fault(live, refusal.kind) {
+                lease.lost_race(began, now);
             }
             Err(refusal)
         }
-    }
+        Err(refusal) => Err(refusal),
+    };
+    weigh(live, &endpoint, &tried, took);
+    tried.map(Some)
 }
 
 /// What the wait for the head looks at each time it is woken.
@@ -261,8 +267,10 @@ fn hold_for_continue(live: &mut Live, lease: &mut Lease) -> Option<Arc<AtomicBoo
         return None;
     }
     let request = live.request.as_mut()?;
-    if !matches!(lease.carrier(), Some(Carrier::Http1(_))) {
-        // hyper does not report a 1xx that comes over HTTP/2, so there is nothing to wait for.
+    let has_begun = live.flow.request.bytes() > 0 || live.flow.request.ended();
+    if has_begun || !matches!(lease.carrier(), Some(Carrier::Http1(_))) {
+        // What an earlier try has got of the caller need not be asked for again; and hyper does not report a 1xx that
+        // comes over HTTP/2, so that there is nothing to wait for.
         request.headers_mut().remove(header::EXPECT);
         return None;
     }
@@ -326,8 +334,8 @@ fn outgoing(live: &mut Live) -> Request<RequestBody> {
     request
 }
 
-/// Says which try this is: counted from 1 as Envoy does, and without the first as gRPC does (gRFC A6). Our tries come on top
-/// of those of the hop before an inbound listener, and of those that the app's own gRPC library has made.
+/// Says which try this is: counted from 1 as Envoy does, and without the first as gRPC does (gRFC A6). Our tries come
+/// on top of those of the hop before an inbound listener, and of those that the app's own gRPC library has made.
 fn count_tries(live: &Live, fields: &mut HeaderMap) {
     let again = u32::from(live.attempt) - 1;
     fields.insert(ATTEMPT_COUNT, HeaderValue::from(counted(live, &ATTEMPT_COUNT).unwrap_or(1).saturating_add(again)));
@@ -364,8 +372,8 @@ fn for_http2(live: &mut Live, endpoint: &Endpoint) -> Request<RequestBody> {
 
 /// Says what a broken connection means.
 fn broken(live: &Live, reused: bool, error: &UpstreamError) -> Refusal {
-    if live.flow.request.failed() {
-        return Refusal::plain(Kind::BadRequest, "the request's body broke off or is malformed");
+    if let Some(refusal) = trial::broken_by_caller(live) {
+        return refusal;
     }
     let cause = error.sentence();
     if error.is_malformed() {

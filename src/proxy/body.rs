@@ -18,9 +18,8 @@ use crate::proxy::fault::FaultyBody;
 use crate::proxy::grpc::{self, Code};
 use crate::proxy::live::Live;
 use crate::proxy::patience::Verdict;
-use crate::proxy::refusal::{Cut, Refusal};
+use crate::proxy::refusal::{Cut, Kind, Refusal};
 use crate::proxy::{ties, trial};
-use crate::rules::breaker::Outcome;
 use crate::upstream::answer::AnswerBody;
 use crate::upstream::pool::Carrier;
 
@@ -31,7 +30,17 @@ pub struct ResponseBody {
     live: Option<Box<Live>>,
     /// How many bytes the caller waits for, where the head says so.
     length: Option<u64>,
+    /// The upstream is what was waited for when this was last asked for something.
+    waits: bool,
+    /// What is left of a chunk of which the caller gets a piece at a time.
+    rest: Option<Bytes>,
+    /// Why it is cut, until hyper is told.
+    cut: Option<Cut>,
 }
+
+/// What a caller over HTTP/2 gets at a time, in bytes: h2 takes a whole chunk however little of it the caller has asked
+/// for, and what it holds of an answer would count as taken.
+const PIECE: usize = 32 * 1024;
 
 enum Source {
     Empty,
@@ -55,16 +64,20 @@ impl Source {
 impl ResponseBody {
     /// No body; `live`, if given, has ended well.
     pub fn empty() -> Self {
-        Self { source: Source::Empty, live: None, length: None }
+        Self::of(Source::Empty)
     }
 
     /// A body of our own.
     pub fn whole(bytes: Bytes) -> Self {
-        if bytes.is_empty() { Self::empty() } else { Self { source: Source::Whole(bytes), live: None, length: None } }
+        Self::of(if bytes.is_empty() { Source::Empty } else { Source::Whole(bytes) })
     }
 
-    /// The body of an upstream's answer, of `length` bytes where that is known. Ends the exchange at once if there is nothing
-    /// to come, or nothing that the caller would wait for.
+    fn of(source: Source) -> Self {
+        Self { source, live: None, length: None, waits: true, rest: None, cut: None }
+    }
+
+    /// The body of an upstream's answer, of `length` bytes where that is known. Ends the exchange at once if there is
+    /// nothing to come, or nothing that the caller would wait for.
     pub fn upstream(incoming: AnswerBody, length: Option<u64>, mut live: Box<Live>) -> Self {
         live.patience.answered = true;
         if incoming.is_end_stream() || length == Some(0) {
@@ -79,7 +92,8 @@ impl ResponseBody {
             }
             None => Source::Upstream(incoming),
         };
-        let mut body = Self { source, live: Some(live), length };
+        let mut body = Self::of(source);
+        (body.live, body.length) = (Some(live), length);
         body.mark_cut();
         body
     }
@@ -96,6 +110,7 @@ impl ResponseBody {
             trailers::clean(fields, &live.named);
             if let Some((code, message)) = grpc::read_status(fields) {
                 live.record.grpc(code, message);
+                trial::ends_with(live, code);
                 ties::mark_trailers(live, fields, code, live.over_at);
             }
         }
@@ -147,18 +162,19 @@ impl ResponseBody {
             return Poll::Ready(Some(Err(cut)));
         }
         let mut fields = grpc::status_fields(code, message);
+        live.record.grpc(code as u32, fields.get(grpc::MESSAGE).cloned());
         let now = live.over_at;
         ties::mark_trailers(&mut live, &mut fields, code as u32, now);
         Poll::Ready(Some(Ok(Frame::trailers(fields))))
     }
 
     fn broken(&mut self, cut: Cut) -> Poll<Option<Result<Frame<Bytes>, Cut>>> {
+        if let Some(refusal) = self.live.as_ref().and_then(|live| trial::broken_by_caller(live)) {
+            return self.given_up(&refusal, cut);
+        }
         if let Some(live) = &mut self.live {
             live.record.upstream_cut();
-            trial::judge(live, Outcome::Failure, Instant::now());
-            if live.patience.grpc {
-                live.record.grpc(Code::Unavailable as u32, None);
-            }
+            blame(live, Kind::UpstreamReset, Instant::now());
         }
         let message = match &cut {
             Cut::Upstream(error) => {
@@ -169,31 +185,45 @@ impl ResponseBody {
         self.break_off(Code::Unavailable, &message, cut)
     }
 
+    /// The caller's own body has broken off. Who has left hears nothing, and nobody is blamed.
+    fn given_up(&mut self, refusal: &Refusal, cut: Cut) -> Poll<Option<Result<Frame<Bytes>, Cut>>> {
+        if self.live.as_ref().is_none_or(|live| !live.flow.request.left()) {
+            return self.end_with(refusal);
+        }
+        self.source = Source::Empty;
+        if let Some(live) = self.live.take() {
+            live.flow.cut_by(None);
+        }
+        Poll::Ready(Some(Err(cut)))
+    }
+
     /// Time is over, and the upstream is what was waited for.
     fn refuse(&mut self, refusal: &Refusal) -> Poll<Option<Result<Frame<Bytes>, Cut>>> {
         if let Some(live) = &mut self.live {
             let now = Instant::now();
-            trial::judge_late(live, refusal.kind, now);
+            blame(live, refusal.kind, now);
             ties::ended(live, refusal.kind, now);
         }
         self.end_with(refusal)
     }
 
     /// Time is over, but the upstream had more to give at once: it says nothing against it that the answer was too long.
-    fn cut_short(&mut self, refusal: &Refusal) -> Poll<Option<Result<Frame<Bytes>, Cut>>> {
+    /// `at` is when the caller got the chunk before, if it did not wait for this one.
+    fn cut_short(&mut self, mut refusal: Refusal, at: Option<Instant>) -> Poll<Option<Result<Frame<Bytes>, Cut>>> {
         if let Some(live) = &mut self.live {
-            trial::judge_probes(live, Instant::now());
+            let now = Instant::now();
+            trial::judge_probes(live, now);
+            if let Some(at) = at {
+                refusal = live.patience.unread(refusal, now.saturating_duration_since(at), &live.route().timeouts);
+            }
         }
-        self.end_with(refusal)
+        self.end_with(&refusal)
     }
 
     fn end_with(&mut self, refusal: &Refusal) -> Poll<Option<Result<Frame<Bytes>, Cut>>> {
         let (code, message) = refusal.grpc();
         if let Some(live) = &mut self.live {
             live.record.refuse(refusal.record());
-            if live.patience.grpc {
-                live.record.grpc(code as u32, None);
-            }
         }
         self.break_off(code, &message, Cut::Refused(refusal.sentence()))
     }
@@ -211,6 +241,15 @@ impl ResponseBody {
                 return Poll::Pending;
             }
         }
+    }
+}
+
+/// An answer ends before its end. Whoever called on for it is told, by the trailers where it is gRPC.
+fn blame(live: &mut Live, kind: Kind, now: Instant) {
+    trial::judge_cut(live, kind, now);
+    if kind.is_of_the_callee() && !live.patience.grpc && live.mark.is_none() {
+        let is_final = live.route().retry.is_final(live.attempt.into(), live.is_safe, None);
+        ties::failed(live, None, is_final, now);
     }
 }
 
@@ -255,31 +294,19 @@ impl Body for ResponseBody {
     type Error = Cut;
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Cut>>> {
-        let this = &mut *self;
-        let polled = match &this.live {
-            Some(live) => {
-                let quiet = Rc::clone(&live.quiet);
-                match &live.lease {
-                    Some(lease) if lease.is_http1() => quiet.poll(cx, |cx| this.advance(cx)),
-                    _ => this.advance(cx),
-                }
-            }
-            None => this.advance(cx),
-        };
-        match polled {
-            Poll::Ready(_) => match this.overdue() {
-                Some(refusal) => this.cut_short(&refusal),
-                None => polled,
-            },
-            Poll::Pending => match this.poll_patience(cx) {
-                Poll::Ready(refusal) => this.refuse(&refusal),
-                Poll::Pending => Poll::Pending,
-            },
+        if let Some(cut) = self.cut.take() {
+            return Poll::Ready(Some(Err(cut)));
         }
+        let polled = self.poll_next(cx);
+        let Poll::Ready(Some(Err(cut))) = polled else { return polled };
+        // With the error hyper throws away what it has not written yet, be it the head: first it gets a turn to write.
+        self.cut = Some(cut);
+        cx.waker().wake_by_ref();
+        Poll::Pending
     }
 
     fn is_end_stream(&self) -> bool {
-        matches!(self.source, Source::Empty)
+        matches!(self.source, Source::Empty) && self.cut.is_none()
     }
 
     fn size_hint(&self) -> SizeHint {
@@ -293,24 +320,53 @@ impl Body for ResponseBody {
 }
 
 impl ResponseBody {
+    /// What the upstream has sent, or the end that time puts to it.
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Cut>>> {
+        // What hyper has room for may come long after what the caller would take.
+        let unasked = self.live.as_ref().filter(|_| !self.waits).map(|live| live.flow.last());
+        let polled = match &self.live {
+            Some(live) => {
+                let quiet = Rc::clone(&live.quiet);
+                match &live.lease {
+                    Some(lease) if lease.is_http1() => quiet.poll(cx, |cx| self.advance(cx)),
+                    _ => self.advance(cx),
+                }
+            }
+            None => self.advance(cx),
+        };
+        self.waits = polled.is_pending();
+        match polled {
+            Poll::Ready(_) => match self.overdue() {
+                Some(refusal) => self.cut_short(refusal, unasked),
+                None => polled,
+            },
+            Poll::Pending => match self.poll_patience(cx) {
+                Poll::Ready(refusal) => self.refuse(&refusal),
+                Poll::Pending => Poll::Pending,
+            },
+        }
+    }
+
     /// What the upstream has sent, if it has sent anything.
     fn advance(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Cut>>> {
         // Once for what is there, once more after the connection has been moved.
         for moved in [false, true] {
-            let polled = match &mut self.source {
-                Source::Empty => return Poll::Ready(None),
-                Source::Whole(bytes) => {
+            let polled = match (self.rest.take(), &mut self.source) {
+                (Some(rest), _) => Poll::Ready(Some(Ok(Frame::data(rest)))),
+                (None, Source::Empty) => return Poll::Ready(None),
+                (None, Source::Whole(bytes)) => {
                     let bytes = std::mem::take(bytes);
                     self.source = Source::Empty;
                     return Poll::Ready(Some(Ok(Frame::data(bytes))));
                 }
-                Source::Upstream(incoming) => Pin::new(incoming).poll_frame(cx).map_err(Cut::Upstream),
-                Source::Faulty(body) => body.poll_frame(cx),
+                (None, Source::Upstream(incoming)) => Pin::new(incoming).poll_frame(cx).map_err(Cut::Upstream),
+                (None, Source::Faulty(body)) => body.poll_frame(cx),
             };
             match polled {
                 Poll::Ready(Some(Ok(frame))) => {
+                    let frame = self.piece(frame);
                     // Nothing comes behind trailers, and few callers ask whether it does.
-                    let last = frame.is_trailers() || self.source.is_end();
+                    let last = frame.is_trailers() || (self.rest.is_none() && self.source.is_end());
                     return Poll::Ready(Some(Ok(self.take(frame, last, cx))));
                 }
                 Poll::Ready(Some(Err(cut))) => return self.broken(cut),
@@ -323,6 +379,19 @@ impl ResponseBody {
             }
         }
         Poll::Pending
+    }
+
+    /// As much of a chunk as the caller gets at a time.
+    fn piece(&mut self, frame: Frame<Bytes>) -> Frame<Bytes> {
+        let in_pieces = self.live.as_ref().is_some_and(|live| live.caller.has_streams());
+        if !in_pieces || frame.data_ref().is_none_or(|chunk| chunk.len() <= PIECE) {
+            return frame;
+        }
+        frame.map_data(|mut chunk| {
+            let piece = chunk.split_to(PIECE);
+            self.rest = Some(chunk);
+            piece
+        })
     }
 
     fn move_connection(&mut self, cx: &mut Context<'_>) {

@@ -18,7 +18,7 @@ use crate::runtime::quiet::Quiet;
 
 /// A listener as one worker has it open.
 pub struct Door {
-    /// Its values when it was opened. What may change later is read from the policy of each request.
+    /// Its values when it was opened. What may change later is read from the policy of each connection and request.
     pub values: Listener,
     /// What it writes into `Via`.
     pub via: Via,
@@ -50,6 +50,11 @@ impl Door {
             .ok_or_else(|| Refusal::plain(Kind::Draining, "the policy does not have this listener any more"))
     }
 
+    /// The values that hold for a connection in `policy`; those of the opening where that does not have it any more.
+    pub fn values_in<'a>(&'a self, policy: &'a Snapshot) -> &'a Listener {
+        self.listener(policy).unwrap_or(&self.values)
+    }
+
     /// Tells its connections to go elsewhere: HTTP/2 at once, HTTP/1 with the next answer. None is cut.
     pub fn close(&self) {
         self.crowd.advance(Phase::Leaving);
@@ -75,6 +80,7 @@ pub struct Caller {
     over_at: Cell<Option<Instant>>,
     quiet: Option<Rc<Quiet>>,
     newest: RefCell<Option<Rc<Flow>>>,
+    is_unframed: Cell<bool>,
     handoff: RefCell<Option<Joining>>,
 }
 
@@ -89,8 +95,14 @@ impl Caller {
             over_at: Cell::new(None),
             quiet: one_task.then(Rc::default),
             newest: RefCell::new(None),
+            is_unframed: Cell::new(false),
             handoff: RefCell::new(None),
         })
+    }
+
+    /// True if its exchanges are streams side by side, each with a task of its own.
+    pub fn has_streams(&self) -> bool {
+        self.quiet.is_none()
     }
 
     /// The quiet waker of the task that an exchange runs in.
@@ -137,6 +149,16 @@ impl Caller {
     /// Takes that flow away.
     pub fn take_newest(&self) -> Option<Rc<Flow>> {
         self.newest.borrow_mut().take()
+    }
+
+    /// Notes that the answer under way ends with its connection, and by nothing else.
+    pub fn end_with_connection(&self) {
+        self.is_unframed.set(true);
+    }
+
+    /// True if the caller would take a body that is cut for a whole one.
+    pub fn is_unframed(&self) -> bool {
+        self.is_unframed.get()
     }
 
     /// Leaves what is to go on with this connection's stream once its HTTP part is over.

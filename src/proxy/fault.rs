@@ -1,9 +1,10 @@
 //! Faults of the policy, made to happen: what a try meets instead of its upstream, or between its answer and the caller.
 //!
-//! They happen at the place of the upstream. A delay is waited for within the limits of the try and ends as a slow upstream
-//! does; an abort is an answer like any other; a reset counts as a request that may have been seen; a body that is cut or
-//! slow comes so to whoever reads it. Nothing above knows the difference, so that timeouts, retries, breaker, ejection,
-//! metrics and the log act as they would on the real thing, but for the fault's name in the log and in `hopguard_faults_total`.
+//! They happen at the place of the upstream. A delay is waited for within the limits of the try and ends as a slow
+//! upstream does; an abort is an answer like any other; a reset counts as a request that may have been seen; a body
+//! that is cut or slow comes so to whoever reads it. Nothing above knows the difference, so that timeouts, retries,
+//! breaker, ejection, metrics and the log act as they would on the real thing, but for the fault's name in the log and
+//! in `hopguard_faults_total`.
 //!
 //! Each try draws anew. Where a route has no faults, nothing here is called. A tunnel (CONNECT) meets none, and one that
 //! began as an upgrade no more once it is open. Which fault a try meets is decided by `rules/faults`.
@@ -68,6 +69,7 @@ pub async fn happen(live: &mut Live, fault: &Fault) -> Result<Option<Response<An
                 name: fault.name.value.as_str().into(),
                 cut_after: cut_after.map(|set| set.value),
                 rate: rate.map(|set| set.value),
+                until: end_of(fault),
             });
             live.fault = Some(Box::new(Aftermath { lost: began.elapsed(), body }));
             Ok(None)
@@ -78,6 +80,14 @@ pub async fn happen(live: &mut Live, fault: &Fault) -> Result<Option<Response<An
             Err(Refusal::ruled(Kind::UpstreamReset, rule, "a fault of the policy broke the call off before its answer"))
         }
     }
+}
+
+/// When a fault that is not over will be.
+fn end_of(fault: &Fault) -> Instant {
+    let left = Duration::try_from(fault.until.value.duration_since(Timestamp::now())).unwrap_or_default();
+    let now = Instant::now();
+    // Years have four digits, so that it is no further than a clock goes.
+    now.checked_add(left).unwrap_or(now)
 }
 
 /// Waits as for a slow upstream.
@@ -109,7 +119,8 @@ fn answer(live: &Live, fault: &Fault, abort: Abort) -> Response<AnswerBody> {
     let is_bare = matches!(status, StatusCode::NO_CONTENT | StatusCode::RESET_CONTENT | StatusCode::NOT_MODIFIED);
     let mut answer = Response::new(AnswerBody::Own(Bytes::new()));
     *answer.status_mut() = status;
-    if !is_head && !is_bare {
+    // For a gRPC caller the text becomes its message.
+    if live.patience.grpc || (!is_head && !is_bare) {
         let body = Bytes::from(said + "\n");
         answer.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain"));
         answer.headers_mut().insert(header::CONTENT_LENGTH, HeaderValue::from(body.len()));
@@ -117,9 +128,6 @@ fn answer(live: &Live, fault: &Fault, abort: Abort) -> Response<AnswerBody> {
     }
     answer
 }
-
-/// What may pass is on its way for so long before a body breaks off: hyper throws away what it has not written by then.
-const PARTING: Duration = Duration::from_millis(5);
 
 /// A slow body comes in pieces of what its rate gives in so long; what was not used is kept for as long.
 const BEAT: Duration = Duration::from_millis(50);
@@ -134,23 +142,23 @@ pub struct FaultyBody {
     rate: Option<u64>,
     /// What has come and has not passed yet.
     rest: Bytes,
-    /// When the next piece may pass, or when it breaks off.
+    /// When the next piece may pass.
     due: Instant,
+    /// From then on the fault is over, and what is left comes as it was sent.
+    until: Instant,
     timer: Timer,
 }
 
 impl FaultyBody {
     /// The body of an answer whose head came at `now`. The answer may not be at its end.
     pub fn new(answer: AnswerBody, fault: BodyFault, timers: &Timers, now: Instant) -> Self {
-        let due = if fault.cut_after == Some(0) { now + PARTING } else { now };
-        let BodyFault { name, cut_after: left, rate } = fault;
-        Self { answer, name, left, rate, rest: Bytes::new(), due, timer: timers.at(due) }
+        let BodyFault { name, cut_after: left, rate, until } = fault;
+        Self { answer, name, left, rate, rest: Bytes::new(), due: now, until, timer: timers.at(now) }
     }
 
     /// The next piece, or the trailers.
     pub fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Cut>>> {
         if self.left == Some(0) {
-            ready!(self.poll_due(cx));
             return Poll::Ready(Some(Err(Cut::Fault(self.name.clone()))));
         }
         while self.rest.is_empty() {
@@ -168,7 +176,11 @@ impl FaultyBody {
             }
         }
         ready!(self.poll_due(cx));
-        Poll::Ready(Some(Ok(Frame::data(self.pass(Instant::now())))))
+        let now = Instant::now();
+        if now >= self.until {
+            (self.left, self.rate) = (None, None);
+        }
+        Poll::Ready(Some(Ok(Frame::data(self.pass(now)))))
     }
 
     /// True once nothing comes any more, and nothing is to break off.
@@ -210,7 +222,6 @@ impl FaultyBody {
                 self.left = None;
             } else if *left == 0 {
                 self.rest = Bytes::new();
-                self.due = now + PARTING;
             }
         }
         if !self.rest.is_empty() {
@@ -220,10 +231,11 @@ impl FaultyBody {
     }
 
     fn poll_due(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        if Instant::now() >= self.due {
+        let due = self.due.min(self.until);
+        if Instant::now() >= due {
             return Poll::Ready(());
         }
-        self.timer.set(self.due);
+        self.timer.set(due);
         self.timer.poll(cx)
     }
 }
@@ -236,8 +248,18 @@ mod tests {
 
     /// Reads a body to its end: each piece with the milliseconds at which it came, and how it ended.
     async fn read(bytes: &'static [u8], cut_after: Option<u64>, rate: Option<u64>) -> (Vec<(usize, u128)>, bool, u128) {
+        read_while(bytes, cut_after, rate, Duration::from_secs(3600)).await
+    }
+
+    /// The same of a fault that is over after `until`.
+    async fn read_while(
+        bytes: &'static [u8],
+        cut_after: Option<u64>,
+        rate: Option<u64>,
+        until: Duration,
+    ) -> (Vec<(usize, u128)>, bool, u128) {
         let begun = Instant::now();
-        let fault = BodyFault { name: "f".into(), cut_after, rate };
+        let fault = BodyFault { name: "f".into(), cut_after, rate, until: begun + until };
         let answer = AnswerBody::Own(Bytes::from_static(bytes));
         let mut body = FaultyBody::new(answer, fault, &Timers::default(), begun);
         let mut pieces = Vec::new();
@@ -266,8 +288,8 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_body_breaks_off_after_its_bytes_unless_it_is_whole_by_then() {
-        assert_eq!(read(&[7; 10], Some(4), None).await, (vec![(4, 0)], false, 5));
-        assert_eq!(read(&[7; 10], Some(0), None).await, (vec![], false, 5));
+        assert_eq!(read(&[7; 10], Some(4), None).await, (vec![(4, 0)], false, 0));
+        assert_eq!(read(&[7; 10], Some(0), None).await, (vec![], false, 0));
         assert_eq!(read(&[7; 10], Some(10), None).await, (vec![(10, 0)], true, 0));
         assert_eq!(read(&[7; 10], Some(11), None).await, (vec![(10, 0)], true, 0));
     }
@@ -286,9 +308,19 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn what_is_left_when_the_fault_is_over_comes_as_it_was_sent() {
+        let until = Duration::from_millis(300);
+        // At one byte a second nothing would have come by then.
+        for (cut_after, rate) in [(None, 1000), (Some(900), 1000), (None, 1)] {
+            let (pieces, is_whole, took) = read_while(&[7; 1000], cut_after, Some(rate), until).await;
+            assert!(is_whole && (290..=310).contains(&took), "{took} {pieces:?}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn a_slow_body_can_break_off_too() {
         let (pieces, is_whole, took) = read(&[7; 1000], Some(120), Some(1000)).await;
-        assert!(!is_whole && (70..=130).contains(&took), "{took} {pieces:?}");
+        assert!(!is_whole && (70..=125).contains(&took), "{took} {pieces:?}");
         assert_eq!(pieces.iter().map(|(piece, _)| piece).sum::<usize>(), 120);
     }
 }

@@ -58,8 +58,6 @@ pub struct Present {
     pub upgrade: bool,
     /// `traceparent`.
     pub trace: bool,
-    /// One of the fields that carry a trace id, `traceparent` included.
-    pub traced: bool,
     /// `grpc-timeout` or `x-envoy-expected-rq-timeout-ms`.
     pub deadline: bool,
     /// `x-envoy-attempt-count`.
@@ -110,8 +108,7 @@ impl Present {
                 _ => match name.as_str() {
                     "keep-alive" => found.keep_alive = true,
                     "proxy-connection" | "http2-settings" => found.obsolete = true,
-                    "traceparent" => (found.trace, found.traced) = (true, true),
-                    "b3" | "x-b3-traceid" | "x-request-id" => found.traced = true,
+                    "traceparent" => found.trace = true,
                     "grpc-timeout" | "x-envoy-expected-rq-timeout-ms" => found.deadline = true,
                     "x-envoy-attempt-count" => found.attempt_count = true,
                     "grpc-retry-pushback-ms" => found.pushback = true,
@@ -142,6 +139,14 @@ pub struct HopByHop {
     pub trailers: bool,
     /// How long the sender keeps an idle connection (`Keep-Alive: timeout=`), in seconds.
     pub keep_alive: Option<u32>,
+}
+
+impl HopByHop {
+    /// How long the sender of an answer of this version keeps its connection, in seconds. One of HTTP/1.0 may have
+    /// kept it, but not for a request of HTTP/1.1.
+    pub fn kept_for(&self, version: Version) -> Option<u32> {
+        if version < Version::HTTP_11 { Some(0) } else { self.keep_alive }
+    }
 }
 
 /// Takes out everything that ends at this hop.
@@ -217,7 +222,7 @@ pub fn only_chunked(fields: &HeaderMap, present: &Present) -> bool {
                 .is_some_and(|value| value.as_bytes().trim_ascii().eq_ignore_ascii_case(b"chunked")))
 }
 
-/// Says the body's length once. hyper has made sure that all the values are the same number.
+/// Says the body's length once. hyper and h2 have made sure that all the values are the same number.
 pub fn one_length(fields: &mut HeaderMap, present: &Present) {
     if present.lengths < 2 && !present.odd_length {
         return;

@@ -22,23 +22,35 @@ pub struct Ties {
     pub entered: Option<Entered>,
     /// The inbound requests that caused it.
     pub causes: Option<Causes>,
-    /// The inbound request that caused it was ended by its deadline.
-    pub is_late: bool,
+    /// Nobody waits any more for the inbound request that caused it, which is, or was, to be over then.
+    pub late_at: Option<Instant>,
 }
 
-/// Inbound requests that were ended by their deadline stand here under a place that there is not.
+/// Inbound requests that nobody waits for any more stand here under a place that there is not.
 pub const LATE: u64 = 0;
 
 /// The most that a hop keeps of the time for the way back.
 pub const MOST_RESERVED: Duration = Duration::from_millis(10);
 
 impl Ties {
-    /// The caller went away before there was an answer. The app may go on; what it calls from `at` on, it calls for nobody.
+    /// Nobody waits for the app any more, which may go on: its caller has left, or was answered in its place. What it
+    /// calls under these ids has as much time as the request had, which ends at `at`, where that is known.
     ///
     /// Callers wait for the same deadline, so that theirs can be over a moment before ours.
-    pub fn abandoned(&self, late: &Spent, at: Instant, now: Instant) {
-        let is_as_good_as_over = at <= now + MOST_RESERVED;
-        late.note(self.keys, LATE, if is_as_good_as_over { now } else { at }, now);
+    pub fn abandon(&self, late: &Spent, at: Option<Instant>, now: Instant) {
+        if let Some(entered) = &self.entered {
+            entered.inbound().abandon();
+        }
+        if let Some(at) = at {
+            let is_as_good_as_over = at <= now + MOST_RESERVED;
+            late.note(self.keys, LATE, if is_as_good_as_over { now } else { at }, now);
+        }
+    }
+
+    /// The app has answered. What it calls under these ids from now on may be what is left of this request, and no more of
+    /// an earlier one that was too late.
+    pub fn answered(&self, late: &Spent) {
+        late.forget(self.keys, LATE);
     }
 }
 
@@ -87,4 +99,6 @@ pub struct BodyFault {
     pub cut_after: Option<u64>,
     /// It comes at so many bytes a second.
     pub rate: Option<u64>,
+    /// From then on it does nothing any more.
+    pub until: Instant,
 }

@@ -28,7 +28,7 @@ use crate::runtime::drain::Phase;
 use crate::runtime::quiet::Quiet;
 use crate::runtime::timer::Timer;
 use crate::telemetry::{Exchange, Protocol, RequestLine};
-use crate::upstream::cluster::Health;
+use crate::upstream::cluster::{Cluster, Health};
 use crate::upstream::endpoint::Endpoint;
 use crate::upstream::pool::{Lease, Pool};
 
@@ -236,7 +236,12 @@ impl Live {
 
     /// What the failures of the destination have led to; `None` before the exchange has a place there.
     pub fn health(&self) -> Option<&Health> {
-        self.place.as_ref().map(|(_, pool)| &pool.cluster.health)
+        self.cluster().map(|cluster| &cluster.health)
+    }
+
+    /// Where the exchange goes; `None` before it has a place there.
+    pub fn cluster(&self) -> Option<&Cluster> {
+        self.place.as_ref().map(|(_, pool)| &*pool.cluster)
     }
 
     /// Takes up the place in flight (none where `limits` is not enforced), which is given back at the end.
@@ -245,16 +250,23 @@ impl Live {
         self.place = Some((pass, pool));
     }
 
-    /// From when on the app works for nobody, if an inbound call ends here without an answer.
-    fn left_behind(&self) -> Option<(&Ties, Instant)> {
-        let is_unanswered = self.record.status().is_none() && self.direction == Direction::Inbound;
-        let ties = self.ties.as_ref().filter(|_| is_unanswered && !self.is_unrouted())?;
-        let at = match self.patience.is_unary() {
-            true => self.patience.request_at(&self.route().timeouts),
+    /// Says what the end of an inbound call means for what the app still calls.
+    fn leave(&self) {
+        let (Direction::Inbound, Some(ties)) = (self.direction, &self.ties) else { return };
+        if self.record.status().is_none() && !self.is_unrouted() {
+            ties.abandon(&self.worker.late, self.ends_at(), Instant::now());
+        } else if self.record.status().is_some() && self.record.refusal().is_none() {
+            ties.answered(&self.worker.late);
+        }
+    }
+
+    /// When an inbound call that nobody waits for would have been over.
+    fn ends_at(&self) -> Option<Instant> {
+        match self.patience.is_unary() {
+            true => Some(self.patience.request_at(&self.route().timeouts)),
             // It may be a stream, which lives longer, unless it came with a deadline of its own.
-            false => self.patience.until.filter(|_| self.patience.grpc)?.at,
-        };
-        Some((ties, at))
+            false => self.patience.until.filter(|_| self.patience.grpc).map(|until| until.at),
+        }
     }
 }
 
@@ -291,9 +303,7 @@ impl Drop for Live {
         if self.late_at.is_some_and(|at| Instant::now() > at) {
             self.would(RuleName::Deadline);
         }
-        if let Some((ties, at)) = self.left_behind() {
-            ties.abandoned(&self.worker.late, at, Instant::now());
-        }
+        self.leave();
         if let Some((_, pool)) = &self.place {
             pool.metrics.in_flight.decrement();
         }

@@ -107,8 +107,8 @@ impl Patience {
         !self.stream && !self.grpc
     }
 
-    /// Whether a gRPC call has shown by now that it is no unary one. A message that the upstream does not take shows nothing:
-    /// only a caller that is waited for has not finished sending.
+    /// Whether a gRPC call has shown by now that it is no unary one. A message that the upstream does not take shows
+    /// nothing: only a caller that is waited for has not finished sending.
     pub fn shows_a_stream(&self, flow: &Flow) -> bool {
         self.grpc && (flow.is_starved() || flow.request.messages() > 1 || flow.response.messages() > 0)
     }
@@ -123,19 +123,24 @@ impl Patience {
     /// Why an answer was cut that nobody asked the next byte of: the caller's fault, unless it was still reading.
     pub fn cut_off(&self, now: Instant, limits: &Timeouts, flow: &Flow) -> Option<Refusal> {
         let Verdict::Over(refusal) = self.judge(now, limits, flow) else { return None };
+        Some(self.unread(refusal, now.saturating_duration_since(flow.last()), limits))
+    }
+
+    /// The end of an answer whose caller has taken nothing for `still`: its own fault, unless it was still reading.
+    pub fn unread(&self, refusal: Refusal, still: Duration, limits: &Timeouts) -> Refusal {
         // What the kernel still takes of a caller that does not read comes in bursts, further and further apart.
         let whole = self.request_at(limits).saturating_duration_since(self.began);
-        let has_stopped = now.saturating_duration_since(flow.last()) >= whole / 10;
+        let has_stopped = still >= whole / 10;
         let by_caller = match refusal.kind {
             Kind::IdleTimeout => true,
             Kind::RequestTimeout | Kind::DeadlineExceeded => has_stopped,
             _ => false,
         };
         if !by_caller {
-            return Some(refusal);
+            return refusal;
         }
         let detail = Cow::Borrowed("the caller stopped reading the answer");
-        Some(Refusal { kind: Kind::CallerTimeout, detail, ..refusal })
+        Refusal { kind: Kind::CallerTimeout, detail, ..refusal }
     }
 
     fn too_late(&self, limits: &Timeouts, flow: &Flow) -> Refusal {
@@ -147,8 +152,9 @@ impl Patience {
             (Kind::RequestTimeout, "no answer in time")
         };
         match self.until {
-            Some(until) if kind == Kind::RequestTimeout && until.at <= self.began + limits.request.value => {
-                Refusal::ruled(Kind::DeadlineExceeded, until.rule(), detail)
+            Some(until) if until.at <= self.began + limits.request.value => {
+                let kind = if kind == Kind::RequestTimeout { Kind::DeadlineExceeded } else { kind };
+                Refusal::ruled(kind, until.rule(), detail)
             }
             _ => Refusal::timed(kind, "timeouts.request", &limits.request, detail),
         }
@@ -222,6 +228,23 @@ mod tests {
         assert_eq!(kind(patience(now).judge(now + secs(2), &limits(), &flow)), Some(Kind::CallerTimeout));
         flow.starve(false);
         assert_eq!(kind(patience(now).judge(now + secs(2), &limits(), &flow)), Some(Kind::RequestTimeout));
+    }
+
+    #[test]
+    fn an_answer_that_nobody_took_is_its_callers_fault_and_one_that_was_being_read_is_not() {
+        let table = [
+            (Kind::RequestTimeout, 200, Kind::CallerTimeout),
+            (Kind::RequestTimeout, 199, Kind::RequestTimeout),
+            (Kind::DeadlineExceeded, 200, Kind::CallerTimeout),
+            (Kind::DeadlineExceeded, 0, Kind::DeadlineExceeded),
+            (Kind::IdleTimeout, 0, Kind::CallerTimeout),
+            (Kind::MaxDuration, 2000, Kind::MaxDuration),
+        ];
+        for (kind, still, wanted) in table {
+            let refusal = Refusal::timed(kind, "timeouts.request", &limits().request, "over");
+            let said = patience(Instant::now()).unread(refusal, Duration::from_millis(still), &limits());
+            assert_eq!((said.kind, said.detail == "over"), (wanted, kind == wanted), "{kind:?} after {still} ms");
+        }
     }
 
     #[test]

@@ -27,6 +27,7 @@ use crate::proxy::worker::Worker;
 use crate::proxy::{ties, trial, upgrade};
 use crate::rules::gate::QueueFull;
 use crate::rules::mode::RuleName;
+use crate::telemetry::Exchange;
 use crate::upstream::pool::Pool;
 
 /// What a caller gets: an answer, always.
@@ -77,6 +78,9 @@ fn decide(live: &mut Live, request: Request<Incoming>, present: &Present) -> Res
     check_framing(&head, present)?;
     check_expectation(&mut head, present)?;
     live.expects = present.expect && head.version >= Version::HTTP_11;
+    // Whatever asks for the cookie, be it a route or a limit, gets all of it.
+    fields::join_cookies(&mut head.headers, present);
+    fields::one_length(&mut head.headers, present);
     let target = Target::read(&head.method, &head.uri, head.version, &head.headers)
         .map_err(|error| Refusal::plain(Kind::BadRequest, error.to_string()))?;
     if present.via && live.caller.door.via.is_loop(&head.headers) {
@@ -107,13 +111,12 @@ fn decide(live: &mut Live, request: Request<Incoming>, present: &Present) -> Res
         live.takes_trailers = true;
         head.headers.insert(header::TE, HeaderValue::from_static("trailers"));
     }
-    fields::join_cookies(&mut head.headers, present);
     if present.attempt_count && live.direction == Direction::Outbound {
         // It counts the tries of a call to the app, which has copied it into one of its own.
         head.headers.remove(ATTEMPT_COUNT);
     }
     if present.hosts == 0 && head.uri.authority().is_none() {
-        name_host(&mut head, &pool);
+        name_host(&mut head, &live.view.destination(live.destination()).host);
     }
     encode_target(&mut head);
     live.caller.door.via.add(&mut head.headers, head.version);
@@ -189,7 +192,7 @@ async fn act(live: &mut Live, decision: Decision) -> Result<Reply, Refusal> {
         _ => answer::from_upstream(live, answer),
     };
     if let Err(refusal) = &reply {
-        trial::judge_late(live, refusal.kind, Instant::now());
+        trial::judge_cut(live, refusal.kind, Instant::now());
     }
     reply
 }
@@ -319,12 +322,11 @@ async fn wait_in_queue(live: &mut Live, pool: &Rc<Pool>) -> Result<(), Refusal> 
     let queue = destination.gate.enter(limits.queue.value);
     let waiting = pool.metrics.queued.hold();
     let late_at = live.patience.request_at(&live.route().timeouts);
+    let mut turn = Turn { record: &mut live.record, began, is_refused: false };
     let entered = live.timer.limit((began + limits.queue_timeout.value).min(late_at), queue).await;
     drop(waiting);
-    // Who was sent away at once has not waited.
-    if !matches!(entered, Some(Err(QueueFull))) {
-        live.record.queued(began.elapsed());
-    }
+    turn.is_refused = matches!(entered, Some(Err(QueueFull)));
+    drop(turn);
     match entered {
         Some(Ok(pass)) => {
             live.hold(Some(pass), Rc::clone(pool));
@@ -348,10 +350,29 @@ async fn wait_in_queue(live: &mut Live, pool: &Rc<Pool>) -> Result<(), Refusal> 
     }
 }
 
+/// A turn in the queue, which is recorded when it is over: also where the caller leaves, and with it this future.
+struct Turn<'a> {
+    record: &'a mut Exchange,
+    began: Instant,
+    /// Who was sent away at once has not waited.
+    is_refused: bool,
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        if !self.is_refused {
+            self.record.queued(self.began.elapsed());
+        }
+    }
+}
+
 /// The same path, in bytes that every hop reads in the same way.
 fn encode_target(head: &mut Parts) {
-    let path = head.uri.path_and_query().map(PathAndQuery::as_str);
-    if let Some(encoded) = path.and_then(target::encode)
+    let Some(path) = head.uri.path_and_query().map(PathAndQuery::as_str) else { return };
+    // Nothing but a fragment behind the host is read as this path, but written as none.
+    let is_absent = path == "/" && head.version < Version::HTTP_2 && head.uri.scheme().is_some();
+    let encoded = if is_absent { Some("/".to_owned()) } else { target::encode(path) };
+    if let Some(encoded) = encoded
         && let Ok(encoded) = PathAndQuery::try_from(encoded)
     {
         let mut parts = std::mem::take(&mut head.uri).into_parts();
@@ -361,8 +382,8 @@ fn encode_target(head: &mut Parts) {
 }
 
 /// An HTTP/1.0 caller may name no host; then it means the destination.
-fn name_host(head: &mut Parts, pool: &Pool) {
-    if let Ok(host) = HeaderValue::from_str(&pool.cluster.identity.host) {
+fn name_host(head: &mut Parts, host: &str) {
+    if let Ok(host) = HeaderValue::from_str(host) {
         head.headers.insert(header::HOST, host);
     }
 }

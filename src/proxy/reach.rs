@@ -17,6 +17,7 @@ use crate::proxy::refusal::{Kind, Refusal};
 use crate::proxy::trial;
 use crate::telemetry::Connection;
 use crate::upstream::connect::ConnectError;
+use crate::upstream::dial::Terms;
 use crate::upstream::endpoint::Endpoint;
 use crate::upstream::pool::{Lease, Pool, Want};
 
@@ -35,9 +36,9 @@ pub async fn borrow(live: &mut Live, pool: &Rc<Pool>, want: Want, now: Instant) 
     lease
 }
 
-/// Whether a request that must not be sent twice goes over a new connection instead. One that has been idle may be closed by
-/// the app, which is going down perhaps, at this very moment, and nobody could tell then whether the request was seen. Only
-/// before the app, on the same machine, where a new one costs next to nothing; and only so often.
+/// Whether a request that must not be sent twice goes over a new connection instead. One that has been idle may be
+/// closed by the app, which is going down perhaps, at this very moment, and nobody could tell then whether the request
+/// was seen. Only before the app, on the same machine, where a new one costs next to nothing; and only so often.
 fn wants_fresh(live: &Live, pool: &Pool, lease: &Lease, now: Instant) -> bool {
     let endpoint = &lease.endpoint;
     live.direction == Direction::Inbound
@@ -68,11 +69,43 @@ async fn with_context<T>(work: impl FnOnce(&mut Context<'_>) -> T) -> T {
     poll_fn(|cx| work.take().map_or(Poll::Pending, |work| Poll::Ready(work(cx)))).await
 }
 
-/// A new connection; each endpoint that is tried for it has `timeouts.connect`.
+/// A new connection for requests.
+///
+/// # Errors
+/// Why no endpoint could be reached.
+pub async fn open(live: &mut Live, pool: &Rc<Pool>, want: Want) -> Result<Lease, Refusal> {
+    let terms = terms(live);
+    dial(live, pool, async |endpoint: &Rc<Endpoint>| pool.open(endpoint, want, terms).await).await
+}
+
+/// A stream to an endpoint of the pool with nothing sent on it yet.
+///
+/// # Errors
+/// Why no endpoint could be reached.
+pub async fn bare_stream(live: &mut Live, pool: &Rc<Pool>) -> Result<Io, Refusal> {
+    let terms = terms(live);
+    let stream = dial(live, pool, async |endpoint: &Rc<Endpoint>| pool.bare_stream(endpoint, terms).await).await?;
+    if let Some(endpoint) = &live.endpoint {
+        live.record.via(endpoint.address.socket, Connection::New);
+    }
+    Ok(stream)
+}
+
+fn terms(live: &Live) -> Terms {
+    let keep = &live.destination_values().connections;
+    let connect = live.route().timeouts.connect.value;
+    Terms { connect, keep: keep.idle.value, most: keep.max_idle.value as usize }
+}
+
+/// Opens something at an endpoint; each one that is tried has `timeouts.connect`.
 ///
 /// # Errors
 /// Why the last of them could not be reached.
-pub async fn open(live: &mut Live, pool: &Rc<Pool>, want: Want) -> Result<Lease, Refusal> {
+async fn dial<T>(
+    live: &mut Live,
+    pool: &Rc<Pool>,
+    open: impl AsyncFn(&Rc<Endpoint>) -> Result<T, ConnectError>,
+) -> Result<T, Refusal> {
     let mut next = match live.picked.take() {
         Some(endpoint) => Some(endpoint),
         None => pick_known(live, pool).await?,
@@ -84,20 +117,23 @@ pub async fn open(live: &mut Live, pool: &Rc<Pool>, want: Want) -> Result<Lease,
         live.endpoint = Some(Rc::clone(&endpoint));
         live.record.towards(endpoint.address.socket);
         let began = Instant::now();
-        let opened = within_connect(live, endpoint.address.socket, Box::pin(pool.open(&endpoint, want))).await;
+        let opened = within_request(live, endpoint.address.socket, Box::pin(open(&endpoint))).await;
         let now = Instant::now();
         live.record.connected(now.saturating_duration_since(began));
         let (by, went_nowhere) = match opened {
-            Ok(Ok(lease)) => return Ok(lease),
-            Ok(Err(error)) => (refused_by(&error, endpoint.address.socket), matches!(error, ConnectError::Network(_))),
-            Err(late) => {
-                endpoint.refused(now);
-                (late, now < live.patience.request_at(&live.route().timeouts))
-            }
+            Ok(Ok(opened)) => return Ok(opened),
+            Ok(Err(error)) => (
+                refused_by(live, &error, endpoint.address.socket),
+                matches!(error, ConnectError::Network(_) | ConnectError::Late),
+            ),
+            // A caller in a hurry says nothing about the endpoint.
+            Err(late) if !trial::is_callees_fault(live, late.kind) => return Err(late),
+            Err(late) => (late, false),
         };
         endpoint.load.failed(now.saturating_duration_since(began), now);
-        if !went_nowhere {
-            // Somebody was reached, or there is no time left: that is what has to be said, and not whether anybody else is there.
+        if !went_nowhere || now >= live.patience.request_at(&live.route().timeouts) {
+            // Somebody was reached, or there is no time left: that is what has to be said, and not whether anybody else
+            // is there.
             return Err(by);
         }
         refusal = Some(by);
@@ -137,39 +173,27 @@ pub fn nobody() -> Refusal {
     Refusal::plain(Kind::ConnectFailed, "no endpoint could be tried")
 }
 
-/// The future's output, or the refusal that no connection to `address` in time demands.
-async fn within_connect<F: Future>(live: &mut Live, address: SocketAddr, future: F) -> Result<F::Output, Refusal> {
-    let timeouts = &live.route().timeouts;
-    let (connect_at, request_at) = (Instant::now() + timeouts.connect.value, live.patience.request_at(timeouts));
-    live.timer.limit(connect_at.min(request_at), future).await.ok_or_else(|| {
-        let limits = &live.route().timeouts;
-        let detail = format!("no connection to {address} in time");
-        if request_at < connect_at {
-            return live.patience.over_unsent(limits, Kind::ConnectTimeout, detail);
-        }
-        Refusal::timed(Kind::ConnectTimeout, "timeouts.connect", &limits.connect, detail)
-    })
+/// The future's output, or the refusal that no connection to `address` within the time of the call demands.
+async fn within_request<F: Future>(live: &mut Live, address: SocketAddr, future: F) -> Result<F::Output, Refusal> {
+    let request_at = live.patience.request_at(&live.route().timeouts);
+    live.timer
+        .limit(request_at, future)
+        .await
+        .ok_or_else(|| live.patience.over_unsent(&live.route().timeouts, Kind::ConnectTimeout, late(address)))
 }
 
-/// A stream to an endpoint of the pool with nothing sent on it yet.
-///
-/// # Errors
-/// If there is none within `timeouts.connect`.
-pub async fn bare_stream(live: &mut Live, pool: &Rc<Pool>) -> Result<Io, Refusal> {
-    let endpoint = pick_known(live, pool).await?.ok_or_else(nobody)?;
-    live.record.towards(endpoint.address.socket);
-    let began = Instant::now();
-    let opened = within_connect(live, endpoint.address.socket, pool.bare_stream(&endpoint)).await;
-    live.record.connected(began.elapsed());
-    let stream = opened?.map_err(|error| refused_by(&error, endpoint.address.socket))?;
-    live.record.via(endpoint.address.socket, Connection::New);
-    Ok(stream)
-}
-
-fn refused_by(error: &ConnectError, address: SocketAddr) -> Refusal {
+fn refused_by(live: &Live, error: &ConnectError, address: SocketAddr) -> Refusal {
+    if matches!(error, ConnectError::Late) {
+        let limit = &live.route().timeouts.connect;
+        return Refusal::timed(Kind::ConnectTimeout, "timeouts.connect", limit, late(address));
+    }
     let mut refusal = refused(error);
     refusal.detail = format!("cannot connect to {address}: {}", refusal.detail).into();
     refusal
+}
+
+fn late(address: SocketAddr) -> String {
+    format!("no connection to {address} in time")
 }
 
 fn refused(error: &ConnectError) -> Refusal {
@@ -180,6 +204,7 @@ fn refused(error: &ConnectError) -> Refusal {
         ConnectError::Handshake(error) if !error.is_malformed() => Kind::ConnectFailed,
         ConnectError::Handshake(_) | ConnectError::NotHttp2 => Kind::UpstreamProtocol,
         ConnectError::NoAddress(_) => Kind::DnsFailed,
+        ConnectError::Late => Kind::ConnectTimeout,
     };
     Refusal::plain(kind, error.to_string())
 }

@@ -315,6 +315,7 @@ impl Kind {
                 | Self::UpstreamProtocol
                 | Self::DeadlineExceeded
                 | Self::CircuitOpen
+                | Self::RateLimited
         )
     }
 
@@ -480,10 +481,11 @@ impl Refusal {
     }
 }
 
-/// When to call again (RFC 9110, 10.2.3; gRFC A6).
+/// When to call again (RFC 9110, 10.2.3; gRFC A6), rounded up: a moment earlier it would be refused once more.
 fn say_when(is_grpc: bool, wait: Duration, fields: &mut HeaderMap) {
     if is_grpc {
-        let millis = u32::try_from(wait.as_millis()).unwrap_or(u32::MAX);
+        // Clients read 32 bits with a sign, and take anything longer for "never".
+        let millis = i32::try_from(wait.as_nanos().div_ceil(1_000_000)).unwrap_or(i32::MAX);
         fields.insert(PUSHBACK, HeaderValue::from(millis));
     } else {
         let seconds = wait.as_secs() + u64::from(wait.subsec_nanos() > 0);
@@ -544,6 +546,28 @@ mod tests {
                 assert_eq!(answer.headers().get(PUSHBACK), None, "{kind:?}");
             }
         }
+    }
+
+    #[test]
+    fn nobody_is_told_to_come_again_too_early() {
+        let table = [(1, "1", "1"), (999_999, "1", "1"), (1_000_000, "1", "1"), (3_333_334, "4", "1")];
+        let longer = [(1_500_000_000, "1500", "2"), (1_500_000_001, "1501", "2"), (2_000_000_000, "2000", "2")];
+        for (nanos, millis, seconds) in table.into_iter().chain(longer) {
+            let wait = Some(Duration::from_nanos(nanos));
+            let refusal = Refusal { retry_after: wait, ..Refusal::plain(Kind::RateLimited, "") };
+            for (is_grpc, name, wanted) in [(true, PUSHBACK, millis), (false, header::RETRY_AFTER, seconds)] {
+                let answer = refusal.answer(is_grpc, &Context::default(), |bytes| bytes);
+                assert_eq!(answer.headers()[name], wanted, "{wait:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_longest_wait_of_a_grpc_caller_is_a_number_that_it_can_read() {
+        let refusal =
+            Refusal { retry_after: Some(Duration::from_secs(30 * 86400)), ..Refusal::plain(Kind::RateLimited, "") };
+        let answer = refusal.answer(true, &Context::default(), |bytes| bytes);
+        assert_eq!(answer.headers()[PUSHBACK], i32::MAX.to_string());
     }
 
     #[test]

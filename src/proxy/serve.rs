@@ -26,6 +26,7 @@ use crate::proxy::pipeline::{self, Answer};
 use crate::proxy::refusal::{Context, Kind, Refusal};
 use crate::proxy::watch::{End, Watch};
 use crate::proxy::worker::Worker;
+use crate::runtime::coalescing::Stream;
 use crate::runtime::drain::Phase;
 use crate::runtime::tasks;
 use crate::telemetry::{Exchange, Protocol};
@@ -34,8 +35,8 @@ use crate::telemetry::{Exchange, Protocol};
 /// answer that names the field; hyper itself refuses what is longer.
 const MORE_THAN_ALLOWED: usize = 16 * 1024;
 
-/// How much a caller may send ahead on one HTTP/2 stream, in bytes, and on one connection: as much as on all its streams, so
-/// that an upload that its upstream does not take holds up no other.
+/// How much a caller may send ahead on one HTTP/2 stream, in bytes, and on one connection: as much as on all its
+/// streams, so that an upload that its upstream does not take holds up no other.
 const STREAM_WINDOW: u32 = 256 * 1024;
 const CONNECTION_WINDOW: u32 = STREAM_WINDOW * STREAMS;
 
@@ -76,8 +77,12 @@ pub async fn http1(worker: Rc<Worker>, caller: Rc<Caller>, io: Io) {
     .await;
     let parts = connection.into_parts();
     let stream = parts.io.into_inner();
+    // However it ended: what is left for a tunnel holds the exchange, and that holds the caller.
+    let handoff = caller.take_handoff();
     match end {
-        End::Over(Ok(())) => match caller.take_handoff() {
+        // To close would say that the answer is whole.
+        End::Over(Err(_)) | End::Cut if caller.is_unframed() => stream.break_off(),
+        End::Over(Ok(())) => match handoff {
             Some(join) => join(stream.with_prefix(parts.read_buf)).await,
             None => close(stream).await,
         },
@@ -123,7 +128,7 @@ pub async fn http2(worker: Rc<Worker>, caller: Rc<Caller>, io: Io) {
                 return Poll::Ready(());
             }
             if closing {
-                return Poll::Pending;
+                return watch.poll_stalled(cx, &caller);
             }
             // An answer over HTTP/2 cannot say that its connection is to close, so a listener that closes says it at once.
             closing = member.phase(cx) >= Phase::Closing
@@ -160,6 +165,7 @@ where
         let flow = self.caller.take_newest();
         let timers = self.worker.timers.clone();
         tasks::spawn(async move {
+            let _under_way = Stream::begin();
             let mut stream = pin!(stream);
             let mut timer = None;
             poll_fn(|cx| {

@@ -121,7 +121,7 @@ fn host_length(bytes: &[u8]) -> Option<usize> {
     (host.iter().all(|&byte| is_host_byte(byte)) && is_encoded_well(host)).then_some(end)
 }
 
-/// unreserved, sub-delims and `%` of RFC 3986, without what only attacks use in a host: quotes, `;`, `,`, and such.
+/// unreserved, sub-delims and `%`: all that RFC 3986, 3.2.2, allows in a name.
 fn is_host_byte(byte: u8) -> bool {
     byte.is_ascii_alphanumeric()
         || matches!(
@@ -150,15 +150,20 @@ fn is_encoded_well(host: &[u8]) -> bool {
 }
 
 /// Encodes what a caller has put into a path or a query although no URI holds it (RFC 3986, 2): quotes, backslashes,
-/// bytes beyond ASCII and the like, which the next hop might read in its own way. `None` if there is nothing to encode.
+/// bytes beyond ASCII and the like, which the next hop might read in its own way. A query without a path gets the path that
+/// it means (RFC 9110, 4.2.3). `None` if there is nothing to do.
 pub fn encode(path: &str) -> Option<String> {
     let odd = |byte: u8| {
         !byte.is_ascii_graphic() || matches!(byte, b'"' | b'<' | b'>' | b'\\' | b'^' | b'`' | b'{' | b'|' | b'}')
     };
-    if !path.bytes().any(odd) {
+    let is_rooted = path.starts_with('/') || path == "*";
+    if is_rooted && !path.bytes().any(odd) {
         return None;
     }
     let mut encoded = String::with_capacity(path.len() + 16);
+    if !is_rooted {
+        encoded.push('/');
+    }
     for byte in path.bytes() {
         if odd(byte) {
             encoded.push_str(&format!("%{byte:02X}"));
@@ -214,6 +219,7 @@ mod tests {
     #[test]
     fn what_no_uri_holds_is_encoded_and_nothing_else_is_touched() {
         assert_eq!(encode("/a%20b?c=d&e=[1]~'()*!$+,;:@"), None);
+        assert_eq!((encode("*"), encode("").as_deref(), encode("?x").as_deref()), (None, Some("/"), Some("/?x")));
         assert_eq!(encode("/caf\u{e9}\"\\?q={1}").as_deref(), Some("/caf%C3%A9%22%5C?q=%7B1%7D"));
     }
 

@@ -2,10 +2,12 @@
 //! tell each other about a failure.
 //!
 //! An outbound call gets no more time than the inbound request that caused it has left, also where the app passed on
-//! nothing but a trace id. The other way round, a call that failed for good tells the inbound request, so that the answer to
-//! *its* caller says that nobody above need try again (`rules/mark.rs` has the words). Each hop keeps a hundredth of the time,
-//! 1 to 10 ms, for the way back, so that of two hops that wait for the same thing the lower one speaks first.
+//! nothing but a trace id. The other way round, a call that failed for good tells the inbound request, so that the
+//! answer to *its* caller says that nobody above need try again (`rules/mark.rs` has the words). Each hop keeps a
+//! hundredth of the time, 1 to 10 ms, for the way back, so that of two hops that wait for the same thing the lower one
+//! speaks first.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use http::StatusCode;
@@ -21,10 +23,11 @@ use crate::proxy::held::{LATE, MOST_RESERVED, Ties};
 use crate::proxy::live::Live;
 use crate::proxy::patience::Until;
 use crate::proxy::refusal::{Kind, PROXY_STATUS, Refusal, Rule};
-use crate::rules::breaker::is_failed_code;
 use crate::rules::deadline::{self, Deadline, EXPECTED_RQ_TIMEOUT_MS, GRPC_TIMEOUT, Source};
 use crate::rules::joined::{Causes, Join};
 use crate::rules::mark::Mark;
+use crate::rules::mode::RuleName;
+use crate::rules::retry::Failure;
 use crate::rules::trace::{self, TraceKeys, X_REQUEST_ID};
 
 /// A call that has less than this left cannot be answered in time.
@@ -40,7 +43,7 @@ pub const TRY: Duration = Duration::from_millis(2);
 /// If the deadline is over, or cannot be read.
 pub fn begin(live: &mut Live, head: &mut Parts, present: &Present) -> Result<(), Refusal> {
     let mode = live.view.policy.model.modes.deadline.value;
-    let ties = tie(live, head, present);
+    let ties = tie(live, head);
     let now = live.patience.began;
     if mode.is_off() {
         live.ties = ties;
@@ -49,11 +52,11 @@ pub fn begin(live: &mut Live, head: &mut Parts, present: &Present) -> Result<(),
         enter(live, deadline.at);
         return Ok(());
     }
-    let caller = if present.deadline { asked(live.patience.grpc, &head.headers)? } else { None };
+    let caller = if present.deadline { caller_deadline(live, &head.headers)? } else { None };
     let route = live.route();
     let causes = ties.as_ref().and_then(|ties| ties.causes.as_ref());
-    let late = ties.as_ref().is_some_and(|ties| ties.is_late).then_some(now);
-    let inbound = causes.filter(|_| !route.stream).and_then(Causes::deadline).or(late);
+    let late_at = ties.as_ref().and_then(|ties| ties.late_at).filter(|at| !route.stream || *at <= now);
+    let inbound = causes.filter(|_| !route.stream).and_then(Causes::deadline).or(late_at);
     let deadline = Deadline::earliest(now, route.timeouts.request.value, caller, inbound);
     live.ties = ties;
     if deadline.from != Source::Policy {
@@ -66,20 +69,28 @@ pub fn begin(live: &mut Live, head: &mut Parts, present: &Present) -> Result<(),
     Ok(())
 }
 
+/// The time that the caller allows. In `warn`, one that cannot be read is none.
+fn caller_deadline(live: &mut Live, fields: &HeaderMap) -> Result<Option<Duration>, Refusal> {
+    let asked = asked(live.patience.grpc, fields);
+    if asked.is_err() && !live.view.policy.model.modes.deadline.value.is_enforced() {
+        live.would(RuleName::Deadline);
+        return Ok(None);
+    }
+    asked
+}
+
 /// The time that the request's own fields allow: the least, where there are several.
 fn asked(grpc: bool, fields: &HeaderMap) -> Result<Option<Duration>, Refusal> {
-    if !grpc {
-        // Not a standard's field: one that cannot be read is somebody else's.
-        let values = fields.get_all(EXPECTED_RQ_TIMEOUT_MS).iter();
-        return Ok(values
-            .filter_map(|value| deadline::parse_expected_rq_timeout_ms(value.as_bytes()).ok().flatten())
-            .min());
-    }
-    let mut least = None;
-    for value in fields.get_all(GRPC_TIMEOUT) {
-        let malformed = |_| Refusal::plain(Kind::BadRequest, "grpc-timeout is malformed");
-        let time = deadline::parse_grpc_timeout(value.as_bytes()).map_err(malformed)?;
-        least = Some(least.map_or(time, |least: Duration| least.min(time)));
+    let values = fields.get_all(EXPECTED_RQ_TIMEOUT_MS).iter();
+    // Not a standard's field: one that cannot be read is somebody else's.
+    let expected = values.filter_map(|value| deadline::parse_expected_rq_timeout_ms(value.as_bytes()).ok().flatten());
+    let mut least = expected.min();
+    if grpc {
+        for value in fields.get_all(GRPC_TIMEOUT) {
+            let malformed = |_| Refusal::plain(Kind::BadRequest, "grpc-timeout is malformed");
+            let time = deadline::parse_grpc_timeout(value.as_bytes()).map_err(malformed)?;
+            least = Some(least.map_or(time, |least| least.min(time)));
+        }
     }
     Ok(least)
 }
@@ -103,31 +114,34 @@ fn limit(live: &mut Live, deadline: Deadline, now: Instant) -> Result<(), Refusa
 }
 
 /// Joins an outbound call with the inbound request behind it, by trace id or because there is only one.
-fn tie(live: &Live, head: &mut Parts, present: &Present) -> Option<Box<Ties>> {
+fn tie(live: &Live, head: &mut Parts) -> Option<Box<Ties>> {
     if !live.view.policy.ties {
         return None;
     }
     let worker = &live.worker;
+    let mut keys = TraceKeys::of(&head.headers);
     if live.direction == Direction::Inbound {
-        if !present.traced {
+        if keys.is_empty() {
             let id = trace::fresh_request_id(u128::from(fastrand::u64(..)) << 64 | u128::from(fastrand::u64(..)));
             head.headers.insert(X_REQUEST_ID, HeaderValue::from_str(&id).ok()?);
+            keys = TraceKeys::of(&head.headers);
         }
-        return Some(Box::new(Ties { keys: TraceKeys::of(&head.headers), ..Ties::default() }));
+        return Some(Box::new(Ties { keys, ..Ties::default() }));
     }
-    let keys = TraceKeys::of(&head.headers);
-    let (counter, causes) = match worker.inbounds.join(keys) {
-        Join::ByTrace(causes) => (&worker.joins.by_trace, Some(causes)),
-        _ if worker.late.knows(keys, LATE, live.patience.began) => {
-            worker.joins.late.increment();
-            return Some(Box::new(Ties { keys, is_late: true, ..Ties::default() }));
-        }
-        Join::OnlyOne(causes) => (&worker.joins.only_one, Some(causes)),
-        Join::NotJoined => (&worker.joins.not_joined, None),
-        Join::NoInbound => (&worker.joins.no_inbound, None),
+    let (join, now) = (worker.inbounds.join(keys), live.patience.began);
+    let is_by_trace = matches!(join, Join::ByTrace(_));
+    let late_at = if is_by_trace { None } else { worker.late.at(keys, LATE, now) };
+    let joins = &worker.joins;
+    let (counter, causes) = match (join, late_at) {
+        (_, Some(at)) if at <= now => (&joins.late, None),
+        (_, Some(_)) => (&joins.by_trace, None),
+        (Join::ByTrace(causes), None) => (&joins.by_trace, Some(causes)),
+        (Join::OnlyOne(causes), None) => (&joins.only_one, Some(causes)),
+        (Join::NotJoined, None) => (&joins.not_joined, None),
+        (Join::NoInbound, None) => (&joins.no_inbound, None),
     };
     counter.increment();
-    Some(Box::new(Ties { keys, causes, ..Ties::default() }))
+    Some(Box::new(Ties { keys, causes, late_at, ..Ties::default() }))
 }
 
 /// Makes an inbound request known to the calls that it will cause.
@@ -135,19 +149,28 @@ fn enter(live: &mut Live, at: Instant) {
     if live.direction != Direction::Inbound {
         return;
     }
-    if let Some(ties) = &mut live.ties {
-        let at = at.checked_sub(reserve(at.saturating_duration_since(live.patience.began))).unwrap_or(at);
-        ties.entered = Some(live.worker.inbounds.enter(ties.keys, at));
+    let own = streams_until(live);
+    let Some(ties) = &mut live.ties else { return };
+    let at = at.checked_sub(reserve(at.saturating_duration_since(live.patience.began))).unwrap_or(at);
+    let entered = live.worker.inbounds.enter(ties.keys, at);
+    if live.patience.grpc {
+        let inbound = Arc::clone(entered.inbound());
+        live.flow.when_it_streams(Box::new(move || inbound.lift(own)));
+    }
+    ties.entered = Some(entered);
+}
+
+/// The exchange has shown itself as a stream. The calls that it causes have their own policy's time from now on, or
+/// what the stream itself has.
+pub fn lift(live: &Live) {
+    if let Some(entered) = live.ties.as_ref().and_then(|ties| ties.entered.as_ref()) {
+        entered.inbound().lift(streams_until(live));
     }
 }
 
-/// The exchange has shown itself as a stream. The calls that it causes have their own policy's time from now on, or what the
-/// stream itself has.
-pub fn lift(live: &Live) {
-    if let Some(entered) = live.ties.as_ref().and_then(|ties| ties.entered.as_ref()) {
-        let own = live.patience.until.filter(|_| live.patience.grpc);
-        entered.inbound().lift(own.map(|until| until.at));
-    }
+/// Until when it lives, should it be a stream: only those of gRPC have a deadline.
+fn streams_until(live: &Live) -> Option<Instant> {
+    live.patience.until.filter(|_| live.patience.grpc).map(|until| until.at)
 }
 
 /// What a hop keeps of the time for the way back.
@@ -168,13 +191,14 @@ pub fn tell(live: &Live, fields: &mut HeaderMap, now: Instant) {
     };
     let left = at.saturating_duration_since(now);
     let left = left.saturating_sub(reserve(left));
-    if live.patience.grpc {
-        if let Ok(value) = HeaderValue::from_str(&deadline::format_grpc_timeout(left)) {
-            fields.insert(GRPC_TIMEOUT, value);
-        }
-    } else {
-        let millis = u64::try_from(left.as_millis()).unwrap_or(u64::MAX).max(1);
-        fields.insert(EXPECTED_RQ_TIMEOUT_MS, HeaderValue::from(millis));
+    // A gRPC call has this one where a proxy has added it.
+    if !live.patience.grpc || fields.contains_key(EXPECTED_RQ_TIMEOUT_MS) {
+        fields.insert(EXPECTED_RQ_TIMEOUT_MS, deadline::expected_rq_timeout_ms(left).into());
+    }
+    if live.patience.grpc
+        && let Ok(value) = HeaderValue::try_from(deadline::format_grpc_timeout(left))
+    {
+        fields.insert(GRPC_TIMEOUT, value);
     }
 }
 
@@ -191,11 +215,41 @@ impl Until {
 
 /// True if the tries of this request were used up here a moment ago: whoever sends it again has tried for us.
 pub fn is_spent(live: &Live, now: Instant) -> bool {
-    live.ties.as_ref().is_some_and(|ties| live.worker.spent.knows(ties.keys, place(live), now))
+    live.worker.spent.knows(keys(live), place(live), now)
+}
+
+/// The ids of a call. Where nothing ties it to others they are read only when it has failed.
+fn keys(live: &Live) -> TraceKeys {
+    match (&live.ties, &live.spare) {
+        (Some(ties), _) => ties.keys,
+        (None, Some(spare)) => TraceKeys::of(&spare.head.headers),
+        (None, None) => TraceKeys::default(),
+    }
+}
+
+/// A call is tried again: its ids are kept beyond its answer, whose trailers may yet say that it failed.
+pub fn keep(live: &mut Live) {
+    if live.ties.is_none() && live.direction == Direction::Outbound {
+        live.ties = Some(Box::new(Ties { keys: keys(live), ..Ties::default() }));
+    }
+}
+
+/// True if nobody waits any more for the inbound request behind the call.
+pub fn is_abandoned(live: &Live) -> bool {
+    let is_abandoned = |ties: &Ties| ties.late_at.is_some() || ties.causes.as_ref().is_some_and(Causes::are_abandoned);
+    live.ties.as_deref().is_some_and(is_abandoned)
 }
 
 fn place(live: &Live) -> u64 {
-    live.worker.spent.place(live.view.destination(live.destination()).id, live.record.path())
+    let (destination, record) = (live.view.destination(live.destination()).id, &live.record);
+    live.worker.spent.place(destination, record.method().as_str(), record.authority(), record.path())
+}
+
+/// Whether a call that failed for good has used up any tries: not if it was turned away before its first one, nor if it
+/// had no second one only because that is not safe.
+fn has_tried_out(live: &Live) -> bool {
+    let (tries, _) = live.record.tries();
+    tries > 1 || (tries == 1 && (live.is_safe || live.route().retry.idempotent.value))
 }
 
 /// A call failed for good. Says so to the inbound request behind it, and in the answer.
@@ -213,25 +267,24 @@ pub fn failed(live: &mut Live, below: Option<&Mark>, is_final: bool, now: Instan
     if below.is_some_and(|mark| mark.at.is_some()) {
         live.record.note().failed_at.clone_from(&at);
     }
-    let mark = Mark { is_final, is_unsent: false, at };
-    if let Some(ties) = &live.ties {
-        if let Some(causes) = &ties.causes {
-            causes.blame(&mark);
-        }
-        if mark.is_final {
-            live.worker.spent.note(ties.keys, place(live), now, now);
-        }
+    let mark = Mark { is_final, at, ..Mark::default() };
+    if let Some(causes) = live.ties.as_ref().and_then(|ties| ties.causes.as_ref()) {
+        causes.blame(&mark);
+    }
+    if mark.is_final && has_tried_out(live) {
+        live.worker.spent.note(keys(live), place(live), now, now);
     }
     live.mark = Some(Box::new(written(live, mark)));
 }
 
-/// What of a mark is written: in `warn` nothing, because whoever reads it acts on it. What is known in this process is kept in
-/// `warn` all the same, to be counted.
+/// What of a mark is written: in `warn` nothing, because whoever reads it acts on it. What is known in this process is
+/// kept in `warn` all the same, to be counted.
 fn written(live: &Live, mark: Mark) -> Mark {
     let modes = &live.view.policy.model.modes;
     Mark {
         is_final: mark.is_final && modes.retry_in_one_place.value.is_enforced(),
         is_unsent: mark.is_unsent && modes.unsent.value.is_enforced(),
+        is_limited: false,
         at: mark.at.filter(|_| modes.blame_in_one_place.value.is_enforced()),
     }
 }
@@ -243,33 +296,39 @@ pub fn refused(live: &mut Live, kind: Kind, now: Instant) {
         return;
     }
     if live.direction == Direction::Outbound {
-        // A try that failed has been told already, with the reason why there was no other; the rest (no turn, no time, an open
-        // breaker) nobody above is to ask for again.
+        // A try that failed has been told already, with the reason why there was no other; the rest (no turn, no time,
+        // an open breaker) nobody above is to ask for again.
         if kind.is_of_the_callee() && live.mark.is_none() {
             failed(live, None, true, now);
         }
         return;
     }
     ended(live, kind, now);
-    let is_unsent = kind.is_before_the_app() && !live.was_seen;
-    let mark = Mark { is_unsent, ..blamed(live).unwrap_or_default() };
+    // What the app has left aside, or handed back, it has not looked at either.
+    let is_left = kind == Kind::UpstreamReset && live.unsent;
+    let is_unsent = (kind.is_before_the_app() || is_left) && !live.was_seen;
+    let mark = Mark { is_unsent, ..from_below(live).unwrap_or_default() };
     live.mark = Some(Box::new(written(live, mark)));
 }
 
 /// An exchange was ended by us, before its answer or in the midst of it. Where time was up, the app may go on, and call
 /// others for a caller who has gone.
 pub fn ended(live: &Live, kind: Kind, now: Instant) {
-    if live.direction == Direction::Inbound
-        && matches!(kind, Kind::RequestTimeout | Kind::DeadlineExceeded)
-        && let Some(ties) = &live.ties
-    {
-        live.worker.late.note(ties.keys, LATE, now, now);
-    }
+    let (Direction::Inbound, Some(ties)) = (live.direction, &live.ties) else { return };
+    let is_late = matches!(kind, Kind::RequestTimeout | Kind::DeadlineExceeded);
+    ties.abandon(&live.worker.late, is_late.then_some(now), now);
 }
 
 /// What a failed call of the app has left for the answer to the inbound request that caused it.
 fn blamed(live: &Live) -> Option<Mark> {
     live.ties.as_ref()?.entered.as_ref()?.inbound().blamed()
+}
+
+/// The same, for an answer that says that the app failed: the log names where that came from.
+fn from_below(live: &mut Live) -> Option<Mark> {
+    let mark = blamed(live)?;
+    live.record.note().failed_at.clone_from(&mark.at);
+    Some(mark)
 }
 
 /// Whether an app fails because somebody failed whom it called: its answer bears no mark of that, but the call has told.
@@ -282,7 +341,7 @@ pub fn is_blamed_below(live: &Live) -> bool {
 /// An app may have copied the marks of its own callee; a member of ours at the end says what holds.
 pub fn mark_answer(live: &mut Live, status: StatusCode, fields: &mut HeaderMap, was_marked: bool) {
     if live.direction == Direction::Inbound {
-        live.mark = blamed(live).map(|mark| Box::new(written(live, mark)));
+        live.mark = from_below(live).map(|mark| Box::new(written(live, mark)));
     }
     let said = live.mark.as_ref().map_or_else(String::new, |mark| mark.write_parameters());
     if said.is_empty() && !was_marked {
@@ -299,7 +358,7 @@ pub fn mark_answer(live: &mut Live, status: StatusCode, fields: &mut HeaderMap, 
 /// No hop tries such a call again: each has passed the head on, as we have. But the app in between may make a failure of
 /// its own out of it, and that would be tried again above.
 pub fn mark_trailers(live: &mut Live, fields: &mut HeaderMap, code: u32, now: Instant) {
-    if !is_failed_code(code) {
+    if !live.route().retry.is_failure(Failure::Grpc(code)) {
         return;
     }
     let was_marked = fields.contains_key(PROXY_STATUS);
@@ -346,6 +405,15 @@ mod tests {
                 fields.append(&name, HeaderValue::from_str(value).unwrap());
             }
             assert_eq!(asked(grpc, &fields).unwrap(), wanted.map(Duration::from_millis), "{values:?}");
+        }
+        let both = |millis: &'static str| {
+            let fields = [(EXPECTED_RQ_TIMEOUT_MS, millis), (GRPC_TIMEOUT, "1S")];
+            HeaderMap::from_iter(fields.map(|(name, value)| (name, HeaderValue::from_static(value))))
+        };
+        for (grpc, millis, wanted) in
+            [(true, "300", 300), (true, "3000", 1000), (true, "0", 1000), (false, "3000", 3000)]
+        {
+            assert_eq!(asked(grpc, &both(millis)).unwrap(), Some(Duration::from_millis(wanted)), "{grpc} {millis}");
         }
         let odd = HeaderMap::from_iter([GRPC_TIMEOUT, GRPC_TIMEOUT].map(|name| (name, HeaderValue::from_static("7x"))));
         assert_eq!(asked(true, &odd).unwrap_err().kind, Kind::BadRequest);

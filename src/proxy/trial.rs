@@ -1,24 +1,30 @@
 //! What one try says about the destination and about the endpoint: the live side of `circuitBreaker` and `ejection`.
 //!
-//! Each try asks the breaker for leave and takes a turn at its endpoint; however it ends, it is judged once, or not at all: a
-//! caller that went away says nothing about the callee, and a failure that happened further down counts there. Each change
-//! of state is told once: a log line with its cause and counts, and a metric.
+//! Each try asks the breaker for leave and takes a turn at its endpoint; however it ends, it is judged once, or not at
+//! all: a caller that went away says nothing about the callee, and a failure that happened further down counts there.
+//! Each change of state is told once: a log line with its cause and counts, and a metric.
 
 use std::rc::Rc;
 use std::time::Duration;
 
+use http::{HeaderMap, Response};
 use tokio::time::Instant;
 
 use crate::policy::model::Direction;
 use crate::policy::snapshot::{Destination, Snapshot};
+use crate::proxy::grpc::{self, Code};
 use crate::proxy::held::{Trial, Turn};
 use crate::proxy::live::Live;
-use crate::proxy::refusal::{Kind, Refusal, Rule};
+use crate::proxy::patience::Until;
+use crate::proxy::refusal::{Kind, PROXY_STATUS, Refusal, Rule};
 use crate::proxy::ties;
 use crate::rules::breaker::{Admission, Breaker, Change, Outcome, State, is_failed_code, is_failed_status};
-use crate::rules::ejection::{Event, Member};
+use crate::rules::ejection::Event;
+use crate::rules::mark::Mark;
 use crate::rules::mode::RuleName;
 use crate::telemetry::Telemetry;
+use crate::upstream::answer::AnswerBody;
+use crate::upstream::cluster::Cluster;
 use crate::upstream::endpoint::Endpoint;
 
 /// Asks the circuit breaker of the destination.
@@ -30,17 +36,17 @@ pub fn admit(live: &mut Live, now: Instant) -> Result<(), Refusal> {
     let view = Rc::clone(&live.view);
     let destination = view.destination(live.destination());
     let Some(thresholds) = &destination.breaker else { return Ok(()) };
-    let Some(health) = live.health() else { return Ok(()) };
-    match health.breaker.admit(thresholds, now) {
+    let Some(cluster) = live.cluster() else { return Ok(()) };
+    match cluster.health.breaker.admit(thresholds, now) {
         Admission::Pass(pass) => live.trial.destination = Turn::Pass(pass),
         Admission::Probe { probe, change } => {
             if let Some(change) = change {
-                breaker_changed(live.worker.shard.telemetry(), destination, &change);
+                breaker_changed(live.worker.shard.telemetry(), cluster, &change, now);
             }
             live.trial.destination = Turn::Probe(Box::new(probe));
         }
         Admission::Refuse { retry_after } if view.policy.model.modes.circuit_breaker.value.is_enforced() => {
-            let mut refusal = circuit_open(destination, &health.breaker);
+            let mut refusal = circuit_open(destination, &cluster.health.breaker);
             refusal.retry_after = Some(retry_after);
             return Err(refusal);
         }
@@ -73,7 +79,7 @@ pub fn enlist(live: &mut Live, endpoint: &Endpoint, now: Instant) -> bool {
         Admission::Pass(pass) => Turn::Pass(pass),
         Admission::Probe { probe, change } => {
             if let Some(change) = change {
-                ejection_changed(live.worker.shard.telemetry(), destination, &endpoint.member, &change, now);
+                endpoint.cluster.ejection_changed(live.worker.shard.telemetry(), &endpoint.member, &change, now);
             }
             Turn::Probe(Box::new(probe))
         }
@@ -91,18 +97,25 @@ pub fn judge(live: &mut Live, outcome: Outcome, now: Instant) {
     let trial = std::mem::take(&mut live.trial);
     let destination = live.view.destination(live.destination());
     let telemetry = live.worker.shard.telemetry();
-    if let (Some(thresholds), Some(health)) = (&destination.breaker, live.health()) {
-        let change = match trial.destination {
-            Turn::None => None,
-            Turn::Pass(pass) => health.breaker.record(pass, thresholds, outcome, now, random(outcome)),
-            Turn::Probe(probe) => probe.record(thresholds, outcome, now, random(outcome)),
-        };
-        if let Some(change) = change {
-            breaker_changed(telemetry, destination, &change);
-        }
-    }
+    let was_in = matches!(trial.endpoint, Turn::Pass(_));
+    // The endpoint first: what it has done says whether the destination fails as a whole.
     if let Some(endpoint) = &live.endpoint {
         judge_endpoint(destination, telemetry, endpoint, trial.endpoint, outcome, now);
+    }
+    let (Some(thresholds), Some(cluster)) = (&destination.breaker, live.cluster()) else { return };
+    let is_one_well =
+        outcome == Outcome::Failure && destination.ejection.is_some() && cluster.health.group.is_one_well();
+    let thresholds = if is_one_well { thresholds.by_share_alone() } else { *thresholds };
+    let change = match trial.destination {
+        Turn::None => None,
+        Turn::Pass(pass) => cluster.health.breaker.record(pass, &thresholds, outcome, now, random(outcome)),
+        Turn::Probe(probe) => probe.record(&thresholds, outcome, now, random(outcome)),
+    };
+    let Some(change) = change else { return };
+    breaker_changed(telemetry, cluster, &change, now);
+    if change.to == State::Open && was_in && !is_one_well {
+        // Those that are in fail, so a probe to them alone would not find out that others are well again.
+        drop(cluster.health.group.hurry(now));
     }
 }
 
@@ -113,20 +126,41 @@ pub fn judge_complete(live: &mut Live) {
     if live.record.status().is_some_and(|status| is_failed_status(status.as_u16())) {
         return;
     }
-    let is_failed = live.record.grpc_code().is_some_and(is_failed_code);
-    if !is_failed {
+    let code = live.record.grpc_code();
+    // To gRPC an answer without a status is a failure, whatever came before.
+    let is_unsaid =
+        live.patience.grpc && code.is_none() && live.record.status().is_some_and(|status| status.is_success());
+    if is_unsaid {
+        look_slower(live, now);
+    }
+    if !is_unsaid && !code.is_some_and(is_failed_code) {
         if let Some(health) = live.health() {
             health.budget.earn();
         }
         judge(live, Outcome::Success, now);
-    } else if !had_no_time(live, live.record.grpc_code().ok_or(0)) && !is_spared(live) {
+    } else if !had_no_time(live, code.ok_or(0)) && !is_spared(live) {
         judge(live, Outcome::Failure, now);
     }
 }
 
+/// The trailers of an answer have come. They may say that it was a failure, while its head was noted as an answer.
+pub fn ends_with(live: &Live, code: u32) {
+    if is_bad(live, Ok(code)) {
+        look_slower(live, live.over_at);
+    }
+}
+
+/// For the choice among endpoints, too, a try has failed behind the head of its answer. How long that took says
+/// nothing: the caller takes the answer as slowly as it likes.
+fn look_slower(live: &Live, now: Instant) {
+    if let Some(endpoint) = &live.endpoint {
+        endpoint.load.failed(Duration::ZERO, now);
+    }
+}
+
 /// Judges the probes alone: the callee has answered for itself, though with a failure from further down, or with a stream
-/// that has no end yet. Whether it answers is all that a probe asks; were it to find out nothing, each call would be another
-/// probe, and a few streams would hold the places of all probes for as long as they live.
+/// that has no end yet. Whether it answers is all that a probe asks; were it to find out nothing, each call would be
+/// another probe, and a few streams would hold the places of all probes for as long as they live.
 pub fn judge_probes(live: &mut Live, now: Instant) {
     let take = |turn: &mut Turn| match turn {
         Turn::Probe(_) => std::mem::take(turn),
@@ -165,6 +199,57 @@ pub fn judge_late(live: &mut Live, kind: Kind, now: Instant) {
     }
 }
 
+/// The same behind the head of an answer, which was noted as one. A bad status was judged when it came.
+pub fn judge_cut(live: &mut Live, kind: Kind, now: Instant) {
+    let is_judged = live.record.status().is_some_and(|status| is_failed_status(status.as_u16()));
+    if is_judged || !is_callees_fault(live, kind) || (kind == Kind::UpstreamReset && was_cut_for_time(live, now)) {
+        return;
+    }
+    look_slower(live, now);
+    if !is_spared(live) {
+        judge(live, Outcome::Failure, now);
+    }
+}
+
+/// Whether what a try came to speaks against the callee, or against somebody further down: breaker, ejection and the choice
+/// among endpoints all ask here.
+pub fn speaks_against(live: &Live, tried: &Result<Response<AnswerBody>, Refusal>) -> bool {
+    match tried {
+        Ok(answer) => {
+            let said = said(live, answer);
+            is_bad(live, said) && !is_limited(said, answer.headers())
+        }
+        Err(refusal) => is_callees_fault(live, refusal.kind),
+    }
+}
+
+/// What the head of an answer says: its gRPC code, or else its status.
+pub fn said(live: &Live, answer: &Response<AnswerBody>) -> Result<u32, u16> {
+    let code = live.patience.grpc.then(|| grpc::read_status(answer.headers())).flatten();
+    code.map(|(code, _)| code).ok_or(answer.status().as_u16())
+}
+
+/// Whether the callee's sidecar has answered that it was one call too many, as a 429 does where it is not gRPC.
+pub fn is_limited(said: Result<u32, u16>, fields: &HeaderMap) -> bool {
+    said == Ok(Code::ResourceExhausted.into()) && read_mark(fields).is_some_and(|mark| mark.is_limited)
+}
+
+/// What the sidecars below say with an answer.
+pub fn read_mark(fields: &HeaderMap) -> Option<Mark> {
+    Mark::read(fields.get_all(PROXY_STATUS).iter().map(http::HeaderValue::as_bytes))
+}
+
+/// Whether what an answer says speaks against whoever gave it.
+fn is_bad(live: &Live, said: Result<u32, u16>) -> bool {
+    said.map_or_else(is_failed_status, is_failed_code) && !had_no_time(live, said)
+}
+
+/// Why a call that broke off did so because its caller's body had: the upstream cannot but give it up.
+pub fn broken_by_caller(live: &Live) -> Option<Refusal> {
+    let why = "the request's body broke off or is malformed";
+    live.flow.request.failed().then(|| Refusal::plain(Kind::BadRequest, why))
+}
+
 /// Whether a refusal of ours is the callee's fault.
 pub fn is_callees_fault(live: &Live, kind: Kind) -> bool {
     match kind {
@@ -186,13 +271,21 @@ pub fn is_callees_fault(live: &Live, kind: Kind) -> bool {
 
 /// Whether an answer, a gRPC code or else a status, says no more than that a caller in a hurry gave the callee no time: the
 /// callee's sidecar says so a moment before ours would.
-pub fn had_no_time(live: &Live, said: Result<u32, u16>) -> bool {
+fn had_no_time(live: &Live, said: Result<u32, u16>) -> bool {
     matches!(said, Ok(4) | Err(504)) && is_in_a_hurry(live)
 }
 
-/// A caller in a hurry says nothing about the callee, unless the callee had a good part of what the policy gives it. A tenth
-/// is: were it more, no breaker below a short deadline would ever open for a callee that hangs. Of our own app it takes half,
-/// because it may only wait for somebody further down.
+/// Whether an answer broke off because its caller is in a hurry: the callee's sidecar cuts it a moment before we would.
+/// Each hop on the way has kept a hundredth of the time, and a millisecond at least.
+fn was_cut_for_time(live: &Live, now: Instant) -> bool {
+    let is_near =
+        |until: &Until| until.at.saturating_duration_since(now) <= (until.whole / 20).max(Duration::from_millis(5));
+    live.patience.until.as_ref().is_some_and(is_near) && is_in_a_hurry(live)
+}
+
+/// A caller in a hurry says nothing about the callee, unless the callee had a good part of what the policy gives it. A
+/// tenth is: were it more, no breaker below a short deadline would ever open for a callee that hangs. Of our own app it
+/// takes half, because it may only wait for somebody further down.
 fn is_in_a_hurry(live: &Live) -> bool {
     let part = if live.direction == Direction::Inbound { 2 } else { 10 };
     live.patience.until.is_some_and(|until| until.whole < live.route().timeouts.request.value / part)
@@ -221,12 +314,17 @@ fn judge_endpoint(
         Turn::Probe(probe) => probe.record(thresholds, outcome, now, random(outcome)).map(Event::Ejected),
     };
     match event {
-        Some(Event::Ejected(change)) => ejection_changed(telemetry, destination, member, &change, now),
+        Some(Event::Ejected(change)) => endpoint.cluster.ejection_changed(telemetry, member, &change, now),
         Some(Event::Kept { consecutive }) => {
-            let name = &destination.values.name;
-            telemetry.ejection_changed(name, "kept", destination.cluster.health.out_now(now));
-            let endpoint = member.address();
-            tracing::warn!(destination = name, %endpoint, consecutive, "the endpoint fails but is the last one: it stays in");
+            let (name, cluster) = (&destination.values.name, &endpoint.cluster);
+            telemetry.ejection_changed(name, "kept", cluster.health.out_now(now));
+            tracing::warn!(
+                destination = name,
+                place = cluster.place,
+                endpoint = %member.address(),
+                consecutive,
+                "the endpoint fails but is the last one: it stays in"
+            );
         }
         None => {}
     }
@@ -242,15 +340,6 @@ fn millis(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
-/// A state in the metrics.
-const fn number(state: State) -> i64 {
-    match state {
-        State::Closed => 0,
-        State::HalfOpen => 1,
-        State::Open => 2,
-    }
-}
-
 /// Another policy is in force: a breaker or an ejection that it has not is shown no more, and one that is back as it is.
 pub fn policy_changed(telemetry: &Telemetry, old: &Snapshot, next: &Snapshot, now: Instant) {
     let is_gone = |one: &&Destination| next.destinations.iter().all(|other| other.id != one.id);
@@ -259,17 +348,18 @@ pub fn policy_changed(telemetry: &Telemetry, old: &Snapshot, next: &Snapshot, no
     for (destination, breaker, ejection) in gone.chain(there) {
         let health = &destination.cluster.health;
         if health.show(breaker, ejection) {
-            let state = number(health.shown(health.breaker.state(now)));
+            let state = health.state_now(now).number();
             telemetry.breaker_and_endpoints(&destination.values.name, state, health.out_now(now));
         }
     }
 }
 
-fn breaker_changed(telemetry: &Telemetry, destination: &Destination, change: &Change) {
-    let name = &destination.values.name;
-    telemetry.breaker_changed(name, change.to.as_str(), number(destination.cluster.health.shown(change.to)));
+fn breaker_changed(telemetry: &Telemetry, cluster: &Cluster, change: &Change, now: Instant) {
+    let name = &*cluster.identity.name;
+    telemetry.breaker_changed(name, change.to.as_str(), cluster.health.state_now(now).number());
     tracing::warn!(
         destination = name,
+        place = cluster.place,
         from = change.from.as_str(),
         to = change.to.as_str(),
         cause = change.cause.as_str(),
@@ -279,15 +369,4 @@ fn breaker_changed(telemetry: &Telemetry, destination: &Destination, change: &Ch
         open_for_ms = change.open_for.map(millis),
         "the circuit breaker changed its state"
     );
-}
-
-/// Tells that an endpoint is out, is being tried, or is in again.
-pub fn ejection_changed(
-    telemetry: &Telemetry,
-    destination: &Destination,
-    member: &Member,
-    change: &Change,
-    now: Instant,
-) {
-    destination.cluster.ejection_changed(telemetry, member, change, now);
 }

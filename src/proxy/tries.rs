@@ -10,6 +10,7 @@ use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
+use bytes::Bytes;
 use http::header::HeaderMap;
 use http::{Request, Response, header};
 use http_body::Body;
@@ -17,14 +18,14 @@ use jiff::Timestamp;
 use tokio::time::Instant;
 
 use crate::policy::model::Direction;
-use crate::proxy::fields::Present;
+use crate::proxy::fields::{self, Present};
 use crate::proxy::live::Live;
-use crate::proxy::refusal::{Kind, PROXY_STATUS, Refusal};
+use crate::proxy::refusal::{Kind, Refusal};
 use crate::proxy::{attempt, grpc, ties, trial};
-use crate::rules::breaker::{Outcome, is_failed_code, is_failed_status};
+use crate::rules::breaker::Outcome;
 use crate::rules::mark::Mark;
-use crate::rules::mode::RuleName;
-use crate::rules::retry::{self, Decision, Failure, Pushback, Seen, Why};
+use crate::rules::mode::{Mode, RuleName};
+use crate::rules::retry::{Decision, Failure, Pushback, Seen, Why};
 use crate::telemetry::Again;
 use crate::upstream::answer::AnswerBody;
 use crate::upstream::pool::{Carrier, Pool};
@@ -41,28 +42,33 @@ pub async fn run(live: &mut Live, pool: &Rc<Pool>, switching: bool) -> Tried {
         None => 1,
     };
     live.attempt = 1;
+    let mut because = None;
     loop {
         let tried = match trial::admit(live, Instant::now()) {
             Ok(()) => {
                 live.record.attempt(live.attempt, most);
+                if let Some(because) = because {
+                    live.worker.shard.telemetry().retried(&live.destination_values().name, because);
+                }
                 attempt::send(live, pool, switching).await
             }
             Err(refusal) => Err(refusal),
         };
-        let stands = match settle(live, tried) {
+        let next = match settle(live, tried) {
             ControlFlow::Break(fine) => return fine,
             // Boxed, like everything that few requests meet.
             ControlFlow::Continue(tried) => Box::pin(again(live, pool, tried)).await,
         };
-        match stands {
-            None => live.attempt += 1,
-            Some(tried) => return tried,
+        match next {
+            ControlFlow::Continue(again) => because = Some(again),
+            ControlFlow::Break(stands) => return stands,
         }
+        live.attempt += 1;
     }
 }
 
-/// Breaks with an answer that nobody has to think about. Takes and gives the try by value: what is only lent would be kept in
-/// the future of every request.
+/// Breaks with an answer that nobody has to think about. Takes and gives the try by value: what is only lent would be
+/// kept in the future of every request.
 fn settle(live: &Live, tried: Tried) -> ControlFlow<Tried, Tried> {
     match tried {
         Ok(answer) if is_fine(live, &answer) => ControlFlow::Break(Ok(answer)),
@@ -76,21 +82,25 @@ fn is_fine(live: &Live, answer: &Response<AnswerBody>) -> bool {
     is_wanted && !(live.patience.grpc && answer.headers().contains_key(grpc::STATUS))
 }
 
-/// After a try that did not go well. `None`: the request is ready for the next one. Else, what stands.
-async fn again(live: &mut Live, pool: &Rc<Pool>, tried: Tried) -> Option<Tried> {
+/// After a try that did not go well. Continues when the request is ready for the next one; breaks with what stands.
+async fn again(live: &mut Live, pool: &Rc<Pool>, tried: Tried) -> ControlFlow<Tried, Again> {
     let now = Instant::now();
     let report = Report::of(live, pool, &tried);
     judge(live, &report, &tried, now);
-    let why = match decide(live, &report, now) {
+    let (stands, why) = match decide(live, &report, now) {
         Decision::Again { after } => {
-            prepare(live, tried, &report);
+            let stands = prepare(live, tried, &report);
             pause(live, after).await;
-            return None;
+            if !ties::is_abandoned(live) {
+                let is_unsent = report.failure == Some(Failure::Unsent);
+                return ControlFlow::Continue(if is_unsent { Again::Unsent } else { Again::Failed });
+            }
+            (stands, Why::CallerGone)
         }
-        Decision::Stop(why) => why,
+        Decision::Stop(why) => (tried, why),
     };
-    tell(live, &report, why, now);
-    Some(tried)
+    tell(live, &report, why, Instant::now());
+    ControlFlow::Break(stands)
 }
 
 /// What is known of a try that did not go well.
@@ -99,6 +109,8 @@ struct Report {
     failure: Option<Failure>,
     /// It speaks against the callee, or against somebody further down.
     counts: bool,
+    /// The callee's sidecar has answered that it was one call too many, as a 429 does where it is not gRPC.
+    is_limited: bool,
     /// Nobody can have seen the request.
     unseen: bool,
     mark: Option<Mark>,
@@ -107,48 +119,34 @@ struct Report {
 
 impl Report {
     fn of(live: &mut Live, pool: &Pool, tried: &Tried) -> Self {
+        let counts = trial::speaks_against(live, tried);
         match tried {
-            Ok(answer) => Self::of_answer(live, pool, answer),
+            Ok(answer) => Self::of_answer(live, pool, answer, counts),
             Err(refusal) => {
                 let failure = of_refusal(live, pool, refusal.kind);
                 let unseen = refusal.kind != Kind::UpstreamProtocol && live.unsent;
-                Self {
-                    failure,
-                    counts: trial::is_callees_fault(live, refusal.kind),
-                    unseen,
-                    mark: None,
-                    pushback: None,
-                }
+                Self { failure, counts, is_limited: false, unseen, mark: None, pushback: None }
             }
         }
     }
 
-    fn of_answer(live: &mut Live, pool: &Pool, answer: &Response<AnswerBody>) -> Self {
+    fn of_answer(live: &mut Live, pool: &Pool, answer: &Response<AnswerBody>, counts: bool) -> Self {
         let fields = answer.headers();
         let present = Present::scan(fields);
-        let mark = present.proxy_status.then(|| read_mark(fields)).flatten();
-        let code = live.patience.grpc.then(|| grpc::read_status(fields)).flatten();
-        let status = answer.status().as_u16();
-        let mut failure = match &code {
-            Some((code, _)) => Failure::Grpc(*code),
-            None => Failure::Status(status),
-        };
+        let mark = present.proxy_status.then(|| trial::read_mark(fields)).flatten();
+        let said = trial::said(live, answer);
+        let mut failure = said.map_or_else(Failure::Status, Failure::Grpc);
         let is_unsent = live.believes_unsent(mark.as_ref().is_some_and(|mark| mark.is_unsent));
         // Where there is nobody else to send it to at once, it waits like any other failure.
         if is_unsent && has_other(live, pool) {
             failure = Failure::Unsent;
         }
-        let said = code.map(|(code, _)| code).ok_or(status);
-        let counts = said.map_or_else(is_failed_status, is_failed_code) && !trial::had_no_time(live, said);
         // It speaks for its own endpoint; where another one can have the call, nobody need wait.
         let obeys = present.pushback && failure != Failure::Unsent;
         let pushback = obeys.then(|| pushback(fields, said.is_ok())).flatten();
-        Self { failure: Some(failure), counts, unseen: is_unsent, mark, pushback }
+        let is_limited = trial::is_limited(said, fields);
+        Self { failure: Some(failure), counts, is_limited, unseen: is_unsent, mark, pushback }
     }
-}
-
-fn read_mark(fields: &HeaderMap) -> Option<Mark> {
-    Mark::read(fields.get_all(PROXY_STATUS).iter().map(http::HeaderValue::as_bytes))
 }
 
 /// What the upstream said about another try (RFC 9110, 10.2.3; gRFC A6).
@@ -165,9 +163,9 @@ fn pushback(fields: &HeaderMap, grpc: bool) -> Option<Pushback> {
     wait.map(Pushback::Wait)
 }
 
-/// The time until a date as HTTP writes it; nothing for one that is past.
+/// The time until a date in any of the three forms of HTTP (RFC 9110, 5.6.7); nothing for one that is past.
 fn until_date(text: &str) -> Option<Duration> {
-    let at = jiff::fmt::rfc2822::DateTimeParser::new().parse_timestamp(text).ok()?;
+    let at = Timestamp::try_from(httpdate::parse_http_date(text).ok()?).ok()?;
     Some(Duration::try_from(at.duration_since(Timestamp::now())).unwrap_or_default())
 }
 
@@ -179,7 +177,9 @@ fn has_other(live: &Live, pool: &Pool) -> bool {
 /// What a refusal of ours means for another try.
 fn of_refusal(live: &Live, pool: &Pool, kind: Kind) -> Option<Failure> {
     // A connection that ends leaves its last requests aside, and a new one takes them; but not one after the other.
-    let can_have_it = || has_other(live, pool) || (live.leaving && live.attempt == 1);
+    // Before the app, which has refused it, that is the only way: the caller's sidecar has other endpoints.
+    let is_inbound = live.direction == Direction::Inbound;
+    let can_have_it = || (!is_inbound && has_other(live, pool)) || (live.leaving && live.attempt == 1);
     match kind {
         Kind::ConnectFailed | Kind::ConnectTimeout | Kind::DnsFailed | Kind::TlsFailed => Some(Failure::Reset),
         Kind::UpstreamReset if live.unsent && can_have_it() => Some(Failure::Unsent),
@@ -194,6 +194,9 @@ fn of_refusal(live: &Live, pool: &Pool, kind: Kind) -> Option<Failure> {
 fn judge(live: &mut Live, report: &Report, tried: &Tried, now: Instant) {
     let is_marked = report.mark.as_ref().is_some_and(|mark| mark.at.is_some());
     let is_elsewhere = is_marked || ties::is_blamed_below(live);
+    if report.is_limited {
+        trial::judge(live, Outcome::Success, now);
+    }
     if !report.counts {
         return;
     }
@@ -220,7 +223,8 @@ fn decide(live: &mut Live, report: &Report, now: Instant) -> Decision {
     if !matches!(decision, Decision::Again { .. }) {
         return decision;
     }
-    if marked && !in_one_place.is_off() {
+    // Who has seen nothing of it gets it again in spite of the mark, whatever the mode.
+    if marked && in_one_place == Mode::Warn && failure != Failure::Unsent {
         live.would(RuleName::RetryInOnePlace);
     }
     if !retry.is_enforced() {
@@ -241,6 +245,7 @@ fn seen(live: &Live, report: &Report, failure: Failure, now: Instant) -> Option<
         is_reused: live.reused,
         is_circuit_open: refuses && live.health()?.breaker.is_shut(now),
         is_safe: live.is_safe || report.unseen,
+        is_abandoned: ties::is_abandoned(live),
         is_marked_final: false,
         pushback: report.pushback,
         is_replayable: live.spare.as_ref()?.body.is_replayable(),
@@ -249,33 +254,44 @@ fn seen(live: &Live, report: &Report, failure: Failure, now: Instant) -> Option<
     })
 }
 
-/// Makes the request ready for the next try.
-fn prepare(live: &mut Live, tried: Tried, report: &Report) {
+/// Makes the request ready for the next try. What it gives back stands if there is none after all.
+fn prepare(live: &mut Live, tried: Tried, report: &Report) -> Tried {
     live.was_seen |= !report.unseen;
     if let Some(endpoint) = live.endpoint.take() {
         live.tried.push(endpoint.address.socket);
     }
-    match tried {
-        Ok(answer) => discard(live, answer),
-        Err(_) => live.lease = None,
-    }
+    ties::keep(live);
     if let Some(spare) = &live.spare
         && let Some(body) = spare.body.again(&live.flow)
     {
         live.request = Some(Request::from_parts(spare.head.clone(), body));
     }
-    let because = if report.failure == Some(Failure::Unsent) { Again::Unsent } else { Again::Failed };
-    live.worker.shard.telemetry().retried(&live.destination_values().name, because);
+    match tried {
+        Ok(answer) => Ok(discard(live, answer)),
+        Err(refusal) => {
+            live.lease = None;
+            Err(refusal)
+        }
+    }
 }
 
 /// How much of a failed answer's body is read, so that its connection can be used again.
 const DISCARDED: usize = 64 << 10;
 
-/// Lets go of an answer that nobody will get. What has come already is read, so that its connection lives on; nothing is
-/// waited for.
-fn discard(live: &mut Live, answer: Response<AnswerBody>) {
+/// Lets go of an answer that nobody will get; its head alone is left.
+fn discard(live: &mut Live, answer: Response<AnswerBody>) -> Response<AnswerBody> {
+    let (mut head, body) = answer.into_parts();
+    // On a copy: should the answer be passed on after all, its fields are looked at once more.
+    let said = fields::strip(&mut head.headers.clone(), &Present::scan(&head.headers)).kept_for(head.version);
+    empty(live, body, said);
+    head.headers.remove(header::CONTENT_LENGTH);
+    Response::from_parts(head, AnswerBody::Own(Bytes::new()))
+}
+
+/// Reads what has come already of a body, so that its connection lives on; nothing is waited for. `said` is how many
+/// seconds the upstream keeps it.
+fn empty(live: &mut Live, mut body: AnswerBody, said: Option<u32>) {
     let Some(mut lease) = live.lease.take() else { return };
-    let mut body = answer.into_body();
     let mut cx = Context::from_waker(Waker::noop());
     let mut read = 0;
     while !body.is_end_stream() && read < DISCARDED {
@@ -283,14 +299,15 @@ fn discard(live: &mut Live, answer: Response<AnswerBody>) {
             let _over = connection.drive(&mut cx);
         }
         match Pin::new(&mut body).poll_frame(&mut cx) {
-            Poll::Ready(Some(Ok(frame))) => read += frame.data_ref().map_or(1, bytes::Bytes::len),
+            Poll::Ready(Some(Ok(frame))) => read += frame.data_ref().map_or(1, Bytes::len),
             Poll::Ready(None) => break,
             Poll::Ready(Some(Err(_))) | Poll::Pending => return,
         }
     }
     if live.flow.request.ended() {
         let keep = &live.destination_values().connections;
-        lease.give_back(&mut cx, keep.idle.value, keep.max_idle.value as usize, None, Instant::now());
+        let announced = said.map(|seconds| Duration::from_secs(seconds.into()));
+        lease.give_back(&mut cx, keep.idle.value, keep.max_idle.value as usize, announced, Instant::now());
         live.worker.upstreams.note_idle();
     }
 }
@@ -306,7 +323,7 @@ async fn pause(live: &mut Live, after: Duration) {
 
 /// Says why there is no further try: to the log, to the metrics, and to the sidecars above.
 fn tell(live: &mut Live, report: &Report, why: Why, now: Instant) {
-    let is_failure = report.failure.is_some_and(retry::is_failure);
+    let is_failure = report.failure.is_some_and(|failure| live.route().retry.is_failure(failure));
     if is_failure && why != Why::Off && why != Why::NotAFailure {
         live.record.note().retry = Some(why.name());
         live.worker.shard.telemetry().retry_withheld(&live.destination_values().name, why.name());
@@ -330,9 +347,14 @@ mod tests {
             pushback(&fields, false)
         };
         assert_eq!(said("7"), Some(Pushback::Wait(Duration::from_secs(7))));
-        assert_eq!(said("Sun, 06 Nov 1994 08:49:37 GMT"), Some(Pushback::Wait(Duration::ZERO)), "it is past");
-        let Some(Pushback::Wait(wait)) = said("Fri, 31 Dec 2100 23:59:59 GMT") else { panic!("no wait") };
-        assert!(wait > Duration::from_secs(365 * 24 * 3600));
+        let past = ["Sun, 06 Nov 1994 08:49:37 GMT", "Sunday, 06-Nov-94 08:49:37 GMT", "Sun Nov  6 08:49:37 1994"];
+        for date in past {
+            assert_eq!(said(date), Some(Pushback::Wait(Duration::ZERO)), "{date} is past");
+        }
+        for date in ["Fri, 31 Dec 2100 23:59:59 GMT", "Fri Dec 31 23:59:59 2100"] {
+            let Some(Pushback::Wait(wait)) = said(date) else { panic!("no wait for {date}") };
+            assert!(wait > Duration::from_secs(365 * 24 * 3600));
+        }
         assert_eq!(said("99999999999999999999"), Some(Pushback::Wait(Duration::from_secs(u64::MAX))));
         for nothing in ["soon", "", "-1", "+1"] {
             assert_eq!(said(nothing), None, "{nothing:?}");

@@ -42,7 +42,12 @@ enum State {
     Idle { since: Instant, reads: u64 },
     /// Some bytes of a head have come.
     Head { since: Instant },
+    /// It is to end; since then so many reads and writes had been made.
+    Ending { since: Instant, moved: u64 },
 }
+
+/// A connection over HTTP/2 that is to end, and on which nothing moves for so long, has a caller that will not answer.
+const STALLED: Duration = Duration::from_secs(2);
 
 /// The watch over one connection.
 pub struct Watch {
@@ -63,7 +68,7 @@ impl Watch {
     pub fn new(worker: &Worker, caller: &Caller, activity: Arc<Activity>) -> Self {
         let now = Instant::now();
         let view = worker.view();
-        let values = caller.door.listener(&view.policy).unwrap_or(&caller.door.values);
+        let values = caller.door.values_in(&view.policy);
         let headers = values.headers_timeout.clone();
         let rings = now + headers.value;
         Self {
@@ -94,7 +99,7 @@ impl Watch {
         }
         self.next_state(caller);
         match self.state {
-            State::Busy => Poll::Pending,
+            State::Busy | State::Ending { .. } => Poll::Pending,
             State::Idle { since, .. } => self.ring(cx, since + self.idle).map(|()| End::Silent),
             State::Head { since } => self.ring(cx, since + self.headers.value).map(|()| {
                 let detail = "the head of a request did not come in time";
@@ -115,12 +120,24 @@ impl Watch {
                 let at = *since + self.idle;
                 self.ring(cx, at)
             }
-            (false, State::Busy | State::Head { .. }) => {
+            (false, State::Busy | State::Head { .. } | State::Ending { .. }) => {
                 let since = Instant::now();
                 self.state = State::Idle { since, reads: 0 };
                 self.ring(cx, since + self.idle)
             }
         }
+    }
+
+    /// Ready when an HTTP/2 connection that was told to end has no stream, and nothing moves on it any more: the end that
+    /// both sides agree on waits for the caller to answer.
+    pub fn poll_stalled(&mut self, cx: &mut Context<'_>, caller: &Caller) -> Poll<()> {
+        let moved = self.activity.total();
+        let since = match self.state {
+            State::Ending { since, moved: before } if before == moved && !caller.is_busy() => since,
+            _ => Instant::now(),
+        };
+        self.state = State::Ending { since, moved };
+        if caller.is_busy() { Poll::Pending } else { self.ring(cx, since + STALLED) }
     }
 
     fn next_state(&mut self, caller: &Caller) {
@@ -135,6 +152,7 @@ impl Watch {
             State::Idle { reads: before, .. } if reads != before => State::Head { since: Instant::now() },
             State::Idle { since, reads } => State::Idle { since, reads },
             State::Head { since } => State::Head { since },
+            State::Ending { since, moved } => State::Ending { since, moved },
         };
     }
 

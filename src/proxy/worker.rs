@@ -16,7 +16,8 @@ use crate::telemetry::{Counter, Shard, Telemetry};
 use crate::upstream::pool::Pool;
 use crate::upstream::worker::Upstreams;
 
-/// One worker's own things. Nothing here is shared with another thread but through the snapshot.
+/// One worker's own things, and beside them what it shares with other threads: the snapshot with its live states, and what
+/// the workers know together ([`Chain`]).
 pub struct Worker {
     policy: RefCell<Cache<Arc<ArcSwap<Snapshot>>, Arc<Snapshot>>>,
     view: RefCell<Rc<View>>,

@@ -113,11 +113,6 @@ impl Budget {
         left.is_some()
     }
 
-    /// Retries that could be made now; 0 to 10.
-    pub fn tokens(&self, values: &BudgetValues, now: Instant) -> f64 {
-        self.filled(values, now).tokens as f64 / TOKEN as f64
-    }
-
     /// The purse, with all in it that calls and time have earned. That it overflows now, or would have done so earlier,
     /// is the same, since nobody spent in between.
     fn filled(&self, values: &BudgetValues, now: Instant) -> MutexGuard<'_, Purse> {
@@ -194,7 +189,7 @@ mod tests {
             assert!(!budget.try_spend(&values, start + Duration::from_millis(millis)), "after {millis}ms");
         }
         assert!(budget.try_spend(&values, start + Duration::from_secs(1)));
-        assert_eq!(budget.tokens(&values, start + Duration::from_millis(1_500)), 0.5);
+        assert_eq!(budget.filled(&values, start + Duration::from_millis(1_500)).tokens, TOKEN / 2);
     }
 
     #[test]

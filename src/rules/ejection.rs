@@ -100,7 +100,8 @@ impl Switch<EjectionSpec> {
 pub struct Group {
     born: Instant,
     present: Mutex<Vec<Arc<Member>>>,
-    kept: AtomicU64,
+    /// The longest time out, in nanoseconds, that the last call has brought along.
+    longest: Arc<AtomicU64>,
 }
 
 /// One endpoint.
@@ -111,6 +112,8 @@ pub struct Member {
     /// Whether it was told already that this one stays in although it fails.
     is_kept: AtomicBool,
     group: Weak<Group>,
+    /// That of the group.
+    longest: Arc<AtomicU64>,
 }
 
 /// What a failure of an endpoint led to.
@@ -128,11 +131,18 @@ pub enum Event {
 impl Group {
     /// A group without members.
     pub fn new(now: Instant) -> Arc<Self> {
-        Arc::new(Self { born: now, present: Mutex::new(Vec::new()), kept: AtomicU64::new(0) })
+        let longest = Arc::new(AtomicU64::new(u64::MAX));
+        Arc::new(Self { born: now, present: Mutex::new(Vec::new()), longest })
     }
 
     /// The member at an address; a new one is in. Takes a lock: to be asked when addresses change, not for each call.
     pub fn member(self: &Arc<Self>, address: SocketAddr) -> Arc<Member> {
+        self.member_if(address, || true)
+    }
+
+    /// The same, but a new one becomes a member only if it `belongs` here, which is asked while nobody is being
+    /// forgotten. One that does not is never ejected, and counts for nobody.
+    pub fn member_if(self: &Arc<Self>, address: SocketAddr, belongs: impl FnOnce() -> bool) -> Arc<Member> {
         let mut present = self.present();
         if let Some(member) = present.iter().find(|member| member.address == address) {
             return Arc::clone(member);
@@ -142,8 +152,11 @@ impl Group {
             breaker: Breaker::new(self.born),
             is_kept: AtomicBool::new(false),
             group: Arc::downgrade(self),
+            longest: Arc::clone(&self.longest),
         });
-        present.push(Arc::clone(&member));
+        if belongs() {
+            present.push(Arc::clone(&member));
+        }
         member
     }
 
@@ -159,14 +172,25 @@ impl Group {
         Some((Arc::clone(first), change))
     }
 
+    /// Whether one that is in has not failed since it last answered, so that what fails are single members.
+    pub fn is_one_well(&self) -> bool {
+        self.present().iter().any(|member| member.breaker.is_closed() && member.breaker.consecutive() == 0)
+    }
+
+    /// Those that are in fail: whoever of the others would be tried first may be tried now. Returns who.
+    pub fn hurry(&self, now: Instant) -> Option<Arc<Member>> {
+        let present = self.present();
+        let waits = |member: &&Arc<Member>| member.breaker.retry_after(now);
+        // One that is being tried already waits for that, and can be no quicker.
+        let is_out = |member: &&Arc<Member>| member.state(now) == State::Open;
+        let first = present.iter().filter(is_out).min_by_key(waits)?;
+        first.breaker.hurry(now);
+        Some(Arc::clone(first))
+    }
+
     /// The members, for the status page.
     pub fn members(&self) -> Vec<Arc<Member>> {
         self.present().clone()
-    }
-
-    /// How many streaks of failures ejected nobody, because there was no other member in.
-    pub fn kept(&self) -> u64 {
-        self.kept.load(Relaxed)
     }
 
     fn present(&self) -> MutexGuard<'_, Vec<Arc<Member>>> {
@@ -196,11 +220,6 @@ impl Member {
         self.breaker.state(now)
     }
 
-    /// How long it stays out from now on, unless it is tried and fails; None while it is not out.
-    pub fn out_for(&self, now: Instant) -> Option<Duration> {
-        self.breaker.retry_after(now)
-    }
-
     /// Failures one after the other so far.
     pub fn consecutive(&self) -> u32 {
         self.breaker.consecutive()
@@ -209,7 +228,24 @@ impl Member {
     /// Lets a call go to it, as one of many or as the one that tries it. Refuses also when another call was quicker to try
     /// it: pick another member then.
     pub fn admit(&self, thresholds: &Thresholds, now: Instant) -> Admission {
+        self.take_up(thresholds.open_for_max, now);
         self.breaker.admit(thresholds, now)
+    }
+
+    /// Who is out gets no calls, and so does not hear that the policy's longest time out has become shorter: whoever
+    /// does get one says so to all. A call of the policy before makes nothing longer again.
+    fn take_up(&self, longest: Duration, now: Instant) {
+        let nanos = u64::try_from(longest.as_nanos()).unwrap_or(u64::MAX);
+        let before = self.longest.load(Relaxed);
+        if nanos == before {
+            return;
+        }
+        self.longest.store(nanos, Relaxed);
+        if nanos < before
+            && let Some(group) = self.group.upgrade()
+        {
+            group.present().iter().for_each(|member| member.breaker.limit(longest, now));
+        }
     }
 
     /// Counts how a call that was let through has ended. A member that was forgotten meanwhile is never ejected.
@@ -242,7 +278,6 @@ impl Member {
         if self.is_kept.swap(true, Relaxed) {
             return None;
         }
-        group.kept.fetch_add(1, Relaxed);
         Some(Event::Kept { consecutive: self.breaker.consecutive() })
     }
 }
@@ -301,7 +336,7 @@ mod tests {
         let change = eject(&members[0], start);
         assert_eq!((change.consecutive, change.open_for), (2, Some(TWO.open_for)));
         assert!(members[0].is_out(start) && !members[0].is_due(start) && !members[1].is_out(start));
-        assert_eq!(members[0].out_for(start), Some(TWO.open_for));
+        assert_eq!(members[0].breaker.retry_after(start), Some(TWO.open_for));
         let later = start + TWO.open_for;
         assert!(!members[0].is_out(later) && members[0].is_due(later));
         let Admission::Probe { probe, change } = members[0].admit(&TWO, later) else { panic!("no probe") };
@@ -318,13 +353,12 @@ mod tests {
     #[test]
     fn the_last_one_stays_in_and_that_is_told_once_per_streak() {
         let start = Instant::now();
-        let (group, members) = group(start, 2);
+        let (_group, members) = group(start, 2);
         eject(&members[0], start);
-        for round in 1..=3 {
+        for _ in 0..3 {
             assert_eq!(call(&members[1], Outcome::Failure, start), None);
             assert_eq!(call(&members[1], Outcome::Failure, start), Some(Event::Kept { consecutive: 2 }));
             assert_eq!(call(&members[1], Outcome::Failure, start), None);
-            assert_eq!(group.kept(), round);
             assert_eq!(call(&members[1], Outcome::Success, start), None);
         }
         assert_eq!(members[1].state(start), State::Closed);
@@ -347,6 +381,70 @@ mod tests {
     }
 
     #[test]
+    fn one_is_well_as_long_as_one_that_is_in_has_not_failed_last() {
+        let start = Instant::now();
+        let (group, members) = group(start, 2);
+        eject(&members[0], start);
+        assert!(group.is_one_well());
+        call(&members[1], Outcome::Failure, start);
+        assert!(!group.is_one_well());
+        call(&members[1], Outcome::Success, start);
+        assert!(group.is_one_well());
+    }
+
+    #[test]
+    fn who_would_be_tried_first_can_be_tried_at_once() {
+        let start = Instant::now();
+        let (group, members) = group(start, 3);
+        assert!(group.hurry(start).is_none(), "nobody is out");
+        eject(&members[1], start);
+        eject(&members[0], start + Duration::from_secs(1));
+        let now = start + Duration::from_secs(2);
+        assert_eq!(group.hurry(now).map(|one| one.address()), Some(address(1)));
+        assert!(members[1].is_due(now) && !members[0].is_due(now));
+        assert_eq!(group.hurry(now).map(|one| one.address()), Some(address(0)));
+        assert!(group.hurry(now).is_none());
+        let Admission::Probe { change, .. } = members[1].admit(&TWO, now) else { panic!("no probe") };
+        assert_eq!(change.map(|change| change.cause.as_str()), Some("no_other_well"));
+    }
+
+    #[test]
+    fn one_that_is_being_tried_does_not_stand_before_another_that_can_be() {
+        let start = Instant::now();
+        let (group, members) = group(start, 3);
+        eject(&members[0], start);
+        let later = start + TWO.open_for;
+        let Admission::Probe { probe: _hangs, .. } = members[0].admit(&TWO, later) else { panic!("no probe") };
+        eject(&members[1], later);
+        assert_eq!(group.hurry(later).map(|one| one.address()), Some(address(1)));
+    }
+
+    #[test]
+    fn a_shorter_longest_time_holds_for_who_is_out_as_soon_as_a_call_brings_it() {
+        let start = Instant::now();
+        let (_group, members) = group(start, 3);
+        let long = Thresholds { open_for: TWO.open_for_max, ..TWO };
+        for member in &members[..2] {
+            let cause = [(); 2].map(|()| match member.admit(&long, start) {
+                Admission::Pass(pass) => member.record(pass, &long, Outcome::Failure, start, 1.0),
+                other => panic!("no pass: {other:?}"),
+            });
+            assert!(matches!(cause[1], Some(Event::Ejected(_))), "{cause:?}");
+        }
+        let short = Thresholds { open_for_max: TWO.open_for, ..TWO };
+        let (early, due) = (start + TWO.open_for / 2, start + TWO.open_for);
+        assert!(matches!(members[2].admit(&short, early), Admission::Pass(_)));
+        assert!(members[..2].iter().all(|one| one.is_out(early) && !one.is_due(early)), "no shorter than that");
+        assert!(members[..2].iter().all(|one| !one.is_out(due) && one.is_due(due)));
+        let Admission::Probe { probe, .. } = members[0].admit(&short, due) else { panic!("no probe") };
+        // A call of the policy before makes nothing longer.
+        assert!(matches!(members[2].admit(&long, due), Admission::Pass(_)));
+        assert!(members[1].is_due(due));
+        drop(probe);
+        assert!(members[0].is_due(due));
+    }
+
+    #[test]
     fn a_forgotten_member_is_never_ejected_and_counts_for_nobody() {
         let start = Instant::now();
         let (group, members) = group(start, 2);
@@ -358,6 +456,19 @@ mod tests {
         assert_eq!(call(&members[1], Outcome::Failure, start), Some(Event::Kept { consecutive: 2 }));
         drop(group);
         assert_eq!(call(&members[1], Outcome::Failure, start), None);
+    }
+
+    #[test]
+    fn one_that_does_not_belong_here_is_never_ejected_and_keeps_nobody_out() {
+        let start = Instant::now();
+        let (group, members) = group(start, 1);
+        let stranger = group.member_if(address(7), || false);
+        for _ in 0..5 {
+            assert_eq!(call(&stranger, Outcome::Failure, start), None);
+        }
+        assert_eq!(call(&members[0], Outcome::Failure, start), None);
+        assert_eq!(call(&members[0], Outcome::Failure, start), Some(Event::Kept { consecutive: 2 }));
+        assert!(Arc::ptr_eq(&group.member_if(address(0), || false), &members[0]), "who is there already, is there");
     }
 
     #[test]

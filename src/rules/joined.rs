@@ -8,7 +8,7 @@
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::hash::BuildHasher;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use foldhash::fast::RandomState;
@@ -36,6 +36,7 @@ type Shard = HashMap<Slot, Causes, RandomState>;
 pub struct Inbound {
     deadline: Mutex<Option<Instant>>,
     blamed: Mutex<Option<Mark>>,
+    abandoned: AtomicBool,
 }
 
 /// The table.
@@ -45,7 +46,6 @@ pub struct Inbounds {
     hasher: RandomState,
     in_flight: AtomicUsize,
     nameless: AtomicU64,
-    not_entered: AtomicU64,
 }
 
 /// A request that is in the table until this is dropped.
@@ -96,11 +96,16 @@ impl Inbound {
         *self.deadline.lock().unwrap_or_else(PoisonError::into_inner) = deadline;
     }
 
+    /// Its caller has left, or got an answer that is not the app's: nobody waits for the app any more.
+    pub fn abandon(&self) {
+        self.abandoned.store(true, Relaxed);
+    }
+
     /// Remembers the mark of a failed outbound call, in the place of an earlier one.
     ///
     /// "Unsent" is not remembered: it is true of the request that failed, but this one did reach its app.
     pub fn blame(&self, mark: &Mark) {
-        let mark = Mark { is_unsent: false, ..mark.clone() };
+        let mark = Mark { is_unsent: false, is_limited: false, ..mark.clone() };
         *self.blamed.lock().unwrap_or_else(PoisonError::into_inner) = Some(mark);
     }
 
@@ -119,14 +124,14 @@ impl Inbounds {
             hasher: RandomState::default(),
             in_flight: AtomicUsize::new(0),
             nameless: AtomicU64::new(0),
-            not_entered: AtomicU64::new(0),
         })
     }
 
-    /// Enters a request under each of its ids. Where there is no room it is counted and not found later on, unless under
-    /// its other id; its guard works all the same.
+    /// Enters a request under each of its ids. Where there is no room it is not found later on, unless under its other id;
+    /// it is under way all the same, and so is not overlooked when there seems to be only one.
     pub fn enter(self: &Arc<Self>, keys: TraceKeys, deadline: Instant) -> Entered {
-        let inbound = Arc::new(Inbound { deadline: Mutex::new(Some(deadline)), blamed: Mutex::default() });
+        let deadline = Mutex::new(Some(deadline));
+        let inbound = Arc::new(Inbound { deadline, blamed: Mutex::default(), abandoned: AtomicBool::default() });
         let mut slots = [None, None];
         // Counted before it can be found, so that whoever counts one finds no second that came before.
         if self.in_flight.fetch_add(1, SeqCst) < MOST {
@@ -139,9 +144,6 @@ impl Inbounds {
             for slot in &mut slots {
                 *slot = slot.filter(|slot| self.put(*slot, &inbound));
             }
-        }
-        if slots == [None, None] {
-            self.not_entered.fetch_add(1, Relaxed);
         }
         Entered { table: Arc::clone(self), inbound, slots }
     }
@@ -170,11 +172,6 @@ impl Inbounds {
     /// Requests under way, those included that found no room.
     pub fn in_flight(&self) -> usize {
         self.in_flight.load(SeqCst)
-    }
-
-    /// Requests that found no room, ever.
-    pub fn not_entered(&self) -> u64 {
-        self.not_entered.load(Relaxed)
     }
 
     /// The request that stands alone in the table. A second one that came before the call is seen here, in whichever
@@ -239,11 +236,16 @@ impl Drop for Entered {
 }
 
 impl Causes {
-    /// The latest of their deadlines, because nothing tells which of them it was, and a call that has time must not fail for
-    /// another's haste; `None` if one has none.
+    /// The latest of their deadlines, because nothing tells which of them it was, and a call that has time must not
+    /// fail for another's haste; `None` if one has none.
     pub fn deadline(&self) -> Option<Instant> {
         let first = self.first.deadline()?;
         self.others.iter().try_fold(first, |latest, other| Some(latest.max(other.deadline()?)))
+    }
+
+    /// Whether nobody waits for any of them any more.
+    pub fn are_abandoned(&self) -> bool {
+        self.iter().all(|inbound| inbound.abandoned.load(Relaxed))
     }
 
     /// Tells each of them the mark of a failed outbound call.
@@ -322,7 +324,7 @@ mod tests {
     }
 
     fn failed(at: &str) -> Mark {
-        Mark { is_final: true, is_unsent: true, at: Some(at.into()) }
+        Mark { is_final: true, is_unsent: true, at: Some(at.into()), ..Mark::default() }
     }
 
     fn is_empty(table: &Inbounds) -> bool {
@@ -402,13 +404,25 @@ mod tests {
     }
 
     #[test]
+    fn calls_are_abandoned_once_each_request_that_may_have_caused_them_is() {
+        let table = Inbounds::new();
+        let requests = [100, 300].map(|millis| table.enter(trace(1), later(millis)));
+        let causes = table.find(TraceKey::Trace(1)).unwrap();
+        for one in requests {
+            assert!(!causes.are_abandoned());
+            one.inbound().abandon();
+        }
+        assert!(causes.are_abandoned(), "also when they have left the table");
+    }
+
+    #[test]
     fn the_last_blame_stays_and_never_says_unsent() {
         let table = Inbounds::new();
         let request = table.enter(trace(1), later(100));
         assert_eq!(request.inbound().blamed(), None);
         request.inbound().blame(&failed("bank"));
         request.inbound().blame(&failed("stock"));
-        let expected = Mark { is_final: true, is_unsent: false, at: Some("stock".into()) };
+        let expected = Mark { is_final: true, at: Some("stock".into()), ..Mark::default() };
         assert_eq!(request.inbound().blamed(), Some(expected));
     }
 
@@ -416,7 +430,7 @@ mod tests {
     fn the_table_is_bounded_in_all_and_per_id() {
         let table = Inbounds::new();
         let requests: Vec<_> = (0..=MOST as u128).map(|id| table.enter(trace(id + 1), later(100))).collect();
-        assert_eq!((table.in_flight(), table.not_entered()), (MOST + 1, 1));
+        assert_eq!(table.in_flight(), MOST + 1);
         assert!(table.find(TraceKey::Trace(MOST as u128)).is_some());
         assert!(table.find(TraceKey::Trace(MOST as u128 + 1)).is_none());
         drop(requests);
@@ -426,7 +440,6 @@ mod tests {
 
         let same: Vec<_> = (0..=MOST_PER_KEY).map(|_| table.enter(trace(1), later(100))).collect();
         assert_eq!(table.find(TraceKey::Trace(1)).unwrap().iter().count(), MOST_PER_KEY);
-        assert_eq!(table.not_entered(), 2);
         drop(same);
         assert!(is_empty(&table));
         assert_eq!(table.in_flight(), 0);
@@ -452,6 +465,6 @@ mod tests {
             }
         });
         assert!(is_empty(&table));
-        assert_eq!((table.in_flight(), table.not_entered()), (0, 0));
+        assert_eq!(table.in_flight(), 0);
     }
 }

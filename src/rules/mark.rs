@@ -11,6 +11,10 @@ const FINAL: &[u8] = b"hopguard-final";
 const UNSENT: &[u8] = b"hopguard-unsent";
 const PLACE: &[u8] = b"hopguard-at";
 
+/// The parameter of RFC 9209, and the error type that an answer of ours bears where a call was one too many.
+const ERROR: &[u8] = b"error";
+const DENIED: &[u8] = b"http_request_denied";
+
 /// The longest name of a destination that is carried, in bytes.
 const LONGEST_NAME: usize = 256;
 
@@ -21,6 +25,8 @@ pub struct Mark {
     pub is_final: bool,
     /// The app behind the nearest sidecar never got the request: it may be sent again, whatever its method.
     pub is_unsent: bool,
+    /// The nearest sidecar refused it because there were more calls than a rate limit allows.
+    pub is_limited: bool,
     /// The destination at which the failure happened, so that nobody above blames his callee.
     pub at: Option<Box<str>>,
 }
@@ -29,8 +35,9 @@ impl Mark {
     /// Reads the mark from the values of `Proxy-Status`, in their order; None where no member of ours says anything.
     ///
     /// Of several members, one is enough for final, the first that names a place gives it (it is the nearest to the
-    /// origin), and only the last, the nearest to the reader, can say unsent: the app between two sidecars got the
-    /// request, whatever was said behind it. A value that is malformed anywhere is skipped as a whole.
+    /// origin), and only the last of all, the nearest to the reader, can say unsent or limited: the app between two
+    /// sidecars got the request, whatever was said behind it, and so did another proxy. A value that is malformed
+    /// anywhere is skipped as a whole.
     pub fn read<'a>(values: impl Iterator<Item = &'a [u8]>) -> Option<Self> {
         let mut mark = Self::default();
         for value in values {
@@ -38,7 +45,7 @@ impl Mark {
             match (Cursor { rest: value }).list(&mut in_value) {
                 Some(()) => mark = in_value,
                 // It may have held the last member, which did not say it.
-                None => mark.is_unsent = false,
+                None => (mark.is_unsent, mark.is_limited) = (false, false),
             }
         }
         mark.says_something().then_some(mark)
@@ -68,13 +75,14 @@ impl Mark {
     }
 
     const fn says_something(&self) -> bool {
-        self.is_final || self.is_unsent || self.at.is_some()
+        self.is_final || self.is_unsent || self.is_limited || self.at.is_some()
     }
 
     /// Adds what a further member of ours says.
     fn join(&mut self, next: Self) {
         self.is_final |= next.is_final;
         self.is_unsent = next.is_unsent;
+        self.is_limited = next.is_limited;
         self.at = self.at.take().or(next.at);
     }
 
@@ -82,6 +90,7 @@ impl Mark {
         match (key, value) {
             (FINAL, Value::Boolean(is)) => self.is_final = *is,
             (UNSENT, Value::Boolean(is)) => self.is_unsent = *is,
+            (ERROR, Value::Token(token)) => self.is_limited = *token == DENIED,
             (PLACE, Value::String(text)) => self.at = unescaped(text),
             _ => {}
         }
@@ -131,6 +140,8 @@ impl<'a> Cursor<'a> {
     }
 
     fn member(&mut self, mark: &mut Mark) -> Option<()> {
+        // Whoever has added this one got the answer from whoever said so before.
+        (mark.is_unsent, mark.is_limited) = (false, false);
         if self.rest.first() == Some(&b'(') {
             self.inner_list()?;
             return self.parameters(|_, _| {});
@@ -272,7 +283,7 @@ mod tests {
     }
 
     fn mark(is_final: bool, is_unsent: bool, at: Option<&str>) -> Option<Mark> {
-        Some(Mark { is_final, is_unsent, at: at.map(Into::into) })
+        Some(Mark { is_final, is_unsent, is_limited: false, at: at.map(Into::into) })
     }
 
     #[test]
@@ -339,11 +350,31 @@ mod tests {
     }
 
     #[test]
-    fn only_the_nearest_sidecar_can_say_unsent() {
+    fn only_the_nearest_proxy_can_say_unsent() {
+        for later in ["edge; received-status=503", "(edge)", "\"edge\""] {
+            assert_eq!(read(&[&format!("hopguard; hopguard-unsent, {later}")]), None, "{later}");
+            assert_eq!(read(&["hopguard; hopguard-unsent", later]), None, "{later}");
+            assert_eq!(read(&[later, "hopguard; hopguard-unsent"]), mark(false, true, None), "{later}");
+        }
         assert_eq!(read(&["hopguard; hopguard-unsent, hopguard; error=proxy_internal_error"]), None);
         assert_eq!(read(&["hopguard; hopguard-final", "hopguard; hopguard-unsent"]), mark(true, true, None));
         assert_eq!(read(&["hopguard; hopguard-unsent", "hopguard; details=\"cut"]), None);
         assert_eq!(read(&["hopguard; details=\"cut", "hopguard; hopguard-unsent"]), mark(false, true, None));
+    }
+
+    #[test]
+    fn only_the_nearest_sidecar_can_say_limited() {
+        let table: [(&[&str], bool); 6] = [
+            (&["hopguard; error=http_request_denied; details=\"rate_limited: too many\""], true),
+            (&["nginx; error=http_request_denied"], false),
+            (&["hopguard; error=connection_limit_reached"], false),
+            (&["hopguard; error=\"http_request_denied\""], false),
+            (&["hopguard; error=http_request_denied, hopguard; received-status=200; hopguard-final"], false),
+            (&["hopguard; error=http_request_denied", "hopguard; details=\"cut"], false),
+        ];
+        for (values, is_limited) in table {
+            assert_eq!(read(values).is_some_and(|mark| mark.is_limited), is_limited, "{values:?}");
+        }
     }
 
     #[test]
@@ -358,8 +389,8 @@ mod tests {
     proptest! {
         #[test]
         fn what_is_written_is_read_back(is_final: bool, is_unsent: bool, at in proptest::option::of("[ -~]{1,256}")) {
-            let mark = Mark { is_final, is_unsent, at: at.map(Into::into) };
-            let value = format!("a, hopguard; error=x; details=\"y\"{}, b", mark.write_parameters());
+            let mark = Mark { is_final, is_unsent, is_limited: false, at: at.map(Into::into) };
+            let value = format!("a, (b), hopguard; error=x; details=\"y\"{}", mark.write_parameters());
             prop_assert_eq!(read(&[&value]), mark.says_something().then_some(mark));
         }
 

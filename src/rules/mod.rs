@@ -14,6 +14,7 @@ pub mod joined;
 pub mod limits;
 pub mod mark;
 pub mod mode;
+mod number;
 pub mod rate_limit;
 pub mod ratio;
 pub mod retry;

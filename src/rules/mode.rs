@@ -8,11 +8,13 @@ use std::fmt;
 use schemars::JsonSchema;
 use serde::Deserialize;
 
+use super::switch::allow_false;
 use crate::problems::{At, Set};
 
 /// How strictly a rule is kept. Shows as in a policy.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
+#[schemars(transform = allow_false)]
 pub enum Mode {
     /// Its decisions hold.
     #[default]

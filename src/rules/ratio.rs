@@ -6,6 +6,7 @@ use std::fmt;
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::de::{self, Deserialize, Deserializer, Visitor};
 
+use super::number::not_a_number;
 use crate::problems::Fault;
 
 /// A share in a document: more than 0, at most 1, and so never NaN.
@@ -33,6 +34,11 @@ impl<'de> Deserialize<'de> for Ratio {
             fn visit_u64<E: de::Error>(self, whole: u64) -> Result<Ratio, E> {
                 // Above one thousand the exact value no longer matters: it is refused.
                 self.visit_f64(f64::from(u16::try_from(whole).unwrap_or(u16::MAX)))
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Ratio, E> {
+                let is_good = |text: &str| text.parse().is_ok_and(|ratio: f64| ratio > 0.0 && ratio <= 1.0);
+                Err(E::custom(not_a_number(text, &self, is_good)))
             }
         }
         deserializer.deserialize_any(Read)

@@ -26,7 +26,8 @@ pub fn format(bytes: u32) -> String {
     }
 }
 
-fn parse(text: &str) -> Option<u64> {
+/// The number of bytes that a text says, whatever the range.
+pub(super) fn parse(text: &str) -> Option<u64> {
     let (number, unit) = text.split_at(text.bytes().take_while(u8::is_ascii_digit).count());
     let unit = match unit {
         "" => 1,

@@ -10,6 +10,7 @@ use std::marker::PhantomData;
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{self, Deserialize, Deserializer, MapAccess, Visitor};
+use serde_json::{Value, json};
 
 use crate::problems::Fault;
 
@@ -61,13 +62,18 @@ impl<'de, T: Deserialize<'de> + Keys> Deserialize<'de> for Switch<T> {
     }
 }
 
-fn neither<T: Keys>(word: &str) -> Fault {
+fn neither<'de, T: Deserialize<'de> + Keys>(word: &str) -> Fault {
     let hint = match (word.to_ascii_lowercase().as_str(), T::KEYS) {
         ("off" | "of" | "false" | "no" | "none" | "never" | "disabled", _) => "write `off`".to_owned(),
-        (number, [first, ..]) if number.parse().is_ok_and(|n: u32| n > 0) => format!("write `{{ {first}: {number} }}`"),
+        (number, [first, ..]) if fits::<T>(first, number) => format!("write `{{ {first}: {number} }}`"),
         _ => format!("write `off`, or {}", T::ON),
     };
     Fault::new(format!("expected `off` or a mapping, found `{word}`"), hint)
+}
+
+/// Whether a mapping of this field alone would be taken.
+fn fits<'de, T: Deserialize<'de>>(key: &str, number: &str) -> bool {
+    number.parse().is_ok_and(|number: u32| T::deserialize(json!({ key: number })).is_ok())
 }
 
 impl<T: JsonSchema> JsonSchema for Switch<T> {
@@ -80,6 +86,13 @@ impl<T: JsonSchema> JsonSchema for Switch<T> {
     }
 
     fn json_schema(generator: &mut SchemaGenerator) -> Schema {
-        json_schema!({ "anyOf": [{ "const": "off" }, generator.subschema_for::<T>()] })
+        json_schema!({ "anyOf": [{ "const": "off" }, { "const": false }, generator.subschema_for::<T>()] })
+    }
+}
+
+/// Adds `false` to the schema of an enum of words, one of which is `off`: the reader takes the one for the other.
+pub fn allow_false(schema: &mut Schema) {
+    if let Some(Value::Array(words)) = schema.get_mut("oneOf") {
+        words.push(json!({ "const": false, "description": "The same as off, which tools of YAML 1.1 write so." }));
     }
 }

@@ -42,6 +42,11 @@ impl TraceKeys {
         Self { trace: trace.map(TraceKey::Trace), request: request.map(TraceKey::Request) }
     }
 
+    /// True if it brings none that can be read.
+    pub const fn is_empty(self) -> bool {
+        self.trace.is_none() && self.request.is_none()
+    }
+
     /// The keys, the trace id first.
     pub fn iter(self) -> impl Iterator<Item = TraceKey> {
         self.trace.into_iter().chain(self.request)

@@ -3,6 +3,7 @@
 //! Every worker is one thread with a single-threaded runtime of its own: tasks never move, so nothing on the
 //! data path is locked or sent between threads.
 
+pub mod coalescing;
 pub mod drain;
 pub mod quiet;
 pub mod signals;

@@ -13,10 +13,25 @@ pub enum Ended {
     Interrupt,
 }
 
-/// Listens from its making on, so that no signal is missed.
+/// Those that end the process. Listens from its making on, so that no signal is missed.
 pub struct Signals {
     terminate: Signal,
     interrupt: Signal,
+}
+
+/// SIGHUP, by which many servers are told to read their files again. From its making on it does not end the process.
+pub struct Hangup(Signal);
+
+impl Hangup {
+    /// Begins to listen. Fails if the system does not allow it.
+    pub fn listen() -> io::Result<Self> {
+        Ok(Self(signal(SignalKind::hangup())?))
+    }
+
+    /// Returns at the next one.
+    pub async fn next(&mut self) {
+        self.0.recv().await;
+    }
 }
 
 impl Signals {

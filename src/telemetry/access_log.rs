@@ -1,25 +1,19 @@
 //! The access log: which exchanges get a line, and how the line leaves the process.
 //!
-//! A worker never waits for it. Lines go into a bounded channel to one writer thread; when that is full, because the
-//! reader of our standard output is slow, lines are thrown away and counted.
+//! A worker never waits for it: a thread of its own writes the lines, and when too many wait, because the reader of our
+//! standard output is slow, they are thrown away and counted.
 
 use std::io::Write;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use tokio::time::Instant;
-
 use super::instruments::Counter;
 use super::outcome::Outcome;
+use super::writer::Writer;
 
 /// How many lines wait for the writer at most.
-const CHANNEL: usize = 8192;
-/// The writer gathers lines for this long before it writes, so that a busy worker rarely has to wake it.
-const GATHER: Duration = Duration::from_millis(5);
-/// The writer writes at the latest when it has gathered this many bytes.
-const BATCH: usize = 256 * 1024;
+const LINES: usize = 8192;
 /// How many lines a memory sink keeps.
 const MEMORY_LINES: usize = 65_536;
 
@@ -94,13 +88,8 @@ impl Sink {
     }
 }
 
-enum Message {
-    Line(Box<str>),
-    Flush(SyncSender<()>),
-}
-
 enum Output {
-    Thread(SyncSender<Message>),
+    Thread(Writer),
     Memory(MemoryLines),
 }
 
@@ -113,10 +102,11 @@ pub struct AccessLog {
 
 impl AccessLog {
     pub(super) fn new(sink: Sink, dropped: Counter, failed: Counter) -> Self {
+        let start = |to| Output::Thread(Writer::start("access-log", to, LINES, dropped.clone(), failed));
         let output = match sink {
             Sink::Memory(lines) => Output::Memory(lines),
-            Sink::Stdout => Output::Thread(start(Box::new(std::io::stdout()), failed)),
-            Sink::Writer(writer) => Output::Thread(start(writer, failed)),
+            Sink::Stdout => start(Box::new(std::io::stdout())),
+            Sink::Writer(writer) => start(writer),
         };
         Self { settings: AtomicU64::new(AccessLogSettings::default().pack()), output, dropped }
     }
@@ -150,31 +140,17 @@ impl AccessLog {
                     self.dropped.increment();
                 }
             }
-            Output::Thread(sender) => match sender.try_send(Message::Line(line.into())) {
-                Ok(()) => {}
-                Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => self.dropped.increment(),
-            },
+            Output::Thread(writer) => writer.put(line.as_bytes()),
         }
     }
 
     /// Waits until everything handed over so far is written, at most `limit`; `false` when that was not enough. It
     /// blocks the thread: for the end of the process.
     pub fn flush(&self, limit: Duration) -> bool {
-        let Output::Thread(sender) = &self.output else {
-            return true;
-        };
-        let (done, written) = sync_channel(1);
-        let deadline = Instant::now() + limit;
-        let mut message = Message::Flush(done);
-        // The channel may be full behind a stuck reader, and a plain send would wait for it without a limit.
-        while let Err(TrySendError::Full(back)) = sender.try_send(message) {
-            if Instant::now() >= deadline {
-                return false;
-            }
-            message = back;
-            std::thread::sleep(GATHER);
+        match &self.output {
+            Output::Thread(writer) => writer.flush(limit),
+            Output::Memory(_) => true,
         }
-        written.recv_timeout(deadline.saturating_duration_since(Instant::now())).is_ok()
     }
 }
 
@@ -192,45 +168,5 @@ fn is_error(outcome: Outcome, grpc_status: Option<u32>) -> bool {
         Outcome::Ok | Outcome::ClientError | Outcome::CallerGone => false,
         Outcome::GrpcError => !matches!(grpc_status, Some(1 | 3 | 5 | 6 | 7 | 9 | 10 | 11 | 16)),
         _ => true,
-    }
-}
-
-/// Starts the writer thread. Where no thread can be had, the channel is closed, so all lines count as dropped.
-fn start(writer: Box<dyn Write + Send>, failed: Counter) -> SyncSender<Message> {
-    let (sender, receiver) = sync_channel(CHANNEL);
-    let thread = std::thread::Builder::new().name("access-log".to_owned());
-    if let Err(error) = thread.spawn(move || write_lines(writer, &receiver, &failed)) {
-        tracing::error!(%error, "no thread for the access log: its lines are dropped");
-    }
-    sender
-}
-
-/// Until the last sender is gone: gather what is there, write it, tell whoever waits for a flush.
-fn write_lines(mut writer: Box<dyn Write + Send>, receiver: &Receiver<Message>, failed: &Counter) {
-    let mut batch = Vec::with_capacity(16 * 1024);
-    while let Ok(first) = receiver.recv() {
-        let mut waiting = Vec::new();
-        let mut next = Some(first);
-        while let Some(message) = next {
-            match message {
-                Message::Line(line) => {
-                    batch.extend_from_slice(line.as_bytes());
-                    batch.push(b'\n');
-                }
-                Message::Flush(done) => waiting.push(done),
-            }
-            next = if batch.len() < BATCH { receiver.try_recv().ok() } else { None };
-        }
-        if writer.write_all(&batch).and_then(|()| writer.flush()).is_err() {
-            failed.increment();
-        }
-        batch.clear();
-        if waiting.is_empty() {
-            std::thread::sleep(GATHER);
-        }
-        for done in waiting {
-            // Whoever waited may have given up.
-            let _ = done.try_send(());
-        }
     }
 }

@@ -8,6 +8,7 @@ use super::histogram::Buckets;
 use super::hop::HopLabels;
 use super::host_process::ProcessFigures;
 use super::instruments::{Family, Labels, Reading};
+use super::log;
 use super::shard::{SeriesKey, SeriesSums};
 use super::{PolicyInfo, Telemetry};
 
@@ -69,6 +70,7 @@ fn process(telemetry: &Telemetry) -> Vec<MetricFamily> {
     let figures = ProcessFigures::read();
     let version = vec![("version", env!("CARGO_PKG_VERSION").to_owned())];
     let mut families = vec![
+        one_counter(names::LOG_DROPPED, Some(log::dropped() as f64)),
         one_counter(names::TURNED_AWAY, Some(telemetry.hops.turned_away() as f64)),
         one_counter(names::CPU, figures.cpu.map(|cpu| cpu.as_secs_f64())),
         one_gauge(names::BUILD, version, Some(1.0)),

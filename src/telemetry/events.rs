@@ -1,7 +1,7 @@
 //! What the rules did: counted when it happens, by name, because it is rare.
 //!
-//! A retry, a refusal to retry, a change of a breaker, an ejection, a fault, a rule in `warn` that would have acted. Each is
-//! looked up by its labels at that moment; nothing here is called for an exchange that simply goes well.
+//! A retry, a refusal to retry, a change of a breaker, an ejection, a fault, a rule in `warn` that would have acted.
+//! Each is looked up by its labels at that moment; nothing here is called for an exchange that simply goes well.
 
 use super::Telemetry;
 use super::families::{
@@ -52,7 +52,8 @@ impl Telemetry {
         self.instruments.gauge(BREAKER_STATE, vec![("destination", destination.to_owned())], None).set(number);
     }
 
-    /// An endpoint of `destination` is `out` or `in` again; `out_now` of them are out.
+    /// An endpoint of `destination` is `out`, is `tried`, is `in` again, or was `kept` although it fails; `out_now` of them
+    /// are out.
     pub fn ejection_changed(&self, destination: &str, change: &'static str, out_now: usize) {
         let labels = vec![("destination", destination.to_owned()), ("change", change.to_owned())];
         self.tally(EJECTIONS, labels).increment();

@@ -28,7 +28,7 @@ enum End {
 #[derive(Debug)]
 pub struct Exchange {
     shard: Rc<Shard>,
-    began: Instant,
+    pub(super) began: Instant,
     ended: Option<Instant>,
     hop: HopId,
     end: End,
@@ -41,11 +41,6 @@ impl Exchange {
     pub fn begin(shard: Rc<Shard>, now: Instant, hop: HopId, protocol: Protocol, request: RequestLine) -> Self {
         let record = Record::new(protocol, request);
         Self { shard, began: now, ended: None, hop, end: End::Open, record }
-    }
-
-    /// When the request's head was complete.
-    pub fn began(&self) -> Instant {
-        self.began
     }
 
     /// The hop that it counts for.
@@ -63,9 +58,11 @@ impl Exchange {
         self.record.request.uri.path()
     }
 
-    /// What the caller spoke.
-    pub fn protocol(&self) -> Protocol {
-        self.record.protocol
+    /// Whom the request asks: the authority of its target, else its `Host`; empty where it names nobody.
+    pub fn authority(&self) -> &[u8] {
+        let request = &self.record.request;
+        let target = request.uri.authority().map(|authority| authority.as_str().as_bytes());
+        target.or(request.host.as_ref().map(HeaderValue::as_bytes)).unwrap_or_default()
     }
 
     /// Names the hop once the route is known.
@@ -115,6 +112,11 @@ impl Exchange {
     /// to record.
     pub fn upstream_waited(&mut self, waited: Duration) {
         *self.record.upstream.get_or_insert_default() += waited;
+    }
+
+    /// Adds the time from handing a request to a connection to the end of a try that had no answer.
+    pub fn waited_in_vain(&mut self, waited: Duration) {
+        self.note().in_vain += waited;
     }
 
     /// The head of the answer is ready for the caller: the upstream's or our own. A later one replaces it.

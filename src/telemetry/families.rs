@@ -60,12 +60,16 @@ const RELOADS: Family = family("hopguard_policy_reloads_total", "Attempts to loa
 const CERTIFICATES: Family =
     family("hopguard_certificate_reloads_total", "Times that changed certificates and authorities were read again");
 const WORKERS: Family = family("hopguard_workers", "Worker threads");
+const NAPS: Family =
+    family("hopguard_worker_naps_total", "Naps that workers took to do more at once when they woke up");
 const DRAINING: Family = family("hopguard_draining", "1 from the start of the drain on, else 0");
 const LINES_DROPPED: Family =
     family("hopguard_access_log_dropped_total", "Access log lines thrown away because the reader was too slow");
 const LINES_FAILED: Family =
     family("hopguard_access_log_write_errors_total", "Access log writes that the system refused");
 
+pub(super) const LOG_DROPPED: Family =
+    family("hopguard_log_dropped_total", "Lines of the program's own log thrown away because the reader was too slow");
 pub(super) const TURNED_AWAY: Family =
     family("hopguard_hops_turned_away_total", "Hops counted under the label value other because the table is full");
 pub(super) const BUILD: Family = family("hopguard_build_info", "Always 1; the labels say what is running");
@@ -108,9 +112,11 @@ pub const ALL: &[Family] = &[
     RELOADS,
     CERTIFICATES,
     WORKERS,
+    NAPS,
     DRAINING,
     LINES_DROPPED,
     LINES_FAILED,
+    LOG_DROPPED,
     TURNED_AWAY,
     BUILD,
     POLICY,
@@ -190,6 +196,8 @@ pub struct ProcessMetrics {
     pub certificates_failed: Counter,
     /// Worker threads.
     pub workers: Gauge,
+    /// Naps of all workers.
+    pub naps: Counter,
     /// 1 from the start of the drain on.
     pub draining: Gauge,
     pub(super) lines_dropped: Counter,
@@ -206,6 +214,7 @@ impl ProcessMetrics {
             reloads_ok: reloads("ok"),
             reloads_failed: reloads("failed"),
             workers: instruments.gauge(WORKERS, Vec::new(), None),
+            naps: instruments.counter(NAPS, Vec::new(), None),
             draining: instruments.gauge(DRAINING, Vec::new(), None),
             lines_dropped: instruments.counter(LINES_DROPPED, Vec::new(), None),
             lines_failed: instruments.counter(LINES_FAILED, Vec::new(), None),

@@ -1,8 +1,8 @@
 //! The line that the access log writes for one exchange: JSON for machines, text for people.
 //!
-//! Both are written by hand into a buffer that the worker keeps (a general serializer or formatter costs several times as much). What
-//! callers and upstreams sent is escaped, so that no byte of theirs ends a line or reaches a terminal as a control.
-//! `docs/access-log.md` lists the fields.
+//! Both are written by hand into a buffer that the worker keeps (a general serializer or formatter costs several times
+//! as much). What callers and upstreams sent is escaped, so that no byte of theirs ends a line or reaches a terminal as
+//! a control. `docs/access-log.md` lists the fields.
 
 use std::fmt::{self, Write};
 use std::time::Duration;

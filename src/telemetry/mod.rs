@@ -12,6 +12,7 @@
 //! | `summary` | hops as people want to see them |
 //! | `access_log`, `line` | one line per exchange |
 //! | `log` | the diagnostics of the process itself |
+//! | `writer` | the thread that writes the lines of either |
 //!
 //! Level 1: it takes plain values and knows no policy, no connection and no rule. On the path of a request it takes no
 //! lock, looks up no label, formats nothing unless a line is written, and allocates nothing.
@@ -32,6 +33,7 @@ mod outcome;
 mod record;
 mod shard;
 mod summary;
+mod writer;
 
 use std::collections::BTreeMap;
 use std::rc::Rc;

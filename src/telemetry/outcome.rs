@@ -112,11 +112,6 @@ named! {
 }
 
 impl Outcome {
-    /// Whether we answered, or cut, in the upstream's place.
-    pub const fn is_refusal(self) -> bool {
-        self as u8 >= Outcome::RequestTimeout as u8
-    }
-
     /// Whether it counts against the success rate: every refusal, 5xx, gRPC error and cut body. A 4xx is an answer, and
     /// a caller that went away is not a failure of the hop.
     pub const fn is_failure(self) -> bool {
@@ -136,7 +131,6 @@ mod tests {
             assert!(name.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_'), "{name}");
             assert_eq!(Outcome::ALL.iter().filter(|other| other.as_str() == name).count(), 1);
         }
-        assert_eq!(Outcome::ALL.iter().filter(|outcome| outcome.is_refusal()).count(), 24);
         assert!(Outcome::ALL.len() * Protocol::ALL.len() <= 256, "the series key is one byte");
     }
 }

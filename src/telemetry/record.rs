@@ -90,6 +90,8 @@ pub struct Notes {
     pub would: Vec<&'static str>,
     /// How long it waited between tries.
     pub paused: Duration,
+    /// How long tries waited for the upstream and had no answer.
+    pub in_vain: Duration,
 }
 
 /// Everything that a line of the access log says of the exchange itself.
@@ -137,11 +139,11 @@ impl Record {
         }
     }
 
-    /// What we took of the time to the first byte: all of it but the waits for a place, a connection, the upstream and
-    /// the next try.
+    /// What we took of the time to the first byte: all of it but the waits for a place, a connection, the upstream, be
+    /// it in vain, and the next try.
     pub(super) fn overhead(&self) -> Option<Duration> {
-        let paused = self.notes.as_ref().map_or(Duration::ZERO, |notes| notes.paused);
-        let waits = self.upstream? + self.connect.unwrap_or_default() + self.queued.unwrap_or_default() + paused;
+        let tries = self.notes.as_ref().map_or(Duration::ZERO, |notes| notes.paused + notes.in_vain);
+        let waits = self.upstream? + self.connect.unwrap_or_default() + self.queued.unwrap_or_default() + tries;
         Some(self.first_byte?.saturating_sub(waits))
     }
 }

@@ -103,7 +103,7 @@ fn each_way_to_end_has_its_outcome() {
 }
 
 fn head(exchange: &mut Exchange, status: u16) {
-    exchange.head(exchange.began() + ms(3), StatusCode::from_u16(status).unwrap());
+    exchange.head(exchange.began + ms(3), StatusCode::from_u16(status).unwrap());
 }
 
 fn done(exchange: &mut Exchange, status: u16) {
@@ -284,6 +284,15 @@ fn a_reader_that_does_not_read_costs_lines_and_never_time() {
 }
 
 #[test]
+fn what_waits_for_a_reader_is_bounded_in_bytes_too() {
+    let (_release, stuck) = std::sync::mpsc::channel();
+    let telemetry = Telemetry::new(Sink::Writer(Box::new(Stuck(stuck))));
+    let line = "x".repeat(64 << 10);
+    (0..200).for_each(|_| telemetry.access_log.put(&line));
+    assert_eq!(telemetry.process.lines_dropped.value(), 200 - (8 << 20) / (line.len() as u64 + 1));
+}
+
+#[test]
 fn an_exchange_is_small_enough_to_ride_along() {
     assert!(size_of::<Exchange>() <= 512, "{} bytes", size_of::<Exchange>());
 }
@@ -352,7 +361,7 @@ fn overhead_is_what_no_wait_explains() {
     exchange.connected(ms(20));
     exchange.upstream_waited(ms(30));
     exchange.note().paused = ms(40);
-    exchange.head(exchange.began() + ms(101), StatusCode::OK);
+    exchange.head(exchange.began + ms(101), StatusCode::OK);
     assert_eq!(exchange.record.overhead(), Some(ms(1)));
     exchange.upstream_waited(ms(30));
     assert_eq!(exchange.record.overhead(), Some(Duration::ZERO), "waits that overlap never make it negative");

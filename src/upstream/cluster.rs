@@ -5,7 +5,7 @@
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
@@ -13,7 +13,7 @@ use rustls::ClientConfig;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use crate::net::certificates::{self, CertificateError};
+use crate::net::certificates::{self, CertificateError, SystemRoots};
 use crate::rules::breaker::{Breaker, Change, State};
 use crate::rules::budget::Budget;
 use crate::rules::ejection::{Group, Member};
@@ -51,12 +51,13 @@ pub struct Identity {
     pub protocol: Protocol,
     /// TLS to the endpoints.
     pub tls: Option<Tls>,
-    /// The name for certificates of endpoints that have none themselves.
+    /// The name for certificates of endpoints that have none themselves; empty where none is asked for.
     pub host: Arc<str>,
 }
 
-/// What the failures of a destination have led to, shared by all workers. Lives as long as the policy names the destination,
-/// whatever becomes of its endpoints and values.
+/// What the failures of a destination have led to, shared by all workers. Lives as long as the policy names the
+/// destination, whatever becomes of its endpoints and values. Where callers name the places to go to, each place has
+/// one of its own.
 #[derive(Clone)]
 pub struct Health {
     /// The circuit breaker.
@@ -71,25 +72,57 @@ pub struct Health {
     hidden: Arc<[AtomicBool; 2]>,
     /// Where changes are told that no call causes.
     telemetry: Arc<OnceLock<Arc<Telemetry>>>,
+    /// What is shown of the destination: this, and whatever else shares the list.
+    shown: Arc<Mutex<Vec<Shown>>>,
 }
+
+/// What a destination, or a place that it leads to, adds to what is shown of the destination; gone with the place.
+type Shown = (Weak<Breaker>, Weak<Group>);
 
 impl Health {
     /// Nothing has failed yet.
     pub fn new(now: Instant) -> Self {
-        let (breaker, group, budget) = (Breaker::new(now), Group::new(now), Budget::new());
-        Self { breaker, group, budget, in_force: Arc::default(), hidden: Arc::default(), telemetry: Arc::default() }
+        let this = Self {
+            breaker: Breaker::new(now),
+            group: Group::new(now),
+            budget: Budget::new(),
+            in_force: Arc::default(),
+            hidden: Arc::default(),
+            telemetry: Arc::default(),
+            shown: Arc::default(),
+        };
+        this.be_shown();
+        this
     }
 
-    /// Says which of the two rules the policy in force has. What has failed is remembered without them, but it is not shown,
-    /// whatever calls of an older policy still bring about. True if that is a change.
+    /// That of a place: one place's failures say nothing about the others. It is shown together with them.
+    fn place(&self, now: Instant) -> Self {
+        let (breaker, group, budget) = (Breaker::new(now), Group::new(now), Budget::new());
+        let this = Self { breaker, group, budget, in_force: Arc::default(), ..self.clone() };
+        this.be_shown();
+        this
+    }
+
+    fn be_shown(&self) {
+        let mut all = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
+        all.retain(|(breaker, _)| breaker.strong_count() > 0);
+        all.push((Arc::downgrade(&self.breaker), Arc::downgrade(&self.group)));
+    }
+
+    /// Says which of the two rules the policy in force has. What has failed is remembered without them, but it is not
+    /// shown, whatever calls of an older policy still bring about. True if that is a change.
     pub fn show(&self, breaker: bool, ejection: bool) -> bool {
         let was = [self.hidden[0].swap(!breaker, Relaxed), self.hidden[1].swap(!ejection, Relaxed)];
         was != [!breaker, !ejection]
     }
 
-    /// The state of the circuit breaker as it is shown, if it is in `state`.
-    pub fn shown(&self, state: State) -> State {
-        if self.hidden[0].load(Relaxed) { State::Closed } else { state }
+    /// The state of the circuit breaker as it is shown: of several places, the worst.
+    pub fn state_now(&self, now: Instant) -> State {
+        if self.hidden[0].load(Relaxed) {
+            return State::Closed;
+        }
+        let states: Vec<_> = self.all_shown(|(breaker, _)| Some(breaker.upgrade()?.state(now)));
+        [State::Open, State::HalfOpen].into_iter().find(|state| states.contains(state)).unwrap_or(State::Closed)
     }
 
     /// Tells `telemetry` of changes that no call causes. Whoever makes calls has to say this first: only calls eject.
@@ -97,12 +130,31 @@ impl Health {
         self.telemetry.get_or_init(|| Arc::clone(telemetry));
     }
 
-    /// How many endpoints are out, and get no calls or would get none.
+    /// How many endpoints are out, and get no calls or would get none; of several places, all together.
     pub fn out_now(&self, now: Instant) -> usize {
         if self.hidden[1].load(Relaxed) {
             return 0;
         }
-        self.group.members().iter().filter(|member| member.is_out(now)).count()
+        let out = |group: Arc<Group>| group.members().iter().filter(|member| member.is_out(now)).count();
+        self.all_shown(|(_, group)| group.upgrade().map(out)).iter().sum()
+    }
+
+    /// Shows no more of this one. True if there was something to be seen.
+    fn hide(&self, now: Instant) -> bool {
+        let mut all = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
+        all.retain(|(breaker, _)| breaker.as_ptr() != Arc::as_ptr(&self.breaker));
+        self.breaker.state(now) != State::Closed || self.group.members().iter().any(|member| member.is_out(now))
+    }
+
+    /// Whether it keeps calls away, from all endpoints or from some. What waits to be tried does not.
+    pub fn is_open(&self, now: Instant) -> bool {
+        self.breaker.state(now) == State::Open
+            || self.group.members().iter().any(|member| member.state(now) == State::Open)
+    }
+
+    fn all_shown<T>(&self, look: impl Fn(&Shown) -> Option<T>) -> Vec<T> {
+        let all = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
+        all.iter().filter_map(look).collect()
     }
 }
 
@@ -114,50 +166,63 @@ pub struct Cluster {
     pub identity: Identity,
     /// What its failures have led to.
     pub health: Health,
+    /// Host and port of a place that callers have named.
+    pub place: Option<String>,
     addresses: watch::Sender<Arc<Addresses>>,
     /// One for a destination and all the places that it leads to.
-    tls: Arc<ArcSwapOption<ClientConfig>>,
+    tls: Arc<ArcSwapOption<Offers>>,
+}
+
+/// TLS settings, by the protocols that are offered.
+struct Offers {
+    /// Those that the policy allows.
+    all: Arc<ClientConfig>,
+    /// HTTP/1.1 alone.
+    http1: Arc<ClientConfig>,
 }
 
 impl Cluster {
     /// A cluster whose fixed addresses are known and whose names are still to be resolved.
     ///
     /// Fails if TLS is wanted and the certificates cannot be used.
-    pub fn new(identity: Identity, health: Health) -> Result<Arc<Self>, CertificateError> {
-        let cluster = Self::with(identity, health, Arc::default());
-        cluster.load_certificates()?;
+    pub fn new(identity: Identity, health: Health, roots: &SystemRoots) -> Result<Arc<Self>, CertificateError> {
+        let cluster = Self::with(identity, health, None, Arc::default());
+        cluster.load_certificates(roots)?;
         Ok(Arc::new(cluster))
     }
 
     /// A cluster for a place that callers of this one want to reach, with the certificates of this one.
-    pub fn place(&self, endpoint: Endpoint, host: &str) -> Arc<Self> {
+    pub fn place(&self, name: String, endpoint: Endpoint, host: &str) -> Arc<Self> {
         let identity = Identity { endpoints: vec![endpoint], host: host.into(), ..self.identity.clone() };
-        // One place's failures say nothing about the others.
-        Arc::new(Self::with(identity, Health::new(Instant::now()), Arc::clone(&self.tls)))
+        let health = self.health.place(Instant::now());
+        Arc::new(Self::with(identity, health, Some(name), Arc::clone(&self.tls)))
     }
 
-    fn with(identity: Identity, health: Health, tls: Arc<ArcSwapOption<ClientConfig>>) -> Self {
+    fn with(identity: Identity, health: Health, place: Option<String>, tls: Arc<ArcSwapOption<Offers>>) -> Self {
         static NEXT: AtomicU64 = AtomicU64::new(1);
         let id = NEXT.fetch_add(1, Relaxed);
-        Self { id, addresses: watch::Sender::new(Arc::new(fixed(&identity))), tls, identity, health }
+        Self { id, addresses: watch::Sender::new(Arc::new(fixed(&identity))), tls, identity, health, place }
     }
 
     /// Reads the certificates again, for its places too; connections that exist keep theirs. On an error the old ones stay.
-    pub fn load_certificates(&self) -> Result<(), CertificateError> {
+    pub fn load_certificates(&self, roots: &SystemRoots) -> Result<(), CertificateError> {
         if let Some(tls) = &self.identity.tls {
             let (http1, http2) = match self.identity.protocol {
                 Protocol::Auto => (true, true),
                 Protocol::Http1 => (true, false),
                 Protocol::Http2 => (false, true),
             };
-            self.tls.store(Some(certificates::client(tls.ca.as_deref(), http1, http2)?));
+            let all = certificates::client(tls.ca.as_deref(), roots, http1, http2)?;
+            let http1 = certificates::http1_only(&all);
+            self.tls.store(Some(Arc::new(Offers { all, http1 })));
         }
         Ok(())
     }
 
-    /// TLS settings, if this cluster is called over TLS.
-    pub fn tls(&self) -> Option<Arc<ClientConfig>> {
-        self.tls.load_full()
+    /// TLS settings, if this cluster is called over TLS; with `http1_only` nothing else is offered.
+    pub fn tls(&self, http1_only: bool) -> Option<Arc<ClientConfig>> {
+        let offers = self.tls.load();
+        offers.as_ref().map(|offers| Arc::clone(if http1_only { &offers.http1 } else { &offers.all }))
     }
 
     /// The names that discovery has to resolve, with their ports.
@@ -179,11 +244,10 @@ impl Cluster {
     }
 
     /// Takes up what discovery found: fixed addresses first, then `resolved`. Wakes nobody if nothing changed. Tells of the
-    /// endpoint that is taken back because all others are gone.
-    pub fn publish(&self, resolved: Vec<Address>, problem: Option<String>) {
+    /// endpoint that is taken back because all others are gone; none is gone before all is `settled`.
+    pub fn publish(&self, resolved: Vec<Address>, problem: Option<String>, settled: bool) {
         let mut next = fixed(&self.identity);
-        next.problem = problem;
-        next.settled = true;
+        (next.problem, next.settled) = (problem, settled);
         for address in resolved {
             if !next.list.contains(&address) {
                 next.list.push(address);
@@ -194,9 +258,7 @@ impl Cluster {
         self.addresses.send_if_modified(|present| {
             let changed = **present != next;
             if changed {
-                // One that was replaced still has calls, and its names are followed for them.
-                let may_forget = matches!(self.health.in_force.load(Relaxed), id if id == 0 || id == self.id);
-                back = may_forget.then(|| self.retain(&next, now)).flatten();
+                back = (settled && self.has_a_say()).then(|| self.retain(&next, now)).flatten();
                 *present = Arc::new(next);
             }
             changed
@@ -213,6 +275,17 @@ impl Cluster {
         self.health.in_force.store(self.id, Relaxed);
         let addresses = self.addresses();
         addresses.settled.then(|| self.retain(&addresses, now))?
+    }
+
+    /// Whether this one says which endpoints the destination has. One that was replaced still has calls, and its names
+    /// are followed for them.
+    fn has_a_say(&self) -> bool {
+        matches!(self.health.in_force.load(Relaxed), id if id == 0 || id == self.id)
+    }
+
+    /// The member at one of the addresses, which a replaced cluster does not add to those of the destination.
+    pub fn member(&self, address: SocketAddr) -> Arc<Member> {
+        self.health.group.member_if(address, || self.has_a_say())
     }
 
     fn retain(&self, addresses: &Addresses, now: Instant) -> Option<(Arc<Member>, Change)> {
@@ -239,6 +312,7 @@ impl Cluster {
         let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
         tracing::warn!(
             destination = &*self.identity.name,
+            place = self.place,
             endpoint = %member.address(),
             change = word,
             cause = change.cause.as_str(),
@@ -246,6 +320,20 @@ impl Cluster {
             out_for_ms = change.open_for.map(millis),
             "an endpoint changed its state"
         );
+    }
+}
+
+impl Drop for Cluster {
+    /// A place that is forgotten while it keeps calls away counts no more.
+    fn drop(&mut self) {
+        let now = Instant::now();
+        if self.place.is_some()
+            && self.health.hide(now)
+            && let Some(telemetry) = self.health.telemetry.get()
+        {
+            let (state, out) = (self.health.state_now(now).number(), self.health.out_now(now));
+            telemetry.breaker_and_endpoints(&self.identity.name, state, out);
+        }
     }
 }
 
@@ -321,13 +409,13 @@ mod tests {
             tls: None,
             host: "shop".into(),
         };
-        Cluster::new(identity, health).unwrap()
+        Cluster::new(identity, health, &Default::default()).unwrap()
     }
 
     /// A destination behind one name, which is at these addresses.
     fn cluster(addresses: &[u8]) -> (Arc<Cluster>, Arc<Telemetry>) {
         let cluster = behind("shop.test", Health::new(Instant::now()));
-        cluster.publish(addresses.iter().copied().map(address).collect(), None);
+        cluster.publish(addresses.iter().copied().map(address).collect(), None, true);
         let telemetry = Telemetry::new(Sink::Memory(MemoryLines::default()));
         // A worker that calls it knows the members and whom to tell of them.
         let connector = Rc::new(Network);
@@ -360,8 +448,8 @@ mod tests {
         let out = "hopguard_ejected_endpoints{destination=\"shop\"}";
         assert_eq!(metric(&telemetry, out), Some(1.0));
         let said = Said::during(|| {
-            cluster.publish(vec![address(1)], None);
-            cluster.publish(vec![address(1)], None);
+            cluster.publish(vec![address(1)], None, true);
+            cluster.publish(vec![address(1)], None, true);
         });
         assert_eq!(said.len(), 1, "{said:?}");
         for part in ["destination=\"shop\"", "endpoint=10.0.0.1:80", "change=\"in\"", "cause=\"no_other_left\""] {
@@ -375,22 +463,68 @@ mod tests {
     fn a_name_that_a_reload_has_replaced_forgets_no_endpoint_of_the_new_one() {
         let (old, telemetry) = cluster(&[1, 2]);
         let new = behind("shop.new", old.health.clone());
-        new.publish(vec![address(3), address(4)], None);
+        new.publish(vec![address(3), address(4)], None, true);
         assert!(new.forget_others(Instant::now()).is_none());
         let members = || new.health.group.members().iter().map(|one| one.address()).collect::<Vec<_>>();
         [3, 4].iter().for_each(|last| drop(new.health.group.member(address(*last).socket)));
         eject(&new, &telemetry, 3);
-        old.publish(vec![address(1)], None);
+        old.publish(vec![address(1)], None, true);
         assert_eq!(members(), [address(3).socket, address(4).socket]);
-        new.publish(vec![address(3), address(5)], None);
+        new.publish(vec![address(3), address(5)], None, true);
         assert_eq!(members(), [address(3).socket]);
+    }
+
+    #[test]
+    fn a_name_that_a_reload_has_replaced_adds_no_endpoint_to_the_new_one() {
+        let (old, telemetry) = cluster(&[1, 2]);
+        let upstreams = Upstreams::new(Rc::new(Network), Discovery::new().0, telemetry.shard(0));
+        let under_way = upstreams.pool(&old);
+        let new = behind("shop.new", old.health.clone());
+        new.publish(vec![address(3)], None, true);
+        new.forget_others(Instant::now());
+        upstreams.pool(&new).pick_now(Instant::now(), &[], true);
+        old.publish(vec![address(3), address(9)], None, true);
+        let tried = [address(3).socket];
+        let found = under_way.pick_now(Instant::now(), &tried, true).map(|endpoint| endpoint.address.socket);
+        assert_eq!(found, Some(address(9).socket), "a call under way finds it all the same");
+        let members: Vec<_> = new.health.group.members().iter().map(|one| one.address()).collect();
+        assert_eq!(members, [address(3).socket]);
+    }
+
+    #[test]
+    fn an_endpoint_is_remembered_until_all_names_have_been_asked_for() {
+        let (old, telemetry) = cluster(&[1, 2]);
+        eject(&old, &telemetry, 1);
+        let new = behind("shop.new", old.health.clone());
+        new.forget_others(Instant::now());
+        let members = || new.health.group.members().len();
+        new.publish(vec![address(2)], None, false);
+        assert_eq!(members(), 2, "the other may be behind a name that has not answered yet");
+        new.publish(vec![address(2)], None, true);
+        assert_eq!(members(), 1);
+    }
+
+    #[test]
+    fn what_is_out_is_counted_over_all_places() {
+        let (parent, telemetry) = cluster(&[]);
+        let upstreams = Upstreams::new(Rc::new(Network), Discovery::new().0, telemetry.shard(0));
+        let out = || metric(&telemetry, "hopguard_ejected_endpoints{destination=\"shop\"}");
+        let places = ["a.test", "b.test"].map(|host| upstreams.place(&parent, host, 80));
+        for (number, place) in places.iter().enumerate() {
+            place.cluster.publish(vec![address(1), address(2)], None, true);
+            place.pick_now(Instant::now(), &[], true);
+            eject(&place.cluster, &telemetry, 1);
+            assert_eq!(out(), Some(1.0 + number as f64));
+        }
+        places[0].cluster.publish(vec![address(2)], None, true);
+        assert_eq!(out(), Some(1.0));
     }
 
     #[test]
     fn an_endpoint_that_is_out_and_goes_away_is_not_counted_as_out_any_more() {
         let (cluster, telemetry) = cluster(&[1, 2]);
         eject(&cluster, &telemetry, 1);
-        let said = Said::during(|| cluster.publish(vec![address(2), address(3)], None));
+        let said = Said::during(|| cluster.publish(vec![address(2), address(3)], None, true));
         assert_eq!(said, Vec::<String>::new());
         assert_eq!(metric(&telemetry, "hopguard_ejected_endpoints{destination=\"shop\"}"), Some(0.0));
     }

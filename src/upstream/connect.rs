@@ -1,6 +1,6 @@
 //! Opening a connection: TCP, then TLS where the cluster wants it.
 //!
-//! [`Connect`] is the seam at which tests put memory in the network's place. Time limits are the caller's.
+//! [`Connect`] is the seam at which tests put memory in the network's place. The time limit is that of [`super::dial`].
 
 use std::io;
 use std::pin::Pin;
@@ -28,12 +28,15 @@ pub enum ConnectError {
     /// HTTP could not begin.
     #[error("{}", .0.sentence())]
     Handshake(#[source] UpstreamError),
-    /// The peer did not answer the HTTP/2 preface.
+    /// The peer did not answer the HTTP/2 preface, or did not agree on HTTP/2 in TLS.
     #[error("the peer does not speak HTTP/2")]
     NotHttp2,
     /// No address is known.
     #[error("{0}")]
     NoAddress(String),
+    /// It was not open within `timeouts.connect`.
+    #[error("not in time")]
+    Late,
 }
 
 /// A connection, ready for the first byte of HTTP.

@@ -1,9 +1,11 @@
 //! Keeps the addresses of clusters fresh: asks for each name again when its answer's time to live is over.
 //!
-//! Runs on one thread for the whole process, so that workers share one resolver and one cache. A time to live is
+//! Runs on one thread for the whole process, so that workers share one resolver and one cache. Each name of a cluster is
+//! followed for itself: one whose server is silent holds up no other. A time to live is
 //! kept between a floor and a ceiling; a name that does not exist is asked for again soon, because at start-up
 //! it often comes into being a moment later; when the resolver fails, the old addresses stay.
 
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -108,7 +110,7 @@ fn in_words(error: &NetError) -> String {
 pub struct Place {
     /// The destination's cluster.
     pub parent: u64,
-    /// The host as the caller wrote it, an IPv6 address in brackets.
+    /// The host, in small letters; an IPv6 address in brackets.
     pub host: String,
     /// The port.
     pub port: u16,
@@ -185,7 +187,7 @@ impl Discovery {
             Ok(ip) => Endpoint::Address(SocketAddr::new(ip, port)),
             Err(_) => Endpoint::Dns { name: host.to_owned(), port },
         };
-        let cluster = parent.place(endpoint, bare);
+        let cluster = parent.place(format!("{host}:{port}"), endpoint, bare);
         places.insert(place, Arc::downgrade(&cluster));
         drop(places);
         self.follow(&cluster);
@@ -204,74 +206,97 @@ pub async fn run<R: Resolve + 'static>(resolver: R, requests: Requests) {
     }
 }
 
-/// Resolves all names of a cluster again and again, until nobody holds the cluster any more.
+/// Resolves all names of a cluster again and again, each at its own time, until nobody holds the cluster any more.
 async fn keep_fresh(resolver: &impl Resolve, cluster: Weak<Cluster>) {
-    let mut known: HashMap<(String, u16), Vec<IpAddr>> = HashMap::new();
+    let Some(alive) = cluster.upgrade() else { return };
+    let names: Vec<_> = alive.names().map(|(name, port)| Known::new(name, port)).collect();
+    drop(alive);
+    let all = RefCell::new(names);
+    let count = all.borrow().len();
+    join_all((0..count).map(|at| keep_name_fresh(resolver, &cluster, &all, at))).await;
+}
+
+/// The same for one of them, which stands at `at`.
+async fn keep_name_fresh(resolver: &impl Resolve, cluster: &Weak<Cluster>, all: &RefCell<Vec<Known>>, at: usize) {
+    let name = all.borrow()[at].name.clone();
     let mut retry = RETRY_FIRST;
-    while let Some(alive) = cluster.upgrade() {
-        let names: Vec<_> = alive.names().map(|(name, port)| (name.to_owned(), port)).collect();
-        let mut wait = TTL_CEILING;
-        let mut problems = Vec::new();
-        // All at once, so that a name whose server is silent holds the others up once and not each in turn.
-        let answers = join_all(names.iter().map(|(name, _)| resolver.resolve(name))).await;
-        for (key, answer) in names.iter().zip(answers) {
-            match answer {
-                Ok(answer) => {
-                    wait = wait.min(answer.ttl.max(TTL_FLOOR));
-                    known.insert(key.clone(), answer.addresses);
-                }
-                Err(error) => problems.push(format!("{}: {error}", key.0)),
-            }
-        }
-        let problem = (!problems.is_empty()).then(|| problems.join("; "));
-        if problem.is_some() {
-            wait = wait.min(retry);
-            retry = (retry * 2).min(RETRY_MOST);
-        } else {
-            retry = RETRY_FIRST;
-        }
-        report(&alive, problem.as_deref());
-        alive.publish(addresses(&alive, &names, &known), problem);
+    while cluster.strong_count() > 0 {
+        let answer = resolver.resolve(&name).await;
+        let Some(alive) = cluster.upgrade() else { return };
+        let wait = match &answer {
+            Ok(answer) => answer.ttl.clamp(TTL_FLOOR, TTL_CEILING),
+            Err(_) => retry,
+        };
+        retry = if answer.is_ok() { RETRY_FIRST } else { (retry * 2).min(RETRY_MOST) };
+        take_up(&alive, &mut all.borrow_mut(), at, answer);
         drop(alive);
         sleep(wait).await;
     }
 }
 
-fn addresses(cluster: &Cluster, names: &[(String, u16)], known: &HashMap<(String, u16), Vec<IpAddr>>) -> Vec<Address> {
-    let wanted = cluster.identity.tls.as_ref().and_then(|tls| tls.server_name.as_deref());
-    names
-        .iter()
-        .filter_map(|key| known.get(key).map(|ips| (key, ips)))
-        .flat_map(|((name, port), ips)| {
-            let server_name: Arc<str> = wanted.unwrap_or(name.trim_end_matches('.')).into();
-            ips.iter()
-                .map(move |ip| Address { socket: SocketAddr::new(*ip, *port), server_name: Arc::clone(&server_name) })
-        })
-        .collect()
+/// What is known of one name of a cluster.
+struct Known {
+    name: String,
+    port: u16,
+    /// What the resolver said last, where that was no failure.
+    addresses: Vec<IpAddr>,
+    /// How it failed last, if it did.
+    problem: Option<String>,
+    /// It has answered or failed at least once.
+    asked: bool,
 }
 
-/// One log line when resolving begins to fail, and one when it works again.
-fn report(cluster: &Cluster, problem: Option<&str>) {
-    let before = cluster.addresses();
-    let destination = &*cluster.identity.name;
-    match (before.problem.as_deref(), problem) {
-        (None, Some(problem)) => tracing::warn!(
-            destination,
-            problem,
-            kept = before.list.len(),
-            "a name cannot be resolved; the addresses known so far stay"
-        ),
-        (Some(_), None) => tracing::info!(destination, "all names are resolved again"),
-        _ => {}
+impl Known {
+    fn new(name: &str, port: u16) -> Self {
+        Self { name: name.to_owned(), port, addresses: Vec::new(), problem: None, asked: false }
     }
+}
+
+/// Puts what is known of all names by now into force. One log line when a name begins to fail, and one when all of them
+/// are well again.
+fn take_up(cluster: &Cluster, all: &mut [Known], at: usize, answer: Result<Resolved, String>) {
+    let one = &mut all[at];
+    let before = one.problem.take();
+    one.asked = true;
+    match answer {
+        Ok(answer) => one.addresses = answer.addresses,
+        Err(error) => one.problem = Some(format!("{}: {error}", one.name)),
+    }
+    let destination = &*cluster.identity.name;
+    if let (None, Some(problem)) = (&before, &one.problem) {
+        let kept = cluster.addresses().list.len();
+        tracing::warn!(destination, problem, kept, "a name cannot be resolved; the addresses known so far stay");
+    }
+    let problems: Vec<_> = all.iter().filter_map(|one| one.problem.as_deref()).collect();
+    if before.is_some() && problems.is_empty() {
+        tracing::info!(destination, "all names are resolved again");
+    }
+    let problem = (!problems.is_empty()).then(|| problems.join("; "));
+    cluster.publish(addresses(cluster, all), problem, all.iter().all(|one| one.asked));
+}
+
+fn addresses(cluster: &Cluster, all: &[Known]) -> Vec<Address> {
+    let wanted = cluster.identity.tls.as_ref().and_then(|tls| tls.server_name.as_deref());
+    all.iter()
+        .flat_map(|one| {
+            let server_name: Arc<str> = wanted.unwrap_or(one.name.trim_end_matches('.')).into();
+            let address = move |ip: &IpAddr| {
+                let socket = SocketAddr::new(*ip, one.port);
+                Address { socket, server_name: Arc::clone(&server_name) }
+            };
+            one.addresses.iter().map(address)
+        })
+        .collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::upstream::cluster::{Health, Identity};
+    use crate::upstream::connect::Network;
+    use crate::upstream::pool::Pool;
     use crate::upstream::spec::Protocol;
-    use std::cell::RefCell;
+    use std::cell::Cell;
     use std::rc::Rc;
 
     type Script = Vec<Result<(&'static str, u64), &'static str>>;
@@ -303,7 +328,7 @@ mod tests {
             tls: None,
             host: "shop".into(),
         };
-        Cluster::new(identity, Health::new(Instant::now())).unwrap()
+        Cluster::new(identity, Health::new(Instant::now()), &Default::default()).unwrap()
     }
 
     /// Runs discovery over a script for some virtual seconds: when it asked, and the addresses at the end.
@@ -359,6 +384,63 @@ mod tests {
         let addresses = cluster.addresses();
         assert_eq!(addresses.list.len(), 1);
         assert_eq!(addresses.problem.as_deref(), Some("silent.test: timed out; silent-too.test: timed out"));
+    }
+
+    /// Answers at once with the next address for each time it is asked, but says nothing of a name that begins with
+    /// `silent` before it gives up after ten seconds.
+    #[derive(Default)]
+    struct Uneven(Cell<u8>);
+
+    impl Resolve for Uneven {
+        async fn resolve(&self, name: &str) -> Result<Resolved, String> {
+            if name.starts_with("silent") {
+                sleep(Duration::from_secs(10)).await;
+                return Err("timed out".to_owned());
+            }
+            self.0.set(self.0.get() + 1);
+            Ok(Resolved { addresses: vec![Ipv4Addr::new(10, 0, 0, self.0.get()).into()], ttl: Duration::from_secs(3) })
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_name_whose_server_is_silent_holds_up_no_other() {
+        let cluster = cluster(&["silent.test", "shop.test"]);
+        let resolver = Uneven::default();
+        let mut work = std::pin::pin!(keep_fresh(&resolver, Arc::downgrade(&cluster)));
+        let begun = Instant::now() + Duration::from_millis(500);
+        for (turn, settled) in [(0, false), (1, false), (2, false), (3, false), (4, true), (5, true)] {
+            assert!(tokio::time::timeout_at(begun + Duration::from_secs(3 * turn), &mut work).await.is_err());
+            let now = cluster.addresses();
+            let list: Vec<_> = now.list.iter().map(|one| one.socket.to_string()).collect();
+            assert_eq!(list, [format!("10.0.0.{}:80", turn + 1)]);
+            assert_eq!((now.settled, now.problem.is_some()), (settled, settled), "{:?}", now.problem);
+        }
+    }
+
+    /// Fails at once for `gone`, and answers for any other name two seconds later.
+    struct Late;
+
+    impl Resolve for Late {
+        async fn resolve(&self, name: &str) -> Result<Resolved, String> {
+            if name.starts_with("gone") {
+                return Err("there is no such name".to_owned());
+            }
+            sleep(Duration::from_secs(2)).await;
+            Ok(Resolved { addresses: vec![Ipv4Addr::LOCALHOST.into()], ttl: TTL_CEILING })
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_call_waits_while_one_name_has_failed_and_another_may_still_answer() {
+        let cluster = cluster(&["gone.test", "shop.test"]);
+        let shard = crate::telemetry::Telemetry::new(crate::telemetry::Sink::memory().0).shard(0);
+        let pool = Pool::new(Arc::clone(&cluster), Rc::new(Network), Rc::default(), shard.destination("shop"));
+        let begun = Instant::now();
+        tokio::select! {
+            () = keep_fresh(&Late, Arc::downgrade(&cluster)) => panic!("the cluster is held"),
+            known = pool.known() => assert!(known.is_ok(), "it did not wait for the second name"),
+        }
+        assert_eq!(begun.elapsed(), Duration::from_secs(2));
     }
 
     #[tokio::test(start_paused = true)]

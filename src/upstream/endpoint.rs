@@ -17,9 +17,9 @@ use tokio::time::Instant;
 use crate::rules::ejection::Member;
 use crate::telemetry::DestinationMetrics;
 use crate::upstream::balance::Load;
-use crate::upstream::cluster::Address;
+use crate::upstream::cluster::{Address, Cluster};
 use crate::upstream::http1::Http1;
-use crate::upstream::http2::Http2;
+use crate::upstream::http2::{Http2, STREAMS};
 
 /// An HTTP/2 connection that nobody has used for so long is closed.
 const HTTP2_IDLE: Duration = Duration::from_secs(60);
@@ -41,6 +41,8 @@ const LESSON_HOLDS: Duration = Duration::from_secs(60);
 pub struct Endpoint {
     /// Where it is.
     pub address: Address,
+    /// Whose it is.
+    pub cluster: Arc<Cluster>,
     /// How busy and how slow it is.
     pub load: Load,
     /// Whether it is ejected, as all workers see it.
@@ -48,10 +50,14 @@ pub struct Endpoint {
     idle: RefCell<Vec<Idle>>,
     shared: RefCell<Vec<Rc<Http2>>>,
     lesson: Cell<Option<Lesson>>,
-    /// True while somebody opens an HTTP/2 connection that others may share.
-    pub opening: Cell<bool>,
-    /// Rung when that has succeeded or failed.
+    /// Connections under way that callers may share.
+    pub opening: Cell<usize>,
+    /// Callers that wait for one of them, beside those that have asked for them.
+    pub waiting: Cell<usize>,
+    /// Rung when one has come, or has failed.
     pub opened: Notify,
+    /// So many streams has the newest HTTP/2 connection room for.
+    streams: Cell<usize>,
     /// Until when it is passed over, because it could not be reached.
     held_off: Cell<Option<Instant>>,
     /// True if TLS agreed on HTTP/1.1 the last time; then nobody waits for a connection to share.
@@ -76,16 +82,20 @@ struct Lesson {
 
 impl Endpoint {
     /// An endpoint that nobody has called yet.
-    pub fn new(address: Address, member: Arc<Member>, metrics: DestinationMetrics, now: Instant) -> Rc<Self> {
+    pub fn new(address: Address, cluster: &Arc<Cluster>, metrics: DestinationMetrics, now: Instant) -> Rc<Self> {
+        let member = cluster.member(address.socket);
         Rc::new(Self {
             address,
+            cluster: Arc::clone(cluster),
             member,
             load: Load::new(now),
             idle: RefCell::default(),
             shared: RefCell::default(),
             lesson: Cell::new(None),
-            opening: Cell::new(false),
+            opening: Cell::new(0),
+            waiting: Cell::new(0),
             opened: Notify::new(),
+            streams: Cell::new(STREAMS),
             held_off: Cell::new(None),
             chose_http1: Cell::new(false),
             fresh_at: Cell::new(now),
@@ -158,7 +168,13 @@ impl Endpoint {
 
     /// Offers a new HTTP/2 connection to whoever comes next.
     pub fn share(&self, connection: Rc<Http2>) {
+        self.streams.set(connection.most().max(1));
         self.shared.borrow_mut().push(connection);
+    }
+
+    /// True if those who wait need more connections than are under way. Each is for the one that has asked for it, too.
+    pub fn needs_another(&self) -> bool {
+        self.waiting.get() > self.opening.get() * (self.streams.get() - 1)
     }
 
     /// Notes that a connection was opened.
@@ -260,8 +276,9 @@ fn count(connections: usize) -> i64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::rules::ejection::Group;
     use crate::telemetry::{Sink, Telemetry};
+    use crate::upstream::cluster::{Health, Identity};
+    use crate::upstream::spec::Protocol;
 
     #[tokio::test(start_paused = true)]
     async fn a_fresh_connection_is_granted_once_in_ten_milliseconds() {
@@ -269,7 +286,15 @@ mod tests {
         let socket = "127.0.0.1:80".parse().unwrap();
         let address = Address { socket, server_name: "app".into() };
         let metrics = Telemetry::new(Sink::memory().0).shard(0).destination("app");
-        let endpoint = Endpoint::new(address, Group::new(now).member(socket), metrics, now);
+        let identity = Identity {
+            name: "app".into(),
+            endpoints: Vec::new(),
+            protocol: Protocol::Auto,
+            tls: None,
+            host: "app".into(),
+        };
+        let cluster = Cluster::new(identity, Health::new(now), &Default::default()).unwrap();
+        let endpoint = Endpoint::new(address, &cluster, metrics, now);
         let granted = (0..100).filter(|millis| endpoint.grants_fresh(now + Duration::from_millis(*millis))).count();
         assert_eq!(granted, 10);
     }

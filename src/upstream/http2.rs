@@ -29,7 +29,7 @@ use crate::upstream::answer::{AnswerBody, Http2Body, Unanswered, UpstreamError};
 use crate::upstream::connect::ConnectError;
 
 /// Streams that share one connection at most, also where the peer allows more.
-const STREAMS: usize = 256;
+pub const STREAMS: usize = 256;
 
 /// How much an upstream may send ahead on one stream, in bytes, and on one connection: as much as on all its streams, so
 /// that callers that do not read hold up nobody else's answer.
@@ -109,7 +109,12 @@ impl Http2 {
 
     /// True if one more request may be sent now.
     pub fn has_room(&self) -> bool {
-        self.is_alive() && self.streams.get() < self.limit().min(STREAMS)
+        self.is_alive() && self.streams.get() < self.most()
+    }
+
+    /// How many requests may be on it at the same time.
+    pub fn most(&self) -> usize {
+        self.limit().min(STREAMS)
     }
 
     /// How many streams the peer allows now; zero until it has said so.

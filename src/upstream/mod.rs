@@ -2,13 +2,14 @@
 //!
 //! A [`cluster::Cluster`] is a destination's endpoints as all workers see them; `discovery` keeps its addresses
 //! fresh. Each worker has a [`pool::Pool`] of its own for it: `balance` picks an endpoint for every request,
-//! `connect` opens connections, `endpoint` keeps them (`http1` alone, `http2` shared), `answer` is what comes back over
-//! either, `worker` holds all pools and sweeps stale connections.
+//! `dial` opens connections over `connect`, `endpoint` keeps them (`http1` alone, `http2` shared), `answer` is what comes
+//! back over either, `worker` holds all pools and sweeps stale connections.
 
 pub mod answer;
 pub mod balance;
 pub mod cluster;
 pub mod connect;
+pub mod dial;
 pub mod discovery;
 pub mod endpoint;
 pub mod http1;

@@ -1,22 +1,20 @@
 //! One worker's connections to one cluster: lends a connection for each request and takes it back.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
-use std::future::poll_fn;
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::Context;
 use std::time::Duration;
 
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
-use crate::net::io::Io;
 use crate::telemetry::DestinationMetrics;
 use crate::upstream::balance;
 use crate::upstream::cluster::{Addresses, Cluster};
-use crate::upstream::connect::{ConnectError, Connected, Connector};
+use crate::upstream::connect::{ConnectError, Connector};
 use crate::upstream::endpoint::Endpoint;
 use crate::upstream::http1::Http1;
 use crate::upstream::http2::Http2;
@@ -53,7 +51,7 @@ pub struct Lease {
 }
 
 impl Lease {
-    fn new(endpoint: Rc<Endpoint>, carrier: Carrier, reused: bool) -> Self {
+    pub(super) fn new(endpoint: Rc<Endpoint>, carrier: Carrier, reused: bool) -> Self {
         endpoint.load.begin();
         let born = match &carrier {
             Carrier::Http1(connection) => connection.born,
@@ -130,11 +128,41 @@ impl Drop for Lease {
     }
 }
 
+/// Whether there are connections that somebody has to look after, in any pool of a worker.
+#[derive(Default)]
+pub struct Attention {
+    is_wanted: Cell<bool>,
+    rung: Notify,
+}
+
+impl Attention {
+    /// There is one: it is idle, or it is shared.
+    pub fn call(&self) {
+        if !self.is_wanted.replace(true) {
+            self.rung.notify_one();
+        }
+    }
+
+    /// Waits until there is one.
+    pub(super) async fn called(&self) {
+        if !self.is_wanted.get() {
+            self.rung.notified().await;
+        }
+    }
+
+    /// All were looked after; `left` if there are any still.
+    pub(super) fn given(&self, left: bool) {
+        self.is_wanted.set(left);
+    }
+}
+
 /// One worker's side of a cluster.
 pub struct Pool {
     /// The shared side.
     pub cluster: Arc<Cluster>,
-    connector: Connector,
+    pub(super) connector: Connector,
+    /// Told of what somebody has to look after.
+    pub(super) attention: Rc<Attention>,
     addresses: RefCell<watch::Receiver<Arc<Addresses>>>,
     endpoints: RefCell<Vec<Rc<Endpoint>>>,
     random: RefCell<fastrand::Rng>,
@@ -144,12 +172,18 @@ pub struct Pool {
 
 impl Pool {
     /// A pool without a connection.
-    pub fn new(cluster: Arc<Cluster>, connector: Connector, metrics: DestinationMetrics) -> Self {
+    pub fn new(
+        cluster: Arc<Cluster>,
+        connector: Connector,
+        attention: Rc<Attention>,
+        metrics: DestinationMetrics,
+    ) -> Self {
         let mut addresses = cluster.subscribe();
         addresses.mark_changed();
         Self {
             cluster,
             connector,
+            attention,
             addresses: RefCell::new(addresses),
             endpoints: RefCell::default(),
             random: RefCell::new(fastrand::Rng::new()),
@@ -159,16 +193,17 @@ impl Pool {
 
     /// Waits while the names of the cluster have never been resolved. Fails if they have no address.
     pub async fn known(&self) -> Result<(), ConnectError> {
+        let mut addresses = self.cluster.subscribe();
         loop {
-            self.follow(Instant::now());
-            if !self.endpoints.borrow().is_empty() {
-                return Ok(());
-            }
-            let mut addresses = self.cluster.subscribe();
+            // First, because what comes between this and the look at the endpoints is found by that look.
             let (settled, problem) = {
                 let now = addresses.borrow_and_update();
                 (now.settled, now.problem.clone())
             };
+            self.follow(Instant::now());
+            if !self.endpoints.borrow().is_empty() {
+                return Ok(());
+            }
             if settled {
                 let none = || "the name has no address".to_owned();
                 return Err(ConnectError::NoAddress(problem.unwrap_or_else(none)));
@@ -181,9 +216,9 @@ impl Pool {
 
     /// The best endpoint now; `None` while no address is known.
     ///
-    /// Passes over those that were `tried`, those that are ejected (if `ejects`) and those that could not be reached a moment
-    /// ago, in this order of weight, as long as there are others. One whose ejection is over comes first: somebody has to
-    /// find out.
+    /// Passes over those that were `tried`, those that are ejected (if `ejects`) and those that could not be reached a
+    /// moment ago, in this order of weight, as long as there are others. One whose ejection is over comes first:
+    /// somebody has to find out.
     pub fn pick_now(&self, now: Instant, tried: &[SocketAddr], ejects: bool) -> Option<Rc<Endpoint>> {
         self.follow(now);
         let endpoints = self.endpoints.borrow();
@@ -226,15 +261,14 @@ impl Pool {
         }
         let mut old: HashMap<_, _> =
             self.endpoints.borrow_mut().drain(..).map(|endpoint| (endpoint.address.clone(), endpoint)).collect();
-        let list = Arc::clone(&addresses.borrow_and_update());
-        let group = &self.cluster.health.group;
+        // Held to the end: while it is, the list does not change, and nobody is forgotten who is taken up from it.
+        let list = addresses.borrow_and_update();
         let kept_or_new = list
             .list
             .iter()
             .map(|address| {
-                old.remove(address).unwrap_or_else(|| {
-                    Endpoint::new(address.clone(), group.member(address.socket), self.metrics.clone(), now)
-                })
+                old.remove(address)
+                    .unwrap_or_else(|| Endpoint::new(address.clone(), &self.cluster, self.metrics.clone(), now))
             })
             .collect();
         *self.endpoints.borrow_mut() = kept_or_new;
@@ -258,54 +292,6 @@ impl Pool {
         }
         let idle = endpoint.take_idle(cx, now);
         idle.map(|connection| Lease::new(Rc::clone(endpoint), Carrier::Http1(connection), true))
-    }
-
-    /// A new connection to `endpoint`, or an HTTP/2 one that somebody else has just opened.
-    pub async fn open(&self, endpoint: &Rc<Endpoint>, want: Want) -> Result<Lease, ConnectError> {
-        // One caller opens an HTTP/2 connection, the others wait for it instead of opening one each. Where what it got is
-        // HTTP/1.1 after all, nobody can share it, and all go on at once.
-        let is_alone = || want == Want::Http1 || (want == Want::Either && endpoint.chose_http1.get());
-        while !is_alone() && endpoint.opening.get() {
-            endpoint.opened.notified().await;
-            if let Some(lease) = poll_fn(|cx| Poll::Ready(self.lend(endpoint, want, Instant::now(), cx))).await {
-                return Ok(lease);
-            }
-        }
-        let _turn = (!is_alone()).then(|| Turn::take(endpoint));
-        self.dial(endpoint, want).await
-    }
-
-    async fn dial(&self, endpoint: &Rc<Endpoint>, want: Want) -> Result<Lease, ConnectError> {
-        let dialled = self.handshake(endpoint, want).await;
-        match &dialled {
-            Ok(_) => endpoint.connected(),
-            Err(_) => endpoint.refused(Instant::now()),
-        }
-        let carrier = dialled?;
-        if let Carrier::Http2(connection) = &carrier {
-            endpoint.share(Rc::clone(connection));
-        }
-        Ok(Lease::new(Rc::clone(endpoint), carrier, false))
-    }
-
-    async fn handshake(&self, endpoint: &Rc<Endpoint>, want: Want) -> Result<Carrier, ConnectError> {
-        let tls = self.cluster.tls();
-        let encrypted = tls.is_some();
-        let Connected { io, http2 } = self.connector.connect(&endpoint.address, tls).await?;
-        let http2 = if encrypted { http2 } else { want == Want::Http2 };
-        endpoint.chose_http1.set(!http2);
-        let now = Instant::now();
-        if http2 {
-            Http2::new(io, now).await.map(Carrier::Http2)
-        } else {
-            Http1::new(io, now).await.map(Carrier::Http1).map_err(|error| ConnectError::Handshake(error.into()))
-        }
-    }
-
-    /// A new stream to `endpoint` that belongs to no pool and speaks whatever its user speaks.
-    pub async fn bare_stream(&self, endpoint: &Endpoint) -> Result<Io, ConnectError> {
-        let connected = self.connector.connect(&endpoint.address, None).await;
-        connected.map(|connected| connected.io)
     }
 
     /// Looks after idle connections; returns true if there is something left to look after.
@@ -332,21 +318,4 @@ fn due<'a>(
     let begin = random.usize(..endpoints.len().max(1));
     let some = endpoints.iter().cycle().skip(begin).take(endpoints.len().min(LOOKED_AT));
     some.into_iter().find(|one| one.member.is_due(now) && !tried.contains(&one.address.socket))
-}
-
-/// The right to open the one HTTP/2 connection that others wait for.
-struct Turn<'a>(&'a Endpoint);
-
-impl<'a> Turn<'a> {
-    fn take(endpoint: &'a Endpoint) -> Self {
-        endpoint.opening.set(true);
-        Self(endpoint)
-    }
-}
-
-impl Drop for Turn<'_> {
-    fn drop(&mut self) {
-        self.0.opening.set(false);
-        self.0.opened.notify_waiters();
-    }
 }

@@ -177,8 +177,8 @@ fn parse_dns(text: &str) -> Option<Endpoint> {
 }
 
 fn not_an_address(text: &str) -> Fault {
-    let hint = if let Some((_, rest)) = text.split_once("://") {
-        format!("an endpoint has no scheme: write `{}`; TLS is asked for by `tls: {{}}`", as_endpoint(rest))
+    let hint = if let Some(endpoint) = without_scheme(text) {
+        format!("an endpoint has no scheme: write `{endpoint}`; TLS is asked for by `tls: {{}}`")
     } else if parse_dns(text).is_some() {
         format!("a name is looked up: write `dns:{text}`")
     } else if text.parse::<std::net::Ipv6Addr>().is_ok() {
@@ -193,12 +193,18 @@ fn not_an_address(text: &str) -> Fault {
     Fault::new(format!("`{text}` is no endpoint"), hint)
 }
 
-fn as_endpoint(text: &str) -> String {
-    let authority = text.split('/').next().unwrap_or(text);
-    match parse_dns(authority) {
-        Some(_) if authority.parse::<SocketAddr>().is_err() => format!("dns:{authority}"),
-        _ => authority.to_owned(),
-    }
+/// The endpoint that a URL means, at the port of its scheme where it names none.
+fn without_scheme(url: &str) -> Option<String> {
+    let (scheme, rest) = url.split_once("://")?;
+    let authority = rest.split(['/', '?', '#']).next()?;
+    let port = match scheme.to_ascii_lowercase().as_str() {
+        "http" => "80",
+        "https" => "443",
+        _ => "PORT",
+    };
+    let bare = [authority.to_owned(), format!("{authority}:{port}")];
+    let looked_up = bare.clone().map(|one| format!("dns:{one}"));
+    bare.into_iter().chain(looked_up).find(|one| Endpoint::parse(&one.replace(":PORT", ":1")).is_ok())
 }
 
 impl<'de> Deserialize<'de> for Endpoint {
@@ -254,6 +260,13 @@ mod tests {
             ("::1", "`[::1]:PORT`"),
             ("10.0.0.7", "`10.0.0.7:PORT`"),
             ("http://payment:8080/x", "`dns:payment:8080`"),
+            ("http://payment", "`dns:payment:80`"),
+            ("https://payment/", "`dns:payment:443`"),
+            ("HTTPS://[::1]?x", "`[::1]:443`"),
+            ("http://10.0.0.7", "`10.0.0.7:80`"),
+            ("tcp://payment", "`dns:payment:PORT`"),
+            ("http://pay ment", "`10.0.0.7:8080`"),
+            ("http://payment:0", "`10.0.0.7:8080`"),
             ("https://10.0.0.7:8080", "`10.0.0.7:8080`"),
             ("10.0.0.7:0", "1 to 65535"),
             ("10.0.0.7:99999", "10.0.0.7:8080"),

@@ -1,13 +1,19 @@
-//! One line per exchange: which ones, and nothing in them that a caller could misuse.
+//! One line per exchange: which ones, and nothing in them that a caller could misuse. And what becomes of calls when nobody
+//! reads a log, be it this one or the program's own.
+
+use std::net::SocketAddr;
+use std::process::Stdio;
 
 use hyper::{Request, Response};
 use serde_json::Value;
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::time::timeout;
 
 use crate::support::http::{Caller, Http1, Speaks, ask, empty, full, get, grpc_request, request, with_trailers};
 use crate::support::program::{Program, hopguard};
 use crate::support::upstream::{Upstream, policy};
 use crate::support::wire::Wire;
-use crate::support::{Mesh, eventually};
+use crate::support::{Mesh, SOON, eventually};
 
 /// An upstream that answers with the status that the path names.
 async fn statuses() -> Upstream {
@@ -201,4 +207,55 @@ async fn a_full_disk_costs_log_lines_and_no_call() {
     assert_eq!(program.metric("hopguard_requests_total", &["outcome=\"ok\""]).await, f64::from(calls + 1));
     program.signal("TERM").await;
     assert_eq!(program.ended(std::time::Duration::from_secs(10)).await.code(), Some(0));
+}
+
+/// Nobody reads the program's own log any more once the pipe that it goes to is full.
+#[tokio::test]
+async fn a_log_that_nobody_reads_costs_its_lines_and_no_call() {
+    let upstream = Upstream::http2(|_| async { Response::new(full("ok")) }).await;
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("policy.yaml");
+    std::fs::write(&file, policy(upstream.addr, "    protocol: http2")).unwrap();
+    let mut command = hopguard(&["run", "--policy", file.to_str().unwrap(), "--admin", "127.0.0.1:0", "--drain-delay"]);
+    // HTTP/2 has much to say there.
+    command.args(["0s", "--workers", "1", "--log-format", "json", "--log", "debug"]);
+    let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut log = BufReader::new(child.stderr.take().unwrap()).lines();
+    let admin = loop {
+        let line = timeout(SOON, log.next_line()).await.expect("it does not start").unwrap().expect("it has ended");
+        let line: Value = serde_json::from_str(&line).unwrap();
+        if line["message"] == "ready" {
+            break line["admin"].as_str().unwrap().parse().unwrap();
+        }
+    };
+    let status: Value = serde_json::from_slice(&get(admin, "/status").await.body).unwrap();
+    let to = status["listeners"][0]["address"].as_str().unwrap().parse().unwrap();
+    let mut caller = timeout(SOON, Caller::open(Speaks::Http2, to)).await.expect("no connection");
+    while dropped_after_calls(&mut caller, admin).await == 0 {}
+    // What has found room is written as soon as somebody reads, and what is said from then on, up to the last line.
+    let reading = tokio::spawn(async move {
+        let mut last = String::new();
+        while let Some(line) = log.next_line().await.unwrap() {
+            last = line;
+        }
+        last
+    });
+    while dropped_after_calls(&mut caller, admin).await != dropped_after_calls(&mut caller, admin).await {}
+    let id = child.id().expect("it runs").to_string();
+    assert!(tokio::process::Command::new("kill").arg(id).status().await.unwrap().success());
+    let last = timeout(SOON, reading).await.expect("it does not end").unwrap();
+    assert!(last.contains("stopped; everything in flight had finished"), "{last}");
+    assert_eq!(child.wait().await.unwrap().code(), Some(0));
+}
+
+/// Makes some calls and returns how many lines of the program's own log are lost by now.
+async fn dropped_after_calls(caller: &mut Caller, admin: SocketAddr) -> u64 {
+    for _ in 0..20 {
+        let asked = request("GET", "/").body(empty()).unwrap();
+        assert_eq!(timeout(SOON, caller.ask(asked)).await.expect("a call is held up").status, 200);
+    }
+    let page = timeout(SOON, get(admin, "/metrics")).await.expect("the admin door is held up").body;
+    let page = String::from_utf8_lossy(&page).into_owned();
+    let dropped = page.lines().find_map(|line| line.strip_prefix("hopguard_log_dropped_total "));
+    dropped.map_or(0, |lines| lines.parse().unwrap())
 }

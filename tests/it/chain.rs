@@ -10,7 +10,8 @@ use hyper::{Method, Request, Response};
 
 use crate::support::bank::{Bank, Say, behind_a_caller};
 use crate::support::http::{Answer, Body, Caller, Speaks, ask, empty, full, grpc_request, request};
-use crate::support::upstream::{Upstream, policy};
+use crate::support::upstream::{Gate, Upstream, policy};
+use crate::support::wire::Wire;
 use crate::support::{Mesh, eventually};
 
 const CHARGE: &str = "/shop.v1.Payment/Charge";
@@ -189,12 +190,58 @@ async fn a_failure_at_the_end_of_the_chain_is_retried_there_and_nowhere_else() {
             let line = &chain.lines(service, destination, 1).await[0];
             assert_eq!((&line["attempt"], &line["retry"]), (&1.into(), &"retried_below".into()), "{line}");
             assert_eq!(line["failed_at"], "d", "{line}");
+            let inbound = &chain.lines(service, service, 1).await[0];
+            assert_eq!((&inbound["failed_at"], &inbound["retry"]), (&"d".into(), &"at_the_caller".into()), "{inbound}");
         }
         let said = answer.header("proxy-status");
         assert!(said.contains("hopguard-final") && said.contains("hopguard-at=\"d\""), "{answer:?}");
         if speaks == Speaks::Http2 {
             assert_eq!(answer.header("grpc-retry-pushback-ms"), "-1", "{answer:?}");
         }
+        chain.stop().await;
+    }
+}
+
+#[tokio::test]
+async fn whatever_retry_on_names_is_tried_in_one_place() {
+    const ON: &str = "retry: { idempotent: true, on: [404, 408, 429, unavailable, aborted, cancelled], ";
+    let defaults = RETRIES_ONLY.replace("retry: { idempotent: true, ", ON);
+    let table: [(Speaks, &'static [Say]); 5] = [
+        (Speaks::Http1, &[Say::Status(429)]),
+        (Speaks::Http1, &[Say::Status(408)]),
+        (Speaks::Http1, &[Say::Status(404)]),
+        (Speaks::Http2, &[Say::Grpc(10, &[])]),
+        (Speaks::Http2, &[Say::Grpc(1, &[])]),
+    ];
+    for (speaks, script) in table {
+        let chain = Chain::start(speaks, script, "", &defaults).await;
+        let answer = chain.call("GET", 1).await;
+        assert_eq!(chain.bank.tries(), 3, "{script:?} {answer:?}");
+        assert_eq!(chain.metric("hopguard_retries_withheld_total", &["why=\"tries_used_up\""]), [0.0, 0.0, 1.0, 0.0]);
+        assert_eq!(chain.metric("hopguard_retries_withheld_total", &["why=\"retried_below\""]), [1.0, 1.0, 0.0, 0.0]);
+        for (service, destination, tries, why) in [("c", "d", 3, "tries_used_up"), ("a", "b", 1, "retried_below")] {
+            let line = &chain.lines(service, destination, 1).await[0];
+            assert_eq!((&line["attempt"], &line["retry"]), (&tries.into(), &why.into()), "{line}");
+        }
+        let said = answer.header("proxy-status");
+        assert!(said.contains("hopguard-final") && said.contains("hopguard-at=\"d\""), "{answer:?}");
+        let pushback = if speaks == Speaks::Http2 { "-1" } else { "" };
+        assert_eq!(answer.header("grpc-retry-pushback-ms"), pushback, "{answer:?}");
+        chain.stop().await;
+    }
+}
+
+#[tokio::test]
+async fn what_retry_on_does_not_name_below_500_is_an_answer_and_bears_no_mark() {
+    let table: [(Speaks, &'static [Say]); 2] =
+        [(Speaks::Http1, &[Say::Status(429)]), (Speaks::Http2, &[Say::Grpc(10, &[])])];
+    for (speaks, script) in table {
+        let chain = Chain::start(speaks, script, "", RETRIES_ONLY).await;
+        let answer = chain.call("GET", 1).await;
+        assert_eq!((chain.bank.tries(), answer.header("proxy-status")), (1, ""), "{answer:?}");
+        assert_eq!(answer.header("grpc-retry-pushback-ms"), "", "{answer:?}");
+        assert_eq!(chain.metric("hopguard_retries_withheld_total", &[]), [0.0; 4]);
+        assert_eq!(chain.lines("c", "d", 1).await[0]["retry"], serde_json::Value::Null);
         chain.stop().await;
     }
 }
@@ -330,6 +377,52 @@ async fn a_failure_opens_the_breaker_where_it_happened_and_no_other() {
             assert_eq!((line["failed_at"] == "d", named), (rules.is_empty(), rules.is_empty()), "{line} {answer:?}");
             chain.stop().await;
         }
+    }
+}
+
+/// An app that passes on what its callee sends as it comes, and breaks off when the callee does.
+async fn passing_on() -> (Upstream, Arc<OnceLock<SocketAddr>>) {
+    let out: Arc<OnceLock<SocketAddr>> = Arc::default();
+    let next = Arc::clone(&out);
+    let upstream = Upstream::bytes(move |stream| {
+        let next = *next.get().expect("the sidecar runs");
+        async move {
+            let mut caller = Wire::over(stream);
+            let head = caller.head().await;
+            let mut callee = Wire::open(next).await;
+            callee.send(head).await;
+            let _broken = tokio::io::copy(&mut callee.stream, &mut caller.stream).await;
+        }
+    })
+    .await;
+    (upstream, out)
+}
+
+#[tokio::test]
+async fn a_body_that_breaks_off_further_down_opens_no_breaker_here() {
+    let gate = Gate::closed();
+    let broken = || Upstream::closing("HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nhalf".to_owned(), &gate);
+    let table = [(false, "", [0.0, 1.0]), (true, "", [0.0, 1.0]), (false, "blameInOnePlace: off", [1.0, 1.0])];
+    for (hangs, rules, breakers) in table {
+        let (app, out) = passing_on().await;
+        let bank = broken().await;
+        let written = both_sides("c", app.addr, ("d", &[bank.addr]), rules, TOUCHY).replace("20s", "500ms");
+        let mesh = Mesh::start(&written).await;
+        out.set(mesh.addr("out")).unwrap();
+        let trace = "traceparent: 00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+        let mut caller = Wire::open(mesh.addr("in")).await;
+        caller.send(format!("GET / HTTP/1.1\r\nhost: c\r\n{trace}\r\n\r\n")).await;
+        caller.until("half").await;
+        gate.release(usize::from(!hangs));
+        assert_eq!(caller.rest().await, "", "{hangs}");
+        eventually(|| (mesh.log().len() == 2).then_some(())).await;
+        assert_eq!(mesh.count("upstream_cut"), if hangs { 1.0 } else { 2.0 }, "{:#?}", mesh.log());
+        let opened = |name: &str| {
+            let labels = [&format!("destination=\"{name}\"")[..], "to=\"open\""];
+            mesh.metric("hopguard_circuit_breaker_changes_total", &labels)
+        };
+        assert_eq!([opened("c"), opened("d")], breakers, "{hangs} {rules} {:#?}", mesh.log());
+        mesh.stop().await;
     }
 }
 

@@ -81,6 +81,25 @@ async fn check_names_the_file_that_is_not_there() {
 }
 
 #[tokio::test]
+async fn a_policy_can_come_by_the_standard_input() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = async |args: &[&str], text: &str| {
+        let input = std::fs::File::open(written(folder.path(), text)).unwrap();
+        let mut command = hopguard(args);
+        command.stdin(input);
+        end(command).await
+    };
+    let ended = run(&["check", "-"], POLICY).await;
+    assert_eq!((ended.code, ended.error.as_str()), (Some(0), ""), "{}", ended.out);
+    assert!(ended.out.starts_with("ok: stdin ("), "{}", ended.out);
+    let ended = run(&["check", "-"], &POLICY.replace("limits:", "limts:")).await;
+    assert_eq!(ended.code, Some(1));
+    assert!(ended.error.contains("stdin:10:"), "{}", ended.error);
+    let ended = run(&["explain", "GET", "http://payment/", "--policy", "-"], POLICY).await;
+    assert!(ended.code == Some(0) && line(&ended, "destination").contains("stdin:8"), "{}{}", ended.out, ended.error);
+}
+
+#[tokio::test]
 async fn explain_says_where_every_value_comes_from() {
     let folder = tempfile::tempdir().unwrap();
     let file = written(folder.path(), POLICY);

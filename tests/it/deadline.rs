@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use hyper::{HeaderMap, Request, Response};
 use serde_json::Value;
@@ -177,6 +178,27 @@ async fn a_longer_grpc_deadline_shrinks_and_the_policy_ends_a_unary_call_all_the
     mesh.stop().await;
 }
 
+#[tokio::test]
+async fn a_grpc_call_has_no_more_time_than_a_proxy_has_told() {
+    for timeout in [None, Some("1S")] {
+        let bank = Bank::open(true).await;
+        let mesh = Mesh::start(&policy(bank.upstream.addr, "    protocol: http2")).await;
+        let mut asked = grpc_request("/shop.v1.Payment/slow", full(&b"\0\0\0\0\0"[..]));
+        asked.headers_mut().insert(EXPECTED, "300".parse().unwrap());
+        if let Some(timeout) = timeout {
+            asked.headers_mut().insert("grpc-timeout", timeout.parse().unwrap());
+        }
+        let begun = Instant::now();
+        let answer = Caller::open(Speaks::Http2, mesh.addr("in")).await.ask(asked).await;
+        took(begun, 300);
+        assert_eq!(answer.grpc_status(), "4", "{answer:?}");
+        mesh.refused(&answer, "deadline_exceeded", "deadline", "300ms").await;
+        let told: f64 = bank.told(EXPECTED).parse().unwrap();
+        assert!(told < 300.0 && millis(&bank.told("grpc-timeout")) < 300.0, "{told}");
+        mesh.stop().await;
+    }
+}
+
 /// Two hops, one behind the other.
 async fn two_hops(bank: &Bank, protocol: &str) -> [Mesh; 2] {
     let more = format!("    protocol: {protocol}\n    timeouts: {{ request: 6s }}");
@@ -276,6 +298,14 @@ async fn a_malformed_grpc_timeout_is_not_taken_for_no_timeout() {
     assert_eq!(answer.grpc_status(), "13", "{answer:?}");
     assert_eq!((mesh.only("bad_request").await["status"].as_u64(), bank.upstream.requests()), (Some(200), 0));
     mesh.stop().await;
+    for (mode, noted) in [("warn", 1.0), ("off", 0.0)] {
+        let more = format!("    protocol: http2\nrules: {{ deadline: {mode} }}");
+        let mesh = Mesh::start(&policy(bank.upstream.addr, &more)).await;
+        let answer = grpc_within(mesh.addr("in"), CHARGE, "soon").await;
+        assert_eq!(answer.grpc_status(), "0", "{mode} {answer:?}");
+        assert_eq!(mesh.metric("hopguard_would_act_total", &["rule=\"deadline\"", "app"]), noted, "{mode}");
+        mesh.stop().await;
+    }
 }
 
 #[tokio::test]
@@ -293,6 +323,37 @@ async fn callers_in_a_hurry_do_not_open_the_breaker_and_patient_ones_do() {
         assert_eq!(opened > 0.0, opens, "{wait}");
         assert_eq!(get(mesh.addr("in"), "/").await.status.as_u16(), if opens { 503 } else { 200 }, "{wait}");
         mesh.stop().await;
+    }
+}
+
+#[tokio::test]
+async fn an_answer_that_the_next_hop_cuts_for_a_caller_in_a_hurry_opens_no_breaker() {
+    let slow = Upstream::http1(|_| async {
+        let (pieces, body): (Feed, Body) = feed();
+        tokio::spawn(async move {
+            while pieces.send("a").await {
+                sleep(Duration::from_millis(20)).await
+            }
+        });
+        Response::new(body)
+    })
+    .await;
+    for protocol in ["http1", "http2"] {
+        let lower = Mesh::start(&policy(slow.addr, "")).await;
+        let upper = policy(lower.addr("in"), &format!("    protocol: {protocol}"));
+        let upper = Mesh::start(&upper.replace("to: app }", "to: app, direction: outbound }")).await;
+        for _ in 0..6 {
+            let mut caller = Caller::open(Speaks::Http1, upper.addr("in")).await;
+            let asked = Request::get("/").header(EXPECTED, "150").body(empty()).unwrap();
+            let mut body = caller.send(asked).await.unwrap().into_body();
+            while let Some(Ok(_)) = body.frame().await {}
+        }
+        let ended = || upper.count("upstream_cut") + upper.count("deadline_exceeded");
+        eventually(|| (ended() == 6.0).then_some(())).await;
+        let opened = upper.metric("hopguard_circuit_breaker_changes_total", &["to=\"open\""]);
+        assert_eq!(opened, 0.0, "{protocol} {:#?}", upper.log());
+        upper.stop().await;
+        lower.stop().await;
     }
 }
 

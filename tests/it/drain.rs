@@ -1,12 +1,13 @@
 //! The end of hopguard, and beginnings that fail: what is in flight finishes, callers are told, exit codes say what happened.
 
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use hyper::Request;
 use tempfile::TempDir;
 use tokio::io::AsyncReadExt;
 use tokio::net::TcpStream;
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
 use crate::support::http::{Caller, Http1, Speaks, empty, get, request};
 use crate::support::program::{Program, end, hopguard};
@@ -140,13 +141,98 @@ async fn what_does_not_finish_in_the_grace_time_is_cut() {
     assert!(begun.elapsed() >= Duration::from_millis(500), "{:?}", begun.elapsed());
     assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
     let _cut_or_told = timeout(SOON, call).await.expect("the caller hears nothing").unwrap();
-    let log = program.log();
-    assert!(log.contains("in flight"), "it does not say that something was cut: {log}");
-    let lines = program.access();
-    assert_eq!(
-        (lines.len(), lines[0]["outcome"].as_str(), lines[0]["path"].as_str()),
-        (1, Some("draining"), Some("/slow"))
-    );
+    program.said("stopped; what was still in flight was cut off").await;
+    let line = eventually(|| program.access().pop()).await;
+    assert_eq!((line["outcome"].as_str(), line["path"].as_str()), (Some("draining"), Some("/slow")), "{line}");
+}
+
+/// For far longer than a signal takes to end it.
+async fn lives_on(program: &Program) {
+    for _ in 0..30 {
+        assert_eq!(program.get("/live").await.status, 200);
+        sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// Waits until nobody is let in any more.
+async fn closed(to: SocketAddr) {
+    let begun = Instant::now();
+    while TcpStream::connect(to).await.is_ok() {
+        assert!(begun.elapsed() < SOON, "it still accepts");
+        sleep(Duration::from_millis(10)).await;
+    }
+}
+
+/// A call that is held up, under way.
+async fn slow(site: &Site, to: SocketAddr) -> tokio::task::JoinHandle<Option<u16>> {
+    let mut caller = Http1::open(to).await;
+    let call = async move { caller.send(request("GET", "/slow").body(empty()).unwrap()).await };
+    let call = tokio::spawn(async { call.await.ok().map(|answer| answer.status().as_u16()) });
+    eventually(|| (site.upstream.requests() == 1).then_some(())).await;
+    call
+}
+
+#[tokio::test]
+async fn the_first_signal_after_the_admin_door_does_not_end_the_delay() {
+    let site = Site::open().await;
+    let mut program = Program::run(&site.file, &["--drain-delay", "60s", "--grace", "20s"]).await;
+    let to = program.addr("in").await.unwrap();
+    assert_eq!(program.drain().await.status, 202);
+    program.signal("TERM").await;
+    lives_on(&program).await;
+    assert_eq!(get(to, "/").await.status, 200);
+    program.signal("TERM").await;
+    assert_eq!(program.ended(SOON).await.code(), Some(0));
+}
+
+#[tokio::test]
+async fn the_first_signal_after_the_admin_door_cuts_nothing() {
+    let site = Site::open().await;
+    let mut program = Program::run(&site.file, &["--drain-delay", "1ms", "--grace", "60s"]).await;
+    let to = program.addr("in").await.unwrap();
+    let call = slow(&site, to).await;
+    assert_eq!(program.drain().await.status, 202);
+    closed(to).await;
+    program.signal("TERM").await;
+    lives_on(&program).await;
+    site.gate.release(1);
+    assert_eq!(call.await.unwrap(), Some(200));
+    assert_eq!(program.ended(SOON).await.code(), Some(0));
+    let line = eventually(|| program.access().pop()).await;
+    assert_eq!((line["outcome"].as_str(), line["path"].as_str()), (Some("ok"), Some("/slow")), "{line}");
+}
+
+#[tokio::test]
+async fn a_second_signal_cuts_what_is_in_flight_and_leaves_its_record() {
+    for admin in [false, true] {
+        let site = Site::open().await;
+        let mut program = Program::run(&site.file, &["--drain-delay", "1ms", "--grace", "60s"]).await;
+        let to = program.addr("in").await.unwrap();
+        let call = slow(&site, to).await;
+        if admin {
+            assert_eq!(program.drain().await.status, 202);
+        }
+        program.signal("TERM").await;
+        closed(to).await;
+        program.signal("INT").await;
+        assert_eq!(program.ended(SOON).await.code(), Some(0));
+        timeout(SOON, call).await.expect("the caller hears nothing").unwrap();
+        let line = eventually(|| program.access().pop()).await;
+        assert_eq!((line["outcome"].as_str(), line["path"].as_str()), (Some("draining"), Some("/slow")), "{line}");
+        program.said("stopped; what was still in flight was cut off").await;
+    }
+}
+
+#[tokio::test]
+async fn sighup_ends_nothing() {
+    let site = Site::open().await;
+    let program = Program::run(&site.file, &[]).await;
+    let call = slow(&site, program.addr("in").await.unwrap()).await;
+    program.signal("HUP").await;
+    program.said("SIGHUP").await;
+    site.gate.release(1);
+    assert_eq!(call.await.unwrap(), Some(200));
+    assert_eq!(program.metric("hopguard_policy_reloads_total", &[]).await, 1.0, "nothing had changed");
 }
 
 #[tokio::test]

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 
@@ -31,18 +32,20 @@ struct Endpoint {
     upstream: Upstream,
     does: Arc<AtomicU8>,
     calls: Arc<AtomicUsize>,
+    cut: Arc<Notify>,
 }
 
 impl Endpoint {
     async fn open(takes: Duration) -> Self {
         let (does, calls) = (Arc::new(AtomicU8::new(Does::Answer as u8)), Arc::new(AtomicUsize::new(0)));
-        let (now, count) = (Arc::clone(&does), Arc::clone(&calls));
+        let cut = Arc::new(Notify::new());
+        let (now, count, cuts) = (Arc::clone(&does), Arc::clone(&calls), Arc::clone(&cut));
         let upstream = Upstream::bytes(move |stream: TcpStream| {
-            let (now, count) = (Arc::clone(&now), Arc::clone(&count));
-            serve(stream, takes, now, count)
+            let (now, count, cuts) = (Arc::clone(&now), Arc::clone(&count), Arc::clone(&cuts));
+            serve(stream, takes, now, count, cuts)
         })
         .await;
-        Self { upstream, does, calls }
+        Self { upstream, does, calls, cut }
     }
 
     fn turn(&self, does: Does) {
@@ -54,14 +57,14 @@ impl Endpoint {
     }
 }
 
-async fn serve(stream: TcpStream, takes: Duration, does: Arc<AtomicU8>, calls: Arc<AtomicUsize>) {
+async fn serve(stream: TcpStream, takes: Duration, does: Arc<AtomicU8>, calls: Arc<AtomicUsize>, cut: Arc<Notify>) {
     let mut wire = Wire::over(stream);
     while let Ok(Ok(1..)) = timeout(SOON, wire.stream.peek(&mut [0])).await {
         let _head = wire.head().await;
         calls.fetch_add(1, SeqCst);
         let status = match does.load(SeqCst) {
             does if does == Does::Reset as u8 => return,
-            does if does == Does::Hang as u8 => std::future::pending().await,
+            does if does == Does::Hang as u8 => return cut.notified().await,
             does if does == Does::Fail as u8 => "500 Internal Server Error",
             _ => {
                 sleep(takes).await;
@@ -91,6 +94,12 @@ destinations:
 ",
         list.join(", ")
     )
+}
+
+/// The same with the circuit breaker, as it is built in but for what `breaker` says.
+fn guarded(endpoints: &[Endpoint], breaker: &str, more: &str) -> String {
+    let breaker = format!("circuitBreaker: {{ {breaker} }}");
+    policy(&addresses(endpoints), more).replace("circuitBreaker: off", &breaker)
 }
 
 /// Out for the whole of a test.
@@ -385,6 +394,19 @@ async fn an_endpoint_that_is_out_stays_out_when_others_are_added_or_go() {
 }
 
 #[tokio::test]
+async fn a_shorter_ejection_holds_for_who_is_out_already() {
+    let site = Site::open(LONG).await;
+    site.eject().await;
+    site.bad().turn(Does::Answer);
+    site.mesh.reload(&site.policy("    ejection: { openFor: 100ms, openForMax: 200ms }")).await;
+    let load = Load::begin(site.mesh.addr("in"));
+    eventually(|| (ejections(&site.mesh, "in") == 1.0).then_some(())).await;
+    assert_eq!((ejections(&site.mesh, "tried"), out_now(&site.mesh)), (1.0, 0.0));
+    assert!(load.end().await.is_empty());
+    site.mesh.stop().await;
+}
+
+#[tokio::test]
 async fn failures_before_a_reload_count_after_it() {
     let site = Site::open(LONG).await;
     site.endpoints.iter().for_each(|one| one.turn(Does::Fail));
@@ -446,4 +468,63 @@ async fn each_change_is_told_once_with_its_endpoint_and_its_cause() {
         assert_eq!(program.metric("hopguard_ejections_total", &[&label]).await, times, "{change}");
     }
     assert_eq!(program.metric("hopguard_ejected_endpoints", &["app"]).await, 0.0);
+}
+
+#[tokio::test]
+async fn one_endpoint_that_loses_all_its_calls_at_once_does_not_open_the_breaker_of_the_destination() {
+    for (ejection, refused) in [("", 0.0), ("    ejection: off", 1.0)] {
+        let takes = Duration::ZERO;
+        let endpoints = [Endpoint::open(takes).await, Endpoint::open(takes).await, Endpoint::open(takes).await];
+        let mesh = Mesh::start(&guarded(&endpoints, "openFor: 50s, openForMax: 60s", ejection)).await;
+        endpoints.iter().for_each(|one| one.turn(Does::Hang));
+        let to = mesh.addr("in");
+        let mut calls = JoinSet::new();
+        (0..24).for_each(|_| drop(calls.spawn(get(to, "/"))));
+        eventually(|| (endpoints.iter().map(Endpoint::calls).sum::<usize>() == 24).then_some(())).await;
+        let dies = endpoints.iter().max_by_key(|one| one.calls()).unwrap();
+        let lost = dies.calls();
+        assert!(lost >= 8, "{lost} of 24");
+        endpoints.iter().for_each(|one| one.turn(Does::Answer));
+        dies.turn(Does::Reset);
+        dies.cut.notify_waiters();
+        mesh.ended("upstream_reset", lost).await;
+        assert_eq!(mesh.metric("hopguard_circuit_breaker_state", &["app"]), refused * 2.0, "{ejection}");
+        get(to, "/").await;
+        assert_eq!(mesh.count("circuit_open"), refused, "{ejection}");
+        calls.abort_all();
+        mesh.stop().await;
+    }
+}
+
+#[tokio::test]
+async fn a_destination_whose_last_endpoint_goes_on_failing_is_back_as_soon_as_others_are() {
+    let takes = Duration::ZERO;
+    let endpoints = [Endpoint::open(takes).await, Endpoint::open(takes).await, Endpoint::open(takes).await];
+    let one_is_enough = "    ejection: { consecutiveFailures: 1, openFor: 50s, openForMax: 60s }";
+    let mesh = Mesh::start(&guarded(&endpoints, "openFor: 20ms, openForMax: 40ms", one_is_enough)).await;
+    let to = mesh.addr("in");
+    let [first, second, last] = &endpoints;
+    for (endpoint, out, kept) in [(first, 1.0, 0.0), (second, 2.0, 0.0), (last, 2.0, 1.0)] {
+        endpoint.turn(Does::Fail);
+        let begun = Instant::now();
+        while (ejections(&mesh, "out"), ejections(&mesh, "kept")) != (out, kept) {
+            assert!(begun.elapsed() < SOON, "{out} {kept}");
+            get(to, "/").await;
+        }
+    }
+    let opened = || mesh.metric("hopguard_circuit_breaker_changes_total", &["app", "to=\"open\""]);
+    while opened() == 0.0 {
+        assert_eq!(get(to, "/").await.status, 500);
+    }
+    first.turn(Does::Answer);
+    second.turn(Does::Answer);
+    let begun = Instant::now();
+    while get(to, "/").await.status != 200 {
+        assert!(begun.elapsed() < SOON, "the last one alone is tried, and it fails: {} out", out_now(&mesh));
+        sleep(Duration::from_millis(5)).await;
+    }
+    // It is out now, and the endpoint that answered is in.
+    eventually(|| (mesh.metric("hopguard_circuit_breaker_state", &["app"]) == 0.0).then_some(())).await;
+    assert!(ejections(&mesh, "in") >= 1.0);
+    mesh.stop().await;
 }

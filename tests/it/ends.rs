@@ -60,7 +60,7 @@ async fn an_answer_of_known_length_is_whole_when_its_last_byte_was_taken() {
 #[tokio::test]
 async fn such_an_answer_closes_an_open_breaker() {
     let upstream = late_end().await;
-    let mesh = mesh(&upstream, true, "    retry: off\n    circuitBreaker: { openFor: 100ms }").await;
+    let mesh = mesh(&upstream, true, "    retry: off\n    circuitBreaker: { openFor: 1s }").await;
     for _ in 0..5 {
         assert_eq!(get(mesh.addr("in"), "/bad").await.status, 503);
     }
@@ -96,16 +96,19 @@ async fn trailers_end_an_answer_and_leave_the_connection_for_the_next() {
 #[tokio::test]
 async fn limits_hold_while_the_caller_reads_on_and_on() {
     let upstream = Upstream::endless("text/plain").await;
-    for (more, outcome, rule) in [
+    for (more, outcome, rule, limit) in [
         (
-            "    timeouts: { request: 500ms }\n    circuitBreaker: { consecutiveFailures: 1 }",
+            // Long enough that a caller on a busy machine is not taken for one that stopped reading: that is a tenth of it.
+            "    timeouts: { request: 3s }\n    circuitBreaker: { consecutiveFailures: 1 }",
             "request_timeout",
             "timeouts.request",
+            Duration::from_secs(3),
         ),
         (
             "    timeouts: { maxDuration: 500ms }\n    routes: [ { name: all, match: { path: / }, stream: true } ]",
             "max_duration",
             "timeouts.maxDuration",
+            Duration::from_millis(500),
         ),
     ] {
         for speaks in BOTH {
@@ -122,13 +125,40 @@ async fn limits_hold_while_the_caller_reads_on_and_on() {
                 }
             });
             assert!(end.await.expect("it never ends").is_some_and(|end| end.is_err()), "a cut must be seen");
-            assert!(begun.elapsed() >= Duration::from_millis(500), "{:?}", begun.elapsed());
+            assert!(begun.elapsed() >= limit, "{:?}", begun.elapsed());
             let line = mesh.only(outcome).await;
             assert_eq!(line["refusal"]["rule"], rule, "{line}");
             // The upstream had more to give all the time.
             assert_eq!(mesh.metric("hopguard_circuit_breaker_changes_total", &["to=\"open\""]), 0.0);
             mesh.stop().await;
         }
+    }
+}
+
+#[tokio::test]
+async fn what_has_come_of_an_answer_that_breaks_off_reaches_the_caller() {
+    let upstream = Upstream::bytes(|stream| async move {
+        let mut wire = Wire::over(stream);
+        wire.head().await;
+        wire.send("HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nabc").await;
+    })
+    .await;
+    for speaks in BOTH {
+        let mesh = mesh(&upstream, false, "    circuitBreaker: off\n    ejection: off").await;
+        for _ in 0..100 {
+            let mut caller = Caller::open(speaks, mesh.addr("in")).await;
+            let answer = caller.send(Request::get("/").body(empty()).unwrap()).await;
+            let answer = answer.unwrap_or_else(|error| panic!("{speaks:?}: not even the head came: {error}"));
+            let (status, mut body, mut came) = (answer.status(), answer.into_body(), Vec::new());
+            while let Some(Ok(frame)) = timeout(SOON, body.frame()).await.expect("it never ends") {
+                came.extend_from_slice(frame.data_ref().unwrap());
+            }
+            assert_eq!((status.as_u16(), came.as_slice()), (200, &b"abc"[..]), "{speaks:?}");
+        }
+        mesh.ended("upstream_cut", 100).await;
+        eventually(|| (mesh.log().len() == 100).then_some(())).await;
+        assert!(mesh.log().iter().all(|line| line.contains("\"bytes_out\":3")), "{:#?}", mesh.log());
+        mesh.stop().await;
     }
 }
 
@@ -192,6 +222,49 @@ async fn a_caller_that_leaves_during_its_body_has_left_and_did_nothing_wrong() {
     mesh.stop().await;
 }
 
+/// Begins its answer with `hello` and reads on until the caller's body has an end.
+async fn early(http2: bool) -> Upstream {
+    let handler = |request: Request<Incoming>| async move {
+        let (pieces, body) = feed();
+        tokio::spawn(async move {
+            pieces.send("hello").await;
+            let _all = request.into_body().collect().await;
+        });
+        Response::new(body)
+    };
+    Upstream::on("127.0.0.1:0".parse().unwrap(), handler, http2).await
+}
+
+#[tokio::test]
+async fn a_caller_that_leaves_during_its_body_has_left_also_where_the_answer_has_begun() {
+    for http2 in [false, true] {
+        let upstream = early(http2).await;
+        for speaks in BOTH {
+            let mesh = mesh(&upstream, http2, "    circuitBreaker: { consecutiveFailures: 1 }").await;
+            let (pieces, body) = feed();
+            let mut caller = Caller::open(speaks, mesh.addr("in")).await;
+            assert!(pieces.send("first").await);
+            let mut answer = caller.send(Request::post("/").body(body).unwrap()).await.unwrap();
+            assert_eq!(answer.body_mut().frame().await.unwrap().unwrap().into_data().unwrap(), "hello");
+            drop((answer, pieces, caller));
+            let line = mesh.only("caller_gone").await;
+            assert!(line["refusal"].is_null(), "{http2} {speaks:?}: {line}");
+            assert_eq!(mesh.metric("hopguard_circuit_breaker_changes_total", &[]), 0.0, "{http2} {speaks:?}");
+            mesh.stop().await;
+        }
+        // One that sends what cannot be read is the cause as well; it sees its answer cut.
+        let mesh = mesh(&upstream, http2, "    circuitBreaker: { consecutiveFailures: 1 }").await;
+        let mut wire = Wire::open(mesh.addr("in")).await;
+        wire.send("POST / HTTP/1.1\r\nhost: shop.test\r\ntransfer-encoding: chunked\r\n\r\n5\r\nfirst\r\n").await;
+        wire.until("hello").await;
+        wire.send("none\r\n").await;
+        assert!(!wire.rest().await.contains("0\r\n\r\n"));
+        mesh.only("bad_request").await;
+        assert_eq!(mesh.metric("hopguard_circuit_breaker_changes_total", &[]), 0.0, "{http2}");
+        mesh.stop().await;
+    }
+}
+
 #[tokio::test]
 async fn a_grpc_message_that_the_upstream_does_not_read_makes_no_stream() {
     let upstream = Upstream::http2(|request: Request<Incoming>| async move {
@@ -238,6 +311,24 @@ async fn an_answer_that_is_no_grpc_counts_against_its_upstream() {
     assert_eq!(grpc(mesh.addr("in"), "/shop.v1.Payment/Charge").await.grpc_status(), "14");
     mesh.only("circuit_open").await;
     mesh.stop().await;
+}
+
+#[tokio::test]
+async fn a_grpc_answer_without_a_status_counts_against_its_upstream() {
+    for message in ["", "\0\0\0\0\0"] {
+        let upstream = Upstream::http2(move |_| async move {
+            Response::builder().header("content-type", "application/grpc").body(full(message)).unwrap()
+        })
+        .await;
+        let mesh = mesh(&upstream, true, "    retry: off").await;
+        for _ in 0..5 {
+            assert_eq!(grpc(mesh.addr("in"), "/shop.v1.Payment/Charge").await.grpc_status(), "");
+        }
+        mesh.ended("grpc_error", 5).await;
+        assert_eq!(grpc(mesh.addr("in"), "/shop.v1.Payment/Charge").await.grpc_status(), "14", "{message:?}");
+        mesh.only("circuit_open").await;
+        mesh.stop().await;
+    }
 }
 
 #[tokio::test]
@@ -321,7 +412,8 @@ async fn a_connection_is_idle_after_an_answer_of_our_own() {
     mesh.stop().await;
 }
 
-/// Answers calls over HTTP/2 as the path says: `/late` with a reset after the first message, `/reset` with one at once.
+/// Answers calls over HTTP/2 as the path says: `/late` with a reset after the first message, `/reset` and `/refuse`
+/// with one at once.
 async fn resetting(seen: Arc<AtomicUsize>) -> Upstream {
     Upstream::bytes(move |stream| {
         let seen = Arc::clone(&seen);
@@ -332,6 +424,7 @@ async fn resetting(seen: Arc<AtomicUsize>) -> Upstream {
                 let head = || Response::builder().header("content-type", "application/grpc").body(()).unwrap();
                 match request.uri().path() {
                     "/reset" => answer.send_reset(Reason::INTERNAL_ERROR),
+                    "/refuse" => answer.send_reset(Reason::REFUSED_STREAM),
                     "/shop.v1.Payment/Late" => {
                         let mut body = answer.send_response(head(), false).unwrap();
                         body.send_data(Bytes::from_static(b"\0\0\0\0\0"), false).unwrap();
@@ -400,6 +493,19 @@ async fn before_the_app_only_a_connection_that_closes_is_a_reason_to_send_again(
     assert_eq!(get(mesh.addr("in"), "/reset").await.status, 502);
     assert_eq!((seen.load(SeqCst), upstream.connections()), (2, 1), "the app has reset a stream, and no connection");
     mesh.stop().await;
+
+    let other = resetting(Arc::clone(&seen)).await;
+    let two = format!("\"{}\", \"{}\"", upstream.addr, other.addr);
+    let text = policy(upstream.addr, "    protocol: http2").replace(&format!("\"{}\"", upstream.addr), &two);
+    for text in [text, policy(upstream.addr, "    protocol: http2")] {
+        let mesh = Mesh::start(&text).await;
+        seen.store(0, SeqCst);
+        assert_eq!(get(mesh.addr("in"), "/refuse").await.status, 502);
+        assert_eq!(seen.load(SeqCst), 1, "the app has refused a stream: the caller's hopguard has other endpoints");
+        assert_eq!(mesh.only("upstream_reset").await["retry"], "at_the_caller");
+        assert_eq!(mesh.metric("hopguard_retries_total", &["app"]), 0.0);
+        mesh.stop().await;
+    }
 
     let asked = Arc::clone(&seen);
     let upstream = Upstream::bytes(move |stream| {

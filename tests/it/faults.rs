@@ -103,6 +103,8 @@ async fn a_grpc_caller_gets_the_aborts_code_in_an_answer_of_trailers() {
         let answer = grpc(mesh.addr("in"), "/shop.v1.Payment/Charge").await;
         assert_eq!((answer.status.as_u16(), answer.grpc_status()), (200, code), "{abort}: {answer:?}");
         assert!(answer.trailers.is_none(), "{abort}: {answer:?}");
+        let said = "the fault test of the policy answered in the upstream's place";
+        assert_eq!(answer.header("grpc-message"), said, "{abort}");
         eventually(|| (injected(&mesh) == 1.0 && !mesh.log().is_empty()).then_some(())).await;
         let line: serde_json::Value = serde_json::from_str(&mesh.log()[0]).unwrap();
         assert_eq!((&line["fault"], &line["protocol"]), (&"test".into(), &"grpc".into()), "{line}");
@@ -297,6 +299,7 @@ async fn a_grpc_caller_whose_answer_is_cut_gets_a_status() {
     assert!(message.contains("upstream_cut") && message.contains("test"), "{message}");
     let line = mesh.only("upstream_cut").await;
     assert_eq!((&line["fault"], &line["grpc_status"]), (&"test".into(), &"UNAVAILABLE".into()), "{line}");
+    assert_eq!(line["grpc_message"], message, "{line}");
     mesh.stop().await;
 }
 
@@ -321,6 +324,22 @@ async fn a_body_comes_as_slowly_as_the_policy_says() {
             mesh.stop().await;
         }
     }
+}
+
+#[tokio::test]
+async fn a_body_under_way_is_slow_no_longer_when_the_fault_is_over() {
+    let upstream = Upstream::http1(|_| async { Response::new(full(vec![b'x'; 3000])) }).await;
+    let end = Timestamp::now() + Duration::from_millis(500);
+    // At this rate it would take a minute, and the request has two seconds.
+    let fault = "slowBody: { bytesPerSecond: 50 }";
+    let mesh = Mesh::start(&with_end(&upstream, fault, "", &end.to_string())).await;
+    let answer = get(mesh.addr("in"), "/").await;
+    assert_eq!(answer.body.len(), 3000);
+    assert!(Timestamp::now() >= end, "it was not slow");
+    let line = mesh.only("ok").await;
+    assert_eq!((&line["fault"], &line["bytes_out"]), (&"test".into(), &3000.into()), "{line}");
+    assert_eq!(injected(&mesh), 1.0);
+    mesh.stop().await;
 }
 
 #[tokio::test]

@@ -258,3 +258,53 @@ async fn te_of_an_http2_caller_is_no_field_for_an_http1_upstream() {
     assert!(seen.lock().unwrap().iter().all(|head| !head.contains_key("te")), "{:?}", seen.lock().unwrap());
     mesh.stop().await;
 }
+
+#[tokio::test]
+async fn of_equal_lengths_one_is_passed_on_over_both_protocols_and_different_ones_are_refused() {
+    let (upstream, seen) = curious().await;
+    let mesh = Mesh::start(&policy(upstream.addr, "")).await;
+    for speaks in [Speaks::Http1, Speaks::Http2] {
+        let mut asked = request("POST", "/").body(full("abc")).unwrap();
+        for _ in 0..2 {
+            asked.headers_mut().append("content-length", "3".parse().unwrap());
+        }
+        let answer = Caller::open(speaks, mesh.addr("in")).await.ask(asked).await;
+        assert_eq!(answer.status, 200, "{speaks:?} {answer:?}");
+        let fields = seen.lock().unwrap().pop().unwrap();
+        assert_eq!(fields.get_all("content-length").iter().collect::<Vec<_>>(), ["3"], "{speaks:?}");
+    }
+    for lengths in [["3", "4"], ["4", "3"]] {
+        let mut asked = request("POST", "/").body(full("abc")).unwrap();
+        for length in lengths {
+            asked.headers_mut().append("content-length", length.parse().unwrap());
+        }
+        let answered = Caller::open(Speaks::Http2, mesh.addr("in")).await.send(asked).await;
+        // The stream is reset before anybody sees it.
+        assert!(answered.is_err() && seen.lock().unwrap().is_empty(), "{lengths:?}");
+    }
+    mesh.stop().await;
+}
+
+#[tokio::test]
+async fn a_target_without_a_path_is_passed_on_with_one() {
+    let lines = Arc::new(Mutex::new(Vec::new()));
+    let noted = Arc::clone(&lines);
+    let upstream = Upstream::bytes(move |stream| {
+        let noted = Arc::clone(&noted);
+        async move {
+            let mut wire = Wire::over(stream);
+            let head = wire.head().await;
+            noted.lock().unwrap().push(head.lines().next().unwrap_or_default().to_owned());
+            wire.send("HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: 2\r\n\r\nok").await;
+        }
+    })
+    .await;
+    let mesh = Mesh::start(&policy(upstream.addr, "")).await;
+    for (target, wanted) in [("", "/"), ("#f", "/"), ("?x", "/?x"), ("?x#f", "/?x"), ("/a#f", "/a")] {
+        let mut wire = Wire::open(mesh.addr("in")).await;
+        wire.send(format!("GET http://shop.test{target} HTTP/1.1\r\nhost: shop.test\r\n\r\n")).await;
+        wire.until("ok").await;
+        assert_eq!(lines.lock().unwrap().pop().unwrap(), format!("GET {wanted} HTTP/1.1"), "{target:?}");
+    }
+    mesh.stop().await;
+}

@@ -1,13 +1,17 @@
 //! What only HTTP/1 has: old callers, pipelines, `Expect`, and upstreams that end the connection.
 
+use std::io::ErrorKind;
+use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::time::Duration;
 
-use tokio::time::Instant;
+use tokio::io::AsyncReadExt;
+use tokio::time::{Instant, timeout};
 
-use crate::support::Mesh;
+use crate::support::bank::behind_a_caller;
 use crate::support::http::{ask, full, get, raw, request};
 use crate::support::upstream::{Upstream, policy};
 use crate::support::wire::Wire;
+use crate::support::{Mesh, SOON};
 
 async fn mesh(upstream: &Upstream) -> Mesh {
     Mesh::start(&policy(upstream.addr, "    protocol: http1\n    timeouts: { request: 5s }")).await
@@ -45,6 +49,44 @@ async fn an_http10_caller_gets_no_chunks_and_a_closed_connection() {
     let bare = raw(mesh.addr("in"), b"GET /bare HTTP/1.0\r\n\r\n").await;
     assert!(bare.ends_with("/bare"), "an HTTP/1.0 call needs no host on a listener with `to`");
     mesh.ended("ok", 3).await;
+    mesh.stop().await;
+}
+
+/// Reads until the connection ends: what came, and how it ended.
+async fn to_the_end(mut wire: Wire) -> (String, std::io::Result<usize>) {
+    let mut all = Vec::new();
+    let end = timeout(SOON, wire.stream.read_to_end(&mut all)).await.expect("it never ends");
+    (String::from_utf8_lossy(&all).into_owned(), end)
+}
+
+#[tokio::test]
+async fn an_http10_caller_cannot_take_a_cut_body_for_a_whole_one() {
+    let upstream = Upstream::bytes(|stream| async move {
+        let mut wire = Wire::over(stream);
+        let is_slow = wire.head().await.contains("/slow");
+        wire.send("HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabc\r\n").await;
+        if is_slow {
+            wire.rest().await;
+        }
+    })
+    .await;
+    let more = "    protocol: http1\n    timeouts: { request: 300ms }";
+    for (path, outcome) in [("/slow", "request_timeout"), ("/breaks", "upstream_cut")] {
+        let mesh = Mesh::start(&policy(upstream.addr, more)).await;
+        let mut wire = Wire::open(mesh.addr("in")).await;
+        wire.send(format!("GET {path} HTTP/1.0\r\nhost: shop.test\r\n\r\n")).await;
+        let (answer, end) = to_the_end(wire).await;
+        assert!(answer.ends_with("\r\n\r\nabc"), "{path}: {answer:?}");
+        assert_eq!(end.map_err(|error| error.kind()), Err(ErrorKind::ConnectionReset), "{path}");
+        assert_eq!(mesh.only(outcome).await["bytes_out"], 3);
+        mesh.stop().await;
+    }
+    let upstream = Upstream::endless("text/plain").await;
+    let mesh = Mesh::start(&policy(upstream.addr, more)).await;
+    let mut wire = Wire::open(mesh.addr("in")).await;
+    wire.send("GET / HTTP/1.0\r\nhost: shop.test\r\n\r\n").await;
+    mesh.only("caller_timeout").await;
+    assert_eq!(to_the_end(wire).await.1.map_err(|error| error.kind()), Err(ErrorKind::ConnectionReset));
     mesh.stop().await;
 }
 
@@ -131,15 +173,52 @@ async fn an_upstream_that_says_nothing_to_expect_gets_the_body_after_a_while() {
         wire.rest().await;
     })
     .await;
-    let mesh = mesh(&upstream).await;
+    // In time for the try, too.
+    for (limits, held) in [("", 900), ("    timeouts: { request: 5s, perTry: 980ms }\n    retry: off", 450)] {
+        let mesh = Mesh::start(&policy(upstream.addr, limits)).await;
+        let mut wire = Wire::open(mesh.addr("in")).await;
+        let begun = Instant::now();
+        wire.send(EXPECTING).await;
+        assert!(wire.head().await.starts_with("HTTP/1.1 100 "));
+        let waited = begun.elapsed();
+        assert!(waited >= Duration::from_millis(held), "it was not asked of the upstream: {waited:?}");
+        wire.send("hello").await;
+        wire.until("done").await;
+        mesh.ended("ok", 1).await;
+        mesh.stop().await;
+    }
+}
+
+#[tokio::test]
+async fn a_body_that_has_come_is_not_held_back_from_the_next_try() {
+    let tries = AtomicUsize::new(0);
+    let upstream = Upstream::bytes(move |stream| {
+        let is_first = tries.fetch_add(1, SeqCst) == 0;
+        async move {
+            let mut wire = Wire::over(stream);
+            let head = wire.head().await.to_lowercase();
+            assert_eq!(head.contains("expect:"), is_first, "{head}");
+            if is_first {
+                wire.send("HTTP/1.1 100 Continue\r\n\r\n").await;
+            }
+            wire.until("hello").await;
+            let status = if is_first { 503 } else { 200 };
+            wire.send(format!("HTTP/1.1 {status} X\r\nconnection: close\r\ncontent-length: 4\r\n\r\ndone")).await;
+            wire.rest().await;
+        }
+    })
+    .await;
+    let mesh = Mesh::start(&behind_a_caller(&[upstream.addr], "", "    timeouts: { request: 5s }")).await;
     let mut wire = Wire::open(mesh.addr("in")).await;
     let begun = Instant::now();
-    wire.send(EXPECTING).await;
+    wire.send(EXPECTING.replace("POST", "PUT")).await;
     assert!(wire.head().await.starts_with("HTTP/1.1 100 "));
-    assert!(begun.elapsed() >= Duration::from_millis(900), "it was not asked of the upstream: {:?}", begun.elapsed());
     wire.send("hello").await;
-    wire.until("done").await;
-    mesh.ended("ok", 1).await;
+    assert!(wire.until("done").await.starts_with("HTTP/1.1 200 "));
+    assert!(begun.elapsed() < Duration::from_millis(900), "{:?}", begun.elapsed());
+    let line = mesh.only("ok").await;
+    assert_eq!((&line["attempt"], &line["bytes_in"]), (&2.into(), &5.into()), "{line}");
+    assert_eq!(mesh.metric("hopguard_retries_total", &["app"]), 1.0);
     mesh.stop().await;
 }
 

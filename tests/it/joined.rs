@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
+use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use hyper::{HeaderMap, Request, Response};
 use serde_json::Value;
@@ -11,6 +12,7 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep};
 
 use crate::deadline::{Bank, CHARGE, EXPECTED, took};
+use crate::support::bank::{Bank as Script, Say};
 use crate::support::http::{Answer, Body, Caller, Speaks, ask, empty, feed, full, get, grpc_request, request};
 use crate::support::upstream::Upstream;
 use crate::support::wire::Wire;
@@ -239,6 +241,24 @@ async fn an_app_that_calls_on_after_its_deadline_is_refused() {
 }
 
 #[tokio::test]
+async fn a_request_that_came_again_and_was_answered_is_late_no_more() {
+    for trace in &TRACES {
+        let (name, value) = *trace;
+        let service = Service::open(std::slice::from_ref(&trace.0), Duration::from_millis(350), "").await;
+        assert_eq!(service.call("/", "200", Some((name, value))).await.unwrap().status, 504, "{name}");
+        // What the app does for the first request is refused; what it does for the second is not.
+        service.mesh.only("deadline_spent").await;
+        assert_eq!(service.call("/", "2000", Some((name, value))).await.unwrap().status, 200, "{name}");
+        service.mesh.ended("ok", 2).await;
+        let after = request("GET", "/").header(name, value).body(empty()).unwrap();
+        assert_eq!(ask(service.mesh.addr("out"), after).await.status, 200, "{name}");
+        assert_eq!((service.joined("late"), service.joined("no_inbound")), (1.0, 1.0), "{name}");
+        assert_eq!((service.bank.upstream.requests(), service.mesh.count("deadline_spent")), (2, 1.0), "{name}");
+        service.mesh.stop().await;
+    }
+}
+
+#[tokio::test]
 async fn a_tighter_deadline_of_the_apps_own_holds() {
     let service = Service::open(&["traceparent", EXPECTED], Duration::ZERO, "").await;
     // The app forwards everything, also the time that hopguard has given it.
@@ -270,6 +290,133 @@ async fn an_inbound_request_without_any_id_gets_one_and_others_keep_theirs() {
     assert_eq!(service.call("/", "1000", None).await.unwrap().status, 200);
     assert_ne!(id(5, &service.asked), given, "each has its own");
     service.mesh.stop().await;
+}
+
+#[tokio::test]
+async fn an_inbound_request_whose_ids_cannot_be_read_gets_one_too() {
+    let service = Service::open(&["traceparent", "b3", "x-b3-traceid", "x-request-id"], Duration::ZERO, "").await;
+    let unreadable = [
+        ("b3", "0"),
+        ("traceparent", "00-00000000000000000000000000000000-0000000000000000-00"),
+        ("x-b3-traceid", "none"),
+        ("x-request-id", ""),
+    ];
+    for (at, (name, value)) in unreadable.into_iter().enumerate() {
+        let other = service.call("/other/slow", "2500", Some(("x-request-id", "another")));
+        eventually(|| (service.bank.upstream.requests() == 2 * at + 1).then_some(())).await;
+        assert_eq!(service.call("/", "1000", Some((name, value))).await.unwrap().status, 200);
+        let fields = service.asked.lock().unwrap()[2 * at + 1].clone();
+        assert_eq!(fields["x-request-id"].len(), 36, "{name}: {fields:?}");
+        if name != "x-request-id" {
+            assert_eq!(fields[name], value, "it passes as it came");
+        }
+        assert_eq!((service.joined("by_trace"), service.joined("not_joined")), (2.0 * at as f64 + 2.0, 0.0), "{name}");
+        other.abort();
+    }
+}
+
+/// An app that calls the bank with its trace id after a while, and does not notice that nobody waits any more.
+async fn stubborn_app(pause: Duration) -> (Upstream, Arc<OnceLock<SocketAddr>>) {
+    let door = Arc::new(OnceLock::<SocketAddr>::new());
+    let to = Arc::clone(&door);
+    let app = Upstream::http1(move |request: Request<Incoming>| {
+        let to = *to.get().unwrap();
+        async move { tokio::spawn(call_the_bank(request, to, &["traceparent"], pause)).await.unwrap() }
+    })
+    .await;
+    (app, door)
+}
+
+#[tokio::test]
+async fn nothing_is_tried_again_for_an_inbound_request_that_nobody_waits_for() {
+    const LATER: &[Say] = &[Say::With(503, &[("retry-after", "1")])];
+    // What the bank says, whether the caller leaves, what the app is given, and how the call of the bank ends.
+    let table = [
+        (LATER, true, "", "server_error"),
+        (&[Say::Hang], true, "", "per_try_timeout"),
+        (LATER, false, ", timeouts: { request: 300ms, perTry: 300ms }", "server_error"),
+    ];
+    for (script, leaves, of_app, outcome) in table {
+        let bank = Script::http1(script).await;
+        let (app, door) = stubborn_app(Duration::ZERO).await;
+        let rules = "rules: { deadline: off }\ndefaults: { timeouts: { request: 5s, perTry: 400ms } }\n";
+        let mesh = Mesh::start(&policy(app.addr, bank.addr(), rules, of_app)).await;
+        door.set(mesh.addr("out")).unwrap();
+        let asked = request("GET", "/").header("traceparent", TRACEPARENT).body(empty()).unwrap();
+        let to = mesh.addr("in");
+        let asked = tokio::spawn(async move { ask(to, asked).await });
+        eventually(|| (bank.tries() == 1).then_some(())).await;
+        if leaves {
+            asked.abort();
+        } else {
+            assert_eq!(asked.await.unwrap().status, 504);
+        }
+        let line = mesh.only(outcome).await;
+        assert_eq!((&line["destination"], &line["retry"]), (&"bank".into(), &"caller_gone".into()), "{line}");
+        assert_eq!((&line["attempt"], bank.tries()), (&1.into(), 1), "{line}");
+        assert_eq!(mesh.metric("hopguard_retries_total", &[]), 0.0);
+        assert_eq!(mesh.metric("hopguard_retries_withheld_total", &["bank", "why=\"caller_gone\""]), 1.0);
+        mesh.stop().await;
+    }
+}
+
+#[tokio::test]
+async fn an_app_whose_caller_has_left_has_no_more_time_than_before_and_no_retries() {
+    let table: [(&'static [Say], _, _); 2] =
+        [(&[Say::Hang], "deadline_exceeded", Value::Null), (&[Say::Status(503)], "server_error", "caller_gone".into())];
+    for (script, outcome, why) in table {
+        let bank = Script::http1(script).await;
+        let (app, door) = stubborn_app(Duration::from_millis(200)).await;
+        let mesh = Mesh::start(&policy(app.addr, bank.addr(), "", "")).await;
+        door.set(mesh.addr("out")).unwrap();
+        let asked = request("GET", "/").header("traceparent", TRACEPARENT).header(EXPECTED, "900");
+        let (to, asked) = (mesh.addr("in"), asked.body(empty()).unwrap());
+        let asked = tokio::spawn(async move { ask(to, asked).await });
+        eventually(|| (app.requests() == 1).then_some(())).await;
+        asked.abort();
+        mesh.only("caller_gone").await;
+        let line = mesh.only(outcome).await;
+        assert_eq!((&line["destination"], &line["deadline_from"]), (&"bank".into(), &"inbound".into()), "{line}");
+        assert_eq!((&line["attempt"], &line["retry"], bank.tries()), (&1.into(), &why, 1), "{line}");
+        let told: u64 = bank.seen()[0].header(EXPECTED).parse().unwrap();
+        assert!((200..720).contains(&told), "{told}");
+        assert_eq!(mesh.metric("hopguard_deadline_joins_total", &["how=\"by_trace\""]), 1.0);
+        mesh.stop().await;
+    }
+}
+
+/// An app that fails when its call of the bank does, in words of its own.
+async fn app_with_words_of_its_own() -> (Upstream, Arc<OnceLock<SocketAddr>>) {
+    let door = Arc::new(OnceLock::<SocketAddr>::new());
+    let to = Arc::clone(&door);
+    let app = Upstream::http1(move |request: Request<Incoming>| {
+        let to = *to.get().unwrap();
+        async move {
+            let status = call_the_bank(request, to, &["traceparent"], Duration::ZERO).await.status();
+            Response::builder().status(if status == 200 { 200 } else { 500 }).body(empty()).unwrap()
+        }
+    })
+    .await;
+    (app, door)
+}
+
+#[tokio::test]
+async fn a_call_that_a_rate_limit_refuses_is_marked_for_the_hops_above() {
+    let bank = Bank::open(false).await;
+    let (app, door) = app_with_words_of_its_own().await;
+    let text = policy(app.addr, bank.upstream.addr, "", "");
+    let mesh = Mesh::start(&text.replace("name: bank,", "name: bank, rateLimit: { requests: 1, per: 1m },")).await;
+    door.set(mesh.addr("out")).unwrap();
+    for (status, said) in [(200, ""), (500, "hopguard; received-status=500; hopguard-final; hopguard-at=\"bank\"")] {
+        let asked = request("GET", "/").header("traceparent", TRACEPARENT).body(empty()).unwrap();
+        let answer = ask(mesh.addr("in"), asked).await;
+        assert_eq!((answer.status.as_u16(), answer.header("proxy-status")), (status, said), "{answer:?}");
+    }
+    mesh.only("rate_limited").await;
+    let line = mesh.only("server_error").await;
+    assert_eq!((&line["destination"], &line["failed_at"]), (&"app".into(), &"bank".into()), "{line}");
+    assert_eq!(bank.upstream.requests(), 1);
+    mesh.stop().await;
 }
 
 /// An app that sends a piece, calls the bank, and sends what it has heard, for as long as anybody listens.
@@ -344,6 +491,56 @@ async fn a_grpc_stream_may_call_others_until_its_own_deadline() {
     let asked = bank.asked.lock().unwrap();
     let told: Vec<u64> = asked.iter().map(|fields| fields[EXPECTED].to_str().unwrap().parse().unwrap()).collect();
     assert!(told.iter().all(|told| *told < 900) && told.is_sorted_by(|one, next| one > next), "{told:?}");
+}
+
+/// An app that calls the bank when it has two messages.
+async fn app_that_is_streamed_to() -> (Upstream, Arc<OnceLock<SocketAddr>>) {
+    let door = Arc::new(OnceLock::<SocketAddr>::new());
+    let to = Arc::clone(&door);
+    let app = Upstream::http2(move |request: Request<Incoming>| {
+        let to = *to.get().unwrap();
+        async move {
+            let (mut body, mut read) = (request.into_body(), 0);
+            while read < 2 * piece("more", true).len() {
+                read += body.frame().await.unwrap().unwrap().into_data().unwrap().len();
+            }
+            let asked = request_of_the_trace();
+            let code = if ask(to, asked).await.status == 200 { "0" } else { "14" };
+            let answer = Response::builder().header("content-type", "application/grpc").header("grpc-status", code);
+            answer.body(empty()).unwrap()
+        }
+    })
+    .await;
+    (app, door)
+}
+
+fn request_of_the_trace() -> Request<Body> {
+    request("GET", "/").header("traceparent", TRACEPARENT).body(empty()).unwrap()
+}
+
+#[tokio::test]
+async fn a_caller_that_streams_does_not_hurry_the_calls_for_its_second_message() {
+    for (timeout, least, most) in [(None, 1000, 15_000), (Some("900m"), 400, 900)] {
+        let bank = Bank::open(false).await;
+        let (app, door) = app_that_is_streamed_to().await;
+        let mesh = Mesh::start(&policy(app.addr, bank.upstream.addr, "", SHORT)).await;
+        door.set(mesh.addr("out")).unwrap();
+        let (pieces, body) = feed();
+        let mut asked = grpc_request(CHARGE, body);
+        asked.headers_mut().insert("traceparent", TRACEPARENT.parse().unwrap());
+        if let Some(timeout) = timeout {
+            asked.headers_mut().insert("grpc-timeout", timeout.parse().unwrap());
+        }
+        tokio::spawn(async move { while pieces.send(piece("more", true)).await {} });
+        let answer = Caller::open(Speaks::Http2, mesh.addr("in")).await.ask(asked).await;
+        assert_eq!(answer.grpc_status(), "0", "{answer:?}");
+        let told: u64 = bank.told(EXPECTED).parse().unwrap();
+        assert!((least..most).contains(&told), "{timeout:?}: {told}");
+        mesh.ended("ok", 2).await;
+        let line = mesh.log().iter().any(|line| line.contains("\"deadline_from\":\"inbound\""));
+        assert_eq!(line, timeout.is_some(), "{:#?}", mesh.log());
+        mesh.stop().await;
+    }
 }
 
 #[tokio::test]

@@ -153,7 +153,12 @@ async fn who_leaves_the_queue_gives_up_the_place() {
     shop.gate.release(2);
     assert_eq!((first.await.unwrap().status.as_u16(), third.await.unwrap().status.as_u16()), (200, 200));
     assert_eq!(*shop.asked.lock().unwrap(), ["/1", "/3"]);
-    assert_eq!(mesh.only("caller_gone").await["path"], "/2");
+    mesh.ended("ok", 2).await;
+    let gone = mesh.only("caller_gone").await;
+    assert_eq!(gone["path"], "/2");
+    assert!(gone["queue_ms"].is_number(), "it has waited as well: {gone}");
+    let waited = |outcome| mesh.metric("hopguard_queue_duration_seconds_count", &[outcome]);
+    assert_eq!((waited("outcome=\"caller_gone\""), waited("outcome=\"ok\"")), (1.0, 1.0));
     mesh.stop().await;
 }
 

@@ -6,8 +6,10 @@
 
 mod access_log; // what is written, and what is not
 mod admin; // probes, metrics, the policy in force
+mod balancing; // which endpoint gets the next call
 mod chain; // several hopguards and apps in a row
-mod circuit_breaker; // a destination that fails, and its callers
+mod circuit_breaker;
+mod coalescing; // a destination that fails, and its callers
 mod command_line; // the commands that a user types
 mod deadline; // one budget of time for the whole chain
 mod discovery; // several endpoints, and names
@@ -16,6 +18,7 @@ mod ejection; // an endpoint that fails among others
 mod ends; // what counts as a whole answer, and whose fault it is when there is none
 mod faults; // what goes wrong on purpose
 mod fields; // header fields: which pass, which end here, which are ours
+mod following; // what is followed beside the policy's own files
 mod grpc_peers; // grpcio on both sides
 mod h2spec; // the HTTP/2 conformance tests
 mod http1; // old callers, pipelines, Expect, upstreams that hang up
@@ -26,6 +29,7 @@ mod languages; // a deadline through services in Python and Go
 mod limits; // places, the queue, who is sent away
 mod marks; // what one hopguard tells the next about a failure
 mod names; // names, as a real name server answers for them
+mod places; // a destination that leads to where the caller was going
 mod pools; // connections to upstreams
 mod protocols; // every protocol with every other
 mod rate_limit; // so many calls a time

@@ -2,11 +2,11 @@
 
 use std::net::{SocketAddr, TcpListener};
 
-use crate::support::Mesh;
 use crate::support::bank::{Bank, Say, behind_a_caller};
-use crate::support::http::{ask, empty, get, grpc, request};
+use crate::support::http::{Caller, Speaks, ask, empty, full, get, grpc, grpc_request, request};
 use crate::support::upstream::policy;
 use crate::support::wire::Wire;
+use crate::support::{Mesh, eventually};
 
 const CHARGE: &str = "/shop.v1.Payment/Charge";
 
@@ -150,15 +150,139 @@ async fn a_call_that_an_earlier_try_may_have_brought_to_the_app_is_not_called_un
 #[tokio::test]
 async fn what_was_tried_out_is_remembered_for_its_path_and_not_for_the_whole_trace() {
     let bank = Bank::http1(&[Say::Status(503)]).await;
-    let both = behind_a_caller(&[bank.addr()], "", QUICK)
+    let one_side = behind_a_caller(&[bank.addr()], "", QUICK);
+    let both = one_side.replace("listeners:\n", "listeners:\n  - { name: back, bind: \"127.0.0.1:0\", to: app }\n");
+    for text in [one_side, both] {
+        let mesh = Mesh::start(&text).await;
+        let mut before = bank.tries();
+        for (path, tries) in [("/a", 3), ("/b", 3), ("/a?again", 1), ("/b", 1)] {
+            let asked = request("GET", path).header("x-request-id", "one trace").body(empty()).unwrap();
+            assert_eq!(ask(mesh.addr("in"), asked).await.status, 503);
+            assert_eq!(bank.tries() - before, tries, "{path}");
+            before = bank.tries();
+        }
+        mesh.ended("server_error", 4).await;
+        assert_eq!(withheld(&mesh), [0.0, 2.0, 2.0]);
+        mesh.stop().await;
+    }
+}
+
+#[tokio::test]
+async fn what_was_tried_out_is_remembered_when_only_the_trailers_say_that_it_failed() {
+    let table: [(&'static [Say], usize); 2] = [
+        (&[Say::Grpc(14, &[]), Say::Trailers(&[("grpc-status", "14")]), Say::Grpc(14, &[])], 1),
+        (&[Say::Grpc(14, &[]), Say::Trailers(&[("grpc-status", "0")]), Say::Grpc(14, &[])], 3),
+    ];
+    for (script, tries) in table {
+        let bank = Bank::http2(script).await;
+        let mesh = Mesh::start(&behind_a_caller(&[bank.addr()], "", QUICK)).await;
+        let mut caller = Caller::open(Speaks::Http2, mesh.addr("in")).await;
+        for so_far in [2, 2 + tries] {
+            let mut asked = grpc_request(CHARGE, full(&b"\0\0\0\0\0"[..]));
+            asked.headers_mut().insert("x-request-id", "one trace".parse().unwrap());
+            caller.ask(asked).await;
+            assert_eq!(bank.tries(), so_far, "{script:?}");
+        }
+        mesh.stop().await;
+    }
+}
+
+/// A call of one trace: its status, and how many tries the bank has seen of it.
+async fn tries_of(mesh: &Mesh, bank: &Bank, method: &str, path: &str) -> (u16, usize) {
+    let before = bank.tries();
+    let mut asked = request(method, path).header("x-request-id", "one trace").body(empty()).unwrap();
+    asked.headers_mut().insert("host", bank.addr().to_string().parse().unwrap());
+    let answer = ask(mesh.addr("in"), asked).await;
+    (answer.status.as_u16(), bank.tries() - before)
+}
+
+fn withheld(mesh: &Mesh) -> [f64; 3] {
+    ["not_safe", "tries_used_up", "retried_below"]
+        .map(|why| mesh.metric("hopguard_retries_withheld_total", &[&format!("why=\"{why}\"")]))
+}
+
+#[tokio::test]
+async fn what_was_tried_once_because_it_is_not_safe_leaves_their_tries_to_the_others_of_its_trace() {
+    let bank = Bank::http1(&[Say::Status(503)]).await;
+    let more = "    circuitBreaker: off\n    ejection: off\n    retry: { backoff: { max: 1ms } }";
+    let both = behind_a_caller(&[bank.addr()], "", more)
         .replace("listeners:\n", "listeners:\n  - { name: back, bind: \"127.0.0.1:0\", to: app }\n");
     let mesh = Mesh::start(&both).await;
-    let mut before = 0;
-    for (path, tries) in [("/a", 3), ("/b", 3), ("/a?again", 1), ("/b", 1)] {
-        let asked = request("GET", path).header("x-request-id", "one trace").body(empty()).unwrap();
-        assert_eq!(ask(mesh.addr("in"), asked).await.status, 503);
-        assert_eq!(bank.tries() - before, tries, "{path}");
-        before = bank.tries();
+    for (method, tries) in [("POST", 1), ("GET", 3), ("PUT", 3), ("GET", 1)] {
+        assert_eq!(tries_of(&mesh, &bank, method, "/").await, (503, tries), "{method}");
     }
+    mesh.ended("server_error", 4).await;
+    assert_eq!(withheld(&mesh), [1.0, 2.0, 1.0]);
+    let why = |line: &String| serde_json::from_str::<serde_json::Value>(line).unwrap()["retry"].clone();
+    let whys: Vec<_> = mesh.log().iter().map(why).collect();
+    assert_eq!(whys, ["not_safe", "tries_used_up", "tries_used_up", "retried_below"]);
     mesh.stop().await;
+}
+
+#[tokio::test]
+async fn one_host_of_a_destination_that_leads_to_many_uses_up_no_tries_of_another() {
+    let (bank, shop) = (Bank::http1(&[Say::Status(503)]).await, Bank::http1(&[Say::Status(503)]).await);
+    let text = "apiVersion: hopguard.dev/v1alpha1
+kind: Policy
+listeners:
+  - { name: back, bind: \"127.0.0.1:0\", to: app }
+  - { name: in, bind: \"127.0.0.1:0\", forward: true }
+destinations:
+  - { name: app, endpoints: [\"127.0.0.1:1\"] }
+  - { name: others, hosts: [\"*\"], circuitBreaker: off, retry: { backoff: { max: 1ms } } }
+";
+    let mesh = Mesh::start(text).await;
+    for (host, tries) in [(&bank, 3), (&shop, 3), (&bank, 1), (&shop, 1)] {
+        assert_eq!(tries_of(&mesh, host, "GET", "/api").await, (503, tries));
+    }
+    assert_eq!(withheld(&mesh), [0.0, 2.0, 2.0]);
+    mesh.stop().await;
+}
+
+#[tokio::test]
+async fn a_call_that_was_turned_away_before_its_first_try_has_all_its_tries_left() {
+    let bank = Bank::http1(&[Say::Hang, Say::Status(503)]).await;
+    let more = format!("{QUICK}\n    limits: {{ inFlight: 1, queue: 0 }}");
+    let both = behind_a_caller(&[bank.addr()], "", &more)
+        .replace("listeners:\n", "listeners:\n  - { name: back, bind: \"127.0.0.1:0\", to: app }\n");
+    let mesh = Mesh::start(&both).await;
+    let to = mesh.addr("in");
+    let holds = tokio::spawn(async move { get(to, "/hold").await });
+    eventually(|| (bank.tries() == 1).then_some(())).await;
+    assert_eq!(tries_of(&mesh, &bank, "GET", "/").await, (503, 0));
+    mesh.only("queue_full").await;
+    holds.abort();
+    eventually(|| (mesh.metric("hopguard_in_flight_requests", &["app"]) == 0.0).then_some(())).await;
+    for tries in [3, 1] {
+        assert_eq!(tries_of(&mesh, &bank, "GET", "/").await, (503, tries));
+    }
+    assert_eq!(withheld(&mesh), [0.0, 1.0, 1.0]);
+    mesh.stop().await;
+}
+
+/// What two endpoints say to a POST, the modes, how often it arrives, and how often the caller's side would have acted.
+type Said = (&'static [Say], &'static str, usize, f64);
+
+#[tokio::test]
+async fn that_nobody_has_seen_a_call_is_believed_of_the_nearest_proxy_and_in_spite_of_the_other_mark() {
+    const BOTH: &[Say] = &[Say::With(503, &[("proxy-status", "hopguard; hopguard-unsent; hopguard-final")])];
+    let table: [Said; 4] = [
+        (&[Say::With(503, &[("proxy-status", "hopguard; hopguard-unsent")])], "", 3, 0.0),
+        (&[Say::With(503, &[("proxy-status", "hopguard; hopguard-unsent, edge; received-status=503")])], "", 1, 0.0),
+        (BOTH, "", 2, 0.0),
+        (BOTH, "retryInOnePlace: warn", 3, 1.0),
+    ];
+    for (script, rules, tries, would) in table {
+        let banks = [Bank::http1(script).await, Bank::http1(script).await];
+        let endpoints = [banks[0].addr(), banks[1].addr()];
+        let mesh = Mesh::start(&behind_a_caller(&endpoints, rules, "")).await;
+        let answer = ask(mesh.addr("in"), request("POST", "/pay").body(empty()).unwrap()).await;
+        let arrived = banks[0].tries() + banks[1].tries();
+        assert_eq!((answer.status.as_u16(), arrived), (503, tries), "{script:?} {rules}");
+        let line = mesh.only("server_error").await;
+        assert_eq!((&line["attempt"], line["would"].is_null()), (&tries.into(), would == 0.0), "{line}");
+        assert_eq!(mesh.metric("hopguard_retries_total", &[]), tries as f64 - 1.0, "{script:?}");
+        assert_eq!(mesh.metric("hopguard_would_act_total", &[]), would, "{script:?} {rules}");
+        mesh.stop().await;
+    }
 }

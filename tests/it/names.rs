@@ -277,6 +277,25 @@ async fn a_first_look_up_may_take_longer_than_a_connection() {
 }
 
 #[tokio::test]
+async fn a_name_whose_server_is_silent_holds_up_no_other() {
+    let silent = UdpSocket::bind((own_address(), 53)).await.unwrap();
+    let to_the_silent = format!("--server=/silent.test/{}", silent.local_addr().unwrap().ip());
+    let upstream = upstream(SocketAddr::new(own_address(), 0), "here", &Gate::closed(), false).await;
+    let port = upstream.addr.port();
+    let Some(server) = Nameserver::start(&[(NAME, upstream.addr.ip())], &[&to_the_silent]).await else { return };
+    let both = format!("dns:app.silent.test.:{port}\", \"dns:{NAME}.:{port}");
+    let program = server.run(&policy(&both, "")).await;
+    let to = program.addr("in").await.unwrap();
+    assert_eq!(call(to, port, "/").await.body, "here");
+    let line = program.said("a name cannot be resolved").await;
+    // Had one to wait for the other, it would have been asked for once by now.
+    assert!(server.asked(NAME) >= 3, "asked for {} times before the silent one was given up", server.asked(NAME));
+    assert!(line["problem"].as_str().unwrap().starts_with("app.silent.test.: "), "{line}");
+    assert_eq!((&line["kept"], call(to, port, "/").await.status.as_u16()), (&1.into(), 200), "{line}");
+    assert_eq!(shown(&program).await.0, [upstream.addr.to_string()]);
+}
+
+#[tokio::test]
 async fn without_settings_that_can_be_used_the_hosts_file_counts_and_that_is_said() {
     let upstream = upstream("127.0.0.1:0".parse().unwrap(), "here", &Gate::closed(), false).await;
     let port = upstream.addr.port();

@@ -3,12 +3,14 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use hyper::Response;
+use hyper::{Request, Response};
 use tokio::net::TcpSocket;
+use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
 
-use crate::support::http::{Answer, ask, empty, full, get, grpc, request};
-use crate::support::upstream::{Upstream, policy};
+use crate::support::bank::behind_a_caller;
+use crate::support::http::{Answer, Caller, Speaks, ask, empty, full, get, grpc, request};
+use crate::support::upstream::{Gate, Upstream, policy};
 use crate::support::wire::Wire;
 use crate::support::{Mesh, eventually};
 
@@ -178,6 +180,23 @@ async fn by_header_each_value_has_its_own_count_and_those_without_it_share_one()
 }
 
 #[tokio::test]
+async fn a_cookie_in_pieces_counts_as_the_whole_that_it_is() {
+    let upstream = shop().await;
+    let more = "    protocol: http1\n    rateLimit: { requests: 1, per: 1m, by: \"header:cookie\" }";
+    let mesh = Mesh::start(&policy(upstream.addr, more)).await;
+    let whole = request("GET", "/").header("cookie", "u=1; s=2").body(empty()).unwrap();
+    assert_eq!(ask(mesh.addr("in"), whole).await.status, 200);
+    let mut caller = Caller::open(Speaks::Http2, mesh.addr("in")).await;
+    for (last, status) in [("s=2", 429), ("s=3", 200), ("s=3", 429)] {
+        let pieces = Request::get("/").header("cookie", "u=1").header("cookie", last).body(empty()).unwrap();
+        assert_eq!(caller.ask(pieces).await.status, status, "{last}");
+    }
+    mesh.ended("rate_limited", 2).await;
+    assert_eq!(upstream.requests(), 2);
+    mesh.stop().await;
+}
+
+#[tokio::test]
 async fn grpc_is_told_that_the_resource_is_exhausted_and_when_to_come_again() {
     let upstream = Upstream::http2(|_| async {
         let answer = Response::builder().header("content-type", "application/grpc").header("grpc-status", "0");
@@ -185,15 +204,82 @@ async fn grpc_is_told_that_the_resource_is_exhausted_and_when_to_come_again() {
     })
     .await;
     let more = "    protocol: http2\n    rateLimit: { requests: 1, per: 10s }";
-    let mesh = Mesh::start(&policy(upstream.addr, more)).await;
-    assert_eq!(grpc(mesh.addr("in"), "/shop.v1.Payment/Charge").await.grpc_status(), "0");
-    let answer = grpc(mesh.addr("in"), "/shop.v1.Payment/Charge").await;
-    assert_eq!((answer.status.as_u16(), answer.grpc_status()), (200, "8"), "{answer:?}");
-    let millis: u64 = answer.header("grpc-retry-pushback-ms").parse().unwrap();
-    assert!((8_000..=10_000).contains(&millis), "{millis}");
-    let line = mesh.refused(&answer, "rate_limited", "rateLimit.requests", "1 per 10s").await;
-    assert_eq!(line["grpc_status"], "RESOURCE_EXHAUSTED", "{line}");
+    let before_the_app = policy(upstream.addr, more);
+    for (text, marked) in [(before_the_app, false), (behind_a_caller(&[upstream.addr], "", more), true)] {
+        let mesh = Mesh::start(&text).await;
+        assert_eq!(grpc(mesh.addr("in"), "/shop.v1.Payment/Charge").await.grpc_status(), "0");
+        let answer = grpc(mesh.addr("in"), "/shop.v1.Payment/Charge").await;
+        assert_eq!((answer.status.as_u16(), answer.grpc_status()), (200, "8"), "{answer:?}");
+        let millis: u64 = answer.header("grpc-retry-pushback-ms").parse().unwrap();
+        assert!((8_000..=10_000).contains(&millis), "{millis}");
+        assert_eq!(
+            answer.header("proxy-status").contains("; hopguard-final; hopguard-at=\"app\""),
+            marked,
+            "{answer:?}"
+        );
+        let line = mesh.refused(&answer, "rate_limited", "rateLimit.requests", "1 per 10s").await;
+        assert_eq!(line["grpc_status"], "RESOURCE_EXHAUSTED", "{line}");
+        mesh.stop().await;
+    }
+}
+
+#[tokio::test]
+async fn grpc_is_never_told_to_come_again_before_there_is_a_place() {
+    let upstream = Upstream::http2(|_| async {
+        let answer = Response::builder().header("content-type", "application/grpc").header("grpc-status", "0");
+        answer.body(empty()).unwrap()
+    })
+    .await;
+    // A place comes back in each millisecond, so that what is left of one is always a part of it.
+    let mesh =
+        Mesh::start(&policy(upstream.addr, "    protocol: http2\n    rateLimit: { requests: 1000, burst: 1 }")).await;
+    while mesh.count("rate_limited") == 0.0 {
+        let to = mesh.addr("in");
+        let calls: JoinSet<_> = (0..20).map(|_| grpc(to, "/shop.v1.Payment/Charge")).collect();
+        for answer in calls.join_all().await {
+            let told = answer.header("grpc-retry-pushback-ms").parse::<u64>();
+            assert_eq!(told.is_ok_and(|millis| millis > 0), answer.grpc_status() == "8", "{answer:?}");
+        }
+    }
     mesh.stop().await;
+}
+
+#[tokio::test]
+async fn a_limit_of_the_callees_sidecar_is_no_failure_of_the_callee_for_grpc_either() {
+    let table = [
+        ("    rateLimit: { requests: 1, per: 1m }", 0.0),
+        // A full queue is one.
+        ("    limits: { inFlight: 1, queue: 0 }", 1.0),
+    ];
+    for (limit, opened) in table {
+        let gate = Gate::closed();
+        let held = gate.clone();
+        let upstream = Upstream::http2(move |_| {
+            let held = held.clone();
+            async move {
+                held.pass().await;
+                let answer = Response::builder().header("content-type", "application/grpc").header("grpc-status", "0");
+                answer.body(empty()).unwrap()
+            }
+        })
+        .await;
+        let lower = Mesh::start(&policy(upstream.addr, &format!("    protocol: http2\n{limit}"))).await;
+        let touchy = "    retry: off\n    circuitBreaker: { consecutiveFailures: 1 }";
+        let upper = Mesh::start(&behind_a_caller(&[lower.addr("in")], "", touchy)).await;
+        let to = upper.addr("in");
+        let first = tokio::spawn(async move { grpc(to, "/shop.v1.Payment/Charge").await });
+        eventually(|| (upstream.requests() == 1).then_some(())).await;
+        let answer = grpc(to, "/shop.v1.Payment/Charge").await;
+        assert_eq!(answer.grpc_status(), "8", "{answer:?}");
+        let line = upper.only("grpc_error").await;
+        assert_eq!(line["grpc_status"], "RESOURCE_EXHAUSTED", "{line}");
+        let changes = upper.metric("hopguard_circuit_breaker_changes_total", &["to=\"open\""]);
+        assert_eq!(changes, opened, "{limit}");
+        gate.release(1);
+        assert_eq!(first.await.unwrap().grpc_status(), "0");
+        upper.stop().await;
+        lower.stop().await;
+    }
 }
 
 #[tokio::test]

@@ -1,13 +1,18 @@
-//! An upstream that dies under load and comes back: errors only in between, each explained, and over within a second.
+//! An upstream that dies under load and comes back: errors only in between, each explained, and over within a second. And
+//! one that comes back with nothing but streams.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, Ordering::SeqCst};
 use std::time::Duration;
 
 use hyper::Response;
 use tokio::time::{Instant, sleep};
 
+use crate::circuit_breaker::{changes, fail, state};
 use crate::support::http::{Speaks, full};
 use crate::support::load::Load;
 use crate::support::upstream::{Upstream, policy};
+use crate::support::wire::Wire;
 use crate::support::{Mesh, eventually};
 
 async fn killed_and_restarted(http2: bool, speaks: Speaks) {
@@ -71,4 +76,53 @@ async fn an_http1_upstream_may_die_and_come_back() {
 #[tokio::test]
 async fn an_http2_upstream_may_die_and_come_back() {
     killed_and_restarted(true, Speaks::Http2).await;
+}
+
+/// Fails five calls, then begins whatever stream is asked for, and holds it open.
+async fn failing_then_streaming() -> Upstream {
+    let failures = Arc::new(AtomicU16::new(5));
+    Upstream::bytes(move |stream| {
+        let failures = Arc::clone(&failures);
+        async move {
+            let mut wire = Wire::over(stream);
+            let head = wire.head().await.to_lowercase();
+            if failures.fetch_update(SeqCst, SeqCst, |left| left.checked_sub(1)).is_ok() {
+                return wire.send("HTTP/1.1 503 Failing\r\nconnection: close\r\ncontent-length: 0\r\n\r\n").await;
+            }
+            let begun = match head.contains("upgrade: websocket") {
+                true => "HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n",
+                false => "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\ndata: one\n\n",
+            };
+            wire.send(begun).await;
+            wire.until("never").await;
+        }
+    })
+    .await
+}
+
+/// A stream lasts; were its probe decided only by its end, three of them would keep all others out for an hour.
+#[tokio::test]
+async fn a_stream_that_has_begun_closes_the_breaker() {
+    let websocket = "connection: upgrade\r\nupgrade: websocket\r\nsec-websocket-version: 13\r\n\
+                     sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n";
+    for (fields, begins) in [("", "HTTP/1.1 200 "), (websocket, "HTTP/1.1 101 ")] {
+        let upstream = failing_then_streaming().await;
+        let mesh = Mesh::start(&policy(upstream.addr, "    circuitBreaker: { openFor: 50ms, openForMax: 50ms }")).await;
+        fail(&mesh, 5, 503).await;
+        eventually(|| (state(&mesh) == 2.0).then_some(())).await;
+        let mut held = Vec::new();
+        let begun = Instant::now();
+        while changes(&mesh, "closed") == 0.0 {
+            assert!(begun.elapsed() < Duration::from_secs(5), "{begins}: the breaker stays half-open");
+            let mut wire = Wire::open(mesh.addr("in")).await;
+            wire.send(format!("GET /feed HTTP/1.1\r\nhost: shop.test\r\n{fields}\r\n")).await;
+            let head = wire.head().await;
+            assert!(head.starts_with(begins) || head.starts_with("HTTP/1.1 503 "), "{head}");
+            held.push(wire);
+            sleep(Duration::from_millis(10)).await;
+        }
+        assert_eq!(state(&mesh), 0.0);
+        drop(held);
+        mesh.stop().await;
+    }
 }

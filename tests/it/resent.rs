@@ -326,6 +326,27 @@ async fn streams_that_are_always_refused_cost_no_more_than_the_budget() {
 }
 
 #[tokio::test]
+async fn a_call_that_the_app_has_left_aside_is_called_unsent_and_one_that_it_broke_off_is_not() {
+    let more = "    protocol: http2\n    circuitBreaker: off\n    retry: { backoff: { max: 1ms } }";
+    for goaway in [false, true] {
+        let app = Upstream::bytes(move |stream| refuse(stream, goaway)).await;
+        let mesh = Mesh::start(&policy(app.addr, more)).await;
+        let answer = ask(mesh.addr("in"), request("POST", "/").body(full("pay 5")).unwrap()).await;
+        assert_eq!(answer.status, 502, "{answer:?}");
+        assert!(answer.header("proxy-status").contains("; hopguard-unsent"), "goaway {goaway}: {answer:?}");
+        mesh.only("upstream_reset").await;
+        mesh.stop().await;
+    }
+    let app = Bank::http2(&[Say::Reset]).await;
+    let mesh = Mesh::start(&policy(app.addr(), more)).await;
+    let answer = ask(mesh.addr("in"), request("POST", "/").body(full("pay 5")).unwrap()).await;
+    assert_eq!((answer.status.as_u16(), app.tries()), (502, 1), "{answer:?}");
+    assert!(!answer.header("proxy-status").contains("hopguard-unsent"), "{answer:?}");
+    mesh.only("upstream_reset").await;
+    mesh.stop().await;
+}
+
+#[tokio::test]
 async fn a_post_to_an_endpoint_that_is_down_goes_to_one_that_is_up() {
     let bank = Bank::http1(&[Say::Status(200)]).await;
     let down = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();

@@ -192,6 +192,19 @@ async fn a_reset_and_a_try_that_takes_too_long_are_reasons_too() {
 }
 
 #[tokio::test]
+async fn what_a_try_has_waited_in_vain_is_not_what_hopguard_took() {
+    let bank = Bank::http1(&[Say::Hang, Say::Status(200)]).await;
+    let mesh = Mesh::start(&behind_a_caller(&[bank.addr()], "", "    timeouts: { request: 20s, perTry: 1s }")).await;
+    assert_eq!(get(mesh.addr("in"), "/").await.status, 200);
+    let line = mesh.only("ok").await;
+    let [first_byte, own] = ["first_byte_ms", "overhead_ms"].map(|field| line[field].as_f64().unwrap());
+    assert!(line["attempt"] == 2 && own <= first_byte - 1000.0, "{line}");
+    let counted = mesh.metric("hopguard_overhead_seconds_sum", &["outcome=\"ok\""]);
+    assert!((counted * 1000.0 - own).abs() < 1.0, "{counted} {line}");
+    mesh.stop().await;
+}
+
+#[tokio::test]
 async fn attempts_counts_the_tries_after_the_first() {
     for (more, tries) in [("", 3), ("    retry: { attempts: 1 }", 2), ("    retry: { attempts: 4 }", 5)] {
         let bank = Bank::http1(NEVER).await;
@@ -506,7 +519,22 @@ async fn nothing_is_sent_again_for_a_caller_that_has_gone() {
     ask_and_leave(&mesh, &bank, Speaks::Http1).await;
     mesh.only("caller_gone").await;
     sleep(Duration::from_millis(1200)).await;
-    assert_eq!(bank.tries(), 1);
+    assert_eq!((bank.tries(), mesh.metric("hopguard_retries_total", &[])), (1, 0.0));
+    mesh.stop().await;
+}
+
+#[tokio::test]
+async fn a_retry_before_which_the_breaker_opens_is_neither_sent_nor_counted() {
+    let bank = Bank::http1(&[Say::With(503, &[("retry-after", "1")]), Say::Status(503)]).await;
+    let more = "    ejection: off\n    circuitBreaker: { consecutiveFailures: 2, openFor: 30s, openForMax: 30s }";
+    let mesh = Mesh::start(&behind_a_caller(&[bank.addr()], "", more)).await;
+    let to = mesh.addr("in");
+    let waits = tokio::spawn(async move { get(to, "/").await });
+    eventually(|| (bank.tries() == 1).then_some(())).await;
+    assert_eq!(ask(mesh.addr("in"), call("POST", None)).await.status, 503);
+    assert_eq!(waits.await.unwrap().problem()["refusal"], "circuit_open");
+    mesh.only("circuit_open").await;
+    assert_eq!((bank.tries(), mesh.metric("hopguard_retries_total", &[])), (2, 0.0));
     mesh.stop().await;
 }
 

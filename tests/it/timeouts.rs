@@ -232,6 +232,7 @@ async fn a_grpc_message_that_takes_too_long_ends_with_trailers() {
     assert!(message.contains("timeouts.request") && message.contains("400ms"), "{message}");
     let line = mesh.only("request_timeout").await;
     assert_eq!(line["grpc_status"], "DEADLINE_EXCEEDED", "{line}");
+    assert_eq!(line["grpc_message"], message, "{line}");
     mesh.stop().await;
 }
 
@@ -353,7 +354,9 @@ async fn a_grpc_stream_that_falls_silent_ends_with_trailers() {
     let answer = caller.ask(grpc_request("/shop.v1.Payment/Watch", body)).await;
     took(begun, 500);
     assert_eq!(answer.grpc_status(), "4", "{answer:?}");
-    assert_eq!(mesh.only("idle_timeout").await["grpc_status"], "DEADLINE_EXCEEDED");
+    let line = mesh.only("idle_timeout").await;
+    assert_eq!(line["grpc_status"], "DEADLINE_EXCEEDED", "{line}");
+    assert!(line["grpc_message"].as_str().is_some_and(|message| message.contains("timeouts.idle")), "{line}");
     mesh.stop().await;
 }
 

@@ -8,6 +8,7 @@ use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper::{Request, Response};
 use hyper_util::rt::{TokioExecutor, TokioIo};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::client::TlsStream;
@@ -15,8 +16,9 @@ use tokio_rustls::client::TlsStream;
 use crate::support::certificates::{Authority, Identity};
 use crate::support::http::{Caller, Http1, Speaks, ask, empty, full, get, raw, request};
 use crate::support::load::Load;
-use crate::support::program::Program;
+use crate::support::program::{Program, hopguard};
 use crate::support::upstream::{Gate, Upstream};
+use crate::support::wire::Wire;
 use crate::support::{Mesh, eventually};
 
 /// An upstream behind TLS that says which protocol it was spoken to in, and for which name.
@@ -36,6 +38,11 @@ async fn renewed(identity: &Identity, gate: &Gate) -> (Upstream, Arc<Mutex<TlsAc
 /// Answers over one connection; for `/slow` when the test lets it.
 async fn serve(stream: TcpStream, acceptor: TlsAcceptor, gate: Gate) {
     let Ok(stream) = acceptor.accept(stream).await else { return };
+    Box::pin(converse(stream, gate)).await;
+}
+
+/// The same once TLS is agreed.
+async fn converse(stream: tokio_rustls::server::TlsStream<TcpStream>, gate: Gate) {
     let server = stream.get_ref().1;
     let name = server.server_name().unwrap_or("none").to_owned();
     let http2 = server.alpn_protocol() == Some(b"h2");
@@ -91,6 +98,102 @@ async fn an_upstream_agrees_on_the_protocol() {
         }
         assert_eq!(upstream.connections(), 1, "{alpn:?}");
         mesh.ended("ok", 2).await;
+        mesh.stop().await;
+    }
+}
+
+/// Speaks HTTP/2 where that is agreed on; over HTTP/1.1 it becomes a WebSocket at once.
+async fn switching(identity: &Identity) -> Upstream {
+    let acceptor = identity.acceptor(&["h2", "http/1.1"]);
+    Upstream::bytes(move |stream| {
+        let acceptor = acceptor.clone();
+        async move {
+            let Ok(mut stream) = acceptor.accept(stream).await else { return };
+            if stream.get_ref().1.alpn_protocol() == Some(b"h2") {
+                return Box::pin(converse(stream, Gate::closed())).await;
+            }
+            let _head = stream.read(&mut [0; 4096]).await;
+            let switched = "HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\nhello";
+            let _gone = stream.write_all(switched.as_bytes()).await;
+            let _gone = stream.shutdown().await;
+        }
+    })
+    .await
+}
+
+#[tokio::test]
+async fn a_websocket_goes_over_http1_to_an_upstream_that_would_rather_speak_http2() {
+    let (folder, authority) = (tempfile::tempdir().unwrap(), Authority::new());
+    std::fs::write(folder.path().join("ca.crt"), authority.pem()).unwrap();
+    for protocol in ["auto", "http2", "http1"] {
+        let upstream = switching(&authority.issue("bank.test")).await;
+        let tls = format!("serverName: bank.test }}\n    protocol: {protocol}\n    limits: {{ queue: 0");
+        let mesh = Mesh::start(&policy(folder.path(), &upstream, &tls)).await;
+        let mut wire = Wire::open(mesh.addr("in")).await;
+        wire.send("GET /chat HTTP/1.1\r\nhost: a\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n").await;
+        assert!(wire.head().await.starts_with("HTTP/1.1 101 "), "{protocol}");
+        wire.until("hello").await;
+        drop(wire);
+        let line = mesh.only("ok").await;
+        assert_eq!((&line["protocol"], &line["status"]), (&"websocket".into(), &101.into()), "{protocol}: {line}");
+        if protocol != "http1" {
+            let to = mesh.addr("in");
+            let calls: Vec<_> = (0..6).map(|_| tokio::spawn(async move { get(to, "/").await.body })).collect();
+            for call in calls {
+                assert_eq!(call.await.unwrap(), "HTTP/2.0 for bank.test", "{protocol}");
+            }
+            assert_eq!(upstream.connections(), 2, "{protocol}: one for the WebSocket, one that all others share");
+        }
+        mesh.stop().await;
+    }
+}
+
+#[tokio::test]
+async fn an_upstream_that_is_to_speak_http2_and_agrees_on_nothing_is_refused() {
+    let (folder, authority) = (tempfile::tempdir().unwrap(), Authority::new());
+    std::fs::write(folder.path().join("ca.crt"), authority.pem()).unwrap();
+    let upstream = behind_tls(&authority.issue("bank.test"), &[]).await;
+    let tls = "serverName: bank.test }\n    protocol: http2\n    retry: off\n    limits: { queue: 0";
+    let mesh = Mesh::start(&policy(folder.path(), &upstream, tls)).await;
+    let answer = get(mesh.addr("in"), "/").await;
+    assert_eq!(
+        (answer.status.as_u16(), &answer.problem()["refusal"]),
+        (502, &"upstream_protocol".into()),
+        "{answer:?}"
+    );
+    let detail = answer.problem()["detail"].as_str().unwrap().to_owned();
+    assert!(detail.contains("does not speak HTTP/2"), "{detail}");
+    assert_eq!(mesh.only("upstream_protocol").await["status"], 502);
+    assert_eq!(mesh.metric("hopguard_pool_connect_failures_total", &["app"]), 1.0);
+    mesh.stop().await;
+}
+
+/// Calls that have so long, to an upstream that accepts connections and then lets TLS wait.
+async fn cut_short(millis: u32) -> (Mesh, serde_json::Value) {
+    let (folder, authority) = (tempfile::tempdir().unwrap(), Authority::new());
+    std::fs::write(folder.path().join("ca.crt"), authority.pem()).unwrap();
+    let upstream = Upstream::bytes(|stream| async move {
+        let _open = stream;
+        std::future::pending().await
+    })
+    .await;
+    let text =
+        policy(folder.path(), &upstream, "serverName: bank.test").replace("to: app", "to: app, direction: outbound");
+    let mesh = Mesh::start(&text.replace("request: 5s }", "request: 2s }\n    retry: off")).await;
+    let asked = request("GET", "/").header("x-envoy-expected-rq-timeout-ms", millis).body(empty()).unwrap();
+    assert_eq!(ask(mesh.addr("in"), asked).await.status, 504);
+    let line = mesh.only("deadline_exceeded").await;
+    (mesh, line)
+}
+
+#[tokio::test]
+async fn a_handshake_that_a_callers_deadline_does_not_wait_for_goes_on_until_its_own_time_is_over() {
+    for millis in [50, 500] {
+        let (mesh, line) = cut_short(millis).await;
+        assert!(line["endpoint"].is_string(), "{line}");
+        let failures = || mesh.metric("hopguard_pool_connect_failures_total", &["app"]);
+        assert_eq!(failures(), 0.0, "{millis} ms of 2 s");
+        eventually(|| (failures() == 1.0).then_some(())).await;
         mesh.stop().await;
     }
 }
@@ -451,4 +554,24 @@ async fn certificates_that_change_together_with_the_policy_are_read() {
     program.said("certificates were reloaded").await;
     *certificate.lock().unwrap() = new.issue("bank.test").acceptor(&["http/1.1"]);
     assert_eq!(get(to, "/").await.status, 200);
+}
+
+#[tokio::test]
+async fn many_destinations_with_the_roots_of_the_system_read_them_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let [roots, file] = ["roots.pem", "policy.yaml"].map(|name| folder.path().join(name));
+    assert!(std::process::Command::new("mkfifo").arg(&roots).status().unwrap().success());
+    let more: String = (0..20)
+        .map(|n| format!("  - {{ name: more{n}, hosts: [more{n}], endpoints: [\"127.0.0.1:1\"], tls: {{}} }}\n"))
+        .collect();
+    let one = crate::support::upstream::policy("127.0.0.1:1".parse().unwrap(), "    tls: {}");
+    std::fs::write(&file, one + &more).unwrap();
+    let mut command = hopguard(&["run", "--policy", file.to_str().unwrap(), "--admin", "127.0.0.1:0"]);
+    command.args(["--workers", "1", "--log-format", "json"]).env("SSL_CERT_FILE", &roots).env_remove("SSL_CERT_DIR");
+    // The pipe has them for one reader: a second would wait for ever.
+    let pem = Authority::new().pem();
+    let given = tokio::task::spawn_blocking(move || std::fs::write(roots, pem).unwrap());
+    let program = Program::start(command).await;
+    given.await.unwrap();
+    assert_eq!(program.get("/ready").await.status, 200);
 }

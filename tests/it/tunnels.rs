@@ -8,9 +8,9 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::{Instant, timeout};
 
 use crate::support::http::{Caller, Speaks, empty, raw};
-use crate::support::upstream::{Upstream, policy};
+use crate::support::upstream::{Gate, Upstream, policy};
 use crate::support::wire::Wire;
-use crate::support::{Mesh, SOON};
+use crate::support::{Mesh, SOON, eventually};
 
 /// Sends back what comes, until the other side has nothing more to say.
 async fn echo() -> Upstream {
@@ -209,6 +209,37 @@ async fn an_upgrade_that_the_upstream_refuses_is_an_answer() {
 }
 
 #[tokio::test]
+async fn an_upgrade_whose_caller_has_gone_gives_everything_back() {
+    let gate = Gate::closed();
+    let held = gate.clone();
+    let upstream = Upstream::bytes(move |stream| {
+        let held = held.clone();
+        async move {
+            let mut wire = Wire::over(stream);
+            wire.head().await;
+            held.pass().await;
+            wire.send(SWITCHED).await;
+            wire.rest().await;
+        }
+    })
+    .await;
+    let mesh = Mesh::start(&policy(upstream.addr, "    limits: { inFlight: 1, queue: 0 }")).await;
+    let mut wire = Wire::open(mesh.addr("in")).await;
+    // Bytes that nobody has read yet: without them it would be seen that the caller has gone.
+    wire.send(format!("{UPGRADE}early")).await;
+    eventually(|| (upstream.connections() == 1).then_some(())).await;
+    socket2::SockRef::from(&wire.stream).set_linger(Some(Duration::ZERO)).unwrap();
+    drop(wire);
+    gate.release(1);
+    let line = mesh.only("caller_gone").await;
+    assert_eq!((&line["protocol"], &line["method"]), (&"websocket".into(), &"GET".into()), "{line}");
+    eventually(|| (upstream.open() == 0).then_some(())).await;
+    assert_eq!(mesh.metric("hopguard_in_flight_requests", &["app"]), 0.0);
+    assert_eq!(mesh.metric("hopguard_pool_open_connections", &["app"]), 0.0);
+    mesh.stop().await;
+}
+
+#[tokio::test]
 async fn a_silent_websocket_is_cut() {
     let upstream = Upstream::bytes(|stream| async move {
         let mut wire = Wire::over(stream);
@@ -303,6 +334,36 @@ destinations:
     wire.send("CONNECT bank.test:443 HTTP/1.1\r\nhost: bank.test:443\r\n\r\n").await;
     assert!(wire.head().await.starts_with("HTTP/1.1 502 "));
     assert_eq!(mesh.only("connect_failed").await["method"], "CONNECT");
+    mesh.stop().await;
+}
+
+#[tokio::test]
+async fn a_tunnel_goes_to_another_endpoint_where_one_cannot_be_reached() {
+    const TUNNELS: usize = 20;
+    let gone = echo().await.addr;
+    let upstream = echo().await;
+    let endpoints =
+        policy(upstream.addr, "    retry: off").replace("endpoints: [", &format!("endpoints: [\"{gone}\", "));
+    let mesh = Mesh::start(
+        &endpoints.replace("to: app", "forward: true").replace("name: app", "name: app\n    hosts: [bank.test]"),
+    )
+    .await;
+    for round in 0..TUNNELS {
+        let mut wire = Wire::open(mesh.addr("in")).await;
+        wire.send("CONNECT bank.test:443 HTTP/1.1\r\nhost: bank.test:443\r\n\r\n").await;
+        assert!(wire.head().await.starts_with("HTTP/1.1 200 "), "tunnel {round}");
+        wire.send("hello").await;
+        wire.until("hello").await;
+    }
+    mesh.ended("ok", TUNNELS).await;
+    eventually(|| (mesh.log().len() == TUNNELS).then_some(())).await;
+    let reached = format!("\"endpoint\":\"{}\"", upstream.addr);
+    assert!(mesh.log().iter().all(|line| line.contains(&reached)), "{:#?}", mesh.log());
+    // Once it is known, it is passed over for a second.
+    let failures = mesh.metric("hopguard_pool_connect_failures_total", &["app"]);
+    assert!((1.0..=TUNNELS as f64 / 4.0).contains(&failures), "{failures}");
+    assert_eq!(mesh.metric("hopguard_pool_connects_total", &["app"]), TUNNELS as f64);
+    assert_eq!(mesh.metric("hopguard_pool_open_connections", &["app"]), 0.0, "a tunnel is in no pool");
     mesh.stop().await;
 }
 

@@ -96,7 +96,8 @@ pub(crate) struct Watch {
     state: Cell<State>,
     /// Counts the changes of state.
     pub(crate) period: Cell<u64>,
-    probes: Cell<u32>,
+    /// When those that are under way were let through.
+    probes: RefCell<Vec<Instant>>,
     consecutive: Cell<u32>,
     /// Told that it stays in although it fails, being the last one.
     kept: Cell<bool>,
@@ -109,6 +110,7 @@ pub(crate) struct Watch {
 pub(crate) struct Place {
     watch: Rc<Watch>,
     period: u64,
+    began: Instant,
 }
 
 impl Watch {
@@ -117,7 +119,7 @@ impl Watch {
             name,
             state: Cell::new(State::Closed),
             period: Cell::new(0),
-            probes: Cell::new(0),
+            probes: RefCell::default(),
             consecutive: Cell::new(0),
             kept: Cell::new(false),
             opened: Cell::new(None),
@@ -141,15 +143,21 @@ impl Watch {
         checks.claim(state != State::Closed, Invariant::Breaker, || format!("{} refuses: {state:?}", self.name));
     }
 
-    pub(crate) fn probes(self: &Rc<Self>, most: u32, checks: &Checks) -> Place {
+    pub(crate) fn probes(self: &Rc<Self>, thresholds: &Thresholds, now: Instant, checks: &Checks) -> Place {
         let state = self.state.get();
         checks.claim(state == State::HalfOpen, Invariant::Breaker, || format!("{} probes: {state:?}", self.name));
-        self.probes.set(self.probes.get() + 1);
-        let now = self.probes.get();
-        checks.claim(now <= most, Invariant::Probes, || format!("{}: {now} probes, {most} allowed", self.name));
+        self.probes.borrow_mut().push(now);
+        let holds = |began: &&Instant| **began + thresholds.hold() > now;
+        let (held, most) = (self.probes.borrow().iter().filter(holds).count(), thresholds.probes as usize);
+        checks.claim(held <= most, Invariant::Probes, || format!("{}: {held} probes, {most} allowed", self.name));
         self.passed_over.set(0);
         checks.count("probes");
-        Place { watch: Rc::clone(self), period: self.period.get() }
+        Place { watch: Rc::clone(self), period: self.period.get(), began: now }
+    }
+
+    /// Its open time was ended, because those that are in fail.
+    pub(crate) fn hurried(&self, now: Instant) {
+        self.opened.set(Some((now, Duration::ZERO)));
     }
 
     /// A call that passed has been judged; `opened`: that has opened the breaker, or would have, were it not the last.
@@ -203,7 +211,7 @@ impl Watch {
         }
         self.state.set(change.to);
         self.period.set(self.period.get() + 1);
-        self.probes.set(0);
+        self.probes.borrow_mut().clear();
         self.consecutive.set(0);
         self.kept.set(false);
         self.passed_over.set(0);
@@ -225,7 +233,10 @@ impl Watch {
 impl Drop for Place {
     fn drop(&mut self) {
         if self.watch.period.get() == self.period {
-            self.watch.probes.set(self.watch.probes.get() - 1);
+            let mut probes = self.watch.probes.borrow_mut();
+            if let Some(mine) = probes.iter().position(|began| *began == self.began) {
+                probes.remove(mine);
+            }
         }
     }
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use fastrand::Rng;
 use hopguard::policy::model::Direction;
-use hopguard::rules::deadline::{format_expected_rq_timeout_ms, format_grpc_timeout};
+use hopguard::rules::deadline::{expected_rq_timeout_ms, format_grpc_timeout};
 use hopguard::rules::retry::Pushback;
 use hopguard::rules::trace::{TraceKey, TraceKeys};
 use tokio::sync::oneshot;
@@ -186,7 +186,7 @@ impl World {
             self.roots.borrow_mut().push(Rc::clone(&root));
         }
         let left = root.deadline.map(|at| at - self.clock.now());
-        let write = |left: Duration| if grpc { format_grpc_timeout(left) } else { format_expected_rq_timeout_ms(left) };
+        let write = |left| if grpc { format_grpc_timeout(left) } else { expected_rq_timeout_ms(left).to_string() };
         let request = Request {
             call: root.call,
             keys: TraceKeys::from(TraceKey::Trace(self.random(|rng| rng.u128(1..)))),

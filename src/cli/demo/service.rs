@@ -1,7 +1,8 @@
-//! The three small services of the demo: each does some work, then calls the next one. None has a timeout, a retry or a breaker.
+//! The three small services of the demo: each does some work, then calls the next one. None has a timeout, a retry or a
+//! breaker.
 //!
-//! What a service passes on of a call are two fields: the id by which hopguard knows what belongs together, and the key that
-//! makes the call safe to repeat.
+//! What a service passes on of a call are two fields: the id by which hopguard knows what belongs together, and the key
+//! that makes the call safe to repeat.
 
 use std::cell::Cell;
 use std::convert::Infallible;

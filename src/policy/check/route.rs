@@ -8,7 +8,7 @@ use http::header::{HOST, HeaderName, HeaderValue};
 use super::{Names, check_not_empty, required_name};
 use crate::policy::index::{Segment, parse_template, precedence};
 use crate::policy::model::{DEFAULT_ROUTE, Path, Route, RouteMatch};
-use crate::policy::spec::{MatchSpec, RouteSpec};
+use crate::policy::spec::{MatchSpec, MethodName, RouteSpec};
 use crate::problems::{At, Fault, Origin, Set};
 use crate::rules::faults::Faults;
 use crate::rules::rate_limit::RateLimit;
@@ -98,7 +98,7 @@ fn matches(spec: &MatchSpec, protocol: Protocol, at: &At<'_>) -> RouteMatch {
 fn methods(spec: &MatchSpec, at: &At<'_>) -> Vec<Method> {
     check_not_empty(spec.methods.as_ref(), "without methods, all match", at);
     let mut methods: Vec<Method> = Vec::new();
-    for (index, text) in spec.methods.iter().flatten().enumerate() {
+    for (index, MethodName(text)) in spec.methods.iter().flatten().enumerate() {
         let at = at.index(index);
         match Method::from_bytes(text.as_bytes()) {
             Ok(_) if text.bytes().any(|b| b.is_ascii_lowercase()) => {
@@ -166,7 +166,7 @@ fn grpc_path(name: &str, methods: &[Method], protocol: Protocol, at: &At<'_>) ->
     };
     let is_service = |name: &str| name.split('.').all(is_name);
     if !methods.is_empty() && !methods.contains(&Method::POST) {
-        at.report("`grpc` never matches with these methods", "gRPC calls are POST: remove `methods`");
+        at.report("these methods are not those of gRPC", "a gRPC call is a POST: remove `methods`");
     }
     if protocol == Protocol::Http1 {
         at.report("`grpc` never works with `protocol: http1`", "gRPC needs HTTP/2: write `protocol: auto` or `http2`");

@@ -95,7 +95,17 @@ fn read_url(method: &Method, url: &str) -> Option<Uri> {
     let full = if url.starts_with('/') || url.contains("://") { url.to_owned() } else { format!("http://{url}") };
     let uri: Uri = full.parse().ok()?;
     let is_http = uri.scheme_str().is_none_or(|scheme| scheme == "http" || scheme == "https");
-    (is_http && !has_user(&uri)).then_some(uri)
+    (is_http && !has_user(&uri) && has_good_port(&uri)).then_some(uri)
+}
+
+/// Whether the port is one, where something is written for it.
+fn has_good_port(uri: &Uri) -> bool {
+    let Some(authority) = uri.authority() else { return true };
+    let after = authority.as_str().strip_prefix(authority.host()).unwrap_or_default();
+    match after.strip_prefix(':') {
+        Some("") | None => after.len() < 2,
+        Some(port) => port.bytes().all(|b| b.is_ascii_digit()) && port.parse::<u16>().is_ok(),
+    }
 }
 
 fn has_user(uri: &Uri) -> bool {

@@ -29,7 +29,8 @@ enum Value {
     Bool(bool),
     Unsigned(u64),
     Signed(i64),
-    Float(f64),
+    /// The number, and how it is written: `5.0`, or more digits than a number holds.
+    Float(f64, String),
     Text(String),
     List(List),
     Map(Vec<Entry>),
@@ -80,13 +81,17 @@ pub(super) fn parse(text: &str) -> Result<Node, (Fault, Place)> {
         with_snippet: false,
         duplicate_keys: DuplicateKeyPolicy::PassThrough,
         merge_keys: MergeKeyPolicy::AsOrdinary,
+        // YAML 1.2 knows no `1_000`: every other reader would take it for a text.
+        underscored_numbers_as_strings: true,
         alias_limits: serde_yaml::alias_limits! { max_total_replayed_events: 100_000 },
         budget: serde_yaml::budget! { max_nodes: 500_000, max_aliases: 1_000, max_anchors: 1_000, max_depth: 32 },
     };
-    serde_yaml::from_str_with_options(text, options).map_err(|error| {
+    let mut root: Node = serde_yaml::from_str_with_options(text, options).map_err(|error| {
         let place = error.location().map_or_else(Place::default, |at| pinned(text, place(&at)));
         (unreadable(&error), place)
-    })
+    })?;
+    root.note_floats(text);
+    Ok(root)
 }
 
 fn unreadable(error: &serde_yaml::Error) -> Fault {
@@ -99,6 +104,8 @@ fn unreadable(error: &serde_yaml::Error) -> Fault {
     let bare = first.split(" at line ").next().unwrap_or(first);
     let hint = if bare.contains("tab") {
         "indent with blanks"
+    } else if bare.contains("anchor") {
+        "an anchor (`&name`) stands above its aliases (`*name`); a text that begins with `*` or `&` needs quotes"
     } else {
         "look for a quote or bracket that is not closed, or a wrong indentation, near this place"
     };
@@ -125,6 +132,19 @@ impl Node {
     /// Whether the document says nothing at all.
     pub(super) fn is_empty(&self) -> bool {
         matches!(self.value, Value::Null)
+    }
+
+    /// Only the text knows how a float is written.
+    fn note_floats(&mut self, text: &str) {
+        match &mut self.value {
+            Value::Float(value, written) => {
+                let there = text.get(self.place.span.clone()).filter(|there| there.parse() == Ok(*value));
+                *written = there.map_or_else(|| value.to_string(), str::to_owned);
+            }
+            Value::List(list) => list.items.iter_mut().for_each(|item| item.node.note_floats(text)),
+            Value::Map(entries) => entries.iter_mut().for_each(|entry| entry.node.note_floats(text)),
+            Value::Null | Value::Bool(_) | Value::Unsigned(_) | Value::Signed(_) | Value::Text(_) => {}
+        }
     }
 }
 
@@ -212,7 +232,7 @@ impl<'de> Visitor<'de> for Grow {
     }
 
     fn visit_f64<E>(self, value: f64) -> Result<Value, E> {
-        Ok(Value::Float(value))
+        Ok(Value::Float(value, String::new()))
     }
 
     fn visit_str<E>(self, value: &str) -> Result<Value, E> {

@@ -29,8 +29,8 @@ impl Node {
                 Ok(spec) => return Some(spec),
                 Err(ReadError::Reported) => {}
                 // Only the root itself has no parent that reports for it; taking it out would leave nothing.
-                Err(ReadError::Fault(fault)) => {
-                    at.report_fault(fault);
+                Err(error) => {
+                    error.report(self, at);
                     return None;
                 }
             }
@@ -45,7 +45,7 @@ impl Node {
             Value::Bool(value) => format!("`{value}`"),
             Value::Unsigned(value) => format!("the number {value}"),
             Value::Signed(value) => format!("the number {value}"),
-            Value::Float(value) => format!("the number {value}"),
+            Value::Float(_, written) => format!("the number {written}"),
             Value::Text(text) => format!("`{text}`"),
             Value::List(_) => "a list".into(),
             Value::Map(_) => "a mapping".into(),
@@ -58,13 +58,31 @@ impl Node {
 enum ReadError {
     /// Not reported yet: the nearest entry or element reports it as its own.
     Fault(Fault),
+    /// The same, and what was expected instead of the node.
+    Unexpected(String),
     Reported,
+}
+
+impl ReadError {
+    /// Reports what came out of reading a node. False if that is done already.
+    fn report(self, node: &Node, at: &At<'_>) -> bool {
+        let fault = match self {
+            Self::Fault(fault) => fault,
+            Self::Unexpected(expected) => {
+                Fault { message: format!("expected {expected}, found {}", node.found()), hint: None }
+            }
+            Self::Reported => return false,
+        };
+        at.report_fault(fault);
+        true
+    }
 }
 
 impl fmt::Display for ReadError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Fault(fault) => fault.fmt(f),
+            Self::Unexpected(expected) => write!(f, "expected {expected}"),
             Self::Reported => f.write_str("reported"),
         }
     }
@@ -80,18 +98,9 @@ impl de::Error for ReadError {
         Self::Fault(Fault { message: message.to_owned(), hint })
     }
 
-    fn invalid_type(found: de::Unexpected<'_>, expected: &dyn de::Expected) -> Self {
-        let found = match found {
-            de::Unexpected::Bool(value) => format!("`{value}`"),
-            de::Unexpected::Unsigned(value) => format!("the number {value}"),
-            de::Unexpected::Signed(value) => format!("the number {value}"),
-            de::Unexpected::Float(value) => format!("the number {value}"),
-            de::Unexpected::Str(text) => format!("`{text}`"),
-            de::Unexpected::Seq => "a list".into(),
-            de::Unexpected::Map => "a mapping".into(),
-            other => other.to_string(),
-        };
-        Self::Fault(Fault { message: format!("expected {expected}, found {found}"), hint: None })
+    /// What was found is best said by the node itself.
+    fn invalid_type(_: de::Unexpected<'_>, expected: &dyn de::Expected) -> Self {
+        Self::Unexpected(expected.to_string())
     }
 
     fn invalid_value(found: de::Unexpected<'_>, expected: &dyn de::Expected) -> Self {
@@ -109,6 +118,7 @@ fn meant(word: &str, allowed: &[&str]) -> String {
 }
 
 /// A node as a serde source. The cursor stands where the node does.
+#[derive(Clone, Copy)]
 struct Reader<'n, 'c> {
     node: &'n Node,
     at: &'c At<'c>,
@@ -117,6 +127,46 @@ struct Reader<'n, 'c> {
 impl Reader<'_, '_> {
     fn refuse(&self, expected: &str, hint: Option<String>) -> ReadError {
         ReadError::Fault(Fault { message: format!("expected {expected}, found {}", self.node.found()), hint })
+    }
+
+    /// What to write for a value that stands where a list is expected: a list of it, if it can be an element.
+    fn as_list<'de, V: Visitor<'de>>(self, visitor: V) -> Option<String> {
+        let (written, is_none) = match &self.node.value {
+            Value::Text(text) => (in_brackets(text), matches!(text.as_str(), "off" | "none" | "no")),
+            Value::Bool(value) => (value.to_string(), !value),
+            Value::Unsigned(number) => (number.to_string(), false),
+            // A mapping would report its own mistakes, as if it stood in the list.
+            Value::Null | Value::Signed(_) | Value::Float(..) | Value::List(_) | Value::Map(_) => return None,
+        };
+        match visitor.visit_seq(Alone(Some(self))) {
+            Ok(_) => Some(format!("write `[{written}]`")),
+            Err(ReadError::Unexpected(_)) if is_none => Some("write `[]`".into()),
+            Err(ReadError::Unexpected(element)) => Some(format!("write a list, each entry of it {element}")),
+            Err(ReadError::Fault(fault)) => fault.hint,
+            Err(ReadError::Reported) => None,
+        }
+    }
+}
+
+/// A text as an element between brackets: in quotes where YAML could take it for something else.
+fn in_brackets(text: &str) -> String {
+    let is_word = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.' | '/' | ':');
+    let is_plain = text.starts_with(|c: char| c.is_ascii_alphanumeric()) && text.chars().all(is_word);
+    let is_other = text.parse::<f64>().is_ok()
+        || text.ends_with(':')
+        || ["0x", "0o"].iter().any(|radix| text.starts_with(radix))
+        || ["true", "false", "null", "yes", "no", "on", "off", "y", "n"].contains(&&*text.to_ascii_lowercase());
+    if is_plain && !is_other { text.to_owned() } else { serde_json::Value::from(text).to_string() }
+}
+
+/// A value as if it stood in a list, alone.
+struct Alone<'n, 'c>(Option<Reader<'n, 'c>>);
+
+impl<'de> SeqAccess<'de> for Alone<'_, '_> {
+    type Error = ReadError;
+
+    fn next_element_seed<T: DeserializeSeed<'de>>(&mut self, seed: T) -> Result<Option<T::Value>, ReadError> {
+        self.0.take().map(|reader| seed.deserialize(reader)).transpose()
     }
 }
 
@@ -129,7 +179,7 @@ impl<'de> Deserializer<'de> for Reader<'_, '_> {
             Value::Bool(value) => visitor.visit_bool(*value),
             Value::Unsigned(value) => visitor.visit_u64(*value),
             Value::Signed(value) => visitor.visit_i64(*value),
-            Value::Float(value) => visitor.visit_f64(*value),
+            Value::Float(value, _) => visitor.visit_f64(*value),
             Value::Text(text) => visitor.visit_str(text),
             Value::List(list) => visitor.visit_seq(Items { list, next: 0, at: self.at }),
             Value::Map(entries) => visitor.visit_map(Fields { entries: entries.iter(), value: None, at: self.at }),
@@ -159,8 +209,7 @@ impl<'de> Deserializer<'de> for Reader<'_, '_> {
     fn deserialize_seq<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, ReadError> {
         match &self.node.value {
             Value::List(_) => self.deserialize_any(visitor),
-            Value::Text(text) => Err(self.refuse("a list", Some(format!("write `[{text}]`")))),
-            _ => Err(self.refuse("a list", None)),
+            _ => Err(self.refuse("a list", self.as_list(visitor))),
         }
     }
 
@@ -247,10 +296,9 @@ fn refuse_keys(entries: &[Entry], at: &At<'_>, fields: Option<&[&str]>) -> Resul
 }
 
 /// Reports what came out of reading one entry or element as its own, and takes it out.
-fn settle<T>(result: Result<T, ReadError>, at: &At<'_>, refused: &Cell<bool>) -> Result<T, ReadError> {
+fn settle<T>(result: Result<T, ReadError>, node: &Node, at: &At<'_>, refused: &Cell<bool>) -> Result<T, ReadError> {
     result.map_err(|error| {
-        if let ReadError::Fault(fault) = error {
-            at.report_fault(fault);
+        if error.report(node, at) {
             refused.set(true);
         }
         ReadError::Reported
@@ -277,7 +325,7 @@ impl<'de> SeqAccess<'de> for Items<'_, '_> {
         } else {
             seed.deserialize(Reader { node: &item.node, at: &at })
         };
-        let result = settle(result, &at, &item.refused).map(Some);
+        let result = settle(result, &item.node, &at, &item.refused).map(Some);
         self.list.some_refused.set(self.list.some_refused.get() || item.refused.get());
         result
     }
@@ -304,6 +352,6 @@ impl<'de> MapAccess<'de> for Fields<'_, '_> {
         };
         let at = self.at.found(Some(&entry.key), entry.found());
         let result = seed.deserialize(Reader { node: &entry.node, at: &at });
-        settle(result, &at, &entry.refused)
+        settle(result, &entry.node, &at, &entry.refused)
     }
 }

@@ -13,6 +13,17 @@ pub enum State {
     HalfOpen,
 }
 
+impl State {
+    /// As it is shown in the metrics.
+    pub const fn number(self) -> i64 {
+        match self {
+            Self::Closed => 0,
+            Self::HalfOpen => 1,
+            Self::Open => 2,
+        }
+    }
+}
+
 /// Why a breaker changed its state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Cause {
@@ -26,6 +37,8 @@ pub enum Cause {
     ProbeSucceeded,
     /// It was open for as long as it had to be.
     OpenTimeOver,
+    /// An ejected endpoint is tried before that, because those that are in fail.
+    NoOtherWell,
     /// An ejected endpoint is taken back because no other one is left.
     NoOtherLeft,
 }
@@ -69,6 +82,7 @@ impl Cause {
             Self::ProbeFailed => "probe_failed",
             Self::ProbeSucceeded => "probe_succeeded",
             Self::OpenTimeOver => "open_time_over",
+            Self::NoOtherWell => "no_other_well",
             Self::NoOtherLeft => "no_other_left",
         }
     }

@@ -1,7 +1,7 @@
 //! The state machine behind `circuitBreaker` and `ejection`: closed, open, half-open, and what leads from one to the next.
 //!
-//! One breaker for all workers; it lives through reloads. What the policy says comes along with each call, so changed
-//! values hold at once and nothing is forgotten. Invariants:
+//! One breaker for all workers; it lives through reloads. What the policy says comes along with each call that asks to be
+//! let in, so changed values hold from the next one on and nothing is forgotten. Invariants:
 //! - only calls let in by the closed period that still lasts count towards opening it; whatever ends later decides nothing;
 //! - only probes of the half-open period that still lasts end it; a probe that is dropped gives its place back;
 //! - each change of state is handed out exactly once, to whoever caused it.
@@ -36,8 +36,23 @@ pub struct Thresholds {
     pub open_for: Duration,
     /// The longest that any opening lasts.
     pub open_for_max: Duration,
-    /// Probes under way at once; at least 1.
+    /// Probes under way at once; at least 1. One that has said nothing for [`Self::hold`] counts no more.
     pub probes: u32,
+}
+
+/// The longest that a probe which says nothing keeps others from being let through.
+const LONGEST_HOLD: Duration = Duration::from_secs(5);
+
+impl Thresholds {
+    /// The same, but failures in a row open nothing.
+    pub fn by_share_alone(self) -> Self {
+        Self { consecutive_failures: u32::MAX, ..self }
+    }
+
+    /// How long a probe keeps its place at most: a stream may begin with a silence that lasts.
+    pub fn hold(&self) -> Duration {
+        self.open_for_max.min(LONGEST_HOLD).max(self.open_for)
+    }
 }
 
 /// A share of failures over a while.
@@ -129,12 +144,25 @@ struct Inner {
     openings: u32,
     /// Probes under way.
     probes: u32,
+    /// When the last of them was let through, likewise.
+    probed: u64,
+    /// The open time was ended before it was over.
+    hurried: bool,
 }
 
 impl Breaker {
     /// A closed breaker.
     pub fn new(now: Instant) -> Arc<Self> {
-        let inner = Inner { state: State::Closed, period: 0, since: 0, until: 0, openings: 0, probes: 0 };
+        let inner = Inner {
+            state: State::Closed,
+            period: 0,
+            since: 0,
+            until: 0,
+            openings: 0,
+            probes: 0,
+            probed: 0,
+            hurried: false,
+        };
         Arc::new(Self {
             word: AtomicU64::new(CLOSED),
             consecutive: AtomicU32::new(0),
@@ -262,42 +290,73 @@ impl Breaker {
         Some(self.shut(&mut inner, cause, thresholds, now, random))
     }
 
+    /// Ends the open time at once: the next call is a probe. Nothing happens to one that is not open.
+    pub(super) fn hurry(&self, now: Instant) {
+        let mut inner = self.lock();
+        let tick = self.tick(now);
+        if inner.state == State::Open && tick < inner.until {
+            (inner.until, inner.hurried) = (tick, true);
+            self.word.store(tick, Release);
+        }
+    }
+
     /// Closes it, whatever it was; None if it was closed.
     pub(super) fn close(&self, cause: Cause, now: Instant) -> Option<Change> {
         let mut inner = self.lock();
         (inner.state != State::Closed).then(|| self.let_in(&mut inner, cause, None, now))
     }
 
+    /// Brings forward what is to come later than the policy allows now: its longest open time may have become shorter.
+    pub(super) fn limit(&self, longest: Duration, now: Instant) {
+        self.bring_forward(&mut self.lock(), longest, self.tick(now));
+    }
+
+    fn bring_forward(&self, inner: &mut Inner, longest: Duration, tick: u64) {
+        let next = match inner.state {
+            State::Closed => return,
+            State::Open => {
+                inner.until = inner.until.min(inner.since.saturating_add(nanos(longest)));
+                inner.until
+            }
+            State::HalfOpen => self.word.load(Acquire).min(later(tick, longest)),
+        };
+        self.word.store(next, Release);
+    }
+
     fn admit_shut(self: &Arc<Self>, thresholds: &Thresholds, now: Instant) -> Admission {
         let tick = self.tick(now);
         let mut inner = self.lock();
         let mut change = None;
+        self.bring_forward(&mut inner, thresholds.open_for_max, tick);
         match inner.state {
             State::Closed => return Admission::Pass(Pass(CLOSED | inner.period)),
             State::Open => {
-                inner.until = inner.until.min(inner.since.saturating_add(nanos(thresholds.open_for_max)));
                 if let Some(wait) = inner.until.checked_sub(tick).filter(|wait| *wait > 0) {
-                    self.word.store(inner.until, Release);
                     return Admission::Refuse { retry_after: Duration::from_nanos(wait) };
                 }
-                change =
-                    Some(self.turn(&mut inner, State::HalfOpen, Cause::OpenTimeOver, thresholds.rate.as_ref(), now));
+                let cause = if inner.hurried { Cause::NoOtherWell } else { Cause::OpenTimeOver };
+                change = Some(self.turn(&mut inner, State::HalfOpen, cause, thresholds.rate.as_ref(), now));
                 self.word.store(0, Release);
             }
             State::HalfOpen => {}
         }
-        // The second comes soon, in case the first met bad luck; those after it later, so that not all of them are stuck when a
-        // callee that hangs comes back.
-        let spacing = if inner.probes == 0 { thresholds.open_for / 4 } else { thresholds.open_for_max };
+        // The second comes soon, in case the first met bad luck; those after it later, so that not all of them are
+        // stuck when a callee that hangs comes back.
+        let spacing = if inner.probes == 0 { thresholds.open_for / 4 } else { thresholds.hold() };
         // Between the look at the word and the lock, somebody else may have taken the turn.
         if let Some(wait) = self.word.load(Acquire).checked_sub(tick).filter(|wait| *wait > 0) {
             return Admission::Refuse { retry_after: Duration::from_nanos(wait) };
         }
-        self.word.store(later(tick, spacing), Release);
         if inner.probes >= thresholds.probes {
-            return Admission::Refuse { retry_after: spacing };
+            let free = later(inner.probed, thresholds.hold());
+            if let Some(wait) = free.checked_sub(tick).filter(|wait| *wait > 0) {
+                self.word.store(free, Release);
+                return Admission::Refuse { retry_after: Duration::from_nanos(wait) };
+            }
         }
-        inner.probes += 1;
+        self.word.store(later(tick, spacing), Release);
+        inner.probed = tick;
+        inner.probes = inner.probes.saturating_add(1);
         Admission::Probe { probe: Probe { breaker: Arc::clone(self), period: inner.period, began: tick }, change }
     }
 
@@ -352,8 +411,8 @@ impl Breaker {
         Change { open_for: Some(open_for), ..change }
     }
 
-    /// The time for which a probe was waited for counts as open: a callee that hangs is asked again soon after it has kept one
-    /// waiting for as long as the breaker would stay open.
+    /// The time for which a probe was waited for counts as open: a callee that hangs is asked again soon after it has
+    /// kept one waiting for as long as the breaker would stay open.
     fn shorten(&self, inner: &mut Inner, change: Change, waited: Duration, least: Duration) -> Change {
         let open_for = change.open_for.map(|whole| whole.saturating_sub(waited).max(least.min(whole)));
         inner.until = later(inner.since, open_for.unwrap_or_default());
@@ -372,7 +431,7 @@ impl Breaker {
 
     fn turn(&self, inner: &mut Inner, to: State, cause: Cause, rate: Option<&Rate>, now: Instant) -> Change {
         let from = inner.state;
-        (inner.state, inner.since, inner.probes) = (to, self.tick(now), 0);
+        (inner.state, inner.since, inner.probes, inner.hurried) = (to, self.tick(now), 0, false);
         inner.period += 1;
         let elapsed = now.saturating_duration_since(self.born);
         let (requests, failures) = rate.map_or((0, 0), |rate| self.window.sum(elapsed, rate.window));

@@ -168,10 +168,31 @@ fn a_second_probe_goes_soon_a_further_one_later_and_only_so_many_at_once() {
     assert_eq!(refused(&breaker, later + 30 * MS), 70 * MS);
     let _second = probe(&breaker, later + 100 * MS);
     assert_eq!(refused(&breaker, later + 250 * MS), 850 * MS);
-    assert_eq!(refused(&breaker, later + 1100 * MS), 1000 * MS);
     drop(first);
-    let _third = probe(&breaker, later + 2100 * MS);
+    let _third = probe(&breaker, later + 1100 * MS);
+    assert_eq!(refused(&breaker, later + 2000 * MS), 100 * MS);
     assert_eq!(breaker.state(later), State::HalfOpen);
+}
+
+#[test]
+fn a_probe_that_says_nothing_gives_way_to_another_after_a_while() {
+    let start = Instant::now();
+    let breaker = opened(start);
+    let later = start + 400 * MS;
+    let (_first, _second) = (probe(&breaker, later), probe(&breaker, later + 100 * MS));
+    assert_eq!(refused(&breaker, later + 1000 * MS), 100 * MS);
+    let third = probe(&breaker, later + 1100 * MS);
+    assert_eq!(refused(&breaker, later + 1200 * MS), 900 * MS);
+    third.record(&USUAL, Success, later + 1300 * MS, 1.0).unwrap();
+    assert!(breaker.is_closed());
+}
+
+#[test]
+fn the_hold_of_a_probe_is_bounded() {
+    let hold = |open_for: u32, open_for_max: u32| {
+        Thresholds { open_for: open_for * MS, open_for_max: open_for_max * MS, ..USUAL }.hold()
+    };
+    assert_eq!((hold(250, 1000), hold(250, 60_000), hold(9000, 60_000)), (1000 * MS, 5000 * MS, 9000 * MS));
 }
 
 #[test]

@@ -12,7 +12,7 @@ use std::hash::{Hash, Hasher};
 use std::time::Duration;
 
 use http::StatusCode;
-use http::header::{HeaderName, HeaderValue};
+use http::header::{HOST, HeaderName, HeaderValue};
 use jiff::Timestamp;
 
 pub use self::spec::{AbortSpec, FaultSpec, Size, SlowBodySpec, Status, Until};
@@ -139,11 +139,6 @@ impl Fault {
 }
 
 impl Share {
-    /// None for what is not above 0 and up to 1.
-    pub fn new(share: f64) -> Option<Self> {
-        (share > 0.0 && share <= 1.0).then_some(Self(share))
-    }
-
     /// Above 0, up to 1.
     pub fn get(self) -> f64 {
         self.0
@@ -218,7 +213,7 @@ impl FaultSpec {
             name: at.key("name").set(self.name.clone()?),
             delay: self.delay.map(|span| at.key("delay").set(span.0)),
             ending: ending?,
-            share: self.share.map_or(Set::built_in(Share(1.0)), |share| at.key("share").set(share)),
+            share: self.share.map_or(Set::built_in(Share(1.0)), |share| at.key("share").set(Share(share.0))),
             headers,
             until: at.key("until").set(self.until?.0),
         })
@@ -282,6 +277,12 @@ impl FaultSpec {
                 at.report_key(problems::Fault::new(format!("`{name}` is no header name"), hint));
                 continue;
             };
+            if field == HOST {
+                // HTTP/2 has no such field, so that HTTP/1 alone would meet the fault.
+                let hint = "write the fault at the destination that has this host in `hosts`";
+                at.report_key(problems::Fault::new(format!("a fault cannot match by `{name}`"), hint));
+                continue;
+            }
             if headers.iter().any(|(other, _)| *other == field) {
                 let hint = "header names have no case: remove one of the two";
                 at.report_key(problems::Fault::new(format!("header `{field}` stands twice"), hint));

@@ -9,9 +9,12 @@ use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::Deserialize;
 use serde::de::{self, Deserializer, Visitor};
 
-use super::{GrpcCode, Share};
+use super::GrpcCode;
 use crate::problems::Fault;
 use crate::rules::duration::Span;
+use crate::rules::number::not_a_number;
+use crate::rules::ratio::Ratio;
+use crate::rules::size;
 
 /// One of `faults:` of a destination or of a route: what goes wrong on purpose, for which calls, and until when.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize, JsonSchema)]
@@ -39,7 +42,7 @@ pub struct FaultSpec {
     /// The answer's body comes slowly. Default: as fast as it is sent.
     pub slow_body: Option<SlowBodySpec>,
     /// The share of the calls that it befalls, drawn for each. Default 1.0: all.
-    pub share: Option<Share>,
+    pub share: Option<Ratio>,
     /// Only calls with exactly these header values, all of them. Default: any call.
     pub headers: Option<BTreeMap<String, String>>,
     /// When it ends by itself, as in 2026-12-01T00:00:00Z. Required.
@@ -78,19 +81,6 @@ pub struct Status(pub http::StatusCode);
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Until(pub Timestamp);
 
-impl Size {
-    fn parse(text: &str) -> Option<u64> {
-        let (number, unit) = text.split_at(text.bytes().take_while(u8::is_ascii_digit).count());
-        let unit = match unit {
-            "" => 1,
-            "KiB" => 1 << 10,
-            "MiB" => 1 << 20,
-            _ => return None,
-        };
-        number.parse::<u64>().ok()?.checked_mul(unit)
-    }
-}
-
 impl Until {
     /// Reads `2026-12-01T00:00:00Z`, or with an offset like `+01:00`. Other forms of ISO 8601 are refused: without an
     /// offset it is another time on each machine.
@@ -103,6 +93,9 @@ impl Until {
         {
             return Ok(Self(time));
         }
+        if let Some(fault) = beyond(text) {
+            return Err(fault);
+        }
         // The near forms: a day alone, a blank for the T, no offset.
         let candidates = [format!("{text}T00:00:00Z"), text.replacen(' ', "T", 1), format!("{text}Z")];
         let both = format!("{}Z", candidates[1]);
@@ -114,6 +107,26 @@ impl Until {
         };
         Err(Fault::new(format!("`{text}` is no point in time"), hint))
     }
+}
+
+/// What RFC 3339 allows and a [`Timestamp`] cannot hold: more than nanoseconds, and the end of the year 9999.
+fn beyond(text: &str) -> Option<Fault> {
+    if let Some(near) = nine_digits(text) {
+        let message = format!("`{text}` has a fraction of more than nine digits");
+        return Until::parse(&near).is_ok().then(|| Fault::new(message, format!("write `{near}`")));
+    }
+    // A year with the same days says whether it is a time at all.
+    let is_time = text.strip_prefix("9999").is_some_and(|rest| Until::parse(&format!("2001{rest}")).is_ok());
+    let message = || format!("`{text}` is later than any time that can be told");
+    is_time.then(|| Fault::new(message(), "write `9999-12-30T22:00:00Z`, or something earlier"))
+}
+
+/// The same with the fraction cut off, where it has more digits than that.
+fn nine_digits(text: &str) -> Option<String> {
+    let (head, tail) = text.split_once('.')?;
+    let offset = tail.trim_start_matches(|c: char| c.is_ascii_digit());
+    let fraction = tail.get(..9).filter(|_| tail.len() - offset.len() > 9)?;
+    Some(format!("{head}.{fraction}{offset}"))
 }
 
 /// RFC 3339, section 5.6: `date-time`. Whether it exists is for the parser to say.
@@ -135,7 +148,8 @@ fn has_shape(text: &str) -> bool {
         }
         None => tail,
     };
-    fits(head, "0000-00-00T00:00:00") && (offset == "Z" || fits(offset, "+00:00") || fits(offset, "-00:00"))
+    let is_offset = (fits(offset, "+00:00") || fits(offset, "-00:00")) && offset[1..] < *"24";
+    fits(head, "0000-00-00T00:00:00") && (offset == "Z" || is_offset)
 }
 
 impl<'de> Deserialize<'de> for Size {
@@ -153,7 +167,7 @@ impl<'de> Deserialize<'de> for Size {
             }
 
             fn visit_str<E: de::Error>(self, text: &str) -> Result<Size, E> {
-                Size::parse(text).map(Size).ok_or_else(|| {
+                size::parse(text).map(Size).ok_or_else(|| {
                     let hint = "write a whole number of bytes, or one with KiB or MiB, like `1KiB`";
                     E::custom(Fault::new(format!("`{text}` is not a size"), hint))
                 })
@@ -183,46 +197,6 @@ impl JsonSchema for Size {
     }
 }
 
-impl<'de> Deserialize<'de> for Share {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Read;
-        impl Visitor<'_> for Read {
-            type Value = Share;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a number above 0 and up to 1")
-            }
-
-            fn visit_f64<E: de::Error>(self, share: f64) -> Result<Share, E> {
-                Share::new(share).ok_or_else(|| {
-                    let hint = "write a number above 0 and up to 1, like 0.01 for one in a hundred";
-                    E::custom(Fault::new(format!("{share} is out of range"), hint))
-                })
-            }
-
-            fn visit_u64<E: de::Error>(self, whole: u64) -> Result<Share, E> {
-                // Only 1 is in range; the exact value of others does not matter.
-                self.visit_f64(f64::from(u16::try_from(whole).unwrap_or(u16::MAX)))
-            }
-        }
-        deserializer.deserialize_any(Read)
-    }
-}
-
-impl JsonSchema for Share {
-    fn inline_schema() -> bool {
-        true
-    }
-
-    fn schema_name() -> Cow<'static, str> {
-        "Share".into()
-    }
-
-    fn json_schema(_: &mut SchemaGenerator) -> Schema {
-        json_schema!({ "type": "number", "exclusiveMinimum": 0, "maximum": 1 })
-    }
-}
-
 impl<'de> Deserialize<'de> for Status {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct Read;
@@ -238,6 +212,11 @@ impl<'de> Deserialize<'de> for Status {
                 known.and_then(|number| http::StatusCode::from_u16(number).ok()).map(Status).ok_or_else(|| {
                     E::custom(Fault::new(format!("{number} is out of range"), "write a final HTTP status, 200 to 599"))
                 })
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Status, E> {
+                let is_good = |text: &str| text.parse().is_ok_and(|number: u16| (200..=599).contains(&number));
+                Err(E::custom(not_a_number(text, &self, is_good)))
             }
         }
         deserializer.deserialize_any(Read)
@@ -330,7 +309,7 @@ impl JsonSchema for Until {
     fn json_schema(_: &mut SchemaGenerator) -> Schema {
         json_schema!({
             "type": "string",
-            "pattern": "^[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt][0-9]{2}:[0-9]{2}:[0-9]{2}([.][0-9]{1,9})?([Zz]|[+-][0-9]{2}:[0-9]{2})$",
+            "pattern": "^[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt][0-9]{2}:[0-9]{2}:[0-9]{2}([.][0-9]{1,9})?([Zz]|[+-]([01][0-9]|2[0-3]):[0-9]{2})$",
             "examples": ["2026-12-01T00:00:00Z", "2026-12-01T00:00:00+01:00"],
         })
     }

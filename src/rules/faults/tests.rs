@@ -149,6 +149,7 @@ fn contradictions_and_gaps_are_all_reported_with_what_to_write() {
         ("slowBody: { bytesPerSecond: 0 }", "[0].slowBody.bytesPerSecond: 0 bytes", "at least 1"),
         ("reset: true, headers: { 'x y': a }", "[0].headers.x y: `x y` is no header name", "`x-test`"),
         ("reset: true, headers: { x-a: a, X-A: b }", "[0].headers.x-a: header `x-a` stands twice", "no case"),
+        ("reset: true, headers: { Host: bank }", "[0].headers.Host: a fault cannot match by `Host`", "in `hosts`"),
         ("reset: true, headers: { x-a: ' a' }", "[0].headers.x-a: ` a` never matches", "blanks"),
     ];
     for (what, message, hint) in table {
@@ -190,7 +191,9 @@ fn what_cannot_be_read_comes_with_what_to_write() {
 
 #[test]
 fn an_end_is_a_point_in_time_on_every_machine() {
-    for text in ["2026-12-01T00:00:00Z", "2026-12-01t01:00:00.5+01:00", "2024-02-29T23:59:59-05:30"] {
+    for text in
+        ["2026-12-01T00:00:00Z", "2026-12-01t01:00:00.5+01:00", "2024-02-29T23:59:59-05:30", "9999-12-30T22:00:00Z"]
+    {
         assert!(Until::parse(text).is_ok(), "{text}");
     }
     assert_eq!(at("2026-12-01T01:00:00+01:00"), at("2026-12-01T00:00:00Z"));
@@ -202,6 +205,13 @@ fn an_end_is_a_point_in_time_on_every_machine() {
         ("2026-02-30T00:00:00Z", "like `2026-12-01T00:00:00Z`"),
         ("2026-12-01T00:00:00Z[UTC]", "like `2026-12-01T00:00:00Z`"),
         ("20261201T000000Z", "like `2026-12-01T00:00:00Z`"),
+        ("2026-12-01T00:00:00+24:00", "like `2026-12-01T00:00:00Z`"),
+        ("2026-12-01T00:00:00+01:60", "like `2026-12-01T00:00:00Z`"),
+        ("9999-12-31T23:59:59Z", "`9999-12-30T22:00:00Z`, or something earlier"),
+        ("9999-12-30T22:00:00.5-00:01", "`9999-12-30T22:00:00Z`, or something earlier"),
+        ("9999-02-29T00:00:00Z", "like `2026-12-01T00:00:00Z`"),
+        ("2030-01-01T00:00:00.1234567890Z", "`2030-01-01T00:00:00.123456789Z`"),
+        ("2030-02-30T00:00:00.1234567890Z", "like `2026-12-01T00:00:00Z`"),
         ("tomorrow", "like `2026-12-01T00:00:00Z`"),
         ("\u{660}\u{660}\u{660}\u{660}-12-01T00:00:00Z", "like `2026-12-01T00:00:00Z`"),
         ("", "like `2026-12-01T00:00:00Z`"),

@@ -6,7 +6,8 @@
 //!
 //! Invariants: never more than `burst` calls of a key at once, and never more than `burst + t x requests / per` in any
 //! time t, whatever the order in which workers come. A refused call uses nothing up. At most [`MOST_KEYS`] keys have a
-//! number of their own; further ones share one, which is stricter, never laxer.
+//! number of their own; further ones share one, and who gets a number of its own later begins where that one stands, which
+//! is stricter, never laxer.
 //! It reads no clock: whoever asks brings the time.
 
 use std::collections::HashMap;
@@ -73,16 +74,6 @@ impl RateLimiter {
             Key::Address(_) | Key::Header(_) => self.table.pass(key, pace, now),
         }
     }
-
-    /// How many callers or header values are counted each by itself.
-    pub fn keys(&self) -> usize {
-        self.table.keys.load(Relaxed)
-    }
-
-    /// How many calls found no room for their key, and were counted together.
-    pub fn crowded(&self) -> u64 {
-        self.table.crowded.load(Relaxed)
-    }
 }
 
 /// No policy's times reach this end: it is five hundred years away.
@@ -145,9 +136,8 @@ struct Table {
     keys: AtomicUsize,
     /// Until then no sweep is tried, because the last one was just now.
     sweep_at: AtomicU64,
-    /// The number that all keys without one of their own share.
+    /// The number that all keys without one of their own share, and with which each begins.
     rest: AtomicU64,
-    crowded: AtomicU64,
 }
 
 impl Table {
@@ -161,7 +151,6 @@ impl Table {
         {
             return result;
         }
-        self.crowded.fetch_add(1, Relaxed);
         pace.pass_shared(&self.rest, now)
     }
 
@@ -173,13 +162,14 @@ impl Table {
         }
         let has_room = |keys| (keys < MOST_KEYS).then_some(keys + 1);
         self.keys.fetch_update(Relaxed, Relaxed, has_room).ok()?;
-        let mut tat = 0;
+        // Where it stands that had no number of its own before, as far as anybody knows.
+        let mut tat = self.rest.load(Relaxed);
         let result = pace.pass(&mut tat, now);
         shard.insert(hash, tat);
         Some(result)
     }
 
-    /// Drops the keys whose whole burst is back: a new number would say the same. True if there may be room now.
+    /// Drops the keys whose whole burst is back: a new number would say no less. True if there may be room now.
     fn sweep(&self, now: u64) -> bool {
         let due = self.sweep_at.load(Relaxed);
         // Of several workers one sweeps; the others need not wait for it.
@@ -221,6 +211,13 @@ mod tests {
     fn limit(requests: u32, per: Duration, burst: u32) -> RateLimit {
         let (requests, per, burst) = (Set::built_in(requests), Set::built_in(per), Set::built_in(burst));
         RateLimit { requests, per, burst, by: Set::built_in(By::Route) }
+    }
+
+    /// Keys with a number of their own; the table knows how many.
+    fn kept(limiter: &RateLimiter) -> usize {
+        let kept = limiter.table.shards.iter().map(|shard| lock(shard).len()).sum();
+        assert_eq!(limiter.table.keys.load(Relaxed), kept);
+        kept
     }
 
     fn caller(number: u32) -> Key<'static> {
@@ -295,7 +292,7 @@ mod tests {
             assert_eq!(limiter.check(&limit, key, now), Ok(()), "{key:?}");
             assert!(limiter.check(&limit, key, now).is_err(), "{key:?}");
         }
-        assert_eq!((limiter.keys(), limiter.crowded()), (keys.len(), 0));
+        assert_eq!(kept(&limiter), keys.len());
     }
 
     #[test]
@@ -310,12 +307,29 @@ mod tests {
         assert_eq!(limiter.check(&limit, caller(most), now), Ok(()));
         assert!(limiter.check(&limit, caller(most + 1), now).is_err(), "it shares with the one before");
         assert!(limiter.check(&limit, caller(most - 1), now).is_err(), "nobody known is forgotten");
-        assert_eq!((limiter.keys(), limiter.crowded()), (MOST_KEYS, 2));
+        assert_eq!(kept(&limiter), MOST_KEYS);
         // The first quarter, which came within 125 ms, has its burst back after 1124 ms.
         let now = start + 1124 * MS;
-        assert_eq!(limiter.check(&limit, caller(most + 2), now), Ok(()));
-        assert_eq!((limiter.keys(), limiter.crowded()), (MOST_KEYS - MOST_KEYS / 4 + 1, 2));
+        assert!(limiter.check(&limit, caller(most + 2), now).is_err(), "it begins where those that share have come to");
+        assert_eq!(kept(&limiter), MOST_KEYS - MOST_KEYS / 4 + 1);
         assert!(limiter.check(&limit, caller(most - 1), now).is_err(), "nobody known is forgotten");
+    }
+
+    #[test]
+    fn a_key_that_had_to_share_gets_no_second_burst_with_a_number_of_its_own() {
+        let (start, limit) = (Instant::now(), limit(1, 1000 * MS, 1));
+        let limiter = RateLimiter::new(start);
+        let most = u32::try_from(MOST_KEYS).unwrap();
+        for number in 0..most {
+            limiter.check(&limit, caller(number), start).unwrap();
+        }
+        assert_eq!(limiter.check(&limit, caller(most), start + 998 * MS), Ok(()), "it shares");
+        for (at, left) in [(1000, 998), (1997, 1)] {
+            let refused = limiter.check(&limit, caller(most), start + MS * at).unwrap_err();
+            assert_eq!(refused.retry_after, MS * left, "at {at} ms all others are gone");
+        }
+        assert_eq!(limiter.check(&limit, caller(most), start + 1998 * MS), Ok(()));
+        assert_eq!(limiter.check(&limit, caller(most + 1), start + 1998 * MS), Ok(()), "each by itself");
     }
 
     #[test]
@@ -356,8 +370,7 @@ mod tests {
                 });
             }
         });
-        let kept: usize = limiter.table.shards.iter().map(|shard| lock(shard).len()).sum();
-        assert_eq!(kept, limiter.keys());
+        let kept = kept(&limiter);
         assert!(kept <= MOST_KEYS, "{kept}");
     }
 }

@@ -10,7 +10,7 @@ use std::fmt;
 use std::net::IpAddr;
 use std::time::Duration;
 
-use http::header::HeaderName;
+use http::header::{HOST, HeaderName};
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::Deserialize;
 use serde::de::{self, Deserializer, Visitor};
@@ -166,6 +166,8 @@ impl By {
             });
         };
         match HeaderName::from_bytes(name.trim().as_bytes()) {
+            // HTTP/2 has no such field, so that its calls would all be counted as one.
+            Ok(HOST) => refuse("hosts are destinations: write a limit at each that has one in `hosts`".into()),
             Ok(field) if word == "header" && name.trim() == name => Ok(Self::Header(field)),
             Ok(field) => refuse(format!("write `header:{field}`")),
             Err(_) => refuse("write a header's name after the colon, like `header:x-api-key`".into()),

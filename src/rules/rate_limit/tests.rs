@@ -102,6 +102,7 @@ fn what_calls_are_counted_by_is_shown_as_it_is_read() {
         ("x-api-key", "`header:x-api-key`"),
         ("headers:x-api-key", "`header:x-api-key`"),
         ("header: x-tenant", "`header:x-tenant`"),
+        ("header:Host", "at each that has one in `hosts`"),
         ("header:", "like `header:x-api-key`"),
         ("header:no name", "like `header:x-api-key`"),
         ("ip", "`route`, `caller`"),

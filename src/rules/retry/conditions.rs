@@ -131,11 +131,6 @@ pub(super) const fn known(code: u32) -> u32 {
     if code > 16 { 2 } else { code }
 }
 
-/// Whether a gRPC code can mean a failure of the way or of the server; the others are answers.
-pub(super) fn is_failure(code: u32) -> bool {
-    CODES.iter().any(|(_, failure)| *failure == code)
-}
-
 impl<'de> Deserialize<'de> for Condition {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct Read;

@@ -15,6 +15,7 @@ use tokio::time::Instant;
 
 pub use self::conditions::{Condition, Conditions};
 pub use self::spec::{Backoff, BackoffSpec, Retry, RetrySpec};
+use super::breaker::is_failed_code;
 use super::budget::Budget;
 
 /// How a try ended.
@@ -31,7 +32,8 @@ pub enum Failure {
     /// Nobody has seen the request, and another endpoint or connection can have it at once: it was handed back, or the peer
     /// says that its app never got it.
     Unsent,
-    /// The peer has left the request aside, and there is nobody else to send it to: at once it would only be left aside again.
+    /// The peer has left the request aside, and there is nobody else to send it to: at once it would only be left aside
+    /// again.
     Refused,
 }
 
@@ -59,6 +61,8 @@ pub struct Seen {
     pub is_circuit_open: bool,
     /// Its method is idempotent or it bears an idempotency key.
     pub is_safe: bool,
+    /// Nobody waits any more for the inbound request that caused it.
+    pub is_abandoned: bool,
     /// A hop further down has retried already and given up.
     pub is_marked_final: bool,
     /// What the upstream said about another try.
@@ -94,6 +98,8 @@ pub enum Why {
     ConditionOff,
     /// The upstream may have done the work, and to do it twice may do harm.
     NotSafe,
+    /// Nobody waits any more for the inbound request that caused the call.
+    CallerGone,
     /// A hop further down has retried already.
     RetriedBelow,
     /// The upstream asked for no other try.
@@ -140,7 +146,8 @@ impl Retry {
         }
     }
 
-    /// The first reason against another try; first those that lie in this hop, then those that lie in the call, then those that lie in what has happened.
+    /// The first reason against another try; first those that lie in this hop, then those that lie in the call, then
+    /// those that lie in what has happened.
     fn stands_against(&self, seen: &Seen) -> Option<Why> {
         let is_unsent = seen.failure == Failure::Unsent;
         let is_wanted = is_unsent || self.wants(seen.failure);
@@ -148,10 +155,11 @@ impl Retry {
             (seen.is_inbound && !is_for_inbound(seen), Why::AtTheCaller),
             // Another try would only be refused; what the callee said is worth more.
             (seen.is_circuit_open, Why::CircuitOpen),
-            (!is_wanted && !is_failure(seen.failure), Why::NotAFailure),
+            (!self.is_failure(seen.failure), Why::NotAFailure),
             (!self.enabled.value, Why::Off),
             (!is_wanted, Why::ConditionOff),
             (!is_unsent && !seen.is_safe && !self.idempotent.value, Why::NotSafe),
+            (seen.is_abandoned, Why::CallerGone),
             // The mark speaks of tries that were seen; of this one nobody has seen anything.
             (!is_unsent && seen.is_marked_final, Why::RetriedBelow),
             (seen.pushback == Some(Pushback::Stop), Why::PushedBack),
@@ -161,15 +169,27 @@ impl Retry {
         reasons.into_iter().find_map(|(stands, why)| stands.then_some(why))
     }
 
-    /// Whether nobody above shall try a failed call again: because it was tried again here, whatever ended that; because it may
-    /// have done its work and is not to do it twice, and above the app it may have become a call that looks safe; or because
-    /// of why there is no other try. `why` is None where none was thought of: the head of the answer had come.
+    /// Whether nobody above shall try a failed call again: because it was tried again here, whatever ended that;
+    /// because it may have done its work and is not to do it twice, and above the app it may have become a call that
+    /// looks safe; or because of why there is no other try. `why` is None where none was thought of: the head of the
+    /// answer had come.
     ///
     /// `is_safe` as in [`Seen`].
     pub fn is_final(&self, tries: u32, is_safe: bool, why: Option<Why>) -> bool {
         use Why::{Budget, CircuitOpen, Deadline, PushedBack, RetriedBelow, TriesUsedUp};
         let is_over = matches!(why, Some(TriesUsedUp | RetriedBelow | PushedBack | Deadline | Budget | CircuitOpen));
         tries > 1 || !(is_safe || self.idempotent.value) || is_over
+    }
+
+    /// Whether it is one: a 5xx, a code or a cut that speaks against the callee, and what `retry.on` names. Any other
+    /// answer, a status below 500 or a code for what is wrong with the call itself, is what the caller asked for.
+    pub fn is_failure(&self, seen: Failure) -> bool {
+        let is_bad = match seen {
+            Failure::Status(status) => status >= 500,
+            Failure::Grpc(code) => is_failed_code(code),
+            Failure::Reset | Failure::Timeout | Failure::Unsent | Failure::Refused => true,
+        };
+        is_bad || self.is_on(seen)
     }
 
     /// Whether `retry.on` names it.
@@ -203,23 +223,13 @@ impl Retry {
     }
 }
 
-/// The sidecar before the app leaves retries to the caller's, which has other endpoints; but the app's own keep-alive race
-/// nobody else can see. Once only: what breaks off again was no race.
+/// The sidecar before the app leaves retries to the caller's, which has other endpoints; but the end of the app's own
+/// connections nobody else can see. Once only: what breaks off again was no race.
 fn is_for_inbound(seen: &Seen) -> bool {
     match seen.failure {
-        Failure::Unsent | Failure::Refused => true,
+        Failure::Unsent => true,
         Failure::Reset => seen.is_reused && seen.tries == 1,
-        Failure::Status(_) | Failure::Grpc(_) | Failure::Timeout => false,
-    }
-}
-
-/// Whether it is one, whatever the policy says: an answer below 500, or one of gRPC's codes for what is wrong with the
-/// call itself, is what the caller asked for.
-pub fn is_failure(seen: Failure) -> bool {
-    match seen {
-        Failure::Status(status) => status >= 500,
-        Failure::Grpc(code) => conditions::is_failure(conditions::known(code)),
-        Failure::Reset | Failure::Timeout | Failure::Unsent | Failure::Refused => true,
+        Failure::Refused | Failure::Status(_) | Failure::Grpc(_) | Failure::Timeout => false,
     }
 }
 
@@ -231,6 +241,7 @@ impl Why {
             Self::Off => "off",
             Self::ConditionOff => "condition_off",
             Self::NotSafe => "not_safe",
+            Self::CallerGone => "caller_gone",
             Self::RetriedBelow => "retried_below",
             Self::PushedBack => "pushed_back",
             Self::TriesUsedUp => "tries_used_up",

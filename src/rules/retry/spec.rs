@@ -22,8 +22,7 @@ const MOST_ATTEMPTS: u32 = 10;
 #[serde(default, deny_unknown_fields, rename_all = "camelCase", expecting = "a mapping of retry values")]
 pub struct RetrySpec {
     /// Retries after the first try, 1 to 10. Default 2.
-    #[schemars(extend("maximum" = MOST_ATTEMPTS))]
-    pub attempts: Option<Count<1>>,
+    pub attempts: Option<Count<1, MOST_ATTEMPTS>>,
     /// Failures that are tried again: statuses from 400 to 599, `reset`, `timeout`, gRPC codes in snake case. Default
     /// [502, 503, 504, reset, timeout, unavailable].
     pub on: Option<Vec<Condition>>,
@@ -119,17 +118,11 @@ impl Switch<RetrySpec> {
 
 impl RetrySpec {
     fn check(&self, base: &Retry, at: &At<'_>) -> Retry {
-        if let Some(Count(attempts)) = self.attempts.filter(|n| n.0 > MOST_ATTEMPTS) {
-            let hint = format!("write 1 to {MOST_ATTEMPTS}; it counts retries, not the first try");
-            at.key("attempts").report(format!("{attempts} is out of range"), hint);
-        }
         let backoff_at = at.key("backoff");
         let budget_at = at.key("budget");
         Retry {
             enabled: if base.enabled.value { base.enabled.clone() } else { at.set(true) },
-            attempts: self
-                .attempts
-                .map_or_else(|| base.attempts.clone(), |n| at.key("attempts").set(n.0.min(MOST_ATTEMPTS))),
+            attempts: self.attempts.map_or_else(|| base.attempts.clone(), |n| at.key("attempts").set(n.0)),
             on: self.on.as_ref().map_or_else(|| base.on.clone(), |list| conditions(list, &at.key("on"))),
             idempotent: self.idempotent.map_or_else(|| base.idempotent.clone(), |is| at.key("idempotent").set(is)),
             backoff: match &self.backoff {

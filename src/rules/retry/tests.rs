@@ -27,6 +27,7 @@ fn seen(failure: Failure) -> Seen {
         is_reused: false,
         is_circuit_open: false,
         is_safe: true,
+        is_abandoned: false,
         is_marked_final: false,
         pushback: None,
         is_replayable: true,
@@ -56,6 +57,8 @@ fn each_failure_is_tried_again_if_the_policy_names_it() {
         (Status(999), Stop(Why::ConditionOff)),
         (Grpc(0), Stop(Why::NotAFailure)),
         (Grpc(5), Stop(Why::NotAFailure)),
+        (Grpc(1), Stop(Why::NotAFailure)),
+        (Grpc(10), Stop(Why::NotAFailure)),
         (Grpc(13), Stop(Why::ConditionOff)),
         (Grpc(99), Stop(Why::ConditionOff)),
         (Grpc(14), half_of_the_base),
@@ -79,8 +82,37 @@ fn what_the_policy_names_is_tried_again_even_below_500() {
         again(0),
         "an undefined code is UNKNOWN"
     );
+    assert_eq!(retry.decide(&Seen { tries: 3, ..seen(Failure::Status(429)) }), Decision::Stop(Why::TriesUsedUp));
+    assert_eq!(retry.decide(&Seen { is_safe: false, ..seen(Failure::Status(429)) }), Decision::Stop(Why::NotSafe));
     assert_eq!(retry.decide(&seen(Failure::Status(503))), Decision::Stop(Why::ConditionOff));
     assert_eq!(retry.decide(&seen(Failure::Reset)), Decision::Stop(Why::ConditionOff));
+}
+
+#[test]
+fn a_failure_is_what_speaks_against_the_callee_and_what_the_policy_names() {
+    use Failure::{Grpc, Reset, Status};
+    let mut named = Retry::built_in();
+    for condition in [Condition::Status(404), Condition::Grpc(1), Condition::Grpc(10)] {
+        named.on.value = named.on.value.with(condition);
+    }
+    let mut off = named.clone();
+    off.enabled.value = false;
+    let table = [
+        (Status(200), [false; 3]),
+        (Status(404), [false, true, false]),
+        (Status(429), [false; 3]),
+        (Status(500), [true; 3]),
+        (Grpc(0), [false; 3]),
+        (Grpc(1), [false, true, false]),
+        (Grpc(10), [false, true, false]),
+        (Grpc(13), [true; 3]),
+        (Grpc(99), [true; 3]),
+        (Reset, [true; 3]),
+    ];
+    for (failure, wanted) in table {
+        let is_one = [Retry::built_in(), named.clone(), off.clone()].map(|retry| retry.is_failure(failure));
+        assert_eq!(is_one, wanted, "{failure:?}");
+    }
 }
 
 #[test]
@@ -88,6 +120,8 @@ fn each_reason_stops_a_call_that_was_seen() {
     let good = seen(Failure::Status(503));
     let table = [
         (Seen { is_safe: false, ..good }, Why::NotSafe),
+        (Seen { is_abandoned: true, ..good }, Why::CallerGone),
+        (Seen { is_abandoned: true, ..seen(Failure::Unsent) }, Why::CallerGone),
         (Seen { is_marked_final: true, ..good }, Why::RetriedBelow),
         (Seen { pushback: Some(Pushback::Stop), ..good }, Why::PushedBack),
         (Seen { tries: 3, ..good }, Why::TriesUsedUp),
@@ -112,7 +146,7 @@ fn the_sidecar_before_the_app_tries_again_only_what_nobody_else_can() {
     let at_the_caller = Decision::Stop(Why::AtTheCaller);
     let table = [
         (inbound(Failure::Unsent), again(0)),
-        (Seen { tries: 2, is_reused: false, ..inbound(Failure::Refused) }, again(0)),
+        (inbound(Failure::Refused), at_the_caller),
         (Seen { tries: 2, ..inbound(Failure::Unsent) }, again(0)),
         (inbound(Failure::Reset), again(0)),
         (Seen { tries: 2, ..inbound(Failure::Reset) }, at_the_caller),
@@ -145,6 +179,7 @@ fn nobody_above_tries_again_what_was_tried_again_or_may_not_be_repeated() {
         (1, true, Some(Why::BodyTooLong), false),
         (1, true, Some(Why::Off), false),
         (1, true, Some(Why::AtTheCaller), false),
+        (1, true, Some(Why::CallerGone), false),
         (2, true, None, true),
         (2, true, Some(Why::BodyTooLong), true),
         (1, false, None, true),
@@ -221,7 +256,6 @@ fn the_budget_is_asked_last_and_not_for_what_nobody_has_seen() {
         assert_eq!(retry.next(&stopped, &budget, now), Decision::Stop(Why::TriesUsedUp));
         assert_eq!(retry.next(&seen(Failure::Unsent), &budget, now), again(0));
     }
-    assert_eq!(budget.tokens(&retry.budget, now), 10.0);
     for _ in 0..10 {
         assert!(matches!(retry.next(&seen(Failure::Reset), &budget, now), Decision::Again { .. }));
     }
@@ -341,13 +375,12 @@ fn a_back_off_that_is_built_in_gives_way_and_a_written_one_is_reported() {
 #[test]
 fn all_that_contradicts_is_reported_at_once() {
     let wrong = json!({
-        "attempts": 11, "on": [503, "reset", 503],
+        "on": [503, "reset", 503],
         "backoff": { "base": "2s", "max": "1s" }, "budget": { "ratio": 0.5 },
     });
-    let (retry, problems) = layered(&[json!({}), json!({}), wrong]);
+    let (_, problems) = layered(&[json!({}), json!({}), wrong]);
     let paths: Vec<_> = problems.iter().map(|problem| problem.split(':').next().unwrap()).collect();
-    assert_eq!(paths, ["budget", "attempts", "on[2]", "backoff.base"]);
-    assert_eq!(retry.attempts.value, 10);
+    assert_eq!(paths, ["budget", "on[2]", "backoff.base"]);
     let (_, problems) = layered(&[json!({ "on": [] })]);
     assert!(problems[0].contains("or `retry: off`"), "{problems:?}");
 }
@@ -369,7 +402,10 @@ fn what_cannot_be_read_comes_with_what_to_write() {
         (json!({ "on": ["gateway-error"] }), "statuses from 400 to 599, reset, timeout, unavailable"),
         (json!({ "on": [302] }), "400 to 599"),
         (json!({ "on": [600] }), "400 to 599"),
-        (json!({ "attempts": 0 }), "from 1"),
+        (json!({ "attempts": 0 }), "write a whole number from 1 to 10"),
+        (json!({ "attempts": 11 }), "write a whole number from 1 to 10"),
+        (json!({ "attempts": -1 }), "write a whole number from 1 to 10"),
+        (json!({ "attempts": "3" }), "write `3` without quotes"),
         (json!({ "replayLimit": "5MiB" }), "write 0 to 4MiB"),
         (json!({ "backoff": { "base": "0ms" } }), "longer than zero"),
         (json!({ "budget": { "ratio": 0 } }), "above 0"),

@@ -282,7 +282,12 @@ impl Callers {
 
     /// How many calls have gone well so far.
     pub(super) fn good(&self) -> usize {
-        self.calls.lock().unwrap().iter().filter(|call| !call.failed()).count()
+        self.count(|call| !call.failed())
+    }
+
+    /// How many calls of a kind have ended so far.
+    pub(super) fn count(&self, is_one: impl Fn(&Call) -> bool) -> usize {
+        self.calls.lock().unwrap().iter().filter(|call| is_one(call)).count()
     }
 
     /// Ends it; every call that has begun is waited for.

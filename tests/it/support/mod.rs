@@ -92,7 +92,8 @@ impl Mesh {
 
     /// Waits until so many exchanges have ended so.
     pub(crate) async fn ended(&self, outcome: &str, count: usize) {
-        eventually(|| (self.count(outcome) >= count as f64).then_some(())).await;
+        let instead = || format!("{count} x {outcome}: {:#?}", self.log());
+        eventually_or(|| (self.count(outcome) >= count as f64).then_some(()), instead).await;
     }
 
     /// The access log so far.
@@ -163,13 +164,18 @@ impl Mesh {
 }
 
 /// Looks again and again until there is something to see; fails when it takes too long.
-pub(crate) async fn eventually<T>(mut look: impl FnMut() -> Option<T>) -> T {
+pub(crate) async fn eventually<T>(look: impl FnMut() -> Option<T>) -> T {
+    eventually_or(look, String::new).await
+}
+
+/// The same, and the failure says what there was instead.
+async fn eventually_or<T>(mut look: impl FnMut() -> Option<T>, instead: impl Fn() -> String) -> T {
     let begun = std::time::SystemTime::now();
     loop {
         if let Some(seen) = look() {
             return seen;
         }
-        assert!(begun.elapsed().unwrap() < SOON, "it did not happen");
+        assert!(begun.elapsed().unwrap() < SOON, "it did not happen: {}", instead());
         tokio::time::sleep(Duration::from_millis(2)).await;
     }
 }

@@ -1,6 +1,7 @@
 //! The real binary: run as users run it, ended with the test.
 
 use std::net::SocketAddr;
+use std::path::Path;
 use std::process::{ExitStatus, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -8,7 +9,7 @@ use std::time::Duration;
 use serde_json::Value;
 use tokio::io::{AsyncBufReadExt, AsyncRead, BufReader};
 use tokio::process::{Child, Command};
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep, timeout};
 
 use super::http::{Answer, ask, empty, get, request};
 use super::{SOON, eventually};
@@ -26,6 +27,13 @@ pub(crate) struct Ended {
     pub(crate) code: Option<i32>,
     pub(crate) out: String,
     pub(crate) error: String,
+}
+
+/// Puts a file in place at once.
+pub(crate) fn replace(file: &Path, text: &str) {
+    let beside = file.with_extension("new");
+    std::fs::write(&beside, text).unwrap();
+    std::fs::rename(beside, file).unwrap();
 }
 
 /// The binary, without the variables of the one who runs the tests.
@@ -105,6 +113,19 @@ impl Program {
     /// A JSON document of the admin door.
     pub(crate) async fn document(&self, path: &str) -> Value {
         serde_json::from_slice(&self.get(path).await.body).unwrap()
+    }
+
+    /// Waits, no longer than `limit`, until `/policy` is as wanted.
+    pub(crate) async fn policy_until(&self, limit: Duration, wanted: impl Fn(&Value) -> bool) -> Value {
+        let begun = Instant::now();
+        loop {
+            let policy = self.document("/policy").await;
+            if wanted(&policy) {
+                return policy;
+            }
+            assert!(begun.elapsed() < limit, "it did not come to that: {policy:#}\n{}", self.log());
+            sleep(Duration::from_millis(10)).await;
+        }
     }
 
     /// The sum of the series of a metric that carry these labels.

@@ -13,6 +13,7 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 
 use super::http::{Body, feed, full};
+use super::wire::Wire;
 
 /// A running upstream; it ends, with all its connections, when it is dropped.
 pub(crate) struct Upstream {
@@ -117,6 +118,21 @@ impl Upstream {
                     gate.pass().await;
                 }
                 Response::new(full(body))
+            }
+        })
+        .await
+    }
+
+    /// Answers the one request of a connection with these bytes, then closes it when the test lets it.
+    pub(crate) async fn closing(answer: String, gate: &Gate) -> Self {
+        let gate = gate.clone();
+        Self::bytes(move |stream| {
+            let (gate, answer) = (gate.clone(), answer.clone());
+            async move {
+                let mut wire = Wire::over(stream);
+                wire.head().await;
+                wire.send(answer).await;
+                gate.pass().await;
             }
         })
         .await

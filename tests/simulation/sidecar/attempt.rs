@@ -123,7 +123,7 @@ impl Live<'_> {
         let left = left.saturating_sub(reserve(left));
         request.timeout = Some(match request.grpc {
             true => deadline::format_grpc_timeout(left),
-            false => deadline::format_expected_rq_timeout_ms(left),
+            false => deadline::expected_rq_timeout_ms(left).to_string(),
         });
         request
     }

@@ -24,7 +24,7 @@ use hopguard::rules::ejection::{Event, Group, Member};
 use hopguard::rules::gate::{self, Gate};
 use hopguard::rules::joined::{Causes, Entered, Inbounds, Join};
 use hopguard::rules::mark::Mark;
-use hopguard::rules::retry::{self, Decision, Failure, Pushback, Seen, Why};
+use hopguard::rules::retry::{Decision, Failure, Pushback, Seen, Why};
 use hopguard::rules::spent::Spent;
 use hopguard::rules::trace::{TraceKey, TraceKeys};
 use hopguard::upstream::balance::{self, Load};
@@ -66,6 +66,7 @@ pub(crate) struct Side {
     breaker: Arc<Breaker>,
     watch: Rc<Watch>,
     endpoints: Vec<Endpoint>,
+    group: Arc<Group>,
     pub(crate) gate: Arc<Gate>,
     got: Got,
 }
@@ -121,8 +122,10 @@ impl Side {
                 load: Load::new(now),
             }
         };
+        let endpoints = replicas.map(endpoint).collect();
         Self {
-            endpoints: replicas.map(endpoint).collect(),
+            endpoints,
+            group,
             watch: Watch::new(name.clone()),
             direction,
             layer,
@@ -167,7 +170,10 @@ struct Live<'a> {
     keys: TraceKeys,
     entered: Option<Entered>,
     causes: Option<Causes>,
+    late_at: Option<Instant>,
     attempt: u32,
+    /// Those that the breaker has let through.
+    tries: u32,
     endpoint: Option<usize>,
     tried: Vec<SocketAddr>,
     reused: bool,
@@ -177,6 +183,8 @@ struct Live<'a> {
     mark: Option<Mark>,
     failed_at: bool,
     is_answered: bool,
+    /// It was answered by whom it was sent to.
+    is_the_apps: bool,
 }
 
 type Tried = Result<Answer, Kind>;
@@ -206,7 +214,9 @@ pub(crate) async fn call(world: &Rc<World>, sidecar: usize, direction: Direction
         until: None,
         entered: None,
         causes: None,
+        late_at: None,
         attempt: 0,
+        tries: 0,
         endpoint: None,
         tried: Vec::new(),
         reused: false,
@@ -216,9 +226,11 @@ pub(crate) async fn call(world: &Rc<World>, sidecar: usize, direction: Direction
         mark: None,
         failed_at: false,
         is_answered: false,
+        is_the_apps: false,
     };
     let tried = live.run().await;
     let (kind, failures) = (tried.as_ref().err().copied(), live.attempt);
+    live.is_the_apps = tried.is_ok();
     let answer = live.hand_over(tried);
     live.is_answered = true;
     world.checks.event(|| {
@@ -233,9 +245,15 @@ pub(crate) async fn call(world: &Rc<World>, sidecar: usize, direction: Direction
 
 impl Drop for Live<'_> {
     fn drop(&mut self) {
-        let now = self.now();
-        if self.side.direction == Direction::Inbound && !self.is_answered && self.request_at() <= now + ms(10) {
-            self.world.sidecars[self.sidecar].late.note(self.keys, LATE, now, now);
+        if self.side.direction == Direction::Outbound {
+            return;
+        }
+        if !self.is_answered {
+            // It may be a stream, which lives longer, unless it came with a deadline of its own.
+            let is_known = !self.request.grpc || self.until.is_some();
+            self.abandon(is_known.then(|| self.request_at()));
+        } else if self.is_the_apps {
+            self.world.sidecars[self.sidecar].late.forget(self.keys, LATE);
         }
     }
 }
@@ -255,7 +273,6 @@ impl Live<'_> {
     fn begin(&mut self) -> Result<(), Kind> {
         let own = &self.world.sidecars[self.sidecar];
         let now = self.began;
-        let mut is_late = false;
         if self.side.direction == Direction::Inbound {
             if self.keys.iter().next().is_none() {
                 self.keys = TraceKeys::from(TraceKey::Request(self.world.random(|rng| rng.u128(..))));
@@ -264,13 +281,14 @@ impl Live<'_> {
         } else {
             match own.inbounds.join(self.keys) {
                 Join::ByTrace(causes) => self.causes = Some(causes),
-                _ if own.late.knows(self.keys, LATE, now) => is_late = true,
-                Join::OnlyOne(causes) => self.causes = Some(causes),
-                Join::NotJoined | Join::NoInbound => {}
+                join => {
+                    self.late_at = own.late.at(self.keys, LATE, now);
+                    self.causes = join.causes().filter(|_| self.late_at.is_none()).cloned();
+                }
             }
         }
         let caller = self.request.timeout.as_deref().and_then(|text| asked(self.request.grpc, text));
-        let inbound = self.causes.as_ref().and_then(Causes::deadline).or(is_late.then_some(now));
+        let inbound = self.causes.as_ref().and_then(Causes::deadline).or(self.late_at);
         let (caller, inbound) =
             if self.world.mutant == Mutant::DeadlineIgnored { (None, None) } else { (caller, inbound) };
         let deadline = Deadline::earliest(now, self.side.policy.request, caller, inbound);
@@ -314,7 +332,10 @@ impl Live<'_> {
         self.attempt = 1;
         loop {
             let tried = match self.admit() {
-                Ok(()) => self.send().await,
+                Ok(()) => {
+                    self.tries = self.attempt;
+                    self.send().await
+                }
                 Err(kind) => Err(kind),
             };
             if let Ok(answer) = &tried
@@ -331,24 +352,27 @@ impl Live<'_> {
             } else if tried.is_ok() && report.is_elsewhere {
                 self.has_answered();
             }
-            match self.decide(&report, now) {
+            let why = match self.decide(&report, now) {
                 Decision::Again { after } => {
-                    self.note_retry(&report);
                     self.was_seen |= !report.unseen;
                     if let Some(endpoint) = self.endpoint.take() {
                         self.tried.push(self.side.endpoints[endpoint].address);
                     }
-                    self.attempt += 1;
                     self.world.clock.sleep(after).await;
-                }
-                Decision::Stop(why) => {
-                    self.tell(&report, why, now);
-                    if let Ok(answer) = &tried {
-                        self.judge_complete(answer);
+                    if !self.is_abandoned() {
+                        self.note_retry(&report);
+                        self.attempt += 1;
+                        continue;
                     }
-                    return tried;
+                    Why::CallerGone
                 }
+                Decision::Stop(why) => why,
+            };
+            self.tell(&report, why, self.now());
+            if let Ok(answer) = &tried {
+                self.judge_complete(answer);
             }
+            return tried;
         }
     }
 

@@ -10,14 +10,31 @@ impl Live<'_> {
         let is_final = is_final || below.is_some_and(|mark| mark.is_final);
         let at = below.and_then(|mark| mark.at.clone()).unwrap_or_else(|| self.side.name.as_str().into());
         self.failed_at = below.is_some();
-        let mark = Mark { is_final, is_unsent: false, at: Some(at) };
+        let mark = Mark { is_final, at: Some(at), ..Mark::default() };
         if let Some(causes) = &self.causes {
             causes.blame(&mark);
         }
-        if mark.is_final {
+        let has_tried_out = self.tries > 1 || (self.tries == 1 && self.request.is_safe);
+        if mark.is_final && has_tried_out {
             self.world.sidecars[self.sidecar].spent.note(self.keys, self.side.id, now, now);
         }
         self.mark = Some(mark);
+    }
+
+    pub(super) fn is_abandoned(&self) -> bool {
+        self.late_at.is_some() || self.causes.as_ref().is_some_and(Causes::are_abandoned)
+    }
+
+    /// Nobody waits for the app any more.
+    pub(super) fn abandon(&self, at: Option<Instant>) {
+        if let Some(entered) = &self.entered {
+            entered.inbound().abandon();
+        }
+        if let Some(at) = at {
+            let now = self.now();
+            let at = if at <= now + ms(10) { now } else { at };
+            self.world.sidecars[self.sidecar].late.note(self.keys, LATE, at, now);
+        }
     }
 
     pub(super) fn blamed(&self) -> Option<Mark> {
@@ -32,11 +49,10 @@ impl Live<'_> {
             }
             return;
         }
-        if matches!(kind, Kind::RequestTimeout | Kind::DeadlineExceeded) {
-            self.world.sidecars[self.sidecar].late.note(self.keys, LATE, now, now);
-        }
+        self.abandon(matches!(kind, Kind::RequestTimeout | Kind::DeadlineExceeded).then_some(now));
         let mut mark = self.blamed().unwrap_or_default();
-        mark.is_unsent = kind.is_before_the_app() && !self.was_seen;
+        let is_left = kind == Kind::UpstreamReset && self.unsent;
+        mark.is_unsent = (kind.is_before_the_app() || is_left) && !self.was_seen;
         self.mark = Some(mark);
     }
 
@@ -44,7 +60,8 @@ impl Live<'_> {
     pub(super) fn hand_over(&mut self, tried: Tried) -> Answer {
         let (mut answer, is_own) = match tried {
             Ok(answer) => {
-                let is_failed = answer.code.map_or(answer.status >= 500, is_failed_code);
+                let said = answer.code.map_or(Failure::Status(answer.status), Failure::Grpc);
+                let is_failed = self.side.policy.retry.is_failure(said);
                 if !is_failed {
                     return answer;
                 }

@@ -30,7 +30,7 @@ impl Live<'_> {
                 if let Some(change) = change {
                     watch.changed(&change, &self.side.policy.breaker, now, checks);
                 }
-                self.trial.destination = Turn::Probe(probe, watch.probes(self.side.policy.breaker.probes, checks));
+                self.trial.destination = Turn::Probe(probe, watch.probes(&self.side.policy.breaker, now, checks));
             }
             Admission::Refuse { .. } => {
                 watch.refuses(checks);
@@ -50,7 +50,7 @@ impl Live<'_> {
                 if let Some(change) = change {
                     endpoint.watch.changed(&change, &self.side.policy.ejection, now, checks);
                 }
-                Turn::Probe(probe, endpoint.watch.probes(self.side.policy.ejection.probes, checks))
+                Turn::Probe(probe, endpoint.watch.probes(&self.side.policy.ejection, now, checks))
             }
             Admission::Refuse { .. } => {
                 endpoint.watch.refuses(checks);
@@ -63,9 +63,16 @@ impl Live<'_> {
     pub(super) fn judge(&mut self, outcome: Outcome) {
         let trial = std::mem::take(&mut self.trial);
         let (side, checks, now) = (self.side, &self.world.checks, self.now());
-        let thresholds = self.thresholds();
+        let was_in = matches!(trial.endpoint, Turn::Pass(..));
+        if let Some(position) = self.endpoint {
+            self.judge_endpoint(position, trial.endpoint, outcome);
+        }
+        let is_one_well = outcome == Outcome::Failure && side.group.is_one_well();
+        let (mut thresholds, mut most) = (self.thresholds(), side.policy.breaker.consecutive_failures);
+        if is_one_well {
+            (thresholds, most) = (thresholds.by_share_alone(), u32::MAX);
+        }
         let random = self.world.random(Rng::f64);
-        let most = side.policy.breaker.consecutive_failures;
         let change = match trial.destination {
             Turn::None => None,
             Turn::Pass(pass, period) => {
@@ -81,9 +88,14 @@ impl Live<'_> {
         if let Some(change) = change {
             side.watch.changed(&change, &side.policy.breaker, now, checks);
             self.check_blame(change.to == State::Open, &side.watch.name);
-        }
-        if let Some(position) = self.endpoint {
-            self.judge_endpoint(position, trial.endpoint, outcome);
+            if change.to == State::Open
+                && was_in
+                && !is_one_well
+                && let Some(first) = side.group.hurry(now)
+            {
+                let is_first = |one: &&Endpoint| one.member.address() == first.address();
+                side.endpoints.iter().filter(is_first).for_each(|one| one.watch.hurried(now));
+            }
         }
     }
 

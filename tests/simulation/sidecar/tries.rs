@@ -51,6 +51,7 @@ impl Live<'_> {
             // An open breaker bounds retries too, and would hide that the budget does not.
             is_circuit_open: self.side.breaker.is_shut(now) && self.world.mutant != Mutant::BudgetIgnored,
             is_safe: self.request.is_safe || report.unseen || self.world.mutant == Mutant::SafetyIgnored,
+            is_abandoned: self.is_abandoned(),
             is_marked_final: is_marked && self.world.mutant != Mutant::MarkIgnored,
             pushback: report.pushback.filter(|_| self.world.mutant != Mutant::MarkIgnored),
             is_replayable: self.request.is_replayable,
@@ -93,7 +94,7 @@ impl Live<'_> {
     }
 
     pub(super) fn tell(&mut self, report: &Report, why: Why, now: Instant) {
-        let is_failure = report.failure.is_some_and(retry::is_failure);
+        let is_failure = report.failure.is_some_and(|failure| self.side.policy.retry.is_failure(failure));
         if is_failure {
             self.world.checks.count(why.name());
             let is_safe = self.request.is_safe || report.unseen;
