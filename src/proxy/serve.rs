@@ -20,6 +20,7 @@ use tokio::time::{Instant, timeout};
 
 use crate::net::flow::Flow;
 use crate::net::io::Io;
+use crate::net::windows;
 use crate::proxy::caller::Caller;
 use crate::proxy::live;
 use crate::proxy::pipeline::{self, Answer};
@@ -34,14 +35,6 @@ use crate::telemetry::{Exchange, Protocol};
 /// How much more than a policy's `maxHeaderSize` is read, in bytes, so that most heads that are too long still get an
 /// answer that names the field; hyper itself refuses what is longer.
 const MORE_THAN_ALLOWED: usize = 16 * 1024;
-
-/// How much a caller may send ahead on one HTTP/2 stream, in bytes, and on one connection: as much as on all its
-/// streams, so that an upload that its upstream does not take holds up no other.
-const STREAM_WINDOW: u32 = 256 * 1024;
-const CONNECTION_WINDOW: u32 = STREAM_WINDOW * STREAMS;
-
-/// HTTP/2 streams that a caller may have open on one connection.
-const STREAMS: u32 = 256;
 
 /// A connection with streams on it is asked for a sign of life this often, and closed without one.
 const PING_EVERY: Duration = Duration::from_secs(30);
@@ -113,9 +106,9 @@ pub async fn http2(worker: Rc<Worker>, caller: Rc<Caller>, io: Io) {
     let mut connection = pin!(
         http2::Builder::new(streams)
             .timer(TokioTimer::new())
-            .initial_stream_window_size(STREAM_WINDOW)
-            .initial_connection_window_size(CONNECTION_WINDOW)
-            .max_concurrent_streams(STREAMS)
+            .initial_stream_window_size(windows::STREAM)
+            .initial_connection_window_size(windows::CONNECTION)
+            .max_concurrent_streams(windows::STREAMS)
             .max_header_list_size(u32::try_from(watch.max_header_size + MORE_THAN_ALLOWED).unwrap_or(u32::MAX))
             .keep_alive_interval(PING_EVERY)
             .keep_alive_timeout(PING_TIMEOUT)

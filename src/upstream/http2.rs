@@ -24,17 +24,13 @@ use tokio::time::{Instant, sleep, timeout};
 use crate::net::body::RequestBody;
 use crate::net::flow::Flow;
 use crate::net::io::{Activity, Io};
+use crate::net::windows;
 use crate::runtime::tasks;
 use crate::upstream::answer::{AnswerBody, Http2Body, Unanswered, UpstreamError};
 use crate::upstream::connect::ConnectError;
 
 /// Streams that share one connection at most, also where the peer allows more.
-pub const STREAMS: usize = 256;
-
-/// How much an upstream may send ahead on one stream, in bytes, and on one connection: as much as on all its streams, so
-/// that callers that do not read hold up nobody else's answer.
-const STREAM_WINDOW: u32 = 256 * 1024;
-const CONNECTION_WINDOW: u32 = STREAM_WINDOW * STREAMS as u32;
+pub const STREAMS: usize = windows::STREAMS as usize;
 
 /// The longest header section of an answer, in bytes as RFC 9113, 6.5.2 counts them; about what hyper takes over HTTP/1.
 const MAX_HEADER_LIST: u32 = 400 * 1024;
@@ -74,8 +70,8 @@ impl Http2 {
     pub async fn new(io: Io, now: Instant) -> Result<Rc<Self>, ConnectError> {
         let activity = io.activity();
         let (sender, mut connection) = Builder::new()
-            .initial_window_size(STREAM_WINDOW)
-            .initial_connection_window_size(CONNECTION_WINDOW)
+            .initial_window_size(windows::STREAM)
+            .initial_connection_window_size(windows::CONNECTION)
             .initial_max_send_streams(0)
             .max_header_list_size(MAX_HEADER_LIST)
             .max_send_buffer_size(SEND_BUFFER)

@@ -8,8 +8,8 @@ mod access_log; // what is written, and what is not
 mod admin; // probes, metrics, the policy in force
 mod balancing; // which endpoint gets the next call
 mod chain; // several hopguards and apps in a row
-mod circuit_breaker;
-mod coalescing; // a destination that fails, and its callers
+mod circuit_breaker; // a destination that fails, and its callers
+mod coalescing; // fewer wakes under many streams
 mod command_line; // the commands that a user types
 mod deadline; // one budget of time for the whole chain
 mod discovery; // several endpoints, and names
@@ -41,6 +41,7 @@ mod routing; // hosts, paths, methods, header fields, gRPC
 mod rows; // a chain of services under retries, deadlines, races, hangs, restarts, changes: as it is measured
 mod script; // running the Python peers
 mod slow_callers; // what a slow caller holds is bounded
+mod small_frames; // many small messages that wait to be read
 mod streams; // WebSocket and SSE libraries
 mod support; // the proxy, callers, upstreams
 mod timeouts; // every timeout, and what its victim hears
