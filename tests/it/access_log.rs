@@ -11,7 +11,7 @@ use tokio::time::timeout;
 
 use crate::support::http::{Caller, Http1, Speaks, ask, empty, full, get, grpc_request, request, with_trailers};
 use crate::support::program::{Program, hopguard};
-use crate::support::upstream::{Upstream, policy};
+use crate::support::upstream::{Upstream, nobody, policy};
 use crate::support::wire::Wire;
 use crate::support::{Mesh, SOON, eventually};
 
@@ -112,7 +112,7 @@ async fn a_line_has_what_the_documentation_promises() {
 
 #[tokio::test]
 async fn a_refusal_leaves_out_what_it_does_not_have() {
-    let gone = Upstream::fixed("gone").await.addr;
+    let gone = nobody();
     let mesh = Mesh::start(&policy(gone, "")).await;
     get(mesh.addr("in"), "/").await;
     let refusal = mesh.only("connect_failed").await["refusal"].clone();

@@ -6,7 +6,7 @@ use hyper::Response;
 
 use crate::support::Mesh;
 use crate::support::http::{full, get};
-use crate::support::upstream::{Upstream, policy};
+use crate::support::upstream::{Upstream, nobody, policy};
 
 fn two(first: &str, second: &str, more: &str) -> String {
     policy("127.0.0.1:1".parse().unwrap(), more).replace("\"127.0.0.1:1\"", &format!("\"{first}\", \"{second}\""))
@@ -52,9 +52,8 @@ async fn a_slow_endpoint_is_avoided() {
 
 #[tokio::test]
 async fn an_endpoint_that_is_down_is_avoided() {
-    let gone = Upstream::fixed("gone").await.addr;
     let here = Upstream::fixed("here").await;
-    let mesh = Mesh::start(&two(&gone.to_string(), &here.addr.to_string(), "")).await;
+    let mesh = Mesh::start(&two(&nobody().to_string(), &here.addr.to_string(), "")).await;
     for _ in 0..100 {
         get(mesh.addr("in"), "/").await;
     }
@@ -66,12 +65,11 @@ async fn an_endpoint_that_is_down_is_avoided() {
 
 #[tokio::test]
 async fn nobody_there_is_a_502_that_says_so() {
-    let gone = Upstream::fixed("gone").await.addr;
-    let mesh = Mesh::start(&policy(gone, "")).await;
+    let mesh = Mesh::start(&policy(nobody(), "")).await;
     let answer = get(mesh.addr("in"), "/").await;
     assert_eq!((answer.status.as_u16(), answer.problem()["refusal"].as_str()), (502, Some("connect_failed")));
     let line = mesh.only("connect_failed").await;
-    assert_eq!(line["endpoint"], gone.to_string(), "{line}");
+    assert_eq!(line["endpoint"], nobody().to_string(), "{line}");
     assert!(mesh.metric("hopguard_pool_connect_failures_total", &["app"]) >= 1.0);
     mesh.stop().await;
 }

@@ -6,14 +6,14 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use serde_json::Value;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpStream;
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::support::http::get;
 use crate::support::program::Program;
-use crate::support::upstream::Upstream;
+use crate::support::upstream::{Upstream, nobody};
 use crate::support::wire::Wire;
 use crate::support::{Mesh, SOON, eventually};
 
@@ -248,12 +248,9 @@ async fn an_endpoint_that_hangs_is_out_after_five_timeouts() {
 
 #[tokio::test]
 async fn an_endpoint_that_refuses_is_out_and_no_call_is_lost() {
-    let port = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let closed = port.local_addr().unwrap();
-    drop(port);
     let good = [Endpoint::open(Duration::from_millis(150)).await, Endpoint::open(Duration::from_millis(150)).await];
     let mut all = addresses(&good);
-    all.push(closed);
+    all.push(nobody());
     let mesh = Mesh::start(&policy(&all, LONG)).await;
     let load = Load::begin(mesh.addr("in"));
     eventually(|| (ejections(&mesh, "out") == 1.0).then_some(())).await;

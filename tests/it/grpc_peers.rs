@@ -4,6 +4,7 @@
 use serde_json::{Value, json};
 
 use crate::script::{Server, client};
+use crate::support::upstream::nobody;
 use crate::support::{Mesh, python};
 
 /// A unary call may take half a second, `Slow` a little less; streams live longer.
@@ -52,7 +53,7 @@ impl Till {
     async fn open() -> Option<Till> {
         let python = python()?;
         let server = Server::start(&python, "grpc_server.py").await;
-        let mesh = Mesh::start(&policy(server.port("port"), unused_port())).await;
+        let mesh = Mesh::start(&policy(server.port("port"), nobody().port())).await;
         Some(Till { python, server, mesh })
     }
 
@@ -60,12 +61,6 @@ impl Till {
         let target = self.mesh.addr(listener).to_string();
         client(&self.python, "grpc_client.py", &target, cases).await
     }
-}
-
-/// A port on which nobody listens.
-fn unused_port() -> u16 {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
-    listener.local_addr().expect("bound").port()
 }
 
 #[tokio::test]

@@ -531,7 +531,13 @@ async fn a_caller_that_streams_does_not_hurry_the_calls_for_its_second_message()
         if let Some(timeout) = timeout {
             asked.headers_mut().insert("grpc-timeout", timeout.parse().unwrap());
         }
-        tokio::spawn(async move { while pieces.send(piece("more", true)).await {} });
+        // Not without end: an app that reads two messages and has a hundred thousand waiting ends the connection.
+        tokio::spawn(async move {
+            for _ in 0..200 {
+                pieces.send(piece("more", true)).await;
+            }
+            pieces.unwanted().await;
+        });
         let answer = Caller::open(Speaks::Http2, mesh.addr("in")).await.ask(asked).await;
         assert_eq!(answer.grpc_status(), "0", "{answer:?}");
         let told: u64 = bank.told(EXPECTED).parse().unwrap();

@@ -1,10 +1,10 @@
 //! What one hopguard tells the next about a failure: that its tries are used up, that nobody need try again.
 
-use std::net::{SocketAddr, TcpListener};
+use std::net::SocketAddr;
 
 use crate::support::bank::{Bank, Say, behind_a_caller};
 use crate::support::http::{Caller, Speaks, ask, empty, full, get, grpc, grpc_request, request};
-use crate::support::upstream::policy;
+use crate::support::upstream::{nobody, policy};
 use crate::support::wire::Wire;
 use crate::support::{Mesh, eventually};
 
@@ -13,11 +13,6 @@ const CHARGE: &str = "/shop.v1.Payment/Charge";
 /// Retries that wait for next to nothing, and nothing else that comes between.
 const QUICK: &str =
     "    circuitBreaker: off\n    ejection: off\n    retry: { idempotent: true, backoff: { max: 1ms } }";
-
-/// An address where nobody listens.
-fn nobody() -> SocketAddr {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
-}
 
 /// A hopguard in front of `to`, and another in front of that one, whose caller is the test.
 async fn two_hops(to: SocketAddr, lower: &str) -> (Mesh, Mesh) {

@@ -11,14 +11,14 @@ use tokio::time::{Instant, sleep};
 use crate::circuit_breaker::{changes, fail, state};
 use crate::support::http::{Speaks, full};
 use crate::support::load::Load;
-use crate::support::upstream::{Upstream, policy};
+use crate::support::upstream::{Upstream, own_address, policy};
 use crate::support::wire::Wire;
 use crate::support::{Mesh, eventually};
 
 async fn killed_and_restarted(http2: bool, speaks: Speaks) {
     let start = |addr| Upstream::on(addr, |_| async { Response::new(full("hello")) }, http2);
-    let upstream = start("127.0.0.1:0".parse().unwrap()).await;
-    let addr = upstream.addr;
+    let addr = own_address();
+    let upstream = start(addr).await;
     let protocol = if http2 { "http2" } else { "http1" };
     let mesh = Mesh::start(&policy(addr, &format!("    protocol: {protocol}"))).await;
     let load = Load::none().add(mesh.addr("in"), speaks, 8, Duration::from_millis(5));

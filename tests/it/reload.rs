@@ -16,7 +16,7 @@ use crate::support::bank::{Bank, Say, behind_a_caller};
 use crate::support::http::{Caller, Http1, Speaks, empty, feed, full, get, request};
 use crate::support::load::Load;
 use crate::support::program::{Program, replace};
-use crate::support::upstream::{Gate, Upstream};
+use crate::support::upstream::{Gate, Upstream, own_address};
 use crate::support::{Mesh, SOON, eventually};
 
 /// A policy whose only difference is the value of `request`.
@@ -223,11 +223,6 @@ async fn listeners_come_and_go_and_the_others_do_not_notice() {
     assert_eq!(site.upstream.connections(), 1, "the pool was kept");
 }
 
-/// A listener has been given this address, and no one listens there any more.
-fn free_address() -> SocketAddr {
-    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
-}
-
 /// Waits until a connection of HTTP/2 has been told to take no more requests.
 async fn sent_away(caller: &mut Caller) {
     let Caller::Http2(sender) = caller else { panic!("this is for HTTP/2") };
@@ -243,7 +238,7 @@ async fn sent_away(caller: &mut Caller) {
 async fn a_listener_that_is_renamed_or_gone_sends_its_callers_away_and_cuts_nobody() {
     let gate = Gate::closed();
     let upstream = Upstream::gated("hello", &gate).await;
-    let (first, second) = (free_address(), free_address());
+    let (first, second) = (own_address(), own_address());
     let before = policy(upstream.addr, "20s").replace(
         "destinations:",
         &format!("  - {{ name: old, bind: \"{first}\", to: app }}\n  - {{ name: away, bind: \"{second}\", to: app }}\ndestinations:"),
@@ -295,7 +290,7 @@ async fn a_listener_that_is_renamed_or_gone_sends_its_callers_away_and_cuts_nobo
 #[tokio::test]
 async fn no_connection_is_lost_between_a_listener_and_its_successor() {
     let upstream = Upstream::fixed("hello").await;
-    let (address, folder) = (free_address(), tempfile::tempdir().unwrap());
+    let (address, folder) = (own_address(), tempfile::tempdir().unwrap());
     let file = folder.path().join("policy.yaml");
     let text = policy(upstream.addr, "5s").replace("127.0.0.1:0", &address.to_string());
     std::fs::write(&file, &text).unwrap();

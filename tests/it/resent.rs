@@ -11,7 +11,7 @@ use tokio::net::TcpStream;
 
 use crate::support::bank::{Bank, Say, behind_a_caller};
 use crate::support::http::{Answer, Caller, Http1, Speaks, ask, empty, feed, full, get, request, with_trailers};
-use crate::support::upstream::{Upstream, policy};
+use crate::support::upstream::{Upstream, nobody, policy};
 use crate::support::wire::Wire;
 use crate::support::{Mesh, eventually};
 
@@ -349,8 +349,7 @@ async fn a_call_that_the_app_has_left_aside_is_called_unsent_and_one_that_it_bro
 #[tokio::test]
 async fn a_post_to_an_endpoint_that_is_down_goes_to_one_that_is_up() {
     let bank = Bank::http1(&[Say::Status(200)]).await;
-    let down = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-    let mesh = Mesh::start(&behind_a_caller(&[down, bank.addr()], "", "")).await;
+    let mesh = Mesh::start(&behind_a_caller(&[nobody(), bank.addr()], "", "")).await;
     for number in 1..=6 {
         let answer = ask(mesh.addr("in"), request("POST", "/").body(full("pay 5")).unwrap()).await;
         assert_eq!((answer.status.as_u16(), bank.tries()), (200, number), "{answer:?}");
@@ -358,7 +357,7 @@ async fn a_post_to_an_endpoint_that_is_down_goes_to_one_that_is_up() {
     mesh.ended("ok", 6).await;
     mesh.stop().await;
     // With nobody else to go to, it says that it reached nobody.
-    let mesh = Mesh::start(&behind_a_caller(&[down], "", "")).await;
+    let mesh = Mesh::start(&behind_a_caller(&[nobody()], "", "")).await;
     let answer = get(mesh.addr("in"), "/").await;
     assert_eq!(answer.status, 502, "{answer:?}");
     assert_eq!(mesh.only("connect_failed").await["retry"], "tries_used_up");

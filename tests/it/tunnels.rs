@@ -8,7 +8,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::{Instant, timeout};
 
 use crate::support::http::{Caller, Speaks, empty, raw};
-use crate::support::upstream::{Gate, Upstream, policy};
+use crate::support::upstream::{Gate, Upstream, nobody, policy};
 use crate::support::wire::Wire;
 use crate::support::{Mesh, SOON, eventually};
 
@@ -316,7 +316,7 @@ async fn https_in_absolute_form_never_goes_out_in_plain_text() {
 
 #[tokio::test]
 async fn a_tunnel_whose_upstream_is_down_is_a_502() {
-    let gone = echo().await.addr;
+    let gone = nobody();
     let upstream = echo().await;
     let mesh = proxy(&upstream, "request: 1s").await;
     mesh.reload(&format!(
@@ -340,7 +340,7 @@ destinations:
 #[tokio::test]
 async fn a_tunnel_goes_to_another_endpoint_where_one_cannot_be_reached() {
     const TUNNELS: usize = 20;
-    let gone = echo().await.addr;
+    let gone = nobody();
     let upstream = echo().await;
     let endpoints =
         policy(upstream.addr, "    retry: off").replace("endpoints: [", &format!("endpoints: [\"{gone}\", "));

@@ -18,7 +18,7 @@ use self::instance::{Instance, racing};
 use self::services::{Call, Callers, Chain, Does, Setting, status, steady, traced};
 use crate::support::bank::behind_a_caller;
 use crate::support::http::{Answer, Caller, Speaks, full};
-use crate::support::upstream::{Upstream, policy};
+use crate::support::upstream::{Upstream, own_address, policy};
 use crate::support::wire::Wire;
 use crate::support::{Mesh, SOON, eventually};
 
@@ -221,10 +221,9 @@ async fn ready(sidecar: &Mesh) {
 
 /// Restarts D's two instances in turn under load. Returns the calls, and how many POSTs met a close.
 async fn rolling(rules: &str, methods: [Method; 2], restarts: usize) -> (Vec<Call>, usize) {
-    let any = "127.0.0.1:0".parse().unwrap();
     let mut instances = VecDeque::new();
     for _ in 0..2 {
-        let instance = Instance::start(any).await;
+        let instance = Instance::start(own_address()).await;
         let sidecar = Mesh::start(&policy(instance.addr, "")).await;
         instances.push_back((instance, sidecar));
     }

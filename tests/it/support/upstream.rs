@@ -1,19 +1,47 @@
 //! An upstream that does what the test says, over HTTP/1.1 and HTTP/2.
 
-use std::net::SocketAddr;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+use std::net::{SocketAddr, TcpListener as Taken};
+use std::sync::atomic::{AtomicU16, AtomicUsize, Ordering::SeqCst};
+use std::sync::{Arc, OnceLock};
 
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper::{Request, Response};
 use hyper_util::rt::{TokioExecutor, TokioIo};
+use socket2::{Domain, Socket, Type};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 
 use super::http::{Body, feed, full};
 use super::wire::Wire;
+
+/// Where nobody listens: connections are refused. The port is kept, so that no other test is given it meanwhile.
+pub(crate) fn nobody() -> SocketAddr {
+    static KEPT: OnceLock<Socket> = OnceLock::new();
+    let kept = KEPT.get_or_init(|| {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+        socket.bind(&"127.0.0.1:0".parse::<SocketAddr>().unwrap().into()).unwrap();
+        socket
+    });
+    kept.local_addr().unwrap().as_socket().unwrap()
+}
+
+/// An address for a test where now somebody listens and now nobody does. Its port is below those that the system gives to
+/// whoever asks for any.
+pub(crate) fn own_address() -> SocketAddr {
+    static USED: AtomicU16 = AtomicU16::new(0);
+    // Two runs at once begin at different ones.
+    let begin = 20_000 + u16::try_from(std::process::id() % 100).unwrap() * 100;
+    loop {
+        let port = begin + USED.fetch_add(1, SeqCst);
+        assert!(port < begin + 100, "no port is free");
+        let addr = SocketAddr::from(([127, 0, 0, 1], port));
+        if Taken::bind(addr).is_ok() {
+            return addr;
+        }
+    }
+}
 
 /// A running upstream; it ends, with all its connections, when it is dropped.
 pub(crate) struct Upstream {
