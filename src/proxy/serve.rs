@@ -19,8 +19,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::{Instant, timeout};
 
 use crate::net::flow::Flow;
+use crate::net::http2 as bounds;
 use crate::net::io::Io;
-use crate::net::windows;
 use crate::proxy::caller::Caller;
 use crate::proxy::live;
 use crate::proxy::pipeline::{self, Answer};
@@ -106,9 +106,10 @@ pub async fn http2(worker: Rc<Worker>, caller: Rc<Caller>, io: Io) {
     let mut connection = pin!(
         http2::Builder::new(streams)
             .timer(TokioTimer::new())
-            .initial_stream_window_size(windows::STREAM)
-            .initial_connection_window_size(windows::CONNECTION)
-            .max_concurrent_streams(windows::STREAMS)
+            .initial_stream_window_size(bounds::STREAM)
+            .initial_connection_window_size(bounds::CONNECTION)
+            .max_concurrent_streams(bounds::STREAMS)
+            .max_local_error_reset_streams(bounds::LATE_FRAMES)
             .max_header_list_size(u32::try_from(watch.max_header_size + MORE_THAN_ALLOWED).unwrap_or(u32::MAX))
             .keep_alive_interval(PING_EVERY)
             .keep_alive_timeout(PING_TIMEOUT)

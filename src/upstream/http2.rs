@@ -23,14 +23,14 @@ use tokio::time::{Instant, sleep, timeout};
 
 use crate::net::body::RequestBody;
 use crate::net::flow::Flow;
+use crate::net::http2 as bounds;
 use crate::net::io::{Activity, Io};
-use crate::net::windows;
 use crate::runtime::tasks;
 use crate::upstream::answer::{AnswerBody, Http2Body, Unanswered, UpstreamError};
 use crate::upstream::connect::ConnectError;
 
 /// Streams that share one connection at most, also where the peer allows more.
-pub const STREAMS: usize = windows::STREAMS as usize;
+pub const STREAMS: usize = bounds::STREAMS as usize;
 
 /// The longest header section of an answer, in bytes as RFC 9113, 6.5.2 counts them; about what hyper takes over HTTP/1.
 const MAX_HEADER_LIST: u32 = 400 * 1024;
@@ -70,9 +70,11 @@ impl Http2 {
     pub async fn new(io: Io, now: Instant) -> Result<Rc<Self>, ConnectError> {
         let activity = io.activity();
         let (sender, mut connection) = Builder::new()
-            .initial_window_size(windows::STREAM)
-            .initial_connection_window_size(windows::CONNECTION)
+            .initial_window_size(bounds::STREAM)
+            .initial_connection_window_size(bounds::CONNECTION)
             .initial_max_send_streams(0)
+            .max_concurrent_reset_streams(STREAMS)
+            .max_local_error_reset_streams(Some(bounds::LATE_FRAMES))
             .max_header_list_size(MAX_HEADER_LIST)
             .max_send_buffer_size(SEND_BUFFER)
             .enable_push(false)

@@ -23,6 +23,7 @@ mod grpc_peers; // grpcio on both sides
 mod h2spec; // the HTTP/2 conformance tests
 mod http1; // old callers, pipelines, Expect, upstreams that hang up
 mod http1_corpus; // malformed, ambiguous, and odd but legal messages
+mod http2; // what one connection lives through
 mod joined; // a deadline that passes through an app
 mod labels; // metrics do not grow with what callers send
 mod languages; // a deadline through services in Python and Go
@@ -41,7 +42,6 @@ mod routing; // hosts, paths, methods, header fields, gRPC
 mod rows; // a chain of services under retries, deadlines, races, hangs, restarts, changes: as it is measured
 mod script; // running the Python peers
 mod slow_callers; // what a slow caller holds is bounded
-mod small_frames; // many small messages that wait to be read
 mod streams; // WebSocket and SSE libraries
 mod support; // the proxy, callers, upstreams
 mod timeouts; // every timeout, and what its victim hears
