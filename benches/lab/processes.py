@@ -1,6 +1,7 @@
 """Child processes: started on given cores in a session of their own, measured through /proc, and ended with everything they started."""
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -22,12 +23,18 @@ def pinned(command, cores):
 
 
 def free_ports(count):
-    """Ports of the loopback address that nobody uses now. All are held until the last is known, so they differ."""
-    holders = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [holder.getsockname()[1] for holder in holders]
-    for holder in holders:
-        holder.close()
-    return ports
+    """Ports of the loopback address that nobody uses now. They are below those that the system gives to connections and to
+    whoever asks for any, so that nobody else has got one before its server listens there."""
+    ports = []
+    for port in random.sample(range(10_000, 20_000), 1000):
+        try:
+            socket.create_server(("127.0.0.1", port)).close()
+        except OSError:
+            continue
+        ports.append(port)
+        if len(ports) == count:
+            return ports
+    raise RuntimeError("no port between 10000 and 20000 is free")
 
 
 class Daemon:
