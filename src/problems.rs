@@ -1,8 +1,8 @@
 //! What is wrong with a document, and where: problems, the cursor that finds their place, and their rendering.
 //!
-//! A check walks a document with an [`At`]. Whatever it reports lands in one [`Problems`] with file, line, column, byte
+//! A check walks a document with an [`Cursor`]. Whatever it reports lands in one [`Problems`] with file, line, column, byte
 //! range and path, so that all problems of all files come out together. The only file that uses annotate-snippets.
-//! It knows no document format: a parsed document shows itself through [`Spot`].
+//! It knows no document format: a parsed document shows itself through [`DocumentNode`].
 
 use std::borrow::Cow;
 use std::cell::RefCell;
@@ -22,7 +22,7 @@ pub enum Origin {
     /// hopguard's own default.
     BuiltIn,
     /// Written in a document.
-    At {
+    Line {
         /// The file's name as the user gave it.
         file: Arc<str>,
         /// Counted from 1.
@@ -36,7 +36,7 @@ impl fmt::Display for Origin {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::BuiltIn => f.write_str("built in"),
-            Self::At { file, line } => write!(f, "{file}:{line}"),
+            Self::Line { file, line } => write!(f, "{file}:{line}"),
             Self::Request(who) => write!(f, "asked by {who}"),
         }
     }
@@ -47,29 +47,29 @@ impl fmt::Display for Origin {
 /// Equality and hash look at the value only: a value that moved to another line is unchanged, and what depends on it
 /// (a limit's counters, a pool) must not be rebuilt for it.
 #[derive(Debug, Clone)]
-pub struct Set<T> {
+pub struct Sourced<T> {
     /// The value in force.
     pub value: T,
     /// Who said so.
     pub origin: Origin,
 }
 
-impl<T> Set<T> {
+impl<T> Sourced<T> {
     /// A value that no document changed.
     pub const fn built_in(value: T) -> Self {
         Self { value, origin: Origin::BuiltIn }
     }
 }
 
-impl<T: PartialEq> PartialEq for Set<T> {
+impl<T: PartialEq> PartialEq for Sourced<T> {
     fn eq(&self, other: &Self) -> bool {
         self.value == other.value
     }
 }
 
-impl<T: Eq> Eq for Set<T> {}
+impl<T: Eq> Eq for Sourced<T> {}
 
-impl<T: std::hash::Hash> std::hash::Hash for Set<T> {
+impl<T: std::hash::Hash> std::hash::Hash for Sourced<T> {
     fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
         self.value.hash(state);
     }
@@ -80,32 +80,32 @@ impl<T: std::hash::Hash> std::hash::Hash for Set<T> {
 /// Shows as the message, then the hint on a line of its own. A document reader relies on that form to tell the two
 /// apart again, because a serde error carries nothing but text.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Fault {
+pub struct InvalidValue {
     /// What is wrong; one line.
     pub message: String,
     /// What to write; one line.
     pub hint: Option<String>,
 }
 
-impl Fault {
+impl InvalidValue {
     /// A fault with a hint.
     pub fn new(message: impl Into<String>, hint: impl Into<String>) -> Self {
         Self { message: message.into(), hint: Some(hint.into()) }
     }
 }
 
-impl fmt::Display for Fault {
+impl fmt::Display for InvalidValue {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.message)?;
         self.hint.as_ref().map_or(Ok(()), |hint| write!(f, "\n{hint}"))
     }
 }
 
-impl std::error::Error for Fault {}
+impl std::error::Error for InvalidValue {}
 
 /// A piece of a document's text.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Default)]
-pub struct Place {
+pub struct Position {
     /// Bytes from the start of the document.
     pub span: Range<usize>,
     /// Counted from 1; 0 where a whole file is meant.
@@ -116,25 +116,25 @@ pub struct Place {
 
 /// What a step down in a document leads to.
 #[derive(Clone, Copy)]
-pub struct Found<'a> {
+pub struct ChildNode<'a> {
     /// The key's place, for an entry of a mapping.
-    pub key: Option<&'a Place>,
+    pub key: Option<&'a Position>,
     /// The index in the text, for an element of a list.
     pub index: usize,
     /// What is there.
-    pub spot: &'a dyn Spot,
+    pub spot: &'a dyn DocumentNode,
 }
 
 /// A node of a parsed document, as far as a cursor must know it.
-pub trait Spot {
+pub trait DocumentNode {
     /// An entry of a mapping. Also finds one that the reader refused.
-    fn entry(&self, key: &str) -> Option<Found<'_>>;
+    fn entry(&self, key: &str) -> Option<ChildNode<'_>>;
     /// The element that stands at this index among those that the reader accepted.
-    fn item(&self, index: usize) -> Option<Found<'_>>;
+    fn item(&self, index: usize) -> Option<ChildNode<'_>>;
     /// How many elements or entries the text has here, those that the reader refused included; 0 for a single value.
     fn size(&self) -> usize;
     /// Where the node stands.
-    fn place(&self) -> &Place;
+    fn place(&self) -> &Position;
     /// Whether the node is a single value, and so can be marked as a whole.
     fn is_scalar(&self) -> bool;
 }
@@ -145,7 +145,7 @@ pub struct Problem {
     /// The file's name as the user gave it.
     pub file: Arc<str>,
     /// Line, column and bytes; line 0 where the file as a whole is meant.
-    pub place: Place,
+    pub place: Position,
     /// Where in the document, like `destinations[2].timeouts.request`; empty where the file as a whole is meant.
     pub path: String,
     /// What is wrong and what is allowed; one line.
@@ -335,40 +335,40 @@ enum Step<'a> {
 ///
 /// A step to what is not in the document is fine: the cursor then stands at the nearest parent that is.
 #[derive(Clone, Copy)]
-pub struct At<'a> {
+pub struct Cursor<'a> {
     file: &'a Arc<str>,
     problems: &'a RefCell<Problems>,
-    parent: Option<&'a At<'a>>,
+    parent: Option<&'a Cursor<'a>>,
     step: Step<'a>,
-    key: Option<&'a Place>,
-    spot: Option<&'a dyn Spot>,
+    key: Option<&'a Position>,
+    spot: Option<&'a dyn DocumentNode>,
 }
 
-impl<'a> At<'a> {
+impl<'a> Cursor<'a> {
     /// A cursor at the top of a document.
-    pub fn root(file: &'a Arc<str>, spot: &'a dyn Spot, problems: &'a RefCell<Problems>) -> Self {
+    pub fn root(file: &'a Arc<str>, spot: &'a dyn DocumentNode, problems: &'a RefCell<Problems>) -> Self {
         Self { file, problems, parent: None, step: Step::Root, key: None, spot: Some(spot) }
     }
 
     /// The value behind a key.
-    pub fn key(&'a self, key: &'a str) -> At<'a> {
+    pub fn key(&'a self, key: &'a str) -> Cursor<'a> {
         self.step(Step::Key(key), self.spot.and_then(|spot| spot.entry(key)))
     }
 
     /// An element of a list; the index is that of the list as it was read, the path shows that of the text.
-    pub fn index(&'a self, index: usize) -> At<'a> {
+    pub fn index(&'a self, index: usize) -> Cursor<'a> {
         let found = self.spot.and_then(|spot| spot.item(index));
         self.step(Step::Index(found.map_or(index, |found| found.index)), found)
     }
 
     /// A step that the caller has found himself: to `key`, or without one to the element of a list.
-    pub fn found(&'a self, key: Option<&'a str>, found: Found<'a>) -> At<'a> {
+    pub fn found(&'a self, key: Option<&'a str>, found: ChildNode<'a>) -> Cursor<'a> {
         self.step(key.map_or(Step::Index(found.index), Step::Key), Some(found))
     }
 
-    fn step(&'a self, step: Step<'a>, found: Option<Found<'a>>) -> At<'a> {
+    fn step(&'a self, step: Step<'a>, found: Option<ChildNode<'a>>) -> Cursor<'a> {
         let (key, spot) = (found.and_then(|found| found.key), found.map(|found| found.spot));
-        At { parent: Some(self), step, key, spot, ..*self }
+        Cursor { parent: Some(self), step, key, spot, ..*self }
     }
 
     /// Whether the document says anything here, be it good or already refused.
@@ -378,28 +378,28 @@ impl<'a> At<'a> {
 
     /// How many elements or entries the document has here, good or refused.
     pub fn size(&self) -> usize {
-        self.spot.map_or(0, Spot::size)
+        self.spot.map_or(0, DocumentNode::size)
     }
 
     /// The value itself where it is a single one, else its key, else its first line, else the nearest parent.
-    pub fn place(&self) -> &'a Place {
+    pub fn place(&self) -> &'a Position {
         match (self.spot, self.key, self.parent) {
             (Some(spot), _, _) if spot.is_scalar() => spot.place(),
             (_, Some(key), _) => key,
             (Some(spot), None, _) => spot.place(),
             (None, None, Some(parent)) => parent.place(),
-            (None, None, None) => const { &Place { span: 0..0, line: 0, column: 0 } },
+            (None, None, None) => const { &Position { span: 0..0, line: 0, column: 0 } },
         }
     }
 
     /// File and line of this place.
     pub fn origin(&self) -> Origin {
-        Origin::At { file: Arc::clone(self.file), line: self.place().line }
+        Origin::Line { file: Arc::clone(self.file), line: self.place().line }
     }
 
     /// A value that was written here.
-    pub fn set<T>(&self, value: T) -> Set<T> {
-        Set { value, origin: self.origin() }
+    pub fn set<T>(&self, value: T) -> Sourced<T> {
+        Sourced { value, origin: self.origin() }
     }
 
     /// Reports a problem with what stands here.
@@ -408,12 +408,12 @@ impl<'a> At<'a> {
     }
 
     /// Reports a fault of the value that stands here.
-    pub fn report_fault(&self, fault: Fault) {
+    pub fn report_fault(&self, fault: InvalidValue) {
         self.push(self.place(), fault.message, fault.hint);
     }
 
     /// Reports a fault of the key, not of its value.
-    pub fn report_key(&self, fault: Fault) {
+    pub fn report_key(&self, fault: InvalidValue) {
         self.push(self.key.unwrap_or_else(|| self.place()), fault.message, fault.hint);
     }
 
@@ -426,7 +426,7 @@ impl<'a> At<'a> {
 
     /// The path walked so far, like `destinations[2].timeouts.request`.
     pub fn path(&self) -> String {
-        let mut path = self.parent.map_or_else(String::new, At::path);
+        let mut path = self.parent.map_or_else(String::new, Cursor::path);
         match self.step {
             Step::Root => {}
             Step::Key(key) if path.is_empty() => path.push_str(key),
@@ -446,7 +446,7 @@ impl<'a> At<'a> {
         self.problems.borrow().len()
     }
 
-    fn push(&self, place: &Place, message: String, hint: Option<String>) {
+    fn push(&self, place: &Position, message: String, hint: Option<String>) {
         let (file, path, place) = (Arc::clone(self.file), self.path(), place.clone());
         self.problems.borrow_mut().push(Problem { file, place, path, message, hint });
     }
@@ -470,7 +470,7 @@ mod tests {
     use super::*;
 
     fn problem(message: &str, span: Range<usize>, line: u32) -> Problem {
-        let place = Place { span, line, column: 1 };
+        let place = Position { span, line, column: 1 };
         Problem { file: "p.yaml".into(), place, path: String::new(), message: message.into(), hint: None }
     }
 
@@ -522,9 +522,9 @@ mod tests {
 
     #[test]
     fn a_value_that_only_moved_is_unchanged() {
-        let at = |line| Set { value: 1, origin: Origin::At { file: "p.yaml".into(), line } };
+        let at = |line| Sourced { value: 1, origin: Origin::Line { file: "p.yaml".into(), line } };
         assert_eq!(at(1), at(2));
-        assert_eq!(at(1), Set::built_in(1));
+        assert_eq!(at(1), Sourced::built_in(1));
         assert_eq!(at(12).origin.to_string(), "p.yaml:12");
     }
 }

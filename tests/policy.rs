@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use hopguard::policy::explain::{Call, explain};
 use hopguard::policy::load::{LoadError, fingerprint, load, load_str};
-use hopguard::policy::model::{Direction, LogMode, Target};
+use hopguard::policy::model::{Direction, ListenerTarget, LogMode};
 use hopguard::policy::schema::schema;
 use hopguard::policy::snapshot::Snapshot;
 use hopguard::problems::{Origin, Problem};
@@ -201,7 +201,7 @@ fn a_full_policy_has_every_value_and_its_line() {
     assert_eq!(model.service.as_deref(), Some("order"));
     assert_eq!((model.access_log.mode, model.access_log.ratio), (LogMode::Sampled, 0.5));
     let listener = &model.listeners[0];
-    assert_eq!((listener.target, listener.direction), (Target::To(0), Direction::Outbound));
+    assert_eq!((listener.target, listener.direction), (ListenerTarget::To(0), Direction::Outbound));
     assert_eq!(listener.max_header_size.value, 32 << 10);
     assert!(listener.tls.as_ref().unwrap().key.ends_with("tests/policies/valid/tls.key"));
     let destination = &model.destinations[0];
@@ -222,7 +222,7 @@ fn a_full_policy_has_every_value_and_its_line() {
 fn files_of_a_directory_are_one_policy() {
     let model = load(Path::new("tests/policies/valid/merged")).unwrap();
     assert_eq!(model.files.len(), 3);
-    assert_eq!(model.listeners[0].target, Target::To(0));
+    assert_eq!(model.listeners[0].target, ListenerTarget::To(0));
     assert_eq!(model.destinations[0].routes[0].timeouts.request.value, Duration::from_secs(1));
 }
 

@@ -10,7 +10,7 @@
 //! | `/drain` | begins the drain |
 //!
 //! It runs on a thread of its own, so that a busy data path cannot silence the probes and a large scrape cannot delay a
-//! request. What it shows comes from [`Inside`], which the composition root implements, and from the telemetry.
+//! request. What it shows comes from [`ProcessView`], which the composition root implements, and from the telemetry.
 
 mod pages;
 mod server;
@@ -20,7 +20,7 @@ pub use server::{AdminServer, spawn};
 pub use status::{ListenerView, PolicyError, State, StatusView};
 
 /// What the door shows and what it can set off.
-pub trait Inside: Send + Sync + 'static {
+pub trait ProcessView: Send + Sync + 'static {
     /// Whether traffic may be sent here; otherwise the reasons, one sentence each.
     fn ready(&self) -> Result<(), Vec<String>>;
     /// The policy in force as a JSON document, with its hash, when it was loaded and the last error.

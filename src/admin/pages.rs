@@ -10,7 +10,7 @@ use http::uri::Authority;
 use http::{Method, Response, StatusCode};
 use http_body_util::Full;
 
-use super::{Inside, status};
+use super::{ProcessView, status};
 use crate::telemetry::{PageFormat, Telemetry};
 
 const PAGE: &str = include_str!("status.html");
@@ -34,7 +34,7 @@ const JSON: &str = "application/json";
 const HTML: &str = "text/html; charset=utf-8";
 
 /// The answer to one request; its body is never read.
-pub(super) fn answer(request: &Parts, inside: &dyn Inside, telemetry: &Telemetry) -> Response<Full<Bytes>> {
+pub(super) fn answer(request: &Parts, inside: &dyn ProcessView, telemetry: &Telemetry) -> Response<Full<Bytes>> {
     let path = request.uri.path();
     let allowed = if path == "/drain" { "POST" } else { "GET, HEAD" };
     let known = matches!(path, "/" | "/status" | "/live" | "/ready" | "/metrics" | "/policy" | "/drain");
@@ -85,7 +85,7 @@ fn page(status: StatusCode, kind: &'static str, body: impl Into<Bytes>) -> Respo
     response
 }
 
-fn ready(inside: &dyn Inside) -> Response<Full<Bytes>> {
+fn ready(inside: &dyn ProcessView) -> Response<Full<Bytes>> {
     match inside.ready() {
         Ok(()) => page(StatusCode::OK, TEXT, "ready\n"),
         Err(reasons) => page(StatusCode::SERVICE_UNAVAILABLE, TEXT, format!("not ready\n{}\n", reasons.join("\n"))),
@@ -98,7 +98,7 @@ fn metrics(headers: &HeaderMap, telemetry: &Telemetry) -> Response<Full<Bytes>> 
     page(StatusCode::OK, format.content_type(), telemetry.page(format))
 }
 
-fn drain(request: &Parts, inside: &dyn Inside) -> Response<Full<Bytes>> {
+fn drain(request: &Parts, inside: &dyn ProcessView) -> Response<Full<Bytes>> {
     if let Err(reason) = may_drain(request) {
         return page(StatusCode::FORBIDDEN, TEXT, format!("Refused: {reason}.\n"));
     }

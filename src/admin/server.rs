@@ -19,7 +19,7 @@ use tokio::sync::oneshot;
 use tokio::task::LocalSet;
 use tokio::time::{sleep, timeout};
 
-use super::{Inside, pages};
+use super::{ProcessView, pages};
 use crate::telemetry::Telemetry;
 
 /// Connections that are open at the same time; more are closed at once.
@@ -61,7 +61,7 @@ impl AdminServer {
 /// used or no thread or runtime can be had.
 pub fn spawn(
     listener: std::net::TcpListener,
-    inside: Arc<dyn Inside>,
+    inside: Arc<dyn ProcessView>,
     telemetry: Arc<Telemetry>,
 ) -> io::Result<AdminServer> {
     listener.set_nonblocking(true)?;
@@ -95,7 +95,7 @@ impl Drop for Place {
 
 #[derive(Clone)]
 struct Door {
-    inside: Arc<dyn Inside>,
+    inside: Arc<dyn ProcessView>,
     telemetry: Arc<Telemetry>,
 }
 

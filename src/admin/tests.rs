@@ -14,7 +14,7 @@ use tokio::time::Instant;
 
 use super::*;
 use crate::telemetry::{
-    Direction, Exchange, HopLabels, Outcome, Protocol, RefusalRecord, RequestLine, Side, Sink, Telemetry,
+    ClosedBy, Direction, Exchange, HopLabels, Outcome, Protocol, RefusalRecord, RequestLine, Sink, Telemetry,
 };
 
 /// Stands in for the composition root.
@@ -25,7 +25,7 @@ struct Fake {
     drains: AtomicU32,
 }
 
-impl Inside for Fake {
+impl ProcessView for Fake {
     fn ready(&self) -> Result<(), Vec<String>> {
         if self.reasons.is_empty() { Ok(()) } else { Err(self.reasons.clone()) }
     }
@@ -112,7 +112,7 @@ impl Door {
                     value: "2s".to_owned(),
                     origin: "built in".to_owned(),
                     detail: "late".to_owned(),
-                    closed_by: Side::Hopguard,
+                    closed_by: ClosedBy::Hopguard,
                 });
             }
         }

@@ -17,17 +17,17 @@ use crate::net::certificates::SystemRoots;
 use crate::policy::load::{self, LoadError};
 use crate::policy::model::{LogFormat, LogMode, Model};
 use crate::policy::snapshot::Snapshot;
-use crate::policy::watch::Watch;
-use crate::proxy::trial;
-use crate::runtime::drain::Phase;
-use crate::runtime::{tasks, worker};
+use crate::policy::watch::PolicyWatch;
+use crate::proxy::outcome;
+use crate::runtime::drain::DrainPhase;
+use crate::runtime::{tasks, thread};
 use crate::telemetry::{AccessLogMode, AccessLogSettings, LineFormat, Telemetry};
 use crate::upstream::discovery::{self, NoResolver, Requests, SystemResolver};
 
 /// Starts the thread; it ends when the process begins to close.
 pub(super) fn start(shared: &Arc<Shared>, requests: Requests) -> io::Result<JoinHandle<io::Result<()>>> {
     let shared = Arc::clone(shared);
-    worker::spawn(
+    thread::spawn(
         "control",
         || (),
         move || async move {
@@ -49,7 +49,7 @@ pub(super) fn start(shared: &Arc<Shared>, requests: Requests) -> io::Result<Join
             let closing = shared.drain.signal();
             tokio::select! {
                 () = follow(&shared) => {}
-                () = closing.reached(Phase::Closing) => {}
+                () = closing.reached(DrainPhase::Closing) => {}
             }
         },
     )
@@ -120,8 +120,8 @@ fn look(shared: &Arc<Shared>, path: &Path, seen: &mut Seen) {
     seen.certificates = contents_now;
 }
 
-fn watch(policy: &Path, certificates: &BTreeSet<PathBuf>) -> Watch {
-    Watch::new(std::iter::once(policy.to_path_buf()).chain(certificates.iter().cloned()))
+fn watch(policy: &Path, certificates: &BTreeSet<PathBuf>) -> PolicyWatch {
+    PolicyWatch::new(std::iter::once(policy.to_path_buf()).chain(certificates.iter().cloned()))
 }
 
 /// Puts the policy of the files into force, or says why not. Returns it if it is to be tried again; `before` is what
@@ -178,19 +178,19 @@ pub(super) fn replace(shared: &Arc<Shared>, model: Model, begun: Instant) -> Res
     let follow = |cluster: &_| shared.discovery.follow(cluster);
     let service = &shared.settings.service;
     let next = Snapshot::compile(model, service, Some(&old), &shared.telemetry.hops, follow)?;
-    let mut doors = shared.doors();
-    let plan = doors.plan(&next.listeners)?;
+    let mut listeners = shared.listeners();
+    let plan = listeners.plan(&next.listeners)?;
     configure_log(&shared.telemetry, &next.model);
     let hash = next.hash.clone();
     let now = Instant::now();
     next.take_effect(now, |destination, member, change| {
         destination.cluster.ejection_changed(&shared.telemetry, member, change, now);
     });
-    trial::policy_changed(&shared.telemetry, &old, &next, now);
+    outcome::policy_changed(&shared.telemetry, &old, &next, now);
     shared.policy.store(Arc::new(next));
-    doors.carry_out(plan);
-    doors.renew();
-    drop(doors);
+    listeners.carry_out(plan);
+    listeners.renew();
+    drop(listeners);
     shared.telemetry.policy_loaded(&hash, begun.elapsed());
     *lock(&shared.last_error) = None;
     shared.replaced.keep(old, now);
@@ -251,8 +251,8 @@ fn contents(files: &BTreeSet<PathBuf>) -> Contents {
 }
 
 fn reload_certificates(shared: &Shared) {
-    let doors = shared.doors().certificates();
-    let listeners = doors.iter().map(|one| one.reload());
+    let listeners = shared.listeners().certificates();
+    let listeners = listeners.iter().map(|one| one.reload());
     let policy = shared.policy.load_full();
     let roots = SystemRoots::default();
     let upstreams = policy.destinations.iter().map(|one| one.cluster.load_certificates(&roots));

@@ -4,10 +4,10 @@
 //! door, one that writes the access log, and one for the program's own log, which is there before. They share the policy
 //! snapshot, the drain switch and the telemetry.
 
+mod admin_view;
 mod control;
-mod doors;
-mod inside;
-mod worker;
+mod listeners;
+mod worker_thread;
 
 use std::io;
 use std::net::SocketAddr;
@@ -25,13 +25,13 @@ use crate::net::certificates::CertificateError;
 use crate::net::socket;
 use crate::policy::model::Model;
 use crate::policy::snapshot::Snapshot;
-use crate::proxy::worker::Chain;
-use crate::runtime::drain::{Drain, Phase, Signal};
+use crate::proxy::worker_context::SharedState;
+use crate::runtime::drain::{Drain, DrainPhase, DrainSignal};
 use crate::telemetry::{Sink, Telemetry};
 use crate::upstream::discovery::Discovery;
 
 use control::Replaced;
-use doors::Doors;
+use listeners::Listeners;
 
 /// Why a policy did not come into force, or the process did not start.
 #[derive(Debug, thiserror::Error)]
@@ -69,7 +69,7 @@ struct Shared {
     policy: Arc<ArcSwap<Snapshot>>,
     drain: Drain,
     discovery: Discovery,
-    doors: Mutex<Doors>,
+    listeners: Mutex<Listeners>,
     last_error: Mutex<Option<PolicyError>>,
     /// Why changed certificates are not in use.
     certificate_error: Mutex<Option<PolicyError>>,
@@ -78,7 +78,7 @@ struct Shared {
     /// Rung to have the files looked at.
     look: Arc<Notify>,
     /// What the workers know together about the calls under way.
-    chain: Chain,
+    chain: SharedState,
 }
 
 /// How long threads may take to end once they are told, and how often they are looked at meanwhile.
@@ -108,39 +108,39 @@ impl App {
         let snapshot = Snapshot::compile(model, &settings.service, None, &telemetry.hops, follow)?;
         let admin_listener = socket::listen_alone(settings.admin)
             .map_err(|source| StartError::Admin { address: settings.admin, source })?;
-        let mut doors = Doors::new(settings.workers);
-        let plan = doors.plan(&snapshot.listeners)?;
+        let mut listeners = Listeners::new(settings.workers);
+        let plan = listeners.plan(&snapshot.listeners)?;
         let hash = snapshot.hash.clone();
         let shared = Arc::new(Shared {
             telemetry,
             policy: Arc::new(ArcSwap::from_pointee(snapshot)),
             drain: Drain::default(),
             discovery,
-            doors: Mutex::new(doors),
+            listeners: Mutex::new(listeners),
             last_error: Mutex::default(),
             certificate_error: Mutex::default(),
             replaced: Replaced::default(),
             look: Arc::default(),
-            chain: Chain::default(),
+            chain: SharedState::default(),
             settings,
         });
         let (alive, workers) = mpsc::channel(1);
         let mut threads = Vec::new();
         for number in 0..shared.settings.workers {
-            threads.push(worker::start(&shared, number, alive.clone()).map_err(StartError::Thread)?);
+            threads.push(worker_thread::start(&shared, number, alive.clone()).map_err(StartError::Thread)?);
         }
         threads.push(control::start(&shared, requests).map_err(StartError::Thread)?);
         shared.telemetry.process.workers.set(i64::try_from(shared.settings.workers).unwrap_or(i64::MAX));
         shared.telemetry.policy_loaded(&hash, begun.elapsed());
-        shared.doors().carry_out(plan);
-        let inside = Arc::new(inside::Window::new(&shared));
+        shared.listeners().carry_out(plan);
+        let inside = Arc::new(admin_view::AdminView::new(&shared));
         let admin = admin::spawn(admin_listener, inside, Arc::clone(&shared.telemetry)).map_err(StartError::Thread)?;
         Ok(Self { shared, threads, workers, admin })
     }
 
     /// The listeners' names and addresses, with the ports that were really taken.
     pub fn listeners(&self) -> Vec<(String, SocketAddr)> {
-        self.shared.doors().addresses()
+        self.shared.listeners().addresses()
     }
 
     /// Where the admin door is.
@@ -167,7 +167,7 @@ impl App {
     }
 
     /// Follows the way down, which the admin door can begin too.
-    pub fn drain(&self) -> Signal {
+    pub fn drain(&self) -> DrainSignal {
         self.shared.drain.signal()
     }
 
@@ -187,13 +187,13 @@ impl App {
     /// leaves its record.
     pub async fn stop_at(mut self, enough: impl Future<Output = ()>) -> bool {
         self.shared.leave();
-        self.shared.drain.advance(Phase::Closing);
+        self.shared.drain.advance(DrainPhase::Closing);
         let all_done = tokio::select! {
             biased;
             _ = self.workers.recv() => true,
             () = enough => false,
         };
-        self.shared.drain.advance(Phase::Over);
+        self.shared.drain.advance(DrainPhase::Over);
         let ended = async {
             while !self.threads.iter().all(JoinHandle::is_finished) {
                 sleep(LOOK_EVERY).await;
@@ -208,12 +208,12 @@ impl App {
 }
 
 impl Shared {
-    fn doors(&self) -> std::sync::MutexGuard<'_, Doors> {
-        self.doors.lock().unwrap_or_else(PoisonError::into_inner)
+    fn listeners(&self) -> std::sync::MutexGuard<'_, Listeners> {
+        self.listeners.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn leave(&self) {
-        if self.drain.advance(Phase::Leaving) {
+        if self.drain.advance(DrainPhase::Leaving) {
             self.telemetry.process.draining.set(1);
             tracing::info!("draining: not ready any more; callers are told to go elsewhere");
         }

@@ -10,7 +10,7 @@ use crate::app::App;
 use crate::cli::{LogForm, RunArgs};
 use crate::config::{self, Followed, Settings};
 use crate::policy::load;
-use crate::runtime::drain::Phase;
+use crate::runtime::drain::DrainPhase;
 use crate::runtime::signals::{Ended, Hangup, Signals};
 use crate::telemetry::{Sink, log};
 
@@ -21,8 +21,8 @@ const NO_START: u8 = 3;
 /// Runs until told to stop.
 pub(super) fn run(args: RunArgs) -> ExitCode {
     let form = match args.log_format {
-        LogForm::Text => log::LogFormat::Text,
-        LogForm::Json => log::LogFormat::Json,
+        LogForm::Text => log::ProgramLogFormat::Text,
+        LogForm::Json => log::ProgramLogFormat::Json,
     };
     // Dropped last: what was said on the way to the end is written then.
     let _log = match log::init(form, &args.log) {
@@ -93,7 +93,7 @@ async fn until_stopped(app: App, signals: &mut Signals, settings: &Settings) {
     let drain = app.drain();
     let mut first = tokio::select! {
         ended = signals.next() => Some(ended),
-        () = drain.reached(Phase::Leaving) => None,
+        () = drain.reached(DrainPhase::Leaving) => None,
     };
     app.leave();
     tokio::select! {

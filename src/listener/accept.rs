@@ -10,13 +10,13 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::oneshot;
 use tokio::time::{sleep, timeout};
 
-use crate::listener::detect::{Spoken, detect};
+use crate::listener::detect::{DetectedProtocol, detect};
 use crate::listener::tls::Certificates;
 use crate::net::io::Io;
 use crate::net::socket;
-use crate::proxy::caller::{Caller, Door};
+use crate::proxy::downstream::{ActiveListener, DownstreamConnection};
 use crate::proxy::serve;
-use crate::proxy::worker::Worker;
+use crate::proxy::worker_context::WorkerContext;
 use crate::runtime::tasks;
 use crate::telemetry::ListenerMetrics;
 
@@ -26,9 +26,9 @@ const PAUSE: Duration = Duration::from_millis(20);
 /// One worker's share of a listener.
 pub struct Acceptor {
     /// The worker.
-    pub worker: Rc<Worker>,
+    pub worker: Rc<WorkerContext>,
     /// What connections know of the listener.
-    pub door: Rc<Door>,
+    pub listener: Rc<ActiveListener>,
     /// Its certificates, if callers speak TLS.
     pub certificates: Option<Arc<Certificates>>,
     /// What is counted.
@@ -50,7 +50,7 @@ impl Acceptor {
                 Ok((stream, peer)) => this.begin(stream, peer),
                 Err(error) if is_one_connections_fault(&error) => {}
                 Err(error) => {
-                    tracing::warn!(listener = this.door.values.name, %error, "a connection could not be accepted");
+                    tracing::warn!(listener = this.listener.values.name, %error, "a connection could not be accepted");
                     sleep(PAUSE).await;
                 }
             }
@@ -63,7 +63,7 @@ impl Acceptor {
         tasks::spawn(async move {
             let _open = this.metrics.open.hold();
             if let Err(error) = this.connection(stream, peer).await {
-                tracing::debug!(listener = this.door.values.name, %peer, %error, "a connection ended before its first request");
+                tracing::debug!(listener = this.listener.values.name, %peer, %error, "a connection ended before its first request");
             }
         });
     }
@@ -71,7 +71,7 @@ impl Acceptor {
     /// How long a handshake and how long silence may last on a connection that begins now.
     fn limits(&self) -> (Duration, Duration) {
         let view = self.worker.view();
-        let values = self.door.values_in(&view.policy);
+        let values = self.listener.values_in(&view.policy);
         (values.headers_timeout.value, values.idle.value)
     }
 
@@ -90,11 +90,11 @@ impl Acceptor {
                 None => return Ok(()),
             },
         };
-        let caller = Caller::new(Rc::clone(&self.door), peer, spoken == Spoken::Http1);
+        let caller = DownstreamConnection::new(Rc::clone(&self.listener), peer, spoken == DetectedProtocol::Http1);
         let worker = Rc::clone(&self.worker);
         match spoken {
-            Spoken::Http1 => serve::http1(worker, caller, io).await,
-            Spoken::Http2 => serve::http2(worker, caller, io).await,
+            DetectedProtocol::Http1 => serve::http1(worker, caller, io).await,
+            DetectedProtocol::Http2 => serve::http2(worker, caller, io).await,
         }
         Ok(())
     }

@@ -15,7 +15,7 @@ const FIRST_READ: usize = 1024;
 
 /// What a caller speaks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Spoken {
+pub enum DetectedProtocol {
     /// HTTP/1.0 or HTTP/1.1, or nothing that can be understood.
     Http1,
     /// HTTP/2.
@@ -25,14 +25,14 @@ pub enum Spoken {
 /// Reads until it is clear what the caller speaks, and hands the stream back with all its bytes.
 ///
 /// `None` if the caller left before it said anything. Sets no time limit.
-pub async fn detect(mut io: Io) -> io::Result<Option<(Spoken, Io)>> {
+pub async fn detect(mut io: Io) -> io::Result<Option<(DetectedProtocol, Io)>> {
     let mut seen = BytesMut::with_capacity(FIRST_READ);
     loop {
         let count = io.read_buf(&mut seen).await?;
         if count == 0 && seen.is_empty() {
             return Ok(None);
         }
-        let spoken = judge(&seen).or((count == 0).then_some(Spoken::Http1));
+        let spoken = judge(&seen).or((count == 0).then_some(DetectedProtocol::Http1));
         if let Some(spoken) = spoken {
             return Ok(Some((spoken, io.with_prefix(seen.freeze()))));
         }
@@ -40,12 +40,12 @@ pub async fn detect(mut io: Io) -> io::Result<Option<(Spoken, Io)>> {
 }
 
 /// What the first bytes say, once they say it.
-pub fn judge(seen: &[u8]) -> Option<Spoken> {
+pub fn judge(seen: &[u8]) -> Option<DetectedProtocol> {
     let compared = seen.len().min(PREFACE.len());
     if seen[..compared] != PREFACE[..compared] {
-        return Some(Spoken::Http1);
+        return Some(DetectedProtocol::Http1);
     }
-    (compared == PREFACE.len()).then_some(Spoken::Http2)
+    (compared == PREFACE.len()).then_some(DetectedProtocol::Http2)
 }
 
 #[cfg(test)]
@@ -55,10 +55,10 @@ mod tests {
 
     #[test]
     fn only_the_whole_preface_is_http2() {
-        assert_eq!(judge(PREFACE), Some(Spoken::Http2));
-        assert_eq!(judge(b"PRI * HTTP/1.1\r\n"), Some(Spoken::Http1));
-        assert_eq!(judge(b"GET / HTTP/1.1\r\n"), Some(Spoken::Http1));
-        assert_eq!(judge(b"POST"), Some(Spoken::Http1));
+        assert_eq!(judge(PREFACE), Some(DetectedProtocol::Http2));
+        assert_eq!(judge(b"PRI * HTTP/1.1\r\n"), Some(DetectedProtocol::Http1));
+        assert_eq!(judge(b"GET / HTTP/1.1\r\n"), Some(DetectedProtocol::Http1));
+        assert_eq!(judge(b"POST"), Some(DetectedProtocol::Http1));
         for length in 0..PREFACE.len() {
             assert_eq!(judge(&PREFACE[..length]), None, "{length}");
         }
@@ -79,6 +79,6 @@ mod tests {
             (spoken, all)
         };
         let ((), (spoken, all)) = tokio::join!(writing, reading);
-        assert_eq!((spoken, all), (Spoken::Http2, sent));
+        assert_eq!((spoken, all), (DetectedProtocol::Http2, sent));
     }
 }

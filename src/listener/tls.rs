@@ -8,7 +8,7 @@ use rustls::ServerConfig;
 use tokio::net::TcpStream;
 use tokio_rustls::TlsAcceptor;
 
-use crate::listener::detect::Spoken;
+use crate::listener::detect::DetectedProtocol;
 use crate::net::certificates::{self, CertificateError};
 use crate::net::io::Io;
 use crate::policy::model::ListenerTls;
@@ -47,11 +47,11 @@ impl Certificates {
     ///
     /// # Errors
     /// If the caller cannot.
-    pub async fn accept(&self, stream: TcpStream) -> io::Result<(Io, Option<Spoken>)> {
+    pub async fn accept(&self, stream: TcpStream) -> io::Result<(Io, Option<DetectedProtocol>)> {
         let stream = TlsAcceptor::from(self.config.load_full()).accept(stream).await?;
         let spoken = match stream.get_ref().1.alpn_protocol() {
-            Some(b"h2") => Some(Spoken::Http2),
-            Some(b"http/1.1") => Some(Spoken::Http1),
+            Some(b"h2") => Some(DetectedProtocol::Http2),
+            Some(b"http/1.1") => Some(DetectedProtocol::Http1),
             _ => None,
         };
         Ok((Io::boxed(stream), spoken))

@@ -46,7 +46,7 @@ impl Framing {
 
 /// One direction of an exchange.
 #[derive(Default)]
-pub struct Direction {
+pub struct FlowDirection {
     bytes: Cell<u64>,
     framing: Cell<Framing>,
     ended: Cell<bool>,
@@ -54,7 +54,7 @@ pub struct Direction {
     left: Cell<bool>,
 }
 
-impl Direction {
+impl FlowDirection {
     /// Body bytes that have passed.
     pub fn bytes(&self) -> u64 {
         self.bytes.get()
@@ -99,7 +99,7 @@ impl Direction {
 
 /// When an answer is cut whoever waits for whom.
 #[derive(Debug, Clone, Copy)]
-pub struct Cut {
+pub struct Cutoff {
     /// At the latest.
     pub at: Instant,
     /// Earlier, if no byte has moved in either direction for so long.
@@ -109,12 +109,12 @@ pub struct Cut {
 /// One exchange, both directions.
 pub struct Flow {
     /// From the caller to the upstream.
-    pub request: Direction,
+    pub request: FlowDirection,
     /// From the upstream to the caller.
-    pub response: Direction,
+    pub response: FlowDirection,
     grpc: Cell<bool>,
     last: Cell<Instant>,
-    cut: Cell<Option<Cut>>,
+    cut: Cell<Option<Cutoff>>,
     was_cut: Cell<bool>,
     starved: Cell<bool>,
     over: Cell<bool>,
@@ -127,8 +127,8 @@ impl Flow {
     /// An exchange that begins now.
     pub fn new(now: Instant) -> Self {
         Self {
-            request: Direction::default(),
-            response: Direction::default(),
+            request: FlowDirection::default(),
+            response: FlowDirection::default(),
             grpc: Cell::new(false),
             last: Cell::new(now),
             cut: Cell::new(None),
@@ -147,7 +147,7 @@ impl Flow {
     }
 
     /// Notes body bytes that passed in one direction at `now`.
-    pub fn passed(&self, direction: &Direction, chunk: &[u8], now: Instant) {
+    pub fn passed(&self, direction: &FlowDirection, chunk: &[u8], now: Instant) {
         direction.bytes.set(direction.bytes.get() + chunk.len() as u64);
         self.last.set(now);
         if self.grpc.get() {
@@ -226,13 +226,13 @@ impl Flow {
     ///
     /// Set while an answer's body is on its way: a caller that stops reading also stops
     /// polling the body and with it the body's own timer.
-    pub fn cut_by(&self, cut: Option<Cut>) {
+    pub fn cut_by(&self, cut: Option<Cutoff>) {
         self.cut.set(cut);
     }
 
     /// When the answer has to be cut; `None` while no answer is under way.
     pub fn cut_time(&self) -> Option<Instant> {
-        let Cut { at, idle } = self.cut.get()?;
+        let Cutoff { at, idle } = self.cut.get()?;
         Some(at.min(self.last() + idle))
     }
 

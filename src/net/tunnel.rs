@@ -13,7 +13,7 @@ const CHUNK: usize = 16 * 1024;
 
 /// How a tunnel ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum End {
+pub enum TunnelEnd {
     /// Both sides said that they were done.
     Finished,
     /// A side broke off.
@@ -26,9 +26,9 @@ pub enum End {
 
 /// What a tunnel carried, and how it ended.
 #[derive(Debug, Clone, Copy)]
-pub struct Report {
+pub struct TunnelReport {
     /// How it ended.
-    pub end: End,
+    pub end: TunnelEnd,
     /// Bytes from the caller to the upstream.
     pub sent: u64,
     /// Bytes from the upstream to the caller.
@@ -38,7 +38,7 @@ pub struct Report {
 /// Carries bytes until both sides have ended; a side's end is passed on after its last byte.
 ///
 /// `idle` without a byte in either direction ends it, and `life` ends it in any case.
-pub async fn run(caller: Io, upstream: Io, idle: Duration, life: Duration) -> Report {
+pub async fn run(caller: Io, upstream: Io, idle: Duration, life: Duration) -> TunnelReport {
     let activity = [caller.activity(), upstream.activity()];
     let (caller_read, caller_write) = tokio::io::split(caller);
     let (upstream_read, upstream_write) = tokio::io::split(upstream);
@@ -52,12 +52,12 @@ pub async fn run(caller: Io, upstream: Io, idle: Duration, life: Duration) -> Re
             )
         };
         tokio::select! {
-            done = both => if done.is_ok() { End::Finished } else { End::Broken },
-            () = silence([&activity[0], &activity[1]], idle) => End::Idle,
-            () = tokio::time::sleep(life) => End::Expired,
+            done = both => if done.is_ok() { TunnelEnd::Finished } else { TunnelEnd::Broken },
+            () = silence([&activity[0], &activity[1]], idle) => TunnelEnd::Idle,
+            () = tokio::time::sleep(life) => TunnelEnd::Expired,
         }
     };
-    Report { end, sent, received }
+    TunnelReport { end, sent, received }
 }
 
 async fn one_way(mut from: ReadHalf<Io>, mut to: WriteHalf<Io>, total: &mut u64) -> io::Result<()> {
@@ -116,7 +116,7 @@ mod tests {
         };
         let (report, heard) = tokio::join!(tunnel, talk);
         assert_eq!(heard, "pingpong!");
-        assert_eq!((report.end, report.sent, report.received), (End::Finished, 4, 5));
+        assert_eq!((report.end, report.sent, report.received), (TunnelEnd::Finished, 4, 5));
     }
 
     #[tokio::test(start_paused = true)]
@@ -125,7 +125,7 @@ mod tests {
         let (upstream, _back) = tokio::io::duplex(64);
         let begun = Instant::now();
         let report = run(Io::boxed(caller), Io::boxed(upstream), IDLE, LIFE).await;
-        assert_eq!(report.end, End::Idle);
+        assert_eq!(report.end, TunnelEnd::Idle);
         assert!(begun.elapsed() <= IDLE + IDLE / 4, "took {:?}", begun.elapsed());
     }
 }

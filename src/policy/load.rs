@@ -12,11 +12,11 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::ast::{self, Node};
 use super::check::{Document, check};
 use super::model::{Fnv, Model};
 use super::spec::PolicySpec;
-use super::tree::{self, Node};
-use crate::problems::{At, Place, Problem, Problems, Sources};
+use crate::problems::{Cursor, Position, Problem, Problems, Sources};
 
 /// A larger file is refused: etcd, and so a ConfigMap, ends here too.
 const LARGEST: u64 = 1 << 20;
@@ -163,7 +163,7 @@ fn text_of(source: impl Read) -> Result<String, String> {
 }
 
 fn of_file(path: &Path, message: String, hint: Option<String>) -> Problem {
-    Problem { file: name(path), place: Place::default(), path: String::new(), message, hint }
+    Problem { file: name(path), place: Position::default(), path: String::new(), message, hint }
 }
 
 fn name(path: &Path) -> Arc<str> {
@@ -199,7 +199,7 @@ fn build(texts: Vec<(PathBuf, String)>, mut problems: Problems) -> Result<Model,
 
 fn parse(path: &Path, text: &str) -> Result<Parsed, Problem> {
     let hint = "a policy begins with `apiVersion: hopguard.dev/v1alpha1` and `kind: Policy`";
-    match tree::parse(text) {
+    match ast::parse(text) {
         Ok(tree) if tree.is_empty() => Err(of_file(path, "the file is empty".into(), Some(hint.into()))),
         Ok(tree) => {
             let folder = path.parent().unwrap_or(Path::new(""));
@@ -215,7 +215,7 @@ fn parse(path: &Path, text: &str) -> Result<Parsed, Problem> {
 fn read_and_check(parsed: &[Parsed], sources: &Sources, is_complete: bool, problems: &RefCell<Problems>) -> Model {
     let mut documents = Vec::new();
     for Parsed { name, folder, tree } in parsed {
-        let at = At::root(name, tree, problems);
+        let at = Cursor::root(name, tree, problems);
         if let Some(spec) = tree.read::<PolicySpec>(&at) {
             documents.push(Document { folder, spec, at });
         }

@@ -11,7 +11,7 @@ use http::header::{HeaderName, HeaderValue};
 use schemars::JsonSchema;
 use serde::Deserialize;
 
-use crate::problems::{Origin, Set};
+use crate::problems::{Origin, Sourced};
 use crate::rules::circuit_breaker::CircuitBreaker;
 use crate::rules::ejection::Ejection;
 use crate::rules::faults::Faults;
@@ -19,9 +19,9 @@ use crate::rules::limits::Limits;
 use crate::rules::mode::Modes;
 use crate::rules::rate_limit::RateLimit;
 use crate::rules::retry::Retry;
-use crate::rules::switch::allow_false;
 use crate::rules::timeouts::Timeouts;
-use crate::upstream::spec::{Connections, Endpoint, Protocol, Tls};
+use crate::rules::toggle::allow_false;
+use crate::upstream::spec::{Connections, EndpointSpec, UpstreamProtocol, UpstreamTls};
 
 /// The name of the route that takes what no other route of its destination does.
 pub const DEFAULT_ROUTE: &str = "default";
@@ -116,15 +116,15 @@ pub struct Listener {
     /// Unique.
     pub bind: SocketAddr,
     /// Who gets the calls.
-    pub target: Target,
+    pub target: ListenerTarget,
     /// Whose calls these are.
     pub direction: Direction,
     /// For a caller to send a whole request head.
-    pub headers_timeout: Set<Duration>,
+    pub headers_timeout: Sourced<Duration>,
     /// For a caller's connection without a request.
-    pub idle: Set<Duration>,
+    pub idle: Sourced<Duration>,
     /// The whole header section of a request, in bytes.
-    pub max_header_size: Set<u32>,
+    pub max_header_size: Sourced<u32>,
     /// None for plain text.
     pub tls: Option<ListenerTls>,
     /// The line of its entry.
@@ -133,7 +133,7 @@ pub struct Listener {
 
 /// Who gets a listener's calls.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Target {
+pub enum ListenerTarget {
     /// One destination: an index into the model's.
     To(usize),
     /// The destination that the request's host names.
@@ -155,13 +155,13 @@ pub struct Destination {
     /// Unique; the metric label.
     pub name: String,
     /// No host stands in two destinations.
-    pub hosts: Vec<Host>,
+    pub hosts: Vec<HostPattern>,
     /// Empty: where the caller was going, which only forward listeners know.
-    pub endpoints: Vec<Endpoint>,
+    pub endpoints: Vec<EndpointSpec>,
     /// How it is spoken to.
-    pub protocol: Protocol,
+    pub protocol: UpstreamProtocol,
     /// None for plain text.
-    pub tls: Option<Tls>,
+    pub tls: Option<UpstreamTls>,
     /// How many calls it gets at once.
     pub limits: Limits,
     /// When it gets none for a while.
@@ -178,7 +178,7 @@ pub struct Destination {
 
 /// A host that a destination answers for; lower case, no port, IPv6 without brackets. Shows as in a policy.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub enum Host {
+pub enum HostPattern {
     /// This name.
     Exact(String),
     /// Every name that ends in a dot and this.
@@ -187,7 +187,7 @@ pub enum Host {
     Any,
 }
 
-impl fmt::Display for Host {
+impl fmt::Display for HostPattern {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Exact(name) => f.write_str(name),
@@ -209,7 +209,7 @@ pub struct Route {
     /// Which failed calls are sent again.
     pub retry: Retry,
     /// How many calls it takes in which time.
-    pub rate_limit: Set<Option<RateLimit>>,
+    pub rate_limit: Sourced<Option<RateLimit>>,
     /// Failures on purpose.
     pub faults: Faults,
     /// Lives by `idle` and `max_duration`, not by `request`, once the head of the answer is there.
@@ -224,14 +224,14 @@ pub struct RouteMatch {
     /// One of these, or any when empty. Sorted.
     pub methods: Vec<http::Method>,
     /// On which path.
-    pub path: Path,
+    pub path: PathMatch,
     /// Each of these with exactly this value. Sorted by name.
     pub headers: Vec<(HeaderName, HeaderValue)>,
 }
 
 /// On which path a route is.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
-pub enum Path {
+pub enum PathMatch {
     /// On every path.
     #[default]
     Any,
@@ -248,7 +248,7 @@ pub enum Path {
     GrpcService(String),
 }
 
-impl fmt::Display for Path {
+impl fmt::Display for PathMatch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Any => f.write_str("any path"),

@@ -10,16 +10,16 @@ use jiff::Timestamp;
 use tokio::time::Instant;
 
 use crate::net::certificates::{CertificateError, SystemRoots};
-use crate::policy::index::{HostIndex, RouteIndex};
-use crate::policy::model::{self, Direction, Host, Listener, Model};
-use crate::rules::breaker::{Change, Thresholds};
-use crate::rules::ejection::Member;
-use crate::rules::gate::Gate;
+use crate::policy::model::{self, Direction, HostPattern, Listener, Model};
+use crate::policy::router::{HostTable, RouteTable};
+use crate::rules::circuit_breaker::{StateChange, Thresholds};
+use crate::rules::ejection::EjectionMember;
+use crate::rules::limits::ConcurrencyLimit;
 use crate::rules::mode::Modes;
 use crate::rules::rate_limit::RateLimiter;
 use crate::telemetry::{self, HopId, HopLabels, Hops};
-use crate::upstream::cluster::{Cluster, Health, Identity};
-use crate::upstream::spec::Endpoint;
+use crate::upstream::cluster::{Cluster, ClusterIdentity, Health};
+use crate::upstream::spec::EndpointSpec;
 
 /// One policy, ready for use.
 pub struct Snapshot {
@@ -34,7 +34,7 @@ pub struct Snapshot {
     /// The destinations, in the order of the model.
     pub destinations: Vec<Destination>,
     /// Which destination a host belongs to.
-    pub hosts: HostIndex,
+    pub hosts: HostTable,
     /// The checked policy itself, to be shown.
     pub model: Arc<Model>,
     /// Whether there are callers on both sides of the app, so that an outbound call has an inbound request behind it.
@@ -49,9 +49,9 @@ pub struct Destination {
     /// Its endpoints.
     pub cluster: Arc<Cluster>,
     /// Its calls in flight.
-    pub gate: Arc<Gate>,
+    pub concurrency: Arc<ConcurrencyLimit>,
     /// Which of its routes a request meets.
-    pub index: RouteIndex,
+    pub index: RouteTable,
     /// What the circuit breaker goes by; `None` where it is off.
     pub breaker: Option<Thresholds>,
     /// What ejection goes by; `None` where it is off.
@@ -105,7 +105,7 @@ impl Snapshot {
             loaded: Timestamp::now(),
             listeners: model.listeners.clone(),
             destinations,
-            hosts: HostIndex::new(&model.destinations),
+            hosts: HostTable::new(&model.destinations),
             ties: has_both_sides(&model),
             model: Arc::new(model),
             unrouted,
@@ -113,9 +113,9 @@ impl Snapshot {
     }
 
     /// Tells the live parts that this policy is in force now, and `told` of each endpoint that is taken back by that.
-    pub fn take_effect(&self, now: Instant, mut told: impl FnMut(&Destination, &Member, &Change)) {
+    pub fn take_effect(&self, now: Instant, mut told: impl FnMut(&Destination, &EjectionMember, &StateChange)) {
         for destination in &self.destinations {
-            destination.gate.set_limit(destination.values.limits.in_flight.value);
+            destination.concurrency.set_limit(destination.values.limits.in_flight.value);
             if let Some((member, change)) = destination.cluster.forget_others(now) {
                 told(destination, &member, &change);
             }
@@ -149,7 +149,7 @@ impl Destination {
         values: &model::Destination,
         modes: &Modes,
         before: Option<&Self>,
-        make: &mut impl FnMut(Identity, Health) -> Result<Arc<Cluster>, CertificateError>,
+        make: &mut impl FnMut(ClusterIdentity, Health) -> Result<Arc<Cluster>, CertificateError>,
     ) -> Result<Self, CertificateError> {
         let identity = identity(values);
         let cluster = match before {
@@ -162,8 +162,11 @@ impl Destination {
         };
         Ok(Self {
             cluster,
-            gate: before.map_or_else(|| Gate::new(values.limits.in_flight.value), |before| Arc::clone(&before.gate)),
-            index: RouteIndex::new(&values.routes),
+            concurrency: before.map_or_else(
+                || ConcurrencyLimit::new(values.limits.in_flight.value),
+                |before| Arc::clone(&before.concurrency),
+            ),
+            index: RouteTable::new(&values.routes),
             breaker: values.circuit_breaker.thresholds().filter(|_| !modes.circuit_breaker.value.is_off()),
             ejection: values.ejection.thresholds().filter(|_| !modes.ejection.value.is_off()),
             ejects: values.ejection.on.value && modes.ejection.value.is_enforced(),
@@ -208,22 +211,22 @@ fn name_id(name: &str) -> u64 {
 
 fn host(values: &model::Destination) -> String {
     let first_name = values.hosts.iter().find_map(|host| match host {
-        Host::Exact(name) => Some(name.clone()),
-        Host::Suffix(_) | Host::Any => None,
+        HostPattern::Exact(name) => Some(name.clone()),
+        HostPattern::Suffix(_) | HostPattern::Any => None,
     });
     let address = values.endpoints.first().map(|endpoint| match endpoint {
-        Endpoint::Address(address) => address.ip().to_string(),
-        Endpoint::Dns { name, .. } => name.trim_end_matches('.').to_owned(),
+        EndpointSpec::Address(address) => address.ip().to_string(),
+        EndpointSpec::Dns { name, .. } => name.trim_end_matches('.').to_owned(),
     });
     let wanted = values.tls.as_ref().and_then(|tls| tls.server_name.clone());
     wanted.or(first_name).or(address).unwrap_or_else(|| values.name.clone())
 }
 
-fn identity(values: &model::Destination) -> Identity {
+fn identity(values: &model::Destination) -> ClusterIdentity {
     // What no certificate is asked for may change, and everything else lives on.
     let is_checked = values.tls.is_some() && !values.endpoints.is_empty();
     let host = if is_checked { host(values) } else { String::new() };
-    Identity {
+    ClusterIdentity {
         name: values.name.as_str().into(),
         endpoints: values.endpoints.clone(),
         protocol: values.protocol,

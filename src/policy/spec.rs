@@ -13,9 +13,9 @@ use serde::Deserialize;
 use serde::de::{self, Deserializer, Visitor};
 
 use super::model::{Direction, LogFormat, LogMode};
-use crate::problems::Fault;
+use crate::problems::InvalidValue;
 use crate::rules::circuit_breaker::CircuitBreakerSpec;
-use crate::rules::duration::Span;
+use crate::rules::duration::DurationSpec;
 use crate::rules::ejection::EjectionSpec;
 use crate::rules::faults::FaultSpec;
 use crate::rules::limits::LimitsSpec;
@@ -24,9 +24,9 @@ use crate::rules::rate_limit::RateLimitSpec;
 use crate::rules::ratio::Ratio;
 use crate::rules::retry::RetrySpec;
 use crate::rules::size::Size;
-use crate::rules::switch::Switch;
 use crate::rules::timeouts::TimeoutsSpec;
-use crate::upstream::spec::{ConnectionsSpec, Endpoint, Protocol, TlsSpec};
+use crate::rules::toggle::Toggle;
+use crate::upstream::spec::{ConnectionsSpec, EndpointSpec, UpstreamProtocol, UpstreamTlsSpec};
 
 /// The shape's version.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, JsonSchema)]
@@ -38,7 +38,7 @@ pub enum ApiVersion {
 
 /// What a document is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, JsonSchema)]
-pub enum Kind {
+pub enum DocumentKind {
     /// The only kind so far.
     Policy,
 }
@@ -51,7 +51,7 @@ pub struct PolicySpec {
     /// Always hopguard.dev/v1alpha1.
     pub api_version: Option<ApiVersion>,
     /// Always Policy.
-    pub kind: Option<Kind>,
+    pub kind: Option<DocumentKind>,
     /// Who we are in metrics, logs and `Via`. Default: $HOPGUARD_SERVICE, else "unknown".
     pub service: Option<String>,
     /// Which exchanges get a log line, and in which form.
@@ -89,11 +89,11 @@ pub struct DefaultsSpec {
     /// Pooled upstream connections.
     pub connections: Option<ConnectionsSpec>,
     /// Which failed calls are sent again.
-    pub retry: Option<Switch<RetrySpec>>,
+    pub retry: Option<Toggle<RetrySpec>>,
     /// When a destination gets no calls for a while.
-    pub circuit_breaker: Option<Switch<CircuitBreakerSpec>>,
+    pub circuit_breaker: Option<Toggle<CircuitBreakerSpec>>,
     /// When one endpoint gets no calls for a while.
-    pub ejection: Option<Switch<EjectionSpec>>,
+    pub ejection: Option<Toggle<EjectionSpec>>,
 }
 
 /// One of `listeners:`.
@@ -129,9 +129,9 @@ pub struct ListenerSpec {
 #[serde(default, deny_unknown_fields, rename_all = "camelCase", expecting = "a mapping with headers and idle")]
 pub struct ListenerTimeoutsSpec {
     /// For a caller to send a whole request head. Default 10s.
-    pub headers: Option<Span>,
+    pub headers: Option<DurationSpec>,
     /// For a caller's connection without a request. Default 60s.
-    pub idle: Option<Span>,
+    pub idle: Option<DurationSpec>,
 }
 
 /// `tls:` of a listener.
@@ -155,11 +155,11 @@ pub struct DestinationSpec {
     /// Exact names, `*.suffix` or `*`, without port.
     pub hosts: Option<Vec<String>>,
     /// Where its instances are. None: where the caller was going.
-    pub endpoints: Option<Vec<Endpoint>>,
+    pub endpoints: Option<Vec<EndpointSpec>>,
     /// Default auto.
-    pub protocol: Option<Protocol>,
+    pub protocol: Option<UpstreamProtocol>,
     /// TLS to the upstream; also when empty.
-    pub tls: Option<TlsSpec>,
+    pub tls: Option<UpstreamTlsSpec>,
     /// How long calls may take.
     pub timeouts: Option<TimeoutsSpec>,
     /// How many calls it gets at once.
@@ -167,13 +167,13 @@ pub struct DestinationSpec {
     /// Pooled connections to it.
     pub connections: Option<ConnectionsSpec>,
     /// Which failed calls are sent again.
-    pub retry: Option<Switch<RetrySpec>>,
+    pub retry: Option<Toggle<RetrySpec>>,
     /// When it gets no calls for a while.
-    pub circuit_breaker: Option<Switch<CircuitBreakerSpec>>,
+    pub circuit_breaker: Option<Toggle<CircuitBreakerSpec>>,
     /// When one of its endpoints gets no calls for a while.
-    pub ejection: Option<Switch<EjectionSpec>>,
+    pub ejection: Option<Toggle<EjectionSpec>>,
     /// How many calls each of its routes takes in which time.
-    pub rate_limit: Option<Switch<RateLimitSpec>>,
+    pub rate_limit: Option<Toggle<RateLimitSpec>>,
     /// Failures on purpose, for those of its routes that have none of their own.
     pub faults: Option<Vec<FaultSpec>>,
     /// Calls that are treated differently; the most specific wins, whatever the order.
@@ -192,9 +192,9 @@ pub struct RouteSpec {
     /// How long these calls may take.
     pub timeouts: Option<TimeoutsSpec>,
     /// Which of these calls are sent again when they fail.
-    pub retry: Option<Switch<RetrySpec>>,
+    pub retry: Option<Toggle<RetrySpec>>,
     /// How many of these calls are taken in which time.
-    pub rate_limit: Option<Switch<RateLimitSpec>>,
+    pub rate_limit: Option<Toggle<RateLimitSpec>>,
     /// Failures on purpose.
     pub faults: Option<Vec<FaultSpec>>,
     /// Lives by idle and maxDuration, not by request, once the head of the answer is there.
@@ -231,7 +231,7 @@ impl<'de> Deserialize<'de> for MethodName {
         let text = String::deserialize(deserializer)?;
         if text == "*" {
             let hint = "remove `methods`: without it, all methods match";
-            return Err(de::Error::custom(Fault::new("`*` is no method", hint)));
+            return Err(de::Error::custom(InvalidValue::new("`*` is no method", hint)));
         }
         Ok(Self(text))
     }
@@ -242,7 +242,7 @@ impl<'de> Deserialize<'de> for MethodName {
 pub struct Bind(pub SocketAddr);
 
 impl Bind {
-    fn parse(text: &str) -> Result<SocketAddr, Fault> {
+    fn parse(text: &str) -> Result<SocketAddr, InvalidValue> {
         text.parse().map_err(|_| {
             let bare = text.strip_prefix(':').or_else(|| text.strip_prefix("*:")).unwrap_or(text);
             let hint = if bare.parse::<u16>().is_ok() {
@@ -252,15 +252,15 @@ impl Bind {
             } else {
                 "write an IP address and a port, like `0.0.0.0:8080` or `[::]:8080`".into()
             };
-            Fault::new(format!("`{text}` is no address to listen at"), hint)
+            InvalidValue::new(format!("`{text}` is no address to listen at"), hint)
         })
     }
 }
 
 impl<'de> Deserialize<'de> for Bind {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Read;
-        impl Visitor<'_> for Read {
+        struct BindVisitor;
+        impl Visitor<'_> for BindVisitor {
             type Value = Bind;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -275,7 +275,7 @@ impl<'de> Deserialize<'de> for Bind {
                 self.visit_str(&number.to_string())
             }
         }
-        deserializer.deserialize_any(Read)
+        deserializer.deserialize_any(BindVisitor)
     }
 }
 

@@ -25,17 +25,17 @@ const LOOK: Duration = Duration::from_secs(5);
 const LOOK_BLIND: Duration = Duration::from_millis(900);
 
 /// A watch over files and directories, which need not exist.
-pub struct Watch {
+pub struct PolicyWatch {
     paths: Vec<PathBuf>,
     watcher: Option<RecommendedWatcher>,
     armed: BTreeSet<PathBuf>,
     event: Arc<Notify>,
-    /// An event has come, and [`Watch::changed`] has not returned for it yet.
+    /// An event has come, and [`PolicyWatch::changed`] has not returned for it yet.
     is_due: bool,
     next_look: Instant,
 }
 
-impl Watch {
+impl PolicyWatch {
     /// Watches these paths from now on. Must be called on a runtime whose timer is on.
     ///
     /// Where the system refuses to watch (its number of watches is used up, say), the files are looked at every second.
@@ -140,7 +140,7 @@ mod tests {
     /// Far below the five seconds after which it looks anyway, far above what an event takes.
     const SOON: Duration = Duration::from_secs(2);
 
-    async fn is_seen(watch: &mut Watch) -> bool {
+    async fn is_seen(watch: &mut PolicyWatch) -> bool {
         tokio::time::timeout(SOON, watch.changed()).await.is_ok()
     }
 
@@ -149,7 +149,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("policy.yaml");
         fs::write(&file, "a").unwrap();
-        let mut watch = Watch::new([file.clone()]);
+        let mut watch = PolicyWatch::new([file.clone()]);
         fs::write(&file, "b").unwrap();
         assert!(is_seen(&mut watch).await, "edited");
         for round in 0..3 {
@@ -177,8 +177,8 @@ mod tests {
         };
         version(0);
         symlink("..data/policy.yaml", mount.join("policy.yaml")).unwrap();
-        let mut of_file = Watch::new([mount.join("policy.yaml")]);
-        let mut of_folder = Watch::new([mount.to_owned()]);
+        let mut of_file = PolicyWatch::new([mount.join("policy.yaml")]);
+        let mut of_folder = PolicyWatch::new([mount.to_owned()]);
         for n in 1..4 {
             version(n);
             fs::remove_dir_all(mount.join(format!("..{}", n - 1))).unwrap();
@@ -203,8 +203,8 @@ mod tests {
         lead("current", "first");
         fs::create_dir(root.join("etc")).unwrap();
         symlink("../current/policy", root.join("etc/hopguard")).unwrap();
-        let mut of_file = Watch::new([root.join("etc/hopguard/policy.yaml")]);
-        let mut of_folder = Watch::new([root.join("etc/hopguard")]);
+        let mut of_file = PolicyWatch::new([root.join("etc/hopguard/policy.yaml")]);
+        let mut of_folder = PolicyWatch::new([root.join("etc/hopguard")]);
         lead("current", "second");
         let (by_file, by_folder) = tokio::join!(is_seen(&mut of_file), is_seen(&mut of_folder));
         assert!(by_file && by_folder, "swapped: {by_file} {by_folder}");
@@ -220,7 +220,7 @@ mod tests {
         let file = inner.join("policy.yaml");
         fs::create_dir(&inner).unwrap();
         fs::write(&file, "a").unwrap();
-        let mut watch = Watch::new([file.clone()]);
+        let mut watch = PolicyWatch::new([file.clone()]);
         fs::remove_dir_all(&inner).unwrap();
         assert!(is_seen(&mut watch).await, "removed");
         fs::create_dir(&inner).unwrap();
@@ -235,7 +235,7 @@ mod tests {
     async fn an_event_outlives_a_call_that_was_dropped() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("policy.yaml");
-        let mut watch = Watch::new([file.clone()]);
+        let mut watch = PolicyWatch::new([file.clone()]);
         fs::write(&file, "a").unwrap();
         tokio::time::timeout(Duration::from_millis(50), watch.changed()).await.ok();
         assert!(is_seen(&mut watch).await);
@@ -246,7 +246,7 @@ mod tests {
         let between = Duration::from_millis(60);
         for (pieces, wanted) in [(1, SETTLE), (5, between * 4 + SETTLE), (100, SETTLE_MOST)] {
             let folder = tempfile::tempdir().unwrap();
-            let mut watch = Watch::new([folder.path().join("policy.yaml")]);
+            let mut watch = PolicyWatch::new([folder.path().join("policy.yaml")]);
             let event = Arc::clone(&watch.event);
             let begun = Instant::now();
             let writer = async {
@@ -270,7 +270,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("policy.yaml");
         fs::write(&file, "a").unwrap();
-        let mut watch = Watch::new([file.clone()]);
+        let mut watch = PolicyWatch::new([file.clone()]);
         fs::read(&file).unwrap();
         fs::read_dir(folder.path()).unwrap().count();
         assert!(tokio::time::timeout(Duration::from_millis(300), watch.changed()).await.is_err());

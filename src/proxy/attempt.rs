@@ -1,4 +1,4 @@
-//! One try at one endpoint: send over the connection that [`reach`] found, wait for the head of the answer.
+//! One try at one endpoint: send over the connection that [`select`] found, wait for the head of the answer.
 //!
 //! A request that a pooled connection hands back unsent goes out over the next one: nobody has seen it.
 
@@ -17,16 +17,16 @@ use http_body::Body;
 use tokio::time::Instant;
 
 use crate::net::body::RequestBody;
-use crate::proxy::fields::ATTEMPT_COUNT;
-use crate::proxy::live::Live;
-use crate::proxy::patience::Verdict;
-use crate::proxy::refusal::{Kind, Refusal};
-use crate::proxy::{fault, reach, ties, trial};
-use crate::telemetry::Connection;
-use crate::upstream::answer::{AnswerBody, Unanswered, UpstreamError};
+use crate::proxy::headers::ATTEMPT_COUNT;
+use crate::proxy::local_reply::{LocalReply, LocalReplyKind};
+use crate::proxy::request_context::RequestContext;
+use crate::proxy::timeouts::TimeoutVerdict;
+use crate::proxy::{correlation, fault_injection, outcome, select};
+use crate::telemetry::ConnectionUse;
 use crate::upstream::endpoint::Endpoint;
-use crate::upstream::pool::{Carrier, Lease, Pool, Want};
-use crate::upstream::spec::Protocol;
+use crate::upstream::pool::{Lease, Pool, ProtocolPreference, Transport};
+use crate::upstream::response::{SendError, UpstreamBody, UpstreamError};
+use crate::upstream::spec::UpstreamProtocol;
 
 const PREVIOUS_ATTEMPTS: HeaderName = HeaderName::from_static("grpc-previous-rpc-attempts");
 
@@ -37,13 +37,17 @@ const UNSENT: usize = 3;
 /// `timeouts.request` if that is shorter.
 const CONTINUE_AFTER: Duration = Duration::from_secs(1);
 
-/// Sends a request and returns the head of its answer; the connection stays in `live`.
+/// Sends a request and returns the head of its answer; the connection stays in `request_context`.
 ///
 /// # Errors
 /// The refusal that the caller gets instead.
-pub async fn send(live: &mut Live, pool: &Rc<Pool>, switching: bool) -> Result<Response<AnswerBody>, Refusal> {
+pub async fn send(
+    live: &mut RequestContext,
+    pool: &Rc<Pool>,
+    switching: bool,
+) -> Result<Response<UpstreamBody>, LocalReply> {
     // Only HTTP/1.1 has a way to switch a whole connection to another protocol.
-    let want = if switching { Want::Http1 } else { want(pool, live.patience.grpc) };
+    let want = if switching { ProtocolPreference::Http1 } else { want(pool, live.patience.grpc) };
     live.unsent = true;
     if !live.route().faults.is_empty() {
         // Boxed, like everything that few requests meet.
@@ -53,10 +57,10 @@ pub async fn send(live: &mut Live, pool: &Rc<Pool>, switching: bool) -> Result<R
     }
     for _ in 0..UNSENT {
         let mut begun = Instant::now();
-        let lease = match reach::borrow(live, pool, want, begun).await {
+        let lease = match select::borrow(live, pool, want, begun).await {
             Some(lease) => lease,
             None => {
-                let lease = Box::pin(reach::open(live, pool, want)).await?;
+                let lease = Box::pin(select::open(live, pool, want)).await?;
                 begun = Instant::now();
                 lease
             }
@@ -66,8 +70,8 @@ pub async fn send(live: &mut Live, pool: &Rc<Pool>, switching: bool) -> Result<R
         live.reused = lease.reused;
         let address = lease.endpoint.address.socket;
         let connection = match lease.reused {
-            true => Connection::Reused { age: begun.saturating_duration_since(lease.born) },
-            false => Connection::New,
+            true => ConnectionUse::Reused { age: begun.saturating_duration_since(lease.born) },
+            false => ConnectionUse::New,
         };
         live.record.via(address, connection);
         match exchange(live, lease).await {
@@ -83,24 +87,27 @@ pub async fn send(live: &mut Live, pool: &Rc<Pool>, switching: bool) -> Result<R
         }
     }
     live.leaving = true;
-    Err(Refusal::plain(Kind::UpstreamReset, "every connection was closed before the request could be sent"))
+    Err(LocalReply::plain(
+        LocalReplyKind::UpstreamReset,
+        "every connection was closed before the request could be sent",
+    ))
 }
 
 /// Lets the try meet a fault of the policy, if it is to meet one, at the endpoint that it would go to. `None`: it goes on.
-async fn faulted(live: &mut Live, pool: &Rc<Pool>) -> Result<Option<Response<AnswerBody>>, Refusal> {
+async fn faulted(live: &mut RequestContext, pool: &Rc<Pool>) -> Result<Option<Response<UpstreamBody>>, LocalReply> {
     live.fault = None;
     let view = Rc::clone(&live.view);
     let faults = &view.destination(live.destination()).values.routes[live.route_position()].faults;
-    let Some(fault) = fault::draw(live, faults) else { return Ok(None) };
+    let Some(fault) = fault_injection::draw(live, faults) else { return Ok(None) };
     let began = Instant::now();
-    let endpoint = match reach::pick(live, pool, began) {
+    let endpoint = match select::pick(live, pool, began) {
         Some(endpoint) => endpoint,
-        None => reach::pick_known(live, pool).await?.ok_or_else(reach::nobody)?,
+        None => select::pick_known(live, pool).await?.ok_or_else(select::nobody)?,
     };
     live.record.towards(endpoint.address.socket);
     let began = Instant::now();
     live.patience.try_began = began;
-    let happened = fault::happen(live, fault).await;
+    let happened = fault_injection::happen(live, fault).await;
     let now = Instant::now();
     let Some(tried) = happened.transpose() else {
         live.picked = Some(endpoint);
@@ -117,27 +124,32 @@ async fn faulted(live: &mut Live, pool: &Rc<Pool>) -> Result<Option<Response<Ans
 }
 
 /// Notes for the choice among endpoints how a try went that is over now, unless it says nothing about its endpoint.
-fn weigh(live: &Live, endpoint: &Endpoint, tried: &Result<Response<AnswerBody>, Refusal>, took: Duration) {
-    if trial::speaks_against(live, tried) {
+fn weigh(
+    live: &RequestContext,
+    endpoint: &Endpoint,
+    tried: &Result<Response<UpstreamBody>, LocalReply>,
+    took: Duration,
+) {
+    if outcome::speaks_against(live, tried) {
         endpoint.load.failed(took, live.over_at);
     } else if tried.is_ok() {
         endpoint.load.answered(took, live.over_at);
     }
 }
 
-fn want(pool: &Pool, grpc: bool) -> Want {
+fn want(pool: &Pool, grpc: bool) -> ProtocolPreference {
     match (pool.cluster.identity.protocol, &pool.cluster.identity.tls) {
-        (Protocol::Http1, _) => Want::Http1,
-        (Protocol::Http2, _) => Want::Http2,
-        (Protocol::Auto, Some(_)) => Want::Either,
-        (Protocol::Auto, None) if grpc => Want::Http2,
-        (Protocol::Auto, None) => Want::Http1,
+        (UpstreamProtocol::Http1, _) => ProtocolPreference::Http1,
+        (UpstreamProtocol::Http2, _) => ProtocolPreference::Http2,
+        (UpstreamProtocol::Auto, Some(_)) => ProtocolPreference::Either,
+        (UpstreamProtocol::Auto, None) if grpc => ProtocolPreference::Http2,
+        (UpstreamProtocol::Auto, None) => ProtocolPreference::Http1,
     }
 }
 
 /// Sends over one connection and waits for the head, judged by the route's time limits. `None` if the request came back
-/// unsent, into `live`.
-async fn exchange(live: &mut Live, mut lease: Lease) -> Result<Option<Response<AnswerBody>>, Refusal> {
+/// unsent, into `request_context`.
+async fn exchange(live: &mut RequestContext, mut lease: Lease) -> Result<Option<Response<UpstreamBody>>, LocalReply> {
     let endpoint = Rc::clone(&lease.endpoint);
     live.unsent = false;
     let goes_on = hold_for_continue(live, &mut lease);
@@ -147,16 +159,16 @@ async fn exchange(live: &mut Live, mut lease: Lease) -> Result<Option<Response<A
     let patience = CONTINUE_AFTER.min(whole / 2);
     let mut wait = Wait { live, goes_on, held_until: began + patience };
     wait.look_at(began)?;
-    let answer = match lease.carrier() {
-        Some(Carrier::Http1(connection)) => {
-            let quiet = Rc::clone(&wait.live.quiet);
+    let answer = match lease.transport() {
+        Some(Transport::Http1(connection)) => {
+            let waker = Rc::clone(&wait.live.waker);
             let mut answer = pin!(None);
             poll_fn(|cx| {
                 if answer.is_none() {
                     // Sent from here, because every way out of a closure would move the request once more.
-                    quiet.hush(cx, |_| answer.set(Some(connection.send(for_http1(wait.live)))));
+                    waker.without_wakes(cx, |_| answer.set(Some(connection.send(for_http1(wait.live)))));
                 }
-                let polled = quiet.poll(cx, |cx| {
+                let polled = waker.poll(cx, |cx| {
                     // The connection has no task of its own: this is what moves it.
                     let _over = connection.drive(cx);
                     if wait.released() {
@@ -164,12 +176,12 @@ async fn exchange(live: &mut Live, mut lease: Lease) -> Result<Option<Response<A
                     }
                     answer.as_mut().as_pin_mut().map_or(Poll::Pending, |answer| answer.poll(cx))
                 });
-                let polled = polled.map_ok(|answer| answer.map(AnswerBody::Http1)).map_err(Unanswered::from);
+                let polled = polled.map_ok(|answer| answer.map(UpstreamBody::Http1)).map_err(SendError::from);
                 wait.poll(cx, polled)
             })
             .await
         }
-        Some(Carrier::Http2(connection)) => {
+        Some(Transport::Http2(connection)) => {
             let mut answer = pin!(connection.send(for_http2(wait.live, &endpoint)));
             poll_fn(|cx| {
                 let polled = answer.as_mut().poll(cx);
@@ -177,7 +189,7 @@ async fn exchange(live: &mut Live, mut lease: Lease) -> Result<Option<Response<A
             })
             .await
         }
-        None => return Err(Refusal::plain(Kind::UpstreamReset, "the connection is gone")),
+        None => return Err(LocalReply::plain(LocalReplyKind::UpstreamReset, "the connection is gone")),
     };
     let now = Instant::now();
     let took = live.patience.took(now);
@@ -187,17 +199,17 @@ async fn exchange(live: &mut Live, mut lease: Lease) -> Result<Option<Response<A
             live.lease = Some(lease);
             Ok(answer)
         }
-        Ok(Err(Unanswered { unsent: Some(back), .. })) => {
+        Ok(Err(SendError { unsent: Some(back), .. })) => {
             live.request = Some(*back);
             live.unsent = true;
             return Ok(None);
         }
-        Ok(Err(Unanswered { error, unsent: None })) => {
+        Ok(Err(SendError { error, unsent: None })) => {
             live.unsent = error.is_unprocessed();
             live.reused &= error.is_close();
             live.leaving = error.is_go_away();
             let refusal = broken(live, lease.reused, &error);
-            if error.is_close() && trial::is_callees_fault(live, refusal.kind) {
+            if error.is_close() && outcome::is_callees_fault(live, refusal.kind) {
                 lease.lost_race(began, now);
             }
             Err(refusal)
@@ -210,12 +222,12 @@ async fn exchange(live: &mut Live, mut lease: Lease) -> Result<Option<Response<A
 
 /// What the wait for the head looks at each time it is woken.
 struct Wait<'a> {
-    live: &'a mut Live,
+    live: &'a mut RequestContext,
     goes_on: Option<Arc<AtomicBool>>,
     held_until: Instant,
 }
 
-type Answer = Result<Response<AnswerBody>, Unanswered>;
+type Answer = Result<Response<UpstreamBody>, SendError>;
 
 impl Wait<'_> {
     /// True once, when the upstream has asked for the body.
@@ -228,7 +240,7 @@ impl Wait<'_> {
         asked
     }
 
-    fn poll(&mut self, cx: &mut Context<'_>, answer: Poll<Answer>) -> Poll<Result<Answer, Refusal>> {
+    fn poll(&mut self, cx: &mut Context<'_>, answer: Poll<Answer>) -> Poll<Result<Answer, LocalReply>> {
         if let Poll::Ready(answer) = answer {
             return Poll::Ready(Ok(answer));
         }
@@ -241,13 +253,13 @@ impl Wait<'_> {
     }
 
     /// Judges the exchange at `now` and sets the timer to the next look.
-    fn look_at(&mut self, now: Instant) -> Result<(), Refusal> {
+    fn look_at(&mut self, now: Instant) -> Result<(), LocalReply> {
         let live = &mut *self.live;
         match live.patience.judge(now, &live.route().timeouts, &live.flow) {
-            Verdict::Over(refusal) => Err(refusal),
-            Verdict::Wait(at) => {
+            TimeoutVerdict::Over(refusal) => Err(refusal),
+            TimeoutVerdict::Wait(at) => {
                 if now >= live.patience.request_at(&live.route().timeouts) {
-                    ties::lift(live);
+                    correlation::lift(live);
                 }
                 let held = live.flow.is_held();
                 if held && now >= self.held_until {
@@ -262,13 +274,13 @@ impl Wait<'_> {
 }
 
 /// Holds the caller's body back while the upstream has not asked for it (RFC 9110, 10.1.1).
-fn hold_for_continue(live: &mut Live, lease: &mut Lease) -> Option<Arc<AtomicBool>> {
+fn hold_for_continue(live: &mut RequestContext, lease: &mut Lease) -> Option<Arc<AtomicBool>> {
     if !live.expects {
         return None;
     }
     let request = live.request.as_mut()?;
     let has_begun = live.flow.request.bytes() > 0 || live.flow.request.ended();
-    if has_begun || !matches!(lease.carrier(), Some(Carrier::Http1(_))) {
+    if has_begun || !matches!(lease.transport(), Some(Transport::Http1(_))) {
         // What an earlier try has got of the caller need not be asked for again; and hyper does not report a 1xx that
         // comes over HTTP/2, so that there is nothing to wait for.
         request.headers_mut().remove(header::EXPECT);
@@ -290,7 +302,7 @@ const SLASH: PathAndQuery = PathAndQuery::from_static("/");
 const STAR: PathAndQuery = PathAndQuery::from_static("*");
 
 /// Origin-form, as every request to a server that is not a proxy (RFC 9112, 3.2.1).
-fn for_http1(live: &mut Live) -> Request<RequestBody> {
+fn for_http1(live: &mut RequestContext) -> Request<RequestBody> {
     let mut request = outgoing(live);
     *request.version_mut() = Version::HTTP_11;
     if request.uri().authority().is_some() {
@@ -323,20 +335,20 @@ fn for_http1(live: &mut Live) -> Request<RequestBody> {
 }
 
 /// The request, which is there unless a connection has it.
-fn outgoing(live: &mut Live) -> Request<RequestBody> {
+fn outgoing(live: &mut RequestContext) -> Request<RequestBody> {
     let flow = &live.flow;
     let mut request = live.request.take().unwrap_or_else(|| Request::new(RequestBody::empty(Rc::clone(flow))));
     if live.attempt > 1 {
         count_tries(live, request.headers_mut());
     }
     let now = live.sent_at();
-    ties::tell(live, request.headers_mut(), now);
+    correlation::tell(live, request.headers_mut(), now);
     request
 }
 
 /// Says which try this is: counted from 1 as Envoy does, and without the first as gRPC does (gRFC A6). Our tries come
 /// on top of those of the hop before an inbound listener, and of those that the app's own gRPC library has made.
-fn count_tries(live: &Live, fields: &mut HeaderMap) {
+fn count_tries(live: &RequestContext, fields: &mut HeaderMap) {
     let again = u32::from(live.attempt) - 1;
     fields.insert(ATTEMPT_COUNT, HeaderValue::from(counted(live, &ATTEMPT_COUNT).unwrap_or(1).saturating_add(again)));
     if live.patience.grpc {
@@ -346,12 +358,12 @@ fn count_tries(live: &Live, fields: &mut HeaderMap) {
 }
 
 /// What the request said when it came. Not what it says now: one that a connection has handed back was counted already.
-fn counted(live: &Live, name: &HeaderName) -> Option<u32> {
+fn counted(live: &RequestContext, name: &HeaderName) -> Option<u32> {
     live.spare.as_ref()?.head.headers.get(name)?.to_str().ok()?.parse().ok()
 }
 
 /// Control data in the target, no Host field (RFC 9113, 8.3.1).
-fn for_http2(live: &mut Live, endpoint: &Endpoint) -> Request<RequestBody> {
+fn for_http2(live: &mut RequestContext, endpoint: &Endpoint) -> Request<RequestBody> {
     let mut request = outgoing(live);
     *request.version_mut() = Version::HTTP_2;
     let host = request.headers_mut().remove(header::HOST);
@@ -371,14 +383,17 @@ fn for_http2(live: &mut Live, endpoint: &Endpoint) -> Request<RequestBody> {
 }
 
 /// Says what a broken connection means.
-fn broken(live: &Live, reused: bool, error: &UpstreamError) -> Refusal {
-    if let Some(refusal) = trial::broken_by_caller(live) {
+fn broken(live: &RequestContext, reused: bool, error: &UpstreamError) -> LocalReply {
+    if let Some(refusal) = outcome::broken_by_caller(live) {
         return refusal;
     }
     let cause = error.sentence();
     if error.is_malformed() {
-        return Refusal::plain(Kind::UpstreamProtocol, format!("the answer cannot be read: {cause}"));
+        return LocalReply::plain(LocalReplyKind::UpstreamProtocol, format!("the answer cannot be read: {cause}"));
     }
     let over = if reused { "a kept-alive connection" } else { "a new connection" };
-    Refusal::plain(Kind::UpstreamReset, format!("the upstream broke off before its answer, over {over}: {cause}"))
+    LocalReply::plain(
+        LocalReplyKind::UpstreamReset,
+        format!("the upstream broke off before its answer, over {over}: {cause}"),
+    )
 }

@@ -17,7 +17,7 @@ pub const MESSAGE: HeaderName = HeaderName::from_static("grpc-message");
 /// The codes that we give ourselves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u32)]
-pub enum Code {
+pub enum GrpcStatus {
     /// 2
     Unknown = 2,
     /// 4
@@ -36,7 +36,7 @@ pub enum Code {
     Unauthenticated = 16,
 }
 
-impl Code {
+impl GrpcStatus {
     /// What an HTTP status means where an answer has no `grpc-status`.
     pub fn of_http(status: StatusCode) -> Self {
         match status.as_u16() {
@@ -50,8 +50,8 @@ impl Code {
     }
 }
 
-impl From<Code> for u32 {
-    fn from(code: Code) -> Self {
+impl From<GrpcStatus> for u32 {
+    fn from(code: GrpcStatus) -> Self {
         code as Self
     }
 }
@@ -124,13 +124,13 @@ mod tests {
     #[test]
     fn http_statuses_map_as_grpc_has_it() {
         for (status, code) in [(400, 13), (401, 16), (403, 7), (404, 12), (429, 14), (503, 14), (200, 2), (418, 2)] {
-            assert_eq!(Code::of_http(StatusCode::from_u16(status).unwrap()) as u32, code, "{status}");
+            assert_eq!(GrpcStatus::of_http(StatusCode::from_u16(status).unwrap()) as u32, code, "{status}");
         }
     }
 
     #[test]
     fn a_status_is_read_from_fields() {
-        let fields = status_fields(Code::Unavailable, "gone");
+        let fields = status_fields(GrpcStatus::Unavailable, "gone");
         assert_eq!(read_status(&fields), Some((14, Some(HeaderValue::from_static("gone")))));
         assert_eq!(read_status(&HeaderMap::new()), None);
     }

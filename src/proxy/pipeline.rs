@@ -13,19 +13,19 @@ use tokio::time::Instant;
 
 use crate::net::body::RequestBody;
 use crate::net::flow::Flow;
-use crate::policy::model::{Destination, Direction, Listener, Target as Towards};
-use crate::proxy::answer::{self, Reply};
-use crate::proxy::body::ResponseBody;
-use crate::proxy::caller::Caller;
-use crate::proxy::fields::{self, ATTEMPT_COUNT, Present};
-use crate::proxy::held::Spare;
-use crate::proxy::live::Live;
-use crate::proxy::refusal::{Kind, Refusal, Rule};
-use crate::proxy::target::{self, Target};
-use crate::proxy::tries;
-use crate::proxy::worker::Worker;
-use crate::proxy::{ties, trial, upgrade};
-use crate::rules::gate::QueueFull;
+use crate::policy::model::{Destination, Direction, Listener, ListenerTarget};
+use crate::proxy::downstream::DownstreamConnection;
+use crate::proxy::headers::{self, ATTEMPT_COUNT, HeaderScan};
+use crate::proxy::held::ReplayableRequest;
+use crate::proxy::local_reply::{LocalReply, LocalReplyKind, RuleRef};
+use crate::proxy::request_context::RequestContext;
+use crate::proxy::response::{self, PipelineReply};
+use crate::proxy::response_body::ResponseBody;
+use crate::proxy::retry;
+use crate::proxy::target::{self, RequestTarget};
+use crate::proxy::worker_context::WorkerContext;
+use crate::proxy::{correlation, outcome, upgrade};
+use crate::rules::limits::QueueFull;
 use crate::rules::mode::RuleName;
 use crate::telemetry::Exchange;
 use crate::upstream::pool::Pool;
@@ -35,42 +35,46 @@ pub type Answer = Result<Response<ResponseBody>, Infallible>;
 
 /// One request, from its head to the head of its answer; the answer's body carries the exchange on.
 ///
-/// First everything is decided, at once and without waiting; then it is done. What is decided stays in `live`,
+/// First everything is decided, at once and without waiting; then it is done. What is decided stays in `request_context`,
 /// so that the future, which is moved about, stays small.
 pub fn call(
-    worker: &Rc<Worker>,
-    caller: &Rc<Caller>,
+    worker: &Rc<WorkerContext>,
+    caller: &Rc<DownstreamConnection>,
     flow: Rc<Flow>,
     request: Request<Incoming>,
 ) -> impl Future<Output = Answer> + use<> {
     let (version, connect) = (request.version(), request.method() == Method::CONNECT);
-    let present = Present::scan(request.headers());
-    let mut live = Live::begin(worker, caller, flow, &request, &present);
+    let present = HeaderScan::scan(request.headers());
+    let mut live = RequestContext::begin(worker, caller, flow, &request, &present);
     let decision = decide(&mut live, request, &present);
     async move {
         let reply = match decision {
             Ok(decision) => act(&mut live, decision).await,
             Err(refusal) => Err(refusal),
         };
-        Ok(answer::hand_over(live, reply, version, connect))
+        Ok(response::hand_over(live, reply, version, connect))
     }
 }
 
 /// What is to be done with a request.
-enum Decision {
+enum RequestPlan {
     /// Send it on; `Some` if the connection is to be switched to another protocol.
     Send(Rc<Pool>, Option<HeaderValue>),
     /// Open a tunnel.
     Tunnel(Rc<Pool>, Box<Parts>),
     /// We have the answer ourselves.
-    Reply(Box<Reply>),
+    PipelineReply(Box<PipelineReply>),
 }
 
 /// What may pass at all, where it goes, which rules it meets, and what it looks like on the next hop.
-fn decide(live: &mut Live, request: Request<Incoming>, present: &Present) -> Result<Decision, Refusal> {
+fn decide(
+    live: &mut RequestContext,
+    request: Request<Incoming>,
+    present: &HeaderScan,
+) -> Result<RequestPlan, LocalReply> {
     let (mut head, body) = request.into_parts();
     let view = Rc::clone(&live.view);
-    let listener = live.caller.door.listener(&view.policy)?;
+    let listener = live.caller.listener.listener(&view.policy)?;
 
     // What may not be passed on at all.
     check_size(&head, present, listener)?;
@@ -79,12 +83,12 @@ fn decide(live: &mut Live, request: Request<Incoming>, present: &Present) -> Res
     check_expectation(&mut head, present)?;
     live.expects = present.expect && head.version >= Version::HTTP_11;
     // Whatever asks for the cookie, be it a route or a limit, gets all of it.
-    fields::join_cookies(&mut head.headers, present);
-    fields::one_length(&mut head.headers, present);
-    let target = Target::read(&head.method, &head.uri, head.version, &head.headers)
-        .map_err(|error| Refusal::plain(Kind::BadRequest, error.to_string()))?;
-    if present.via && live.caller.door.via.is_loop(&head.headers) {
-        return Err(Refusal::plain(Kind::LoopDetected, "this listener has seen the request ten times"));
+    headers::join_cookies(&mut head.headers, present);
+    headers::one_length(&mut head.headers, present);
+    let target = RequestTarget::read(&head.method, &head.uri, head.version, &head.headers)
+        .map_err(|error| LocalReply::plain(LocalReplyKind::BadRequest, error.to_string()))?;
+    if present.via && live.caller.listener.via.is_loop(&head.headers) {
+        return Err(LocalReply::plain(LocalReplyKind::LoopDetected, "this listener has seen the request ten times"));
     }
 
     // Where it goes, and which rules it meets.
@@ -93,20 +97,20 @@ fn decide(live: &mut Live, request: Request<Incoming>, present: &Present) -> Res
     live.met(position, route, listener.direction);
     check_scheme(&head, listener, live.destination_values())?;
     let pool = pool(live, &target)?;
-    ties::begin(live, &mut head, present)?;
+    correlation::begin(live, &mut head, present)?;
     check_rate(live, &head.headers)?;
     if head.method == Method::CONNECT {
         upgrade::may_connect(listener)?;
-        return Ok(Decision::Tunnel(pool, Box::new(head)));
+        return Ok(RequestPlan::Tunnel(pool, Box::new(head)));
     }
-    if let Some(reply) = answer::as_final_recipient(&mut head) {
-        return Ok(Decision::Reply(Box::new(reply)));
+    if let Some(reply) = response::as_final_recipient(&mut head) {
+        return Ok(RequestPlan::PipelineReply(Box::new(reply)));
     }
 
     // What it looks like on the next hop.
     // A body would have to be over before the connection can be anything else.
     let switch = upgrade::wanted(&head, present).filter(|_| body.is_end_stream());
-    let said = fields::strip(&mut head.headers, present);
+    let said = headers::strip(&mut head.headers, present);
     if said.trailers {
         live.takes_trailers = true;
         head.headers.insert(header::TE, HeaderValue::from_static("trailers"));
@@ -119,19 +123,19 @@ fn decide(live: &mut Live, request: Request<Incoming>, present: &Present) -> Res
         name_host(&mut head, &live.view.destination(live.destination()).host);
     }
     encode_target(&mut head);
-    live.caller.door.via.add(&mut head.headers, head.version);
-    fields::forget(&mut head.extensions);
+    live.caller.listener.via.add(&mut head.headers, head.version);
+    headers::forget(&mut head.extensions);
     if let Some(protocol) = &switch {
         upgrade::ask(&mut head.headers, protocol);
     }
     let request = outgoing(live, head, body, said.named, switch.is_some());
     live.request = Some(request);
-    Ok(Decision::Send(pool, switch))
+    Ok(RequestPlan::Send(pool, switch))
 }
 
 /// The request as it goes out; where the policy wants retries, with what another try needs kept aside.
 fn outgoing(
-    live: &mut Live,
+    live: &mut RequestContext,
     head: Parts,
     body: Incoming,
     named: Vec<HeaderName>,
@@ -144,12 +148,12 @@ fn outgoing(
     }
     let limit = retry.replay_limit.value as usize;
     let (body, replay) = RequestBody::repeatable(body, flow, named, limit);
-    live.spare = Some(Box::new(Spare { head: head.clone(), body: replay }));
+    live.spare = Some(Box::new(ReplayableRequest { head: head.clone(), body: replay }));
     Request::from_parts(head, body)
 }
 
 /// The rate limit of the route.
-fn check_rate(live: &mut Live, fields: &HeaderMap) -> Result<(), Refusal> {
+fn check_rate(live: &mut RequestContext, fields: &HeaderMap) -> Result<(), LocalReply> {
     let Some(limit) = &live.route().rate_limit.value else { return Ok(()) };
     let mode = live.view.policy.model.modes.rate_limit.value;
     let limiter = live.view.destination(live.destination()).limiters[live.route_position()].as_ref();
@@ -161,81 +165,87 @@ fn check_rate(live: &mut Live, fields: &HeaderMap) -> Result<(), Refusal> {
         return Ok(());
     }
     let per = crate::rules::duration::format(limit.per.value);
-    let rule = Rule {
+    let rule = RuleRef {
         name: "rateLimit.requests",
         value: format!("{} per {per}", limit.requests.value),
         origin: limit.requests.origin.clone(),
     };
     let mut refusal =
-        Refusal::ruled(Kind::RateLimited, rule, format!("too many calls (counted by {})", limit.by.value));
+        LocalReply::ruled(LocalReplyKind::RateLimited, rule, format!("too many calls (counted by {})", limit.by.value));
     refusal.retry_after = Some(refused.retry_after);
     Err(refusal)
 }
 
 /// Does what was decided, within the rules.
-async fn act(live: &mut Live, decision: Decision) -> Result<Reply, Refusal> {
+async fn act(live: &mut RequestContext, decision: RequestPlan) -> Result<PipelineReply, LocalReply> {
     let (pool, switch) = match decision {
-        Decision::Send(pool, switch) => (pool, switch),
+        RequestPlan::Send(pool, switch) => (pool, switch),
         // Boxed, like everything that few requests meet.
-        Decision::Tunnel(pool, head) => return Box::pin(upgrade::connect(live, &pool, head)).await,
-        Decision::Reply(reply) => return Ok(*reply),
+        RequestPlan::Tunnel(pool, head) => return Box::pin(upgrade::connect(live, &pool, head)).await,
+        RequestPlan::PipelineReply(reply) => return Ok(*reply),
     };
     // A place in flight, for as long as the exchange lasts.
     if !enter(live, &pool) {
         Box::pin(wait_in_queue(live, &pool)).await?;
     }
     // As many tries as it takes and as the policy allows. The answer's body carries the exchange on.
-    let answer = tries::run(live, &pool, switch.is_some()).await?;
+    let answer = retry::run(live, &pool, switch.is_some()).await?;
     live.spare = None;
     let reply = match answer.status() {
         StatusCode::SWITCHING_PROTOCOLS => Box::pin(upgrade::switch(live, answer, switch)).await,
-        _ => answer::from_upstream(live, answer),
+        _ => response::from_upstream(live, answer),
     };
     if let Err(refusal) = &reply {
-        trial::judge_cut(live, refusal.kind, Instant::now());
+        outcome::judge_cut(live, refusal.kind, Instant::now());
     }
     reply
 }
 
-fn check_size(head: &Parts, present: &Present, listener: &Listener) -> Result<(), Refusal> {
+fn check_size(head: &Parts, present: &HeaderScan, listener: &Listener) -> Result<(), LocalReply> {
     let limit = &listener.max_header_size;
     if present.size <= limit.value as usize {
         return Ok(());
     }
-    let longest = Present::longest(&head.headers)
+    let longest = HeaderScan::longest(&head.headers)
         .map_or_else(String::new, |(name, size)| format!("; the longest field is {name} with {size} bytes"));
     let detail = format!("the header section has {} bytes{longest}", present.size);
-    Err(Refusal::counted(Kind::HeaderTooLarge, "maxHeaderSize", limit, detail))
+    Err(LocalReply::counted(LocalReplyKind::HeaderTooLarge, "maxHeaderSize", limit, detail))
 }
 
 /// Longer than any registered method; longer ones are no methods.
 const LONGEST_METHOD: usize = 64;
 
-fn check_method(method: &Method) -> Result<(), Refusal> {
+fn check_method(method: &Method) -> Result<(), LocalReply> {
     if method.as_str().len() <= LONGEST_METHOD {
         return Ok(());
     }
-    Err(Refusal::plain(Kind::UnknownMethod, "the method is longer than 64 characters (RFC 9110, 9.1)"))
+    Err(LocalReply::plain(LocalReplyKind::UnknownMethod, "the method is longer than 64 characters (RFC 9110, 9.1)"))
 }
 
 /// hyper has refused what it cannot frame; this refuses what it could, but the next hop might read otherwise (RFC 9112, 6).
-fn check_framing(head: &Parts, present: &Present) -> Result<(), Refusal> {
+fn check_framing(head: &Parts, present: &HeaderScan) -> Result<(), LocalReply> {
     if present.codings > 0 && present.lengths > 0 {
-        return Err(Refusal::plain(Kind::BadRequest, "both Content-Length and Transfer-Encoding (RFC 9112, 6.1)"));
+        return Err(LocalReply::plain(
+            LocalReplyKind::BadRequest,
+            "both Content-Length and Transfer-Encoding (RFC 9112, 6.1)",
+        ));
     }
     if present.codings > 1 {
-        return Err(Refusal::plain(Kind::BadRequest, "more than one Transfer-Encoding (RFC 9112, 6.1)"));
+        return Err(LocalReply::plain(LocalReplyKind::BadRequest, "more than one Transfer-Encoding (RFC 9112, 6.1)"));
     }
     if head.method == Method::CONNECT && present.codings + present.lengths > 0 {
-        return Err(Refusal::plain(Kind::BadRequest, "a CONNECT has no body (RFC 9110, 9.3.6)"));
+        return Err(LocalReply::plain(LocalReplyKind::BadRequest, "a CONNECT has no body (RFC 9110, 9.3.6)"));
     }
-    if !fields::only_chunked(&head.headers, present) {
-        return Err(Refusal::plain(Kind::UnknownCoding, "the transfer coding is not chunked (RFC 9112, 6.1)"));
+    if !headers::only_chunked(&head.headers, present) {
+        return Err(LocalReply::plain(
+            LocalReplyKind::UnknownCoding,
+            "the transfer coding is not chunked (RFC 9112, 6.1)",
+        ));
     }
     Ok(())
 }
 
-fn check_expectation(head: &mut Parts, present: &Present) -> Result<(), Refusal> {
+fn check_expectation(head: &mut Parts, present: &HeaderScan) -> Result<(), LocalReply> {
     if !present.expect {
         return Ok(());
     }
@@ -247,20 +257,20 @@ fn check_expectation(head: &mut Parts, present: &Present) -> Result<(), Refusal>
     if all.all(|value| value.as_bytes().eq_ignore_ascii_case(b"100-continue")) {
         return Ok(());
     }
-    Err(Refusal::plain(Kind::UnknownExpectation, "only 100-continue can be expected (RFC 9110, 10.1.1)"))
+    Err(LocalReply::plain(LocalReplyKind::UnknownExpectation, "only 100-continue can be expected (RFC 9110, 10.1.1)"))
 }
 
 /// The destination: the listener's own, or the one that the target's host belongs to.
 fn choose(
     policy: &crate::policy::snapshot::Snapshot,
     listener: &Listener,
-    target: &Target<'_>,
-) -> Result<usize, Refusal> {
+    target: &RequestTarget<'_>,
+) -> Result<usize, LocalReply> {
     match listener.target {
-        Towards::To(position) => Ok(position),
-        Towards::Forward => policy.hosts.find(target.bare_host()).ok_or_else(|| {
+        ListenerTarget::To(position) => Ok(position),
+        ListenerTarget::Forward => policy.hosts.find(target.bare_host()).ok_or_else(|| {
             let host = target.host;
-            Refusal::plain(Kind::NoDestination, format!(
+            LocalReply::plain(LocalReplyKind::NoDestination, format!(
                 "the policy has no destination with the host {host:?}; add it to `hosts`, or a destination with the host \"*\""
             ))
         }),
@@ -269,20 +279,20 @@ fn choose(
 
 /// What a proxy is asked to fetch by `https` never goes out in plain text (RFC 9110, 4.2.2). Over HTTP/2 the scheme says
 /// nothing: there it is the one of the connection to us.
-fn check_scheme(head: &Parts, listener: &Listener, destination: &Destination) -> Result<(), Refusal> {
+fn check_scheme(head: &Parts, listener: &Listener, destination: &Destination) -> Result<(), LocalReply> {
     let is_asked = head.version < Version::HTTP_2 && head.uri.scheme() == Some(&Scheme::HTTPS);
-    if !is_asked || listener.target != Towards::Forward || destination.tls.is_some() {
+    if !is_asked || listener.target != ListenerTarget::Forward || destination.tls.is_some() {
         return Ok(());
     }
     let detail = format!(
         "the target begins with https, and the destination {} has no `tls`: use CONNECT, or give it `tls`",
         destination.name
     );
-    Err(Refusal::plain(Kind::BadRequest, detail))
+    Err(LocalReply::plain(LocalReplyKind::BadRequest, detail))
 }
 
 /// The pool of the destination, or of the place where the caller was going.
-fn pool(live: &Live, target: &Target<'_>) -> Result<Rc<Pool>, Refusal> {
+fn pool(live: &RequestContext, target: &RequestTarget<'_>) -> Result<Rc<Pool>, LocalReply> {
     let position = live.destination();
     let upstreams = &live.worker.upstreams;
     let values = live.destination_values();
@@ -290,7 +300,10 @@ fn pool(live: &Live, target: &Target<'_>) -> Result<Rc<Pool>, Refusal> {
         return Ok(Rc::clone(live.view.pool(position, upstreams)));
     }
     if target.host.is_empty() {
-        return Err(Refusal::plain(Kind::NoRoute, "the destination has no endpoints and the request names no host"));
+        return Err(LocalReply::plain(
+            LocalReplyKind::NoRoute,
+            "the destination has no endpoints and the request names no host",
+        ));
     }
     let port = target.port.unwrap_or(if values.tls.is_some() { 443 } else { 80 });
     let parent = &live.view.destination(position).cluster;
@@ -298,10 +311,10 @@ fn pool(live: &Live, target: &Target<'_>) -> Result<Rc<Pool>, Refusal> {
 }
 
 /// Takes a place in flight, if there is one at once.
-fn enter(live: &mut Live, pool: &Rc<Pool>) -> bool {
+fn enter(live: &mut RequestContext, pool: &Rc<Pool>) -> bool {
     let destination = live.view.destination(live.destination());
     let mode = live.view.policy.model.modes.limits.value;
-    let pass = destination.gate.try_enter();
+    let pass = destination.concurrency.try_enter();
     if pass.is_none() && mode.is_enforced() {
         return false;
     }
@@ -314,15 +327,15 @@ fn enter(live: &mut Live, pool: &Rc<Pool>) -> bool {
 }
 
 /// Takes a place in flight after a turn in the queue.
-async fn wait_in_queue(live: &mut Live, pool: &Rc<Pool>) -> Result<(), Refusal> {
+async fn wait_in_queue(live: &mut RequestContext, pool: &Rc<Pool>) -> Result<(), LocalReply> {
     let view = Rc::clone(&live.view);
     let destination = view.destination(live.destination());
     let limits = &destination.values.limits;
     let began = Instant::now();
-    let queue = destination.gate.enter(limits.queue.value);
+    let queue = destination.concurrency.enter(limits.queue.value);
     let waiting = pool.metrics.queued.hold();
     let late_at = live.patience.request_at(&live.route().timeouts);
-    let mut turn = Turn { record: &mut live.record, began, is_refused: false };
+    let mut turn = QueueWait { record: &mut live.record, began, is_refused: false };
     let entered = live.timer.limit((began + limits.queue_timeout.value).min(late_at), queue).await;
     drop(waiting);
     turn.is_refused = matches!(entered, Some(Err(QueueFull)));
@@ -332,17 +345,17 @@ async fn wait_in_queue(live: &mut Live, pool: &Rc<Pool>) -> Result<(), Refusal> 
             live.hold(Some(pass), Rc::clone(pool));
             Ok(())
         }
-        Some(Err(QueueFull)) => Err(Refusal::counted(
-            Kind::QueueFull,
+        Some(Err(QueueFull)) => Err(LocalReply::counted(
+            LocalReplyKind::QueueFull,
             "limits.queue",
             &limits.queue,
             format!("{} calls are in flight and the queue is full", limits.in_flight.value),
         )),
         None if Instant::now() >= late_at => {
-            Err(live.patience.over_unsent(&live.route().timeouts, Kind::RequestTimeout, "no turn in time"))
+            Err(live.patience.over_unsent(&live.route().timeouts, LocalReplyKind::RequestTimeout, "no turn in time"))
         }
-        None => Err(Refusal::timed(
-            Kind::QueueTimeout,
+        None => Err(LocalReply::timed(
+            LocalReplyKind::QueueTimeout,
             "limits.queueTimeout",
             &limits.queue_timeout,
             format!("{} calls were in flight for too long", limits.in_flight.value),
@@ -351,14 +364,14 @@ async fn wait_in_queue(live: &mut Live, pool: &Rc<Pool>) -> Result<(), Refusal> 
 }
 
 /// A turn in the queue, which is recorded when it is over: also where the caller leaves, and with it this future.
-struct Turn<'a> {
+struct QueueWait<'a> {
     record: &'a mut Exchange,
     began: Instant,
     /// Who was sent away at once has not waited.
     is_refused: bool,
 }
 
-impl Drop for Turn<'_> {
+impl Drop for QueueWait<'_> {
     fn drop(&mut self) {
         if !self.is_refused {
             self.record.queued(self.began.elapsed());
@@ -401,6 +414,6 @@ mod tests {
         // It is moved several times, and held as long as the upstream takes; what few requests need is boxed.
         assert!(size_of_future(call) <= 1536, "{} bytes", size_of_future(call));
         // It is boxed once and stays where it is, so that this bounds memory, not moves.
-        assert!(size_of::<Live>() <= 1200, "{} bytes", size_of::<Live>());
+        assert!(size_of::<RequestContext>() <= 1200, "{} bytes", size_of::<RequestContext>());
     }
 }

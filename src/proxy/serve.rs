@@ -21,15 +21,15 @@ use tokio::time::{Instant, timeout};
 use crate::net::flow::Flow;
 use crate::net::http2 as bounds;
 use crate::net::io::Io;
-use crate::proxy::caller::Caller;
-use crate::proxy::live;
+use crate::proxy::connection_timeouts::{ConnectionEnd, ConnectionTimeouts};
+use crate::proxy::downstream::DownstreamConnection;
+use crate::proxy::local_reply::{LocalReply, LocalReplyContext, LocalReplyKind};
 use crate::proxy::pipeline::{self, Answer};
-use crate::proxy::refusal::{Context, Kind, Refusal};
-use crate::proxy::watch::{End, Watch};
-use crate::proxy::worker::Worker;
-use crate::runtime::coalescing::Stream;
-use crate::runtime::drain::Phase;
+use crate::proxy::request_context;
+use crate::proxy::worker_context::WorkerContext;
+use crate::runtime::drain::DrainPhase;
 use crate::runtime::tasks;
+use crate::runtime::wake_batching::ActiveStream;
 use crate::telemetry::{Exchange, Protocol};
 
 /// How much more than a policy's `maxHeaderSize` is read, in bytes, so that most heads that are too long still get an
@@ -46,9 +46,9 @@ const LINGER: Duration = Duration::from_secs(1);
 const LINGER_BYTES: usize = 256 * 1024;
 
 /// Serves one HTTP/1 connection.
-pub async fn http1(worker: Rc<Worker>, caller: Rc<Caller>, io: Io) {
-    let member = worker.crowd.join();
-    let mut watch = Watch::new(&worker, &caller, io.activity());
+pub async fn http1(worker: Rc<WorkerContext>, caller: Rc<DownstreamConnection>, io: Io) {
+    let member = worker.connections.track();
+    let mut watch = ConnectionTimeouts::new(&worker, &caller, io.activity());
     // Boxed, because only then hyper lets go of the stream without closing it.
     let service = service_fn(|request| Box::pin(begin(&worker, &caller, request)));
     let mut connection = http1::Builder::new()
@@ -58,9 +58,9 @@ pub async fn http1(worker: Rc<Worker>, caller: Rc<Caller>, io: Io) {
     let end = poll_fn(|cx| {
         loop {
             if let Poll::Ready(done) = connection.poll_without_shutdown(cx) {
-                return Poll::Ready(End::Over(done));
+                return Poll::Ready(ConnectionEnd::Over(done));
             }
-            if closing || member.phase(cx) < Phase::Closing {
+            if closing || member.phase(cx) < DrainPhase::Closing {
                 return watch.poll(cx, &caller);
             }
             closing = true;
@@ -74,32 +74,36 @@ pub async fn http1(worker: Rc<Worker>, caller: Rc<Caller>, io: Io) {
     let handoff = caller.take_handoff();
     match end {
         // To close would say that the answer is whole.
-        End::Over(Err(_)) | End::Cut if caller.is_unframed() => stream.break_off(),
-        End::Over(Ok(())) => match handoff {
+        ConnectionEnd::Over(Err(_)) | ConnectionEnd::Cut if caller.is_unframed() => stream.break_off(),
+        ConnectionEnd::Over(Ok(())) => match handoff {
             Some(join) => join(stream.with_prefix(parts.read_buf)).await,
             None => close(stream).await,
         },
-        End::Over(Err(error)) => {
+        ConnectionEnd::Over(Err(error)) => {
             if error.is_parse() {
                 // hyper has answered already: 431 to a head that is too long, 400 to anything else.
-                let kind = if error.is_parse_too_large() { Kind::HeaderTooLarge } else { Kind::BadRequest };
-                record_unread(&worker, &caller, &Refusal::plain(kind, error.to_string()), Instant::now());
+                let kind = if error.is_parse_too_large() {
+                    LocalReplyKind::HeaderTooLarge
+                } else {
+                    LocalReplyKind::BadRequest
+                };
+                record_unread(&worker, &caller, &LocalReply::plain(kind, error.to_string()), Instant::now());
             }
             close(stream).await;
         }
-        End::SlowHead { refusal, since } => {
+        ConnectionEnd::SlowHead { refusal, since } => {
             record_unread(&worker, &caller, &refusal, since);
             too_slow(stream, &refusal).await;
         }
-        End::Silent => close(stream).await,
-        End::Cut => {}
+        ConnectionEnd::Silent => close(stream).await,
+        ConnectionEnd::Cut => {}
     }
 }
 
 /// Serves one HTTP/2 connection.
-pub async fn http2(worker: Rc<Worker>, caller: Rc<Caller>, io: Io) {
-    let (member, guest) = (worker.crowd.join(), caller.door.crowd.join());
-    let mut watch = Watch::new(&worker, &caller, io.activity());
+pub async fn http2(worker: Rc<WorkerContext>, caller: Rc<DownstreamConnection>, io: Io) {
+    let (member, guest) = (worker.connections.track(), caller.listener.connections.track());
+    let mut watch = ConnectionTimeouts::new(&worker, &caller, io.activity());
     let streams = Streams { worker: Rc::clone(&worker), caller: Rc::clone(&caller) };
     // Boxed, because hyper moves it with the stream from the connection to the stream's own task.
     let service = service_fn(|request| Box::pin(begin(&worker, &caller, request)));
@@ -125,8 +129,8 @@ pub async fn http2(worker: Rc<Worker>, caller: Rc<Caller>, io: Io) {
                 return watch.poll_stalled(cx, &caller);
             }
             // An answer over HTTP/2 cannot say that its connection is to close, so a listener that closes says it at once.
-            closing = member.phase(cx) >= Phase::Closing
-                || guest.phase(cx) >= Phase::Leaving
+            closing = member.phase(cx) >= DrainPhase::Closing
+                || guest.phase(cx) >= DrainPhase::Leaving
                 || watch.poll_silence(cx, &caller).is_ready();
             if !closing {
                 return Poll::Pending;
@@ -137,7 +141,11 @@ pub async fn http2(worker: Rc<Worker>, caller: Rc<Caller>, io: Io) {
     .await;
 }
 
-fn begin(worker: &Rc<Worker>, caller: &Rc<Caller>, request: Request<Incoming>) -> impl Future<Output = Answer> + use<> {
+fn begin(
+    worker: &Rc<WorkerContext>,
+    caller: &Rc<DownstreamConnection>,
+    request: Request<Incoming>,
+) -> impl Future<Output = Answer> + use<> {
     let flow = Rc::new(Flow::new(Instant::now()));
     caller.keep(Rc::clone(&flow));
     pipeline::call(worker, caller, flow, request)
@@ -146,8 +154,8 @@ fn begin(worker: &Rc<Worker>, caller: &Rc<Caller>, request: Request<Incoming>) -
 /// Runs the streams of one HTTP/2 connection, each as a task that ends when its caller does not take the answer.
 #[derive(Clone)]
 struct Streams {
-    worker: Rc<Worker>,
-    caller: Rc<Caller>,
+    worker: Rc<WorkerContext>,
+    caller: Rc<DownstreamConnection>,
 }
 
 impl<F> hyper::rt::Executor<F> for Streams
@@ -159,7 +167,7 @@ where
         let flow = self.caller.take_newest();
         let timers = self.worker.timers.clone();
         tasks::spawn(async move {
-            let _under_way = Stream::begin();
+            let _under_way = ActiveStream::begin();
             let mut stream = pin!(stream);
             let mut timer = None;
             poll_fn(|cx| {
@@ -167,7 +175,7 @@ where
                     return Poll::Ready(());
                 }
                 let Some(flow) = &flow else { return Poll::Pending };
-                Watch::poll_cut(cx, flow, &timers, &mut timer)
+                ConnectionTimeouts::poll_cut(cx, flow, &timers, &mut timer)
             })
             .await;
         });
@@ -175,9 +183,9 @@ where
 }
 
 /// Writes the record of a request that never became one.
-fn record_unread(worker: &Rc<Worker>, caller: &Caller, refusal: &Refusal, began: Instant) {
-    let hop = worker.view().policy.unrouted(caller.door.values.direction);
-    let line = live::unread(caller);
+fn record_unread(worker: &Rc<WorkerContext>, caller: &DownstreamConnection, refusal: &LocalReply, began: Instant) {
+    let hop = worker.view().policy.unrouted(caller.listener.values.direction);
+    let line = request_context::unread(caller);
     let mut record = Exchange::begin(Rc::clone(&worker.shard), began, hop, Protocol::Http1, line);
     record.refuse(refusal.record());
     record.head(Instant::now(), refusal.status());
@@ -185,8 +193,8 @@ fn record_unread(worker: &Rc<Worker>, caller: &Caller, refusal: &Refusal, began:
 }
 
 /// Answers a head that did not come in time.
-async fn too_slow(mut stream: Io, refusal: &Refusal) {
-    let answer = refusal.answer(false, &Context::default(), |document| document);
+async fn too_slow(mut stream: Io, refusal: &LocalReply) {
+    let answer = refusal.answer(false, &LocalReplyContext::default(), |document| document);
     let mut text = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\n".to_vec();
     for (name, value) in answer.headers() {
         text.extend_from_slice(name.as_str().as_bytes());

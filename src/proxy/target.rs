@@ -8,7 +8,7 @@ use http::{Method, Uri, Version, header};
 
 /// Host and port of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Target<'a> {
+pub struct RequestTarget<'a> {
     /// The host without the port, as the caller wrote it; empty where an HTTP/1.0 request names none.
     pub host: &'a str,
     /// The port, where one is written.
@@ -38,7 +38,7 @@ pub enum TargetError {
     BadScheme,
 }
 
-impl<'a> Target<'a> {
+impl<'a> RequestTarget<'a> {
     /// Reads the target of a request.
     ///
     /// # Errors
@@ -85,7 +85,7 @@ impl<'a> Target<'a> {
     }
 }
 
-fn same(one: &Target<'_>, other: &Target<'_>) -> bool {
+fn same(one: &RequestTarget<'_>, other: &RequestTarget<'_>) -> bool {
     one.host.eq_ignore_ascii_case(other.host) && one.port == other.port
 }
 
@@ -190,7 +190,7 @@ mod tests {
             fields.append(header::HOST, HeaderValue::from_str(host).unwrap());
         }
         let method = Method::from_bytes(method.as_bytes()).unwrap();
-        Target::read(&method, &uri.parse().unwrap(), version, &fields)
+        RequestTarget::read(&method, &uri.parse().unwrap(), version, &fields)
             .map(|target| format!("{} {:?}", target.host, target.port))
     }
 

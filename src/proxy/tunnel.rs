@@ -1,16 +1,16 @@
 //! An exchange that has become a tunnel: bytes both ways, and one record at the end.
 
 use crate::net::io::Io;
-use crate::net::tunnel::{self, End};
-use crate::proxy::live::Live;
-use crate::proxy::refusal::{Kind, Refusal};
+use crate::net::tunnel::{self, TunnelEnd};
+use crate::proxy::local_reply::{LocalReply, LocalReplyKind};
+use crate::proxy::request_context::RequestContext;
 
 /// What it takes to go on as a tunnel.
 pub struct Handoff {
     /// The stream to the upstream.
     pub upstream: Io,
     /// The exchange that led here.
-    pub live: Box<Live>,
+    pub live: Box<RequestContext>,
 }
 
 impl Handoff {
@@ -23,12 +23,15 @@ impl Handoff {
         live.flow.request.add(report.sent);
         live.flow.response.add(report.received);
         let refusal = match report.end {
-            End::Finished | End::Broken => None,
-            End::Idle => {
-                Some(Refusal::timed(Kind::IdleTimeout, "timeouts.idle", &limits.idle, "no byte in either direction"))
-            }
-            End::Expired => Some(Refusal::timed(
-                Kind::MaxDuration,
+            TunnelEnd::Finished | TunnelEnd::Broken => None,
+            TunnelEnd::Idle => Some(LocalReply::timed(
+                LocalReplyKind::IdleTimeout,
+                "timeouts.idle",
+                &limits.idle,
+                "no byte in either direction",
+            )),
+            TunnelEnd::Expired => Some(LocalReply::timed(
+                LocalReplyKind::MaxDuration,
                 "timeouts.maxDuration",
                 &limits.max_duration,
                 "the tunnel lived too long",

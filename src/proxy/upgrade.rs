@@ -12,28 +12,28 @@ use http::{HeaderValue, Method, Response, Version, header};
 use hyper::upgrade::OnUpgrade;
 use tokio::time::Instant;
 
-use crate::policy::model::{Listener, Target as Towards};
-use crate::proxy::answer::Reply;
-use crate::proxy::body::ResponseBody;
-use crate::proxy::fields::{self, Present};
-use crate::proxy::live::Live;
-use crate::proxy::reach;
-use crate::proxy::refusal::{Kind, Refusal};
-use crate::proxy::trial;
-use crate::rules::breaker::Outcome;
+use crate::policy::model::{Listener, ListenerTarget};
+use crate::proxy::headers::{self, HeaderScan};
+use crate::proxy::local_reply::{LocalReply, LocalReplyKind};
+use crate::proxy::outcome;
+use crate::proxy::request_context::RequestContext;
+use crate::proxy::response::PipelineReply;
+use crate::proxy::response_body::ResponseBody;
+use crate::proxy::select;
+use crate::rules::circuit_breaker::CallResult;
 use crate::telemetry::Protocol;
-use crate::upstream::answer::AnswerBody;
 use crate::upstream::pool::Pool;
+use crate::upstream::response::UpstreamBody;
 
 const WEBSOCKET: HeaderValue = HeaderValue::from_static("websocket");
 
 /// The protocol that the request wants to switch to, if it is one that we pass on.
-pub fn wanted(head: &Parts, present: &Present) -> Option<HeaderValue> {
+pub fn wanted(head: &Parts, present: &HeaderScan) -> Option<HeaderValue> {
     let offered = present.upgrade
         && head.version == Version::HTTP_11
         && head.method == Method::GET
-        && fields::lists(&head.headers, &header::CONNECTION, "upgrade")
-        && fields::lists(&head.headers, &header::UPGRADE, "websocket");
+        && headers::lists(&head.headers, &header::CONNECTION, "upgrade")
+        && headers::lists(&head.headers, &header::UPGRADE, "websocket");
     offered.then_some(WEBSOCKET)
 }
 
@@ -48,26 +48,30 @@ pub fn ask(fields: &mut HeaderMap, protocol: &HeaderValue) {
 /// # Errors
 /// If nobody asked for it, or for another protocol.
 pub async fn switch(
-    live: &mut Live,
-    mut answer: Response<AnswerBody>,
+    live: &mut RequestContext,
+    mut answer: Response<UpstreamBody>,
     asked: Option<HeaderValue>,
-) -> Result<Reply, Refusal> {
-    let unasked =
-        || Refusal::plain(Kind::UpstreamProtocol, "the upstream switched to a protocol that nobody asked for");
+) -> Result<PipelineReply, LocalReply> {
+    let unasked = || {
+        LocalReply::plain(LocalReplyKind::UpstreamProtocol, "the upstream switched to a protocol that nobody asked for")
+    };
     let protocol = asked.ok_or_else(unasked)?;
-    if !fields::lists(answer.headers(), &header::UPGRADE, "websocket") {
+    if !headers::lists(answer.headers(), &header::UPGRADE, "websocket") {
         return Err(unasked());
     }
-    let present = Present::scan(answer.headers());
+    let present = HeaderScan::scan(answer.headers());
     let version = answer.version();
     if version != Version::HTTP_11 {
-        return Err(Refusal::plain(Kind::UpstreamProtocol, "only HTTP/1.1 can switch protocols (RFC 9110, 7.8)"));
+        return Err(LocalReply::plain(
+            LocalReplyKind::UpstreamProtocol,
+            "only HTTP/1.1 can switch protocols (RFC 9110, 7.8)",
+        ));
     }
-    fields::strip(answer.headers_mut(), &present);
+    headers::strip(answer.headers_mut(), &present);
     answer.headers_mut().remove(header::CONTENT_LENGTH);
-    live.caller.door.via.add(answer.headers_mut(), version);
+    live.caller.listener.via.add(answer.headers_mut(), version);
     ask(answer.headers_mut(), &protocol);
-    fields::forget(answer.extensions_mut());
+    headers::forget(answer.extensions_mut());
     let connection = live.lease.take().and_then(crate::upstream::pool::Lease::into_http1);
     let mut connection = connection.ok_or_else(unasked)?;
     // hyper hands the stream out when it has seen the end of the HTTP part.
@@ -76,42 +80,49 @@ pub async fn switch(
         let limits = &live.route().timeouts;
         return Err(live.patience.over_unsent(
             limits,
-            Kind::RequestTimeout,
+            LocalReplyKind::RequestTimeout,
             "the upstream did not finish switching protocols",
         ));
     }
     let (upstream, early) = connection.into_stream();
     live.record.set_protocol(Protocol::WebSocket);
-    trial::streams(live, live.over_at);
+    outcome::streams(live, live.over_at);
     // It has switched; how the tunnel ends says nothing about it.
-    trial::judge(live, Outcome::Success, live.over_at);
+    outcome::judge(live, CallResult::Success, live.over_at);
     let (head, _no_body) = answer.into_parts();
-    Ok(Reply::Tunnel(Response::from_parts(head, ResponseBody::empty()), upstream.with_prefix(early)))
+    Ok(PipelineReply::Tunnel(Response::from_parts(head, ResponseBody::empty()), upstream.with_prefix(early)))
 }
 
 /// Whether a listener opens tunnels at all.
 ///
 /// # Errors
 /// If it is no forward proxy.
-pub fn may_connect(listener: &Listener) -> Result<(), Refusal> {
-    if listener.target == Towards::Forward {
+pub fn may_connect(listener: &Listener) -> Result<(), LocalReply> {
+    if listener.target == ListenerTarget::Forward {
         return Ok(());
     }
-    Err(Refusal::plain(Kind::ConnectDenied, "this listener leads to one destination and forwards to no other"))
+    Err(LocalReply::plain(
+        LocalReplyKind::ConnectDenied,
+        "this listener leads to one destination and forwards to no other",
+    ))
 }
 
 /// CONNECT: a stream to the destination, without HTTP on it.
 ///
 /// # Errors
 /// If the destination cannot be reached.
-pub async fn connect(live: &mut Live, pool: &Rc<Pool>, mut head: Box<Parts>) -> Result<Reply, Refusal> {
+pub async fn connect(
+    live: &mut RequestContext,
+    pool: &Rc<Pool>,
+    mut head: Box<Parts>,
+) -> Result<PipelineReply, LocalReply> {
     live.record.set_protocol(Protocol::Tunnel);
     live.record.attempt(1, 1);
-    let upstream = reach::bare_stream(live, pool).await;
+    let upstream = select::bare_stream(live, pool).await;
     // What can be said of the endpoint is said now: a tunnel may last, and how it ends says nothing.
     match &upstream {
-        Ok(_) => trial::judge(live, Outcome::Success, Instant::now()),
-        Err(refusal) => trial::judge_late(live, refusal.kind, Instant::now()),
+        Ok(_) => outcome::judge(live, CallResult::Success, Instant::now()),
+        Err(refusal) => outcome::judge_late(live, refusal.kind, Instant::now()),
     }
     let upstream = upstream?;
     let mut answer = Response::new(ResponseBody::empty());
@@ -120,5 +131,5 @@ pub async fn connect(live: &mut Live, pool: &Rc<Pool>, mut head: Box<Parts>) -> 
     {
         answer.extensions_mut().insert(later);
     }
-    Ok(Reply::Tunnel(answer, upstream))
+    Ok(PipelineReply::Tunnel(answer, upstream))
 }

@@ -33,7 +33,7 @@ const MOST: u128 = 99_999_999;
 
 /// A field that should tell a timeout and does not.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum Malformed {
+pub enum MalformedDeadline {
     /// Of `grpc-timeout`.
     #[error("`grpc-timeout` is not one to eight digits with a unit of H, M, S, m, u or n")]
     GrpcTimeout,
@@ -49,11 +49,11 @@ pub enum Malformed {
 ///
 /// # Errors
 /// Anything but one to eight digits and one unit.
-pub fn parse_grpc_timeout(value: &[u8]) -> Result<Duration, Malformed> {
+pub fn parse_grpc_timeout(value: &[u8]) -> Result<Duration, MalformedDeadline> {
     let Some((&unit, digits)) = value.split_last().filter(|(_, digits)| digits.len() <= 8) else {
-        return Err(Malformed::GrpcTimeout);
+        return Err(MalformedDeadline::GrpcTimeout);
     };
-    let number = whole_number(digits).ok_or(Malformed::GrpcTimeout)?;
+    let number = whole_number(digits).ok_or(MalformedDeadline::GrpcTimeout)?;
     match unit {
         b'H' => Ok(Duration::from_secs(number * 3600)),
         b'M' => Ok(Duration::from_secs(number * 60)),
@@ -61,7 +61,7 @@ pub fn parse_grpc_timeout(value: &[u8]) -> Result<Duration, Malformed> {
         b'm' => Ok(Duration::from_millis(number)),
         b'u' => Ok(Duration::from_micros(number)),
         b'n' => Ok(Duration::from_nanos(number)),
-        _ => Err(Malformed::GrpcTimeout),
+        _ => Err(MalformedDeadline::GrpcTimeout),
     }
 }
 
@@ -82,8 +82,8 @@ pub fn format_grpc_timeout(left: Duration) -> String {
 ///
 /// # Errors
 /// Anything but digits, and a number beyond 64 bits.
-pub fn parse_expected_rq_timeout_ms(value: &[u8]) -> Result<Option<Duration>, Malformed> {
-    let millis = whole_number(value).ok_or(Malformed::ExpectedTimeout)?;
+pub fn parse_expected_rq_timeout_ms(value: &[u8]) -> Result<Option<Duration>, MalformedDeadline> {
+    let millis = whole_number(value).ok_or(MalformedDeadline::ExpectedTimeout)?;
     Ok((millis > 0).then(|| Duration::from_millis(millis)))
 }
 
@@ -105,12 +105,12 @@ pub struct Deadline {
     /// From this moment on, the call is late.
     pub at: Instant,
     /// Who asked for it.
-    pub from: Source,
+    pub from: DeadlineSource,
 }
 
 /// Who set the deadline of a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Source {
+pub enum DeadlineSource {
     /// The policy's own timeout.
     Policy,
     /// A field of the request.
@@ -126,8 +126,8 @@ impl Deadline {
     /// A timeout too long for the clock is none.
     pub fn earliest(now: Instant, policy: Duration, caller: Option<Duration>, inbound: Option<Instant>) -> Self {
         let after = |timeout: Duration| now.checked_add(timeout);
-        let rest = [(caller.and_then(after), Source::Caller), (inbound, Source::Inbound)];
-        let first = Self { at: after(policy).unwrap_or_else(|| far_from(now)), from: Source::Policy };
+        let rest = [(caller.and_then(after), DeadlineSource::Caller), (inbound, DeadlineSource::Inbound)];
+        let first = Self { at: after(policy).unwrap_or_else(|| far_from(now)), from: DeadlineSource::Policy };
         rest.into_iter()
             .filter_map(|(at, from)| Some(Self { at: at?, from }))
             .fold(first, |tightest, other| if other.at < tightest.at { other } else { tightest })
@@ -144,7 +144,7 @@ fn far_from(now: Instant) -> Instant {
     now.checked_add(Duration::from_secs(365 * 24 * 3600)).unwrap_or(now)
 }
 
-impl Source {
+impl DeadlineSource {
     /// Words for a refusal: "the deadline of …".
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -155,7 +155,7 @@ impl Source {
     }
 }
 
-impl fmt::Display for Source {
+impl fmt::Display for DeadlineSource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.as_str())
     }
@@ -207,7 +207,7 @@ mod tests {
             b"\xff1S",
         ];
         for value in table {
-            assert_eq!(parse_grpc_timeout(value), Err(Malformed::GrpcTimeout), "{}", value.escape_ascii());
+            assert_eq!(parse_grpc_timeout(value), Err(MalformedDeadline::GrpcTimeout), "{}", value.escape_ascii());
         }
     }
 
@@ -237,7 +237,7 @@ mod tests {
         assert_eq!(parse_expected_rq_timeout_ms(b"250"), Ok(Some(ms(250))));
         assert_eq!(parse_expected_rq_timeout_ms(b"0"), Ok(None));
         for value in [&b""[..], b"1.5", b"-1", b"+1", b"1s", b" 1", b"99999999999999999999", b"\xff"] {
-            assert_eq!(parse_expected_rq_timeout_ms(value), Err(Malformed::ExpectedTimeout));
+            assert_eq!(parse_expected_rq_timeout_ms(value), Err(MalformedDeadline::ExpectedTimeout));
         }
         let table = [(ms(250), 250), (Duration::from_micros(1_999), 1), (Duration::ZERO, 1), (Duration::MAX, u64::MAX)];
         for (left, expected) in table {
@@ -250,13 +250,13 @@ mod tests {
     fn the_tightest_wins_and_says_who_it_was() {
         let now = Instant::now();
         let table = [
-            (None, None, 800, Source::Policy),
-            (Some(300), None, 300, Source::Caller),
-            (Some(900), None, 800, Source::Policy),
-            (Some(300), Some(200), 200, Source::Inbound),
-            (Some(200), Some(300), 200, Source::Caller),
-            (Some(800), Some(800), 800, Source::Policy),
-            (Some(0), Some(100), 0, Source::Caller),
+            (None, None, 800, DeadlineSource::Policy),
+            (Some(300), None, 300, DeadlineSource::Caller),
+            (Some(900), None, 800, DeadlineSource::Policy),
+            (Some(300), Some(200), 200, DeadlineSource::Inbound),
+            (Some(200), Some(300), 200, DeadlineSource::Caller),
+            (Some(800), Some(800), 800, DeadlineSource::Policy),
+            (Some(0), Some(100), 0, DeadlineSource::Caller),
         ];
         for (caller, inbound, at, from) in table {
             let inbound = inbound.map(|millis| now + ms(millis));

@@ -10,19 +10,19 @@ use std::time::Duration;
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::de::{self, Deserialize, Deserializer, Visitor};
 
-use crate::problems::Fault;
+use crate::problems::InvalidValue;
 
 const UNITS: [(&str, u64); 4] = [("ms", 1), ("h", 3_600_000), ("m", 60_000), ("s", 1_000)];
 
 /// A duration in a document; longer than zero.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Span(pub Duration);
+pub struct DurationSpec(pub Duration);
 
 /// Reads a duration: one to four times a number of at most five digits and a unit of `h`, `m`, `s` or `ms`.
 ///
 /// # Errors
 /// Anything else, and zero, with a hint that names what to write.
-pub fn parse(text: &str) -> Result<Duration, Fault> {
+pub fn parse(text: &str) -> Result<Duration, InvalidValue> {
     let mut rest = text;
     let mut millis: u64 = 0;
     let mut terms = 0;
@@ -39,7 +39,7 @@ pub fn parse(text: &str) -> Result<Duration, Fault> {
     }
     match (terms, millis) {
         (0, _) | (5.., _) => Err(not_a_duration(text)),
-        (_, 0) => Err(Fault::new(
+        (_, 0) => Err(InvalidValue::new(
             format!("`{text}` is no time at all"),
             "write a duration longer than zero; there is no value that means \"no timeout\"",
         )),
@@ -60,7 +60,7 @@ pub fn format(duration: Duration) -> String {
     if out.is_empty() { "0ms".into() } else { out }
 }
 
-fn not_a_duration(text: &str) -> Fault {
+fn not_a_duration(text: &str) -> InvalidValue {
     let hint = if !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit()) {
         format!("write `{text}s` or `{text}ms`")
     } else if let Some(hint) = whole_units(text) {
@@ -68,7 +68,7 @@ fn not_a_duration(text: &str) -> Fault {
     } else {
         "write whole numbers with h, m, s or ms, like `2s`, `250ms` or `1m30s`".to_owned()
     };
-    Fault::new(format!("`{text}` is not a duration"), hint)
+    InvalidValue::new(format!("`{text}` is not a duration"), hint)
 }
 
 /// `1.5s` is meant as `1s500ms`, `100us` is finer than a policy can say, `2 s` has a blank too many.
@@ -89,37 +89,37 @@ fn whole_units(text: &str) -> Option<String> {
     (millis > 0).then(|| format!("write `{}`", format(Duration::from_millis(millis))))
 }
 
-impl<'de> Deserialize<'de> for Span {
+impl<'de> Deserialize<'de> for DurationSpec {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Read;
-        impl Visitor<'_> for Read {
-            type Value = Span;
+        struct DurationVisitor;
+        impl Visitor<'_> for DurationVisitor {
+            type Value = DurationSpec;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("a duration like `2s` or `250ms`")
             }
 
-            fn visit_str<E: de::Error>(self, text: &str) -> Result<Span, E> {
-                parse(text).map(Span).map_err(E::custom)
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<DurationSpec, E> {
+                parse(text).map(DurationSpec).map_err(E::custom)
             }
 
-            fn visit_u64<E: de::Error>(self, number: u64) -> Result<Span, E> {
+            fn visit_u64<E: de::Error>(self, number: u64) -> Result<DurationSpec, E> {
                 self.visit_str(&number.to_string())
             }
 
-            fn visit_i64<E: de::Error>(self, number: i64) -> Result<Span, E> {
+            fn visit_i64<E: de::Error>(self, number: i64) -> Result<DurationSpec, E> {
                 self.visit_str(&number.to_string())
             }
 
-            fn visit_f64<E: de::Error>(self, number: f64) -> Result<Span, E> {
+            fn visit_f64<E: de::Error>(self, number: f64) -> Result<DurationSpec, E> {
                 self.visit_str(&number.to_string())
             }
         }
-        deserializer.deserialize_any(Read)
+        deserializer.deserialize_any(DurationVisitor)
     }
 }
 
-impl JsonSchema for Span {
+impl JsonSchema for DurationSpec {
     fn schema_name() -> Cow<'static, str> {
         "Duration".into()
     }

@@ -14,12 +14,14 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 use tokio::time::Instant;
 
-use super::breaker::{Admission, Breaker, Cause, Change, Outcome, Pass, State, Thresholds};
 use super::circuit_breaker::check_open_times;
-use super::duration::Span;
-use super::limits::Count;
-use super::switch::{Keys, Switch};
-use crate::problems::{At, Set};
+use super::circuit_breaker::{
+    Admission, Breaker, BreakerPermit, BreakerState, CallResult, ChangeCause, StateChange, Thresholds,
+};
+use super::count::Count;
+use super::duration::DurationSpec;
+use super::toggle::{Toggle, ToggleKeys};
+use crate::problems::{Cursor, Sourced};
 
 /// An endpoint is asked with one call; a second one goes only when that has hung for a quarter of `openFor`.
 const PROBES: u32 = 2;
@@ -31,12 +33,12 @@ pub struct EjectionSpec {
     /// So many failures one after the other eject an endpoint. Default 5.
     pub consecutive_failures: Option<Count<1>>,
     /// How long it is out the first time; half to the whole of it, by chance. Default 5s.
-    pub open_for: Option<Span>,
+    pub open_for: Option<DurationSpec>,
     /// The longest time out: each ejection in a row doubles the one before, up to this. Default 60s.
-    pub open_for_max: Option<Span>,
+    pub open_for_max: Option<DurationSpec>,
 }
 
-impl Keys for EjectionSpec {
+impl ToggleKeys for EjectionSpec {
     const KEYS: &'static [&'static str] = &["consecutiveFailures", "openFor", "openForMax"];
 }
 
@@ -44,23 +46,23 @@ impl Keys for EjectionSpec {
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Ejection {
     /// Whether any is.
-    pub on: Set<bool>,
+    pub on: Sourced<bool>,
     /// So many failures one after the other eject an endpoint; at least 1.
-    pub consecutive_failures: Set<u32>,
+    pub consecutive_failures: Sourced<u32>,
     /// The longest that it is out the first time; never longer than `open_for_max`.
-    pub open_for: Set<Duration>,
+    pub open_for: Sourced<Duration>,
     /// The longest that it is out.
-    pub open_for_max: Set<Duration>,
+    pub open_for_max: Sourced<Duration>,
 }
 
 impl Ejection {
     /// What holds where no policy says otherwise.
     pub const fn built_in() -> Self {
         Self {
-            on: Set::built_in(true),
-            consecutive_failures: Set::built_in(5),
-            open_for: Set::built_in(Duration::from_secs(5)),
-            open_for_max: Set::built_in(Duration::from_secs(60)),
+            on: Sourced::built_in(true),
+            consecutive_failures: Sourced::built_in(5),
+            open_for: Sourced::built_in(Duration::from_secs(5)),
+            open_for_max: Sourced::built_in(Duration::from_secs(60)),
         }
     }
 
@@ -76,9 +78,9 @@ impl Ejection {
     }
 }
 
-impl Switch<EjectionSpec> {
+impl Toggle<EjectionSpec> {
     /// Lays this layer over another. Reports a first ejection that is longer than the longest.
-    pub fn check(&self, base: &Ejection, at: &At<'_>) -> Ejection {
+    pub fn check(&self, base: &Ejection, at: &Cursor<'_>) -> Ejection {
         let Self::On(spec) = self else {
             return Ejection { on: at.set(false), ..base.clone() };
         };
@@ -97,30 +99,30 @@ impl Switch<EjectionSpec> {
 
 /// The endpoints of one destination.
 #[derive(Debug)]
-pub struct Group {
+pub struct EjectionGroup {
     born: Instant,
-    present: Mutex<Vec<Arc<Member>>>,
+    present: Mutex<Vec<Arc<EjectionMember>>>,
     /// The longest time out, in nanoseconds, that the last call has brought along.
     longest: Arc<AtomicU64>,
 }
 
 /// One endpoint.
 #[derive(Debug)]
-pub struct Member {
+pub struct EjectionMember {
     address: SocketAddr,
     breaker: Arc<Breaker>,
     /// Whether it was told already that this one stays in although it fails.
     is_kept: AtomicBool,
-    group: Weak<Group>,
+    group: Weak<EjectionGroup>,
     /// That of the group.
     longest: Arc<AtomicU64>,
 }
 
 /// What a failure of an endpoint led to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Event {
+pub enum EjectionEvent {
     /// It was ejected.
-    Ejected(Change),
+    Ejected(StateChange),
     /// It would have been, were it not the last one in. Told once, until it answers again or is ejected after all.
     Kept {
         /// Failures one after the other.
@@ -128,7 +130,7 @@ pub enum Event {
     },
 }
 
-impl Group {
+impl EjectionGroup {
     /// A group without members.
     pub fn new(now: Instant) -> Arc<Self> {
         let longest = Arc::new(AtomicU64::new(u64::MAX));
@@ -136,18 +138,18 @@ impl Group {
     }
 
     /// The member at an address; a new one is in. Takes a lock: to be asked when addresses change, not for each call.
-    pub fn member(self: &Arc<Self>, address: SocketAddr) -> Arc<Member> {
+    pub fn member(self: &Arc<Self>, address: SocketAddr) -> Arc<EjectionMember> {
         self.member_if(address, || true)
     }
 
     /// The same, but a new one becomes a member only if it `belongs` here, which is asked while nobody is being
     /// forgotten. One that does not is never ejected, and counts for nobody.
-    pub fn member_if(self: &Arc<Self>, address: SocketAddr, belongs: impl FnOnce() -> bool) -> Arc<Member> {
+    pub fn member_if(self: &Arc<Self>, address: SocketAddr, belongs: impl FnOnce() -> bool) -> Arc<EjectionMember> {
         let mut present = self.present();
         if let Some(member) = present.iter().find(|member| member.address == address) {
             return Arc::clone(member);
         }
-        let member = Arc::new(Member {
+        let member = Arc::new(EjectionMember {
             address,
             breaker: Breaker::new(self.born),
             is_kept: AtomicBool::new(false),
@@ -161,14 +163,14 @@ impl Group {
     }
 
     /// Forgets all members but these. When all that are left are out, takes back the one whose time is over first.
-    pub fn retain(&self, addresses: &[SocketAddr], now: Instant) -> Option<(Arc<Member>, Change)> {
+    pub fn retain(&self, addresses: &[SocketAddr], now: Instant) -> Option<(Arc<EjectionMember>, StateChange)> {
         let mut present = self.present();
         present.retain(|member| addresses.contains(&member.address));
         if present.iter().any(|member| member.breaker.is_closed()) {
             return None;
         }
         let first = present.iter().min_by_key(|member| member.breaker.retry_after(now))?;
-        let change = first.breaker.close(Cause::NoOtherLeft, now)?;
+        let change = first.breaker.close(ChangeCause::NoOtherLeft, now)?;
         Some((Arc::clone(first), change))
     }
 
@@ -178,28 +180,28 @@ impl Group {
     }
 
     /// Those that are in fail: whoever of the others would be tried first may be tried now. Returns who.
-    pub fn hurry(&self, now: Instant) -> Option<Arc<Member>> {
+    pub fn hurry(&self, now: Instant) -> Option<Arc<EjectionMember>> {
         let present = self.present();
-        let waits = |member: &&Arc<Member>| member.breaker.retry_after(now);
+        let waits = |member: &&Arc<EjectionMember>| member.breaker.retry_after(now);
         // One that is being tried already waits for that, and can be no quicker.
-        let is_out = |member: &&Arc<Member>| member.state(now) == State::Open;
+        let is_out = |member: &&Arc<EjectionMember>| member.state(now) == BreakerState::Open;
         let first = present.iter().filter(is_out).min_by_key(waits)?;
         first.breaker.hurry(now);
         Some(Arc::clone(first))
     }
 
     /// The members, for the status page.
-    pub fn members(&self) -> Vec<Arc<Member>> {
+    pub fn members(&self) -> Vec<Arc<EjectionMember>> {
         self.present().clone()
     }
 
-    fn present(&self) -> MutexGuard<'_, Vec<Arc<Member>>> {
+    fn present(&self) -> MutexGuard<'_, Vec<Arc<EjectionMember>>> {
         // Each critical section leaves a whole list behind, whatever happens.
         self.present.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Member {
+impl EjectionMember {
     /// Where it is.
     pub fn address(&self) -> SocketAddr {
         self.address
@@ -216,7 +218,7 @@ impl Member {
     }
 
     /// Closed is in, open is out, half-open is being tried.
-    pub fn state(&self, now: Instant) -> State {
+    pub fn state(&self, now: Instant) -> BreakerState {
         self.breaker.state(now)
     }
 
@@ -253,14 +255,14 @@ impl Member {
     /// `random` is from 0 to 1 and decides how long it is out, if it is ejected.
     pub fn record(
         &self,
-        pass: Pass,
+        pass: BreakerPermit,
         thresholds: &Thresholds,
-        outcome: Outcome,
+        outcome: CallResult,
         now: Instant,
         random: f64,
-    ) -> Option<Event> {
+    ) -> Option<EjectionEvent> {
         let cause = self.breaker.note(pass, thresholds, outcome, now);
-        if outcome == Outcome::Success && self.is_kept.load(Relaxed) {
+        if outcome == CallResult::Success && self.is_kept.load(Relaxed) {
             self.is_kept.store(false, Relaxed);
         }
         let (cause, group) = (cause?, self.group.upgrade()?);
@@ -273,12 +275,12 @@ impl Member {
         if present.iter().any(|member| !is_me(member) && member.breaker.is_closed()) {
             let change = self.breaker.open(pass, cause, thresholds, now, random)?;
             self.is_kept.store(false, Relaxed);
-            return Some(Event::Ejected(change));
+            return Some(EjectionEvent::Ejected(change));
         }
         if self.is_kept.swap(true, Relaxed) {
             return None;
         }
-        Some(Event::Kept { consecutive: self.breaker.consecutive() })
+        Some(EjectionEvent::Kept { consecutive: self.breaker.consecutive() })
     }
 }
 
@@ -298,23 +300,23 @@ mod tests {
         SocketAddr::from(([10, 0, 0, last], 80))
     }
 
-    fn group(now: Instant, size: u8) -> (Arc<Group>, Vec<Arc<Member>>) {
-        let group = Group::new(now);
+    fn group(now: Instant, size: u8) -> (Arc<EjectionGroup>, Vec<Arc<EjectionMember>>) {
+        let group = EjectionGroup::new(now);
         let members = (0..size).map(|last| group.member(address(last))).collect();
         (group, members)
     }
 
-    fn call(member: &Member, outcome: Outcome, now: Instant) -> Option<Event> {
+    fn call(member: &EjectionMember, outcome: CallResult, now: Instant) -> Option<EjectionEvent> {
         match member.admit(&TWO, now) {
-            Admission::Pass(pass) => member.record(pass, &TWO, outcome, now, 1.0),
+            Admission::Admit(pass) => member.record(pass, &TWO, outcome, now, 1.0),
             other => panic!("no pass: {other:?}"),
         }
     }
 
-    fn eject(member: &Member, now: Instant) -> Change {
-        assert_eq!(call(member, Outcome::Failure, now), None);
-        match call(member, Outcome::Failure, now) {
-            Some(Event::Ejected(change)) => change,
+    fn eject(member: &EjectionMember, now: Instant) -> StateChange {
+        assert_eq!(call(member, CallResult::Failure, now), None);
+        match call(member, CallResult::Failure, now) {
+            Some(EjectionEvent::Ejected(change)) => change,
             other => panic!("not ejected: {other:?}"),
         }
     }
@@ -331,8 +333,8 @@ mod tests {
     fn failures_in_a_row_eject_and_a_probe_brings_back() {
         let start = Instant::now();
         let (_group, members) = group(start, 2);
-        assert_eq!(call(&members[0], Outcome::Failure, start), None);
-        assert_eq!(call(&members[0], Outcome::Success, start), None);
+        assert_eq!(call(&members[0], CallResult::Failure, start), None);
+        assert_eq!(call(&members[0], CallResult::Success, start), None);
         let change = eject(&members[0], start);
         assert_eq!((change.consecutive, change.open_for), (2, Some(TWO.open_for)));
         assert!(members[0].is_out(start) && !members[0].is_due(start) && !members[1].is_out(start));
@@ -340,14 +342,14 @@ mod tests {
         let later = start + TWO.open_for;
         assert!(!members[0].is_out(later) && members[0].is_due(later));
         let Admission::Probe { probe, change } = members[0].admit(&TWO, later) else { panic!("no probe") };
-        assert_eq!(change.unwrap().cause, Cause::OpenTimeOver);
+        assert_eq!(change.unwrap().cause, ChangeCause::OpenTimeOver);
         assert!(members[0].is_out(later), "one call tries it, not all");
-        let change = probe.record(&TWO, Outcome::Failure, later, 1.0).unwrap();
-        assert_eq!((change.cause, change.open_for), (Cause::ProbeFailed, Some(TWO.open_for * 2)));
+        let change = probe.record(&TWO, CallResult::Failure, later, 1.0).unwrap();
+        assert_eq!((change.cause, change.open_for), (ChangeCause::ProbeFailed, Some(TWO.open_for * 2)));
         let later = later + TWO.open_for * 2;
         let Admission::Probe { probe, .. } = members[0].admit(&TWO, later) else { panic!("no probe") };
-        assert_eq!(probe.record(&TWO, Outcome::Success, later, 1.0).unwrap().to, State::Closed);
-        assert_eq!(members[0].state(later), State::Closed);
+        assert_eq!(probe.record(&TWO, CallResult::Success, later, 1.0).unwrap().to, BreakerState::Closed);
+        assert_eq!(members[0].state(later), BreakerState::Closed);
     }
 
     #[test]
@@ -356,12 +358,12 @@ mod tests {
         let (_group, members) = group(start, 2);
         eject(&members[0], start);
         for _ in 0..3 {
-            assert_eq!(call(&members[1], Outcome::Failure, start), None);
-            assert_eq!(call(&members[1], Outcome::Failure, start), Some(Event::Kept { consecutive: 2 }));
-            assert_eq!(call(&members[1], Outcome::Failure, start), None);
-            assert_eq!(call(&members[1], Outcome::Success, start), None);
+            assert_eq!(call(&members[1], CallResult::Failure, start), None);
+            assert_eq!(call(&members[1], CallResult::Failure, start), Some(EjectionEvent::Kept { consecutive: 2 }));
+            assert_eq!(call(&members[1], CallResult::Failure, start), None);
+            assert_eq!(call(&members[1], CallResult::Success, start), None);
         }
-        assert_eq!(members[1].state(start), State::Closed);
+        assert_eq!(members[1].state(start), BreakerState::Closed);
     }
 
     #[test]
@@ -370,13 +372,15 @@ mod tests {
         let (_group, members) = group(start, 2);
         eject(&members[0], start);
         for _ in 0..9 {
-            call(&members[1], Outcome::Failure, start);
+            call(&members[1], CallResult::Failure, start);
         }
         let later = start + TWO.open_for;
         let Admission::Probe { probe, .. } = members[0].admit(&TWO, later) else { panic!("no probe") };
-        assert_eq!(call(&members[1], Outcome::Failure, later), None, "one that is being tried is not in");
-        probe.record(&TWO, Outcome::Success, later, 1.0).unwrap();
-        let Some(Event::Ejected(change)) = call(&members[1], Outcome::Failure, later) else { panic!("not ejected") };
+        assert_eq!(call(&members[1], CallResult::Failure, later), None, "one that is being tried is not in");
+        probe.record(&TWO, CallResult::Success, later, 1.0).unwrap();
+        let Some(EjectionEvent::Ejected(change)) = call(&members[1], CallResult::Failure, later) else {
+            panic!("not ejected")
+        };
         assert_eq!(change.consecutive, 11);
     }
 
@@ -386,9 +390,9 @@ mod tests {
         let (group, members) = group(start, 2);
         eject(&members[0], start);
         assert!(group.is_one_well());
-        call(&members[1], Outcome::Failure, start);
+        call(&members[1], CallResult::Failure, start);
         assert!(!group.is_one_well());
-        call(&members[1], Outcome::Success, start);
+        call(&members[1], CallResult::Success, start);
         assert!(group.is_one_well());
     }
 
@@ -426,19 +430,19 @@ mod tests {
         let long = Thresholds { open_for: TWO.open_for_max, ..TWO };
         for member in &members[..2] {
             let cause = [(); 2].map(|()| match member.admit(&long, start) {
-                Admission::Pass(pass) => member.record(pass, &long, Outcome::Failure, start, 1.0),
+                Admission::Admit(pass) => member.record(pass, &long, CallResult::Failure, start, 1.0),
                 other => panic!("no pass: {other:?}"),
             });
-            assert!(matches!(cause[1], Some(Event::Ejected(_))), "{cause:?}");
+            assert!(matches!(cause[1], Some(EjectionEvent::Ejected(_))), "{cause:?}");
         }
         let short = Thresholds { open_for_max: TWO.open_for, ..TWO };
         let (early, due) = (start + TWO.open_for / 2, start + TWO.open_for);
-        assert!(matches!(members[2].admit(&short, early), Admission::Pass(_)));
+        assert!(matches!(members[2].admit(&short, early), Admission::Admit(_)));
         assert!(members[..2].iter().all(|one| one.is_out(early) && !one.is_due(early)), "no shorter than that");
         assert!(members[..2].iter().all(|one| !one.is_out(due) && one.is_due(due)));
         let Admission::Probe { probe, .. } = members[0].admit(&short, due) else { panic!("no probe") };
         // A call of the policy before makes nothing longer.
-        assert!(matches!(members[2].admit(&long, due), Admission::Pass(_)));
+        assert!(matches!(members[2].admit(&long, due), Admission::Admit(_)));
         assert!(members[1].is_due(due));
         drop(probe);
         assert!(members[0].is_due(due));
@@ -450,12 +454,12 @@ mod tests {
         let (group, members) = group(start, 2);
         assert!(group.retain(&[address(1), address(7)], start).is_none());
         for _ in 0..5 {
-            assert_eq!(call(&members[0], Outcome::Failure, start), None);
+            assert_eq!(call(&members[0], CallResult::Failure, start), None);
         }
-        assert_eq!(call(&members[1], Outcome::Failure, start), None);
-        assert_eq!(call(&members[1], Outcome::Failure, start), Some(Event::Kept { consecutive: 2 }));
+        assert_eq!(call(&members[1], CallResult::Failure, start), None);
+        assert_eq!(call(&members[1], CallResult::Failure, start), Some(EjectionEvent::Kept { consecutive: 2 }));
         drop(group);
-        assert_eq!(call(&members[1], Outcome::Failure, start), None);
+        assert_eq!(call(&members[1], CallResult::Failure, start), None);
     }
 
     #[test]
@@ -464,10 +468,10 @@ mod tests {
         let (group, members) = group(start, 1);
         let stranger = group.member_if(address(7), || false);
         for _ in 0..5 {
-            assert_eq!(call(&stranger, Outcome::Failure, start), None);
+            assert_eq!(call(&stranger, CallResult::Failure, start), None);
         }
-        assert_eq!(call(&members[0], Outcome::Failure, start), None);
-        assert_eq!(call(&members[0], Outcome::Failure, start), Some(Event::Kept { consecutive: 2 }));
+        assert_eq!(call(&members[0], CallResult::Failure, start), None);
+        assert_eq!(call(&members[0], CallResult::Failure, start), Some(EjectionEvent::Kept { consecutive: 2 }));
         assert!(Arc::ptr_eq(&group.member_if(address(0), || false), &members[0]), "who is there already, is there");
     }
 
@@ -478,7 +482,10 @@ mod tests {
         eject(&members[0], start);
         eject(&members[1], start + Duration::from_secs(1));
         let (back, change) = group.retain(&[address(0), address(1)], start + Duration::from_secs(2)).unwrap();
-        assert_eq!((back.address(), change.cause, change.to), (address(0), Cause::NoOtherLeft, State::Closed));
+        assert_eq!(
+            (back.address(), change.cause, change.to),
+            (address(0), ChangeCause::NoOtherLeft, BreakerState::Closed)
+        );
         assert_eq!(change.cause.as_str(), "no_other_left");
         assert!(group.retain(&[], start).is_none());
     }
@@ -493,9 +500,9 @@ mod tests {
                 now += Duration::from_millis(random.u64(0..2_000));
                 let members = group.members();
                 let member = &members[random.usize(..members.len())];
-                let outcome = if random.u8(..4) == 0 { Outcome::Success } else { Outcome::Failure };
+                let outcome = if random.u8(..4) == 0 { CallResult::Success } else { CallResult::Failure };
                 match member.admit(&TWO, now) {
-                    Admission::Pass(pass) => drop(member.record(pass, &TWO, outcome, now, random.f64())),
+                    Admission::Admit(pass) => drop(member.record(pass, &TWO, outcome, now, random.f64())),
                     Admission::Probe { probe, .. } if random.bool() => {
                         probe.record(&TWO, outcome, now, random.f64());
                     }
@@ -512,7 +519,7 @@ mod tests {
                 if random.u8(..40) == 0 {
                     group.member(address(random.u8(..4)));
                 }
-                assert!(group.members().iter().any(|one| one.state(now) == State::Closed), "seed {seed}");
+                assert!(group.members().iter().any(|one| one.state(now) == BreakerState::Closed), "seed {seed}");
             }
         }
     }

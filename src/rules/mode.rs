@@ -8,8 +8,8 @@ use std::fmt;
 use schemars::JsonSchema;
 use serde::Deserialize;
 
-use super::switch::allow_false;
-use crate::problems::{At, Set};
+use super::toggle::allow_false;
+use crate::problems::{Cursor, Sourced};
 
 /// How strictly a rule is kept. Shows as in a policy.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Deserialize, JsonSchema)]
@@ -20,7 +20,7 @@ pub enum Mode {
     #[default]
     Enforce,
     /// Its decisions are counted and logged, and change nothing.
-    Warn,
+    DryRun,
     /// It is not asked.
     Off,
 }
@@ -40,7 +40,7 @@ impl Mode {
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Enforce => "enforce",
-            Self::Warn => "warn",
+            Self::DryRun => "warn",
             Self::Off => "off",
         }
     }
@@ -161,46 +161,46 @@ pub struct ModesSpec {
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Modes {
     /// One time budget for the whole chain of calls.
-    pub deadline: Set<Mode>,
+    pub deadline: Sourced<Mode>,
     /// Failed calls are made again.
-    pub retry: Set<Mode>,
+    pub retry: Sourced<Mode>,
     /// Only the hop at which a call failed makes it again.
-    pub retry_in_one_place: Set<Mode>,
+    pub retry_in_one_place: Sourced<Mode>,
     /// A call that never reached its app is told from one that failed there.
-    pub unsent: Set<Mode>,
+    pub unsent: Sourced<Mode>,
     /// A failure counts only at the hop where it happened.
-    pub blame_in_one_place: Set<Mode>,
+    pub blame_in_one_place: Sourced<Mode>,
     /// A destination that fails gets no calls for a while.
-    pub circuit_breaker: Set<Mode>,
+    pub circuit_breaker: Sourced<Mode>,
     /// An endpoint that fails gets no calls for a while.
-    pub ejection: Set<Mode>,
+    pub ejection: Sourced<Mode>,
     /// So many calls a time.
-    pub rate_limit: Set<Mode>,
+    pub rate_limit: Sourced<Mode>,
     /// So many calls at once.
-    pub limits: Set<Mode>,
+    pub limits: Sourced<Mode>,
     /// Failures on purpose; with `warn` they are logged and do not happen.
-    pub faults: Set<Mode>,
+    pub faults: Sourced<Mode>,
 }
 
 impl Modes {
     /// What holds where no policy says otherwise: every rule is enforced.
     pub const fn built_in() -> Self {
         Self {
-            deadline: Set::built_in(Mode::Enforce),
-            retry: Set::built_in(Mode::Enforce),
-            retry_in_one_place: Set::built_in(Mode::Enforce),
-            unsent: Set::built_in(Mode::Enforce),
-            blame_in_one_place: Set::built_in(Mode::Enforce),
-            circuit_breaker: Set::built_in(Mode::Enforce),
-            ejection: Set::built_in(Mode::Enforce),
-            rate_limit: Set::built_in(Mode::Enforce),
-            limits: Set::built_in(Mode::Enforce),
-            faults: Set::built_in(Mode::Enforce),
+            deadline: Sourced::built_in(Mode::Enforce),
+            retry: Sourced::built_in(Mode::Enforce),
+            retry_in_one_place: Sourced::built_in(Mode::Enforce),
+            unsent: Sourced::built_in(Mode::Enforce),
+            blame_in_one_place: Sourced::built_in(Mode::Enforce),
+            circuit_breaker: Sourced::built_in(Mode::Enforce),
+            ejection: Sourced::built_in(Mode::Enforce),
+            rate_limit: Sourced::built_in(Mode::Enforce),
+            limits: Sourced::built_in(Mode::Enforce),
+            faults: Sourced::built_in(Mode::Enforce),
         }
     }
 
     /// The mode of one rule, and the line that says so.
-    pub const fn of(&self, rule: RuleName) -> &Set<Mode> {
+    pub const fn of(&self, rule: RuleName) -> &Sourced<Mode> {
         match rule {
             RuleName::Deadline => &self.deadline,
             RuleName::Retry => &self.retry,
@@ -218,7 +218,7 @@ impl Modes {
 
 impl ModesSpec {
     /// Lays this layer over another. Nothing in it can be wrong once it was read.
-    pub fn check(&self, base: &Modes, at: &At<'_>) -> Modes {
+    pub fn check(&self, base: &Modes, at: &Cursor<'_>) -> Modes {
         let over = |rule: RuleName, mode: Option<Mode>| {
             mode.map_or_else(|| base.of(rule).clone(), |mode| at.key(rule.key()).set(mode))
         };
@@ -264,7 +264,7 @@ mod tests {
             let modes = check(&format!("{}: warn", rule.key()));
             for other in RuleName::ALL {
                 let mode = modes.of(other);
-                assert_eq!(mode.value, if other == rule { Mode::Warn } else { Mode::Enforce }, "{rule}: {other}");
+                assert_eq!(mode.value, if other == rule { Mode::DryRun } else { Mode::Enforce }, "{rule}: {other}");
                 assert_eq!(mode.origin == Origin::BuiltIn, other != rule);
             }
         }
@@ -280,9 +280,9 @@ mod tests {
 
     #[test]
     fn a_mode_is_read_as_it_is_shown() {
-        for mode in [Mode::Enforce, Mode::Warn, Mode::Off] {
+        for mode in [Mode::Enforce, Mode::DryRun, Mode::Off] {
             assert_eq!(serde_json::from_value::<Mode>(mode.as_str().into()).unwrap(), mode);
         }
-        assert!(Mode::Off.is_off() && !Mode::Warn.is_off() && !Mode::Warn.is_enforced());
+        assert!(Mode::Off.is_off() && !Mode::DryRun.is_off() && !Mode::DryRun.is_enforced());
     }
 }

@@ -7,7 +7,7 @@ use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::de::{self, Deserialize, Deserializer, Visitor};
 
 use super::number::not_a_number;
-use crate::problems::Fault;
+use crate::problems::InvalidValue;
 
 /// A share in a document: more than 0, at most 1, and so never NaN.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -15,8 +15,8 @@ pub struct Ratio(pub f64);
 
 impl<'de> Deserialize<'de> for Ratio {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Read;
-        impl Visitor<'_> for Read {
+        struct RatioVisitor;
+        impl Visitor<'_> for RatioVisitor {
             type Value = Ratio;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -28,7 +28,7 @@ impl<'de> Deserialize<'de> for Ratio {
                     return Ok(Ratio(ratio));
                 }
                 let hint = "write a number above 0 and up to 1, like 0.01 for one in a hundred";
-                Err(E::custom(Fault::new(format!("{ratio} is out of range"), hint)))
+                Err(E::custom(InvalidValue::new(format!("{ratio} is out of range"), hint)))
             }
 
             fn visit_u64<E: de::Error>(self, whole: u64) -> Result<Ratio, E> {
@@ -41,7 +41,7 @@ impl<'de> Deserialize<'de> for Ratio {
                 Err(E::custom(not_a_number(text, &self, is_good)))
             }
         }
-        deserializer.deserialize_any(Read)
+        deserializer.deserialize_any(RatioVisitor)
     }
 }
 

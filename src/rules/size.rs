@@ -9,7 +9,7 @@ use std::fmt;
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::de::{self, Deserialize, Deserializer, Visitor};
 
-use crate::problems::Fault;
+use crate::problems::InvalidValue;
 
 /// A size in a document, in bytes: from `LEAST` to `MOST`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,8 +40,8 @@ pub(super) fn parse(text: &str) -> Option<u64> {
 
 impl<'de, const LEAST: u32, const MOST: u32> Deserialize<'de> for Size<LEAST, MOST> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Read<const LEAST: u32, const MOST: u32>;
-        impl<const LEAST: u32, const MOST: u32> Visitor<'_> for Read<LEAST, MOST> {
+        struct SizeVisitor<const LEAST: u32, const MOST: u32>;
+        impl<const LEAST: u32, const MOST: u32> Visitor<'_> for SizeVisitor<LEAST, MOST> {
             type Value = Size<LEAST, MOST>;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -53,7 +53,7 @@ impl<'de, const LEAST: u32, const MOST: u32> Deserialize<'de> for Size<LEAST, MO
                     Ok(bytes) if (LEAST..=MOST).contains(&bytes) => Ok(Size(bytes)),
                     _ => {
                         let hint = format!("write {} to {}", format(LEAST), format(MOST));
-                        Err(E::custom(Fault::new(format!("{bytes} bytes is out of range"), hint)))
+                        Err(E::custom(InvalidValue::new(format!("{bytes} bytes is out of range"), hint)))
                     }
                 }
             }
@@ -61,12 +61,12 @@ impl<'de, const LEAST: u32, const MOST: u32> Deserialize<'de> for Size<LEAST, MO
             fn visit_str<E: de::Error>(self, text: &str) -> Result<Self::Value, E> {
                 let Some(bytes) = parse(text) else {
                     let hint = "write a whole number of bytes, or one with KiB or MiB, like `64KiB`";
-                    return Err(E::custom(Fault::new(format!("`{text}` is not a size"), hint)));
+                    return Err(E::custom(InvalidValue::new(format!("`{text}` is not a size"), hint)));
                 };
                 self.visit_u64(bytes)
             }
         }
-        deserializer.deserialize_any(Read::<LEAST, MOST>)
+        deserializer.deserialize_any(SizeVisitor::<LEAST, MOST>)
     }
 }
 

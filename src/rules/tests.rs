@@ -5,14 +5,17 @@ use std::cell::RefCell;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use crate::problems::{At, Found, Place, Problem, Problems, Spot};
+use crate::problems::{ChildNode, Cursor, DocumentNode, Position, Problem, Problems};
 
 /// Reads a spec from YAML and checks it. Gives the result, and each problem as `path: message | hint`.
-pub(super) fn checked<S: DeserializeOwned, T>(yaml: &str, check: impl FnOnce(&S, &At<'_>) -> T) -> (T, Vec<String>) {
+pub(super) fn checked<S: DeserializeOwned, T>(
+    yaml: &str,
+    check: impl FnOnce(&S, &Cursor<'_>) -> T,
+) -> (T, Vec<String>) {
     let spec: S = serde_yaml::from_str(yaml).unwrap_or_else(|error| panic!("{yaml}: {error}"));
     let value: Value = serde_yaml::from_str(yaml).unwrap();
     let (file, node, problems) = ("p.yaml".into(), Node::of(&value), RefCell::new(Problems::default()));
-    let result = check(&spec, &At::root(&file, &node, &problems));
+    let result = check(&spec, &Cursor::root(&file, &node, &problems));
     let shown = |p: &Problem| format!("{}: {} | {}", p.path, p.message, p.hint.as_deref().unwrap_or_default());
     let problems = problems.borrow().iter().map(shown).collect();
     (result, problems)
@@ -20,7 +23,7 @@ pub(super) fn checked<S: DeserializeOwned, T>(yaml: &str, check: impl FnOnce(&S,
 
 #[derive(Debug)]
 struct Node {
-    place: Place,
+    place: Position,
     entries: Vec<(String, Node)>,
     items: Vec<Node>,
 }
@@ -29,26 +32,26 @@ impl Node {
     fn of(value: &Value) -> Self {
         let entries = value.as_object().into_iter().flatten().map(|(key, value)| (key.clone(), Self::of(value)));
         let items = value.as_array().into_iter().flatten().map(Self::of);
-        let place = Place { span: 0..1, line: 1, column: 1 };
+        let place = Position { span: 0..1, line: 1, column: 1 };
         Self { place, entries: entries.collect(), items: items.collect() }
     }
 }
 
-impl Spot for Node {
-    fn entry(&self, key: &str) -> Option<Found<'_>> {
+impl DocumentNode for Node {
+    fn entry(&self, key: &str) -> Option<ChildNode<'_>> {
         let (_, spot) = self.entries.iter().find(|(name, _)| name == key)?;
-        Some(Found { key: Some(&self.place), index: 0, spot })
+        Some(ChildNode { key: Some(&self.place), index: 0, spot })
     }
 
-    fn item(&self, index: usize) -> Option<Found<'_>> {
-        self.items.get(index).map(|spot| Found { key: None, index, spot })
+    fn item(&self, index: usize) -> Option<ChildNode<'_>> {
+        self.items.get(index).map(|spot| ChildNode { key: None, index, spot })
     }
 
     fn size(&self) -> usize {
         self.entries.len() + self.items.len()
     }
 
-    fn place(&self) -> &Place {
+    fn place(&self) -> &Position {
         &self.place
     }
 

@@ -8,57 +8,57 @@ use std::time::Duration;
 use schemars::JsonSchema;
 use serde::Deserialize;
 
-use super::duration::{self, Span};
-use crate::problems::{At, Origin, Set};
+use super::duration::{self, DurationSpec};
+use crate::problems::{Cursor, Origin, Sourced};
 
 /// `timeouts:` of `defaults`, of a destination or of a route.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase", expecting = "a mapping of timeouts")]
 pub struct TimeoutsSpec {
     /// Until a connection to the upstream stands, TLS included. Default 250ms.
-    pub connect: Option<Span>,
+    pub connect: Option<DurationSpec>,
     /// The whole call: all tries and waits together, to the end of the answer. Default 2s.
-    pub request: Option<Span>,
+    pub request: Option<DurationSpec>,
     /// One try, within `request`. Default: as long as `request` allows.
-    pub per_try: Option<Span>,
+    pub per_try: Option<DurationSpec>,
     /// No byte in either direction. Default 60s.
-    pub idle: Option<Span>,
+    pub idle: Option<DurationSpec>,
     /// The longest life of a stream, which `request` does not end. Default 1h.
-    pub max_duration: Option<Span>,
+    pub max_duration: Option<DurationSpec>,
 }
 
 /// The timeouts of a route, each with its value.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Timeouts {
     /// Until a connection to the upstream stands, TLS included; never longer than `request`.
-    pub connect: Set<Duration>,
+    pub connect: Sourced<Duration>,
     /// All tries and waits together.
-    pub request: Set<Duration>,
+    pub request: Sourced<Duration>,
     /// One try; never longer than `request`.
-    pub per_try: Option<Set<Duration>>,
+    pub per_try: Option<Sourced<Duration>>,
     /// No byte in either direction.
-    pub idle: Set<Duration>,
+    pub idle: Sourced<Duration>,
     /// The longest life of a stream.
-    pub max_duration: Set<Duration>,
+    pub max_duration: Sourced<Duration>,
 }
 
 impl Timeouts {
     /// What holds where no policy says otherwise.
     pub const fn built_in() -> Self {
         Self {
-            connect: Set::built_in(Duration::from_millis(250)),
-            request: Set::built_in(Duration::from_secs(2)),
+            connect: Sourced::built_in(Duration::from_millis(250)),
+            request: Sourced::built_in(Duration::from_secs(2)),
             per_try: None,
-            idle: Set::built_in(Duration::from_secs(60)),
-            max_duration: Set::built_in(Duration::from_secs(3600)),
+            idle: Sourced::built_in(Duration::from_secs(60)),
+            max_duration: Sourced::built_in(Duration::from_secs(3600)),
         }
     }
 }
 
 impl TimeoutsSpec {
     /// Lays this layer over another. Reports a part that is longer than the whole, in the layer that makes it so.
-    pub fn check(&self, base: &Timeouts, at: &At<'_>) -> Timeouts {
-        let over = |key: &str, spec: Option<Span>, below: &Set<Duration>| {
+    pub fn check(&self, base: &Timeouts, at: &Cursor<'_>) -> Timeouts {
+        let over = |key: &str, spec: Option<DurationSpec>, below: &Sourced<Duration>| {
             spec.map_or_else(|| below.clone(), |span| at.key(key).set(span.0))
         };
         let mut timeouts = Timeouts {
@@ -83,7 +83,13 @@ impl TimeoutsSpec {
     }
 }
 
-fn report_longer(at: &At<'_>, part: &str, part_is_here: bool, value: &Set<Duration>, request: &Set<Duration>) {
+fn report_longer(
+    at: &Cursor<'_>,
+    part: &str,
+    part_is_here: bool,
+    value: &Sourced<Duration>,
+    request: &Sourced<Duration>,
+) {
     if value.value <= request.value {
         return;
     }

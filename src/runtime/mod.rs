@@ -3,10 +3,10 @@
 //! Every worker is one thread with a single-threaded runtime of its own: tasks never move, so nothing on the
 //! data path is locked or sent between threads.
 
-pub mod coalescing;
 pub mod drain;
-pub mod quiet;
 pub mod signals;
 pub mod tasks;
+pub mod thread;
 pub mod timer;
-pub mod worker;
+pub mod wake_batching;
+pub mod waker;

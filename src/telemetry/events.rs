@@ -5,24 +5,24 @@
 
 use super::Telemetry;
 use super::families::{
-    BREAKER_CHANGES, BREAKER_STATE, DEADLINE_JOINS, EJECTED, EJECTIONS, FAULTS, RETRIES, RETRIES_WITHHELD, WOULD_ACT,
+    BREAKER_CHANGES, BREAKER_STATE, DEADLINE_JOINS, DRY_RUN, EJECTED, EJECTIONS, FAULTS, RETRIES, RETRIES_WITHHELD,
 };
 use super::instruments::{Counter, Family, Labels};
 
 /// Why a request goes out once more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Again {
+pub enum RetryReason {
     /// A try failed, and the policy has it tried again.
     Failed,
     /// Nobody has seen the request: the connection or the callee's sidecar says so.
     Unsent,
 }
 
-impl Again {
+impl RetryReason {
     const fn as_str(self) -> &'static str {
         match self {
-            Again::Failed => "failed",
-            Again::Unsent => "unsent",
+            RetryReason::Failed => "failed",
+            RetryReason::Unsent => "unsent",
         }
     }
 }
@@ -33,7 +33,7 @@ impl Telemetry {
     }
 
     /// A request to `destination` goes out once more.
-    pub fn retried(&self, destination: &str, again: Again) {
+    pub fn retried(&self, destination: &str, again: RetryReason) {
         let labels = vec![("destination", destination.to_owned()), ("because", again.as_str().to_owned())];
         self.tally(RETRIES, labels).increment();
     }
@@ -78,9 +78,9 @@ impl Telemetry {
     }
 
     /// A rule in `warn` would have acted on a call to `destination`.
-    pub fn would_act(&self, destination: &str, rule: &'static str) {
+    pub fn dry_run(&self, destination: &str, rule: &'static str) {
         let labels = vec![("destination", destination.to_owned()), ("rule", rule.to_owned())];
-        self.tally(WOULD_ACT, labels).increment();
+        self.tally(DRY_RUN, labels).increment();
     }
 
     /// A fault of the policy was injected into a call to `destination`.

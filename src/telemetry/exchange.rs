@@ -12,9 +12,9 @@ use http::{HeaderValue, Method, StatusCode};
 use tokio::time::Instant;
 
 use super::hop::HopId;
-use super::line;
+use super::log_line;
 use super::outcome::{Outcome, Protocol};
-use super::record::{Connection, Notes, Record, RefusalRecord, RequestLine};
+use super::record::{ConnectionUse, Notes, Record, RefusalRecord, RequestLine};
 use super::shard::Shard;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,7 +92,7 @@ impl Exchange {
     }
 
     /// Notes where the present try goes and over which connection.
-    pub fn via(&mut self, endpoint: SocketAddr, connection: Connection) {
+    pub fn via(&mut self, endpoint: SocketAddr, connection: ConnectionUse) {
         self.record.endpoint = Some(endpoint);
         self.record.connection = Some(connection);
     }
@@ -241,9 +241,9 @@ impl Drop for Exchange {
         };
         let labels = self.shard.labels(self.hop);
         let entry =
-            line::Entry { record: &self.record, outcome, total, began: telemetry.wall(self.began), hop: &labels };
+            log_line::Entry { record: &self.record, outcome, total, began: telemetry.wall(self.began), hop: &labels };
         self.shard.with_line(|text| {
-            line::write(text, &entry, format);
+            log_line::write(text, &entry, format);
             telemetry.access_log.put(text);
         });
     }

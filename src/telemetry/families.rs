@@ -45,8 +45,7 @@ pub(super) const BREAKER_CHANGES: Family =
 pub(super) const EJECTED: Family = family("hopguard_ejected_endpoints", "Endpoints that are out now");
 pub(super) const EJECTIONS: Family =
     family("hopguard_ejections_total", "Endpoints taken out, brought back, or kept only because they were the last");
-pub(super) const WOULD_ACT: Family =
-    family("hopguard_would_act_total", "Calls on which a rule in warn would have acted");
+pub(super) const DRY_RUN: Family = family("hopguard_would_act_total", "Calls on which a rule in warn would have acted");
 pub(super) const FAULTS: Family = family("hopguard_faults_total", "Faults that were injected");
 pub(super) const DEADLINE_JOINS: Family = family(
     "hopguard_deadline_joins_total",
@@ -60,7 +59,7 @@ const RELOADS: Family = family("hopguard_policy_reloads_total", "Attempts to loa
 const CERTIFICATES: Family =
     family("hopguard_certificate_reloads_total", "Times that changed certificates and authorities were read again");
 const WORKERS: Family = family("hopguard_workers", "Worker threads");
-const NAPS: Family =
+const WAKE_BATCHES: Family =
     family("hopguard_worker_naps_total", "Naps that workers took to do more at once when they woke up");
 const DRAINING: Family = family("hopguard_draining", "1 from the start of the drain on, else 0");
 const LINES_DROPPED: Family =
@@ -104,7 +103,7 @@ pub const ALL: &[Family] = &[
     BREAKER_CHANGES,
     EJECTED,
     EJECTIONS,
-    WOULD_ACT,
+    DRY_RUN,
     FAULTS,
     DEADLINE_JOINS,
     ACCEPTED,
@@ -112,7 +111,7 @@ pub const ALL: &[Family] = &[
     RELOADS,
     CERTIFICATES,
     WORKERS,
-    NAPS,
+    WAKE_BATCHES,
     DRAINING,
     LINES_DROPPED,
     LINES_FAILED,
@@ -197,7 +196,7 @@ pub struct ProcessMetrics {
     /// Worker threads.
     pub workers: Gauge,
     /// Naps of all workers.
-    pub naps: Counter,
+    pub wake_batches: Counter,
     /// 1 from the start of the drain on.
     pub draining: Gauge,
     pub(super) lines_dropped: Counter,
@@ -214,7 +213,7 @@ impl ProcessMetrics {
             reloads_ok: reloads("ok"),
             reloads_failed: reloads("failed"),
             workers: instruments.gauge(WORKERS, Vec::new(), None),
-            naps: instruments.counter(NAPS, Vec::new(), None),
+            wake_batches: instruments.counter(WAKE_BATCHES, Vec::new(), None),
             draining: instruments.gauge(DRAINING, Vec::new(), None),
             lines_dropped: instruments.counter(LINES_DROPPED, Vec::new(), None),
             lines_failed: instruments.counter(LINES_FAILED, Vec::new(), None),

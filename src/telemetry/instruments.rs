@@ -67,17 +67,17 @@ impl Gauge {
     }
 
     /// Adds one now and takes it away again when the guard is dropped.
-    pub fn hold(&self) -> Held {
+    pub fn hold(&self) -> GaugeGuard {
         self.increment();
-        Held(self.clone())
+        GaugeGuard(self.clone())
     }
 }
 
 /// One unit of a gauge, given back on drop.
 #[derive(Debug)]
-pub struct Held(Gauge);
+pub struct GaugeGuard(Gauge);
 
-impl Drop for Held {
+impl Drop for GaugeGuard {
     fn drop(&mut self) {
         self.0.decrement();
     }

@@ -27,7 +27,7 @@ static LOG: OnceLock<Writer> = OnceLock::new();
 
 /// How a line looks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum LogFormat {
+pub enum ProgramLogFormat {
     /// For people.
     #[default]
     Text,
@@ -64,15 +64,15 @@ impl Drop for Log {
 /// Sets the log of the process up, once. `filter` is a list of levels and `target=level`: `info`, `warn,hopguard=debug`;
 /// the longest matching target wins. A release build has no lines of the level `trace`. Fails when the filter cannot be
 /// read or there is a log already.
-pub fn init(format: LogFormat, filter: &str) -> Result<Log, LogError> {
+pub fn init(format: ProgramLogFormat, filter: &str) -> Result<Log, LogError> {
     let targets = targets(filter)?;
     let stderr = Box::new(io::stderr());
     let writer = Writer::start("log", stderr, LINES, Counter::default(), Counter::default());
     let to = writer.clone();
     let lines = layer().with_writer(move || Lines(to.clone()));
     let lines = match format {
-        LogFormat::Text => lines.with_ansi(false).boxed(),
-        LogFormat::Json => lines.json().flatten_event(true).with_current_span(false).boxed(),
+        ProgramLogFormat::Text => lines.with_ansi(false).boxed(),
+        ProgramLogFormat::Json => lines.json().flatten_event(true).with_current_span(false).boxed(),
     };
     tracing_subscriber::registry().with(lines.with_filter(targets)).try_init().map_err(|_| LogError::Twice)?;
     Ok(Log(LOG.get_or_init(|| writer).clone()))

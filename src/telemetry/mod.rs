@@ -10,7 +10,7 @@
 //! | `instruments`, `families` | other counters and gauges, and the names of all metrics |
 //! | `collect`, `openmetrics`, `host_process` | from cells to a page |
 //! | `summary` | hops as people want to see them |
-//! | `access_log`, `line` | one line per exchange |
+//! | `access_log`, `log_line` | one line per exchange |
 //! | `log` | the diagnostics of the process itself |
 //! | `writer` | the thread that writes the lines of either |
 //!
@@ -26,8 +26,8 @@ mod histogram;
 mod hop;
 mod host_process;
 mod instruments;
-mod line;
 pub mod log;
+mod log_line;
 mod openmetrics;
 mod outcome;
 mod record;
@@ -44,16 +44,16 @@ use jiff::Timestamp;
 use tokio::time::Instant;
 
 pub use access_log::{AccessLog, AccessLogMode, AccessLogSettings, LineFormat, MemoryLines, Sink};
-pub use events::Again;
+pub use events::RetryReason;
 pub use exchange::Exchange;
 pub use families::{DestinationMetrics, ListenerMetrics, ProcessMetrics};
 pub use histogram::{Buckets, Histogram, LATENCY_BOUNDS, LatencyHistogram, OVERHEAD_BOUNDS, OverheadHistogram};
 pub use hop::{Direction, HopId, HopLabels, Hops, MAX_HOPS};
 pub use host_process::ProcessFigures;
-pub use instruments::{Counter, Family, Gauge, Held};
+pub use instruments::{Counter, Family, Gauge, GaugeGuard};
 pub use openmetrics::PageFormat;
 pub use outcome::{Outcome, Protocol};
-pub use record::{Connection, Notes, RefusalRecord, RequestLine, Side};
+pub use record::{ClosedBy, ConnectionUse, Notes, RefusalRecord, RequestLine};
 pub use shard::{Series, SeriesKey, SeriesSums, Shard};
 pub use summary::{DestinationFigures, HopSummary};
 

@@ -1,4 +1,4 @@
-//! What is known of one exchange, as plain values: `exchange` fills it in, `line` writes it down.
+//! What is known of one exchange, as plain values: `exchange` fills it in, `log_line` writes it down.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -24,7 +24,7 @@ pub struct RequestLine {
 
 /// The upstream connection that carried the last try.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Connection {
+pub enum ConnectionUse {
     /// Opened for this try.
     New,
     /// Taken from the pool.
@@ -36,7 +36,7 @@ pub enum Connection {
 
 /// Who ended the exchange.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Side {
+pub enum ClosedBy {
     /// The caller.
     Caller,
     /// This process.
@@ -45,13 +45,13 @@ pub enum Side {
     Upstream,
 }
 
-impl Side {
+impl ClosedBy {
     /// The value in logs.
     pub const fn as_str(self) -> &'static str {
         match self {
-            Side::Caller => "caller",
-            Side::Hopguard => "hopguard",
-            Side::Upstream => "upstream",
+            ClosedBy::Caller => "caller",
+            ClosedBy::Hopguard => "hopguard",
+            ClosedBy::Upstream => "upstream",
         }
     }
 }
@@ -70,7 +70,7 @@ pub struct RefusalRecord {
     /// One sentence for the reader of the log.
     pub detail: String,
     /// Who ended it.
-    pub closed_by: Side,
+    pub closed_by: ClosedBy,
 }
 
 /// What the rules had to say about an exchange; most have nothing to say.
@@ -104,7 +104,7 @@ pub(super) struct Record {
     pub(super) grpc_message: Option<HeaderValue>,
     pub(super) refusal: Option<Box<RefusalRecord>>,
     pub(super) endpoint: Option<SocketAddr>,
-    pub(super) connection: Option<Connection>,
+    pub(super) connection: Option<ConnectionUse>,
     pub(super) queued: Option<Duration>,
     pub(super) connect: Option<Duration>,
     pub(super) upstream: Option<Duration>,

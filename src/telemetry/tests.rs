@@ -63,7 +63,7 @@ fn timeout() -> RefusalRecord {
         value: "2s".to_owned(),
         origin: "policy.yaml:12".to_owned(),
         detail: "no answer within 2s".to_owned(),
-        closed_by: Side::Hopguard,
+        closed_by: ClosedBy::Hopguard,
     }
 }
 
@@ -121,7 +121,7 @@ async fn a_refused_call_explains_itself_in_both_formats() {
         exchange.attempt(1, 1);
         exchange.towards(address("10.0.0.7:8080"));
         exchange.connected(ms(5));
-        exchange.via(address("10.0.0.7:8080"), Connection::Reused { age: ms(1500) });
+        exchange.via(address("10.0.0.7:8080"), ConnectionUse::Reused { age: ms(1500) });
         exchange.passed(11, 0);
         tokio::time::advance(ms(2001)).await;
         exchange.refuse(timeout());
@@ -190,7 +190,7 @@ fn every_field_is_in_the_documents() {
     exchange.queued(ms(1));
     exchange.attempt(1, 2);
     exchange.connected(ms(1));
-    exchange.via(address("[::1]:80"), Connection::Reused { age: ms(1) });
+    exchange.via(address("[::1]:80"), ConnectionUse::Reused { age: ms(1) });
     exchange.upstream_waited(ms(1));
     exchange.grpc(14, Some(HeaderValue::from_static("down")));
     exchange.refuse(timeout());
@@ -318,12 +318,12 @@ pub(super) fn full_page(format: PageFormat) -> String {
 }
 
 fn tell_what_rules_did(telemetry: &Telemetry) {
-    telemetry.retried("payment", Again::Failed);
-    telemetry.retried("payment", Again::Unsent);
+    telemetry.retried("payment", RetryReason::Failed);
+    telemetry.retried("payment", RetryReason::Unsent);
     telemetry.retry_withheld("payment", "budget");
     telemetry.breaker_changed("payment", "open", 2);
     telemetry.ejection_changed("payment", "out", 1);
-    telemetry.would_act("payment", "rate_limit");
+    telemetry.dry_run("payment", "rate_limit");
     telemetry.fault_injected("payment", "slow \"bank\"");
     telemetry.joins("by_trace").increment();
 }

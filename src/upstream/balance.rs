@@ -28,7 +28,7 @@ const BAD_NANOS: f64 = 1_000_000_000.0;
 const FIRST_FAILURE_NANOS: f64 = 10_000_000.0;
 
 /// The load of one endpoint as one worker sees it.
-pub struct Load {
+pub struct EndpointLoad {
     in_flight: Cell<u32>,
     /// `None`: there was no answer yet, nor a failure.
     nanos: Cell<Option<f64>>,
@@ -37,7 +37,7 @@ pub struct Load {
     is_failing: Cell<bool>,
 }
 
-impl Load {
+impl EndpointLoad {
     /// An endpoint that nobody has called yet.
     pub fn new(now: Instant) -> Self {
         Self { in_flight: Cell::new(0), nanos: Cell::new(None), at: Cell::new(now), is_failing: Cell::new(false) }
@@ -103,7 +103,7 @@ impl Load {
 /// The position of the better of two endpoints drawn at random; `None` if there are none.
 pub fn pick<'a>(
     count: usize,
-    load: impl Fn(usize) -> &'a Load,
+    load: impl Fn(usize) -> &'a EndpointLoad,
     random: &mut fastrand::Rng,
     now: Instant,
 ) -> Option<usize> {
@@ -121,7 +121,7 @@ pub fn pick<'a>(
 mod tests {
     use super::*;
 
-    fn draws(loads: &[Load], now: Instant) -> Vec<usize> {
+    fn draws(loads: &[EndpointLoad], now: Instant) -> Vec<usize> {
         let mut random = fastrand::Rng::with_seed(7);
         let mut seen = vec![0; loads.len()];
         for _ in 0..1000 {
@@ -133,7 +133,7 @@ mod tests {
     #[test]
     fn the_only_endpoint_is_taken_and_none_is_none() {
         let now = Instant::now();
-        let load = Load::new(now);
+        let load = EndpointLoad::new(now);
         let mut random = fastrand::Rng::with_seed(1);
         assert_eq!(pick(1, |_| &load, &mut random, now), Some(0));
         assert_eq!(pick(0, |_| &load, &mut random, now), None);
@@ -142,7 +142,7 @@ mod tests {
     #[test]
     fn equal_endpoints_share_and_a_slow_one_is_left_alone() {
         let now = Instant::now();
-        let loads: Vec<_> = (0..3).map(|_| Load::new(now)).collect();
+        let loads: Vec<_> = (0..3).map(|_| EndpointLoad::new(now)).collect();
         assert!(draws(&loads, now).iter().all(|&n| n > 200), "{:?}", draws(&loads, now));
         for load in &loads {
             load.answered(Duration::from_millis(5), now);
@@ -155,7 +155,7 @@ mod tests {
     fn a_single_failure_is_forgotten_in_about_ten_seconds() {
         for millis in [1, 5, 200] {
             let (now, usual) = (Instant::now(), Duration::from_millis(millis));
-            let loads: Vec<_> = (0..2).map(|_| Load::new(now)).collect();
+            let loads: Vec<_> = (0..2).map(|_| EndpointLoad::new(now)).collect();
             loads.iter().for_each(|load| load.answered(usual, now));
             loads[0].failed(Duration::from_micros(50), now);
             for (seconds, is_forgotten) in [(0, false), (5, false), (10, false), (12, true)] {
@@ -179,7 +179,7 @@ mod tests {
         ];
         for (known, took, looks) in table {
             let now = Instant::now();
-            let load = Load::new(now);
+            let load = EndpointLoad::new(now);
             if let Some(known) = known {
                 load.answered(Duration::from_millis(known), now);
             }
@@ -193,7 +193,7 @@ mod tests {
     #[test]
     fn calls_in_flight_make_an_endpoint_dearer() {
         let now = Instant::now();
-        let loads: Vec<_> = (0..2).map(|_| Load::new(now)).collect();
+        let loads: Vec<_> = (0..2).map(|_| EndpointLoad::new(now)).collect();
         loads[0].begin();
         loads[0].begin();
         assert_eq!(draws(&loads, now), [0, 1000]);

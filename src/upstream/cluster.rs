@@ -14,11 +14,11 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::net::certificates::{self, CertificateError, SystemRoots};
-use crate::rules::breaker::{Breaker, Change, State};
-use crate::rules::budget::Budget;
-use crate::rules::ejection::{Group, Member};
+use crate::rules::circuit_breaker::{Breaker, BreakerState, StateChange};
+use crate::rules::ejection::{EjectionGroup, EjectionMember};
+use crate::rules::retry::RetryBudget;
 use crate::telemetry::Telemetry;
-use crate::upstream::spec::{Endpoint, Protocol, Tls};
+use crate::upstream::spec::{EndpointSpec, UpstreamProtocol, UpstreamTls};
 
 /// One place to connect to.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -42,15 +42,15 @@ pub struct Addresses {
 
 /// What makes a cluster another one when it changes.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Identity {
+pub struct ClusterIdentity {
     /// The destination's name.
     pub name: Arc<str>,
     /// The endpoints as the policy has them.
-    pub endpoints: Vec<Endpoint>,
+    pub endpoints: Vec<EndpointSpec>,
     /// The protocol to speak.
-    pub protocol: Protocol,
+    pub protocol: UpstreamProtocol,
     /// TLS to the endpoints.
-    pub tls: Option<Tls>,
+    pub tls: Option<UpstreamTls>,
     /// The name for certificates of endpoints that have none themselves; empty where none is asked for.
     pub host: Arc<str>,
 }
@@ -63,9 +63,9 @@ pub struct Health {
     /// The circuit breaker.
     pub breaker: Arc<Breaker>,
     /// Which endpoints are ejected.
-    pub group: Arc<Group>,
+    pub group: Arc<EjectionGroup>,
     /// What may be spent on retries.
-    pub budget: Arc<Budget>,
+    pub budget: Arc<RetryBudget>,
     /// The cluster that a reload has put into force, and that alone says which endpoints there are; 0 before the first.
     in_force: Arc<AtomicU64>,
     /// Whether the policy in force has no circuit breaker, and no ejection, for the destination.
@@ -77,15 +77,15 @@ pub struct Health {
 }
 
 /// What a destination, or a place that it leads to, adds to what is shown of the destination; gone with the place.
-type Shown = (Weak<Breaker>, Weak<Group>);
+type Shown = (Weak<Breaker>, Weak<EjectionGroup>);
 
 impl Health {
     /// Nothing has failed yet.
     pub fn new(now: Instant) -> Self {
         let this = Self {
             breaker: Breaker::new(now),
-            group: Group::new(now),
-            budget: Budget::new(),
+            group: EjectionGroup::new(now),
+            budget: RetryBudget::new(),
             in_force: Arc::default(),
             hidden: Arc::default(),
             telemetry: Arc::default(),
@@ -97,7 +97,7 @@ impl Health {
 
     /// That of a place: one place's failures say nothing about the others. It is shown together with them.
     fn place(&self, now: Instant) -> Self {
-        let (breaker, group, budget) = (Breaker::new(now), Group::new(now), Budget::new());
+        let (breaker, group, budget) = (Breaker::new(now), EjectionGroup::new(now), RetryBudget::new());
         let this = Self { breaker, group, budget, in_force: Arc::default(), ..self.clone() };
         this.be_shown();
         this
@@ -117,12 +117,15 @@ impl Health {
     }
 
     /// The state of the circuit breaker as it is shown: of several places, the worst.
-    pub fn state_now(&self, now: Instant) -> State {
+    pub fn state_now(&self, now: Instant) -> BreakerState {
         if self.hidden[0].load(Relaxed) {
-            return State::Closed;
+            return BreakerState::Closed;
         }
         let states: Vec<_> = self.all_shown(|(breaker, _)| Some(breaker.upgrade()?.state(now)));
-        [State::Open, State::HalfOpen].into_iter().find(|state| states.contains(state)).unwrap_or(State::Closed)
+        [BreakerState::Open, BreakerState::HalfOpen]
+            .into_iter()
+            .find(|state| states.contains(state))
+            .unwrap_or(BreakerState::Closed)
     }
 
     /// Tells `telemetry` of changes that no call causes. Whoever makes calls has to say this first: only calls eject.
@@ -135,7 +138,7 @@ impl Health {
         if self.hidden[1].load(Relaxed) {
             return 0;
         }
-        let out = |group: Arc<Group>| group.members().iter().filter(|member| member.is_out(now)).count();
+        let out = |group: Arc<EjectionGroup>| group.members().iter().filter(|member| member.is_out(now)).count();
         self.all_shown(|(_, group)| group.upgrade().map(out)).iter().sum()
     }
 
@@ -143,13 +146,13 @@ impl Health {
     fn hide(&self, now: Instant) -> bool {
         let mut all = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
         all.retain(|(breaker, _)| breaker.as_ptr() != Arc::as_ptr(&self.breaker));
-        self.breaker.state(now) != State::Closed || self.group.members().iter().any(|member| member.is_out(now))
+        self.breaker.state(now) != BreakerState::Closed || self.group.members().iter().any(|member| member.is_out(now))
     }
 
     /// Whether it keeps calls away, from all endpoints or from some. What waits to be tried does not.
     pub fn is_open(&self, now: Instant) -> bool {
-        self.breaker.state(now) == State::Open
-            || self.group.members().iter().any(|member| member.state(now) == State::Open)
+        self.breaker.state(now) == BreakerState::Open
+            || self.group.members().iter().any(|member| member.state(now) == BreakerState::Open)
     }
 
     fn all_shown<T>(&self, look: impl Fn(&Shown) -> Option<T>) -> Vec<T> {
@@ -163,7 +166,7 @@ pub struct Cluster {
     /// Unique within the process; pools are found by it.
     pub id: u64,
     /// What it was made from.
-    pub identity: Identity,
+    pub identity: ClusterIdentity,
     /// What its failures have led to.
     pub health: Health,
     /// Host and port of a place that callers have named.
@@ -185,20 +188,20 @@ impl Cluster {
     /// A cluster whose fixed addresses are known and whose names are still to be resolved.
     ///
     /// Fails if TLS is wanted and the certificates cannot be used.
-    pub fn new(identity: Identity, health: Health, roots: &SystemRoots) -> Result<Arc<Self>, CertificateError> {
+    pub fn new(identity: ClusterIdentity, health: Health, roots: &SystemRoots) -> Result<Arc<Self>, CertificateError> {
         let cluster = Self::with(identity, health, None, Arc::default());
         cluster.load_certificates(roots)?;
         Ok(Arc::new(cluster))
     }
 
     /// A cluster for a place that callers of this one want to reach, with the certificates of this one.
-    pub fn place(&self, name: String, endpoint: Endpoint, host: &str) -> Arc<Self> {
-        let identity = Identity { endpoints: vec![endpoint], host: host.into(), ..self.identity.clone() };
+    pub fn place(&self, name: String, endpoint: EndpointSpec, host: &str) -> Arc<Self> {
+        let identity = ClusterIdentity { endpoints: vec![endpoint], host: host.into(), ..self.identity.clone() };
         let health = self.health.place(Instant::now());
         Arc::new(Self::with(identity, health, Some(name), Arc::clone(&self.tls)))
     }
 
-    fn with(identity: Identity, health: Health, place: Option<String>, tls: Arc<ArcSwapOption<Offers>>) -> Self {
+    fn with(identity: ClusterIdentity, health: Health, place: Option<String>, tls: Arc<ArcSwapOption<Offers>>) -> Self {
         static NEXT: AtomicU64 = AtomicU64::new(1);
         let id = NEXT.fetch_add(1, Relaxed);
         Self { id, addresses: watch::Sender::new(Arc::new(fixed(&identity))), tls, identity, health, place }
@@ -208,9 +211,9 @@ impl Cluster {
     pub fn load_certificates(&self, roots: &SystemRoots) -> Result<(), CertificateError> {
         if let Some(tls) = &self.identity.tls {
             let (http1, http2) = match self.identity.protocol {
-                Protocol::Auto => (true, true),
-                Protocol::Http1 => (true, false),
-                Protocol::Http2 => (false, true),
+                UpstreamProtocol::Auto => (true, true),
+                UpstreamProtocol::Http1 => (true, false),
+                UpstreamProtocol::Http2 => (false, true),
             };
             let all = certificates::client(tls.ca.as_deref(), roots, http1, http2)?;
             let http1 = certificates::http1_only(&all);
@@ -228,8 +231,8 @@ impl Cluster {
     /// The names that discovery has to resolve, with their ports.
     pub fn names(&self) -> impl Iterator<Item = (&str, u16)> {
         self.identity.endpoints.iter().filter_map(|endpoint| match endpoint {
-            Endpoint::Dns { name, port } => Some((name.as_str(), *port)),
-            Endpoint::Address(_) => None,
+            EndpointSpec::Dns { name, port } => Some((name.as_str(), *port)),
+            EndpointSpec::Address(_) => None,
         })
     }
 
@@ -271,7 +274,7 @@ impl Cluster {
     /// Forgets what endpoints did that the policy no longer names; those found by name are forgotten when they are found
     /// no more. Returns the endpoint that is taken back because all others are gone. From now on no other cluster of the
     /// destination has a say in that.
-    pub fn forget_others(&self, now: Instant) -> Option<(Arc<Member>, Change)> {
+    pub fn forget_others(&self, now: Instant) -> Option<(Arc<EjectionMember>, StateChange)> {
         self.health.in_force.store(self.id, Relaxed);
         let addresses = self.addresses();
         addresses.settled.then(|| self.retain(&addresses, now))?
@@ -284,11 +287,11 @@ impl Cluster {
     }
 
     /// The member at one of the addresses, which a replaced cluster does not add to those of the destination.
-    pub fn member(&self, address: SocketAddr) -> Arc<Member> {
+    pub fn member(&self, address: SocketAddr) -> Arc<EjectionMember> {
         self.health.group.member_if(address, || self.has_a_say())
     }
 
-    fn retain(&self, addresses: &Addresses, now: Instant) -> Option<(Arc<Member>, Change)> {
+    fn retain(&self, addresses: &Addresses, now: Instant) -> Option<(Arc<EjectionMember>, StateChange)> {
         let sockets: Vec<_> = addresses.list.iter().map(|address| address.socket).collect();
         let before = self.health.out_now(now);
         let back = self.health.group.retain(&sockets, now);
@@ -301,11 +304,11 @@ impl Cluster {
     }
 
     /// Tells that an endpoint is out, is being tried, or is in again: a log line and a metric.
-    pub fn ejection_changed(&self, telemetry: &Telemetry, member: &Member, change: &Change, now: Instant) {
+    pub fn ejection_changed(&self, telemetry: &Telemetry, member: &EjectionMember, change: &StateChange, now: Instant) {
         let word = match change.to {
-            State::Open => "out",
-            State::HalfOpen => "tried",
-            State::Closed => "in",
+            BreakerState::Open => "out",
+            BreakerState::HalfOpen => "tried",
+            BreakerState::Closed => "in",
         };
         telemetry.ejection_changed(&self.identity.name, word, self.health.out_now(now));
         // A number of 128 bits would be written as a string.
@@ -337,17 +340,17 @@ impl Drop for Cluster {
     }
 }
 
-fn fixed(identity: &Identity) -> Addresses {
+fn fixed(identity: &ClusterIdentity) -> Addresses {
     let mut list = Vec::new();
     for endpoint in &identity.endpoints {
-        if let Endpoint::Address(socket) = endpoint {
+        if let EndpointSpec::Address(socket) = endpoint {
             let address = Address { socket: *socket, server_name: Arc::clone(&identity.host) };
             if !list.contains(&address) {
                 list.push(address);
             }
         }
     }
-    let named = identity.endpoints.iter().any(|endpoint| matches!(endpoint, Endpoint::Dns { .. }));
+    let named = identity.endpoints.iter().any(|endpoint| matches!(endpoint, EndpointSpec::Dns { .. }));
     Addresses { list, problem: None, settled: !named }
 }
 
@@ -358,11 +361,11 @@ mod tests {
     use std::sync::Mutex;
 
     use super::*;
-    use crate::rules::breaker::{Admission, Outcome, Thresholds};
+    use crate::rules::circuit_breaker::{Admission, CallResult, Thresholds};
     use crate::telemetry::{MemoryLines, PageFormat, Sink};
     use crate::upstream::connect::Network;
     use crate::upstream::discovery::Discovery;
-    use crate::upstream::worker::Upstreams;
+    use crate::upstream::upstreams::Upstreams;
 
     const ONE: Thresholds = Thresholds {
         consecutive_failures: 1,
@@ -402,10 +405,10 @@ mod tests {
     }
 
     fn behind(name: &str, health: Health) -> Arc<Cluster> {
-        let identity = Identity {
+        let identity = ClusterIdentity {
             name: "shop".into(),
-            endpoints: vec![Endpoint::Dns { name: name.into(), port: 80 }],
-            protocol: Protocol::Auto,
+            endpoints: vec![EndpointSpec::Dns { name: name.into(), port: 80 }],
+            protocol: UpstreamProtocol::Auto,
             tls: None,
             host: "shop".into(),
         };
@@ -427,9 +430,9 @@ mod tests {
     fn eject(cluster: &Cluster, telemetry: &Telemetry, last: u8) {
         let now = Instant::now();
         let member = cluster.health.group.member(address(last).socket);
-        let Admission::Pass(pass) = member.admit(&ONE, now) else { panic!("no pass") };
-        match member.record(pass, &ONE, Outcome::Failure, now, 1.0) {
-            Some(crate::rules::ejection::Event::Ejected(change)) => {
+        let Admission::Admit(pass) = member.admit(&ONE, now) else { panic!("no pass") };
+        match member.record(pass, &ONE, CallResult::Failure, now, 1.0) {
+            Some(crate::rules::ejection::EjectionEvent::Ejected(change)) => {
                 cluster.ejection_changed(telemetry, &member, &change, now);
             }
             other => panic!("not ejected: {other:?}"),

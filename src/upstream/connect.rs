@@ -13,8 +13,8 @@ use tokio_rustls::TlsConnector;
 
 use crate::net::io::Io;
 use crate::net::socket;
-use crate::upstream::answer::UpstreamError;
 use crate::upstream::cluster::Address;
+use crate::upstream::response::UpstreamError;
 
 /// Why a connection could not be opened. Nothing of any request has been sent then.
 #[derive(Debug, thiserror::Error)]

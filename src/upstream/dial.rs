@@ -18,11 +18,11 @@ use crate::upstream::connect::{ConnectError, Connected};
 use crate::upstream::endpoint::Endpoint;
 use crate::upstream::http1::Http1;
 use crate::upstream::http2::Http2;
-use crate::upstream::pool::{Carrier, Lease, Pool, Want};
+use crate::upstream::pool::{Lease, Pool, ProtocolPreference, Transport};
 
 /// What the policy says of connections.
 #[derive(Debug, Clone, Copy)]
-pub struct Terms {
+pub struct ConnectOptions {
     /// How long it may take to open one.
     pub connect: Duration,
     /// How long an idle one is kept.
@@ -39,8 +39,8 @@ impl Pool {
     pub async fn open(
         self: &Rc<Self>,
         endpoint: &Rc<Endpoint>,
-        want: Want,
-        terms: Terms,
+        want: ProtocolPreference,
+        terms: ConnectOptions,
     ) -> Result<Lease, ConnectError> {
         let until = Instant::now() + terms.connect;
         let waiting = Waiting::at(endpoint);
@@ -48,7 +48,7 @@ impl Pool {
         while !is_for_one(endpoint, want) && !endpoint.needs_another() {
             has_waited = true;
             timeout_at(until, endpoint.opened.notified()).await.map_err(|_late| ConnectError::Late)?;
-            if let Some(lease) = poll_fn(|cx| Poll::Ready(self.lend(endpoint, want, Instant::now(), cx))).await {
+            if let Some(lease) = poll_fn(|cx| Poll::Ready(self.checkout(endpoint, want, Instant::now(), cx))).await {
                 return Ok(lease);
             }
         }
@@ -65,23 +65,23 @@ impl Pool {
         opened
     }
 
-    async fn handshake(&self, endpoint: &Rc<Endpoint>, want: Want) -> Result<Carrier, ConnectError> {
-        let tls = self.cluster.tls(want == Want::Http1);
+    async fn handshake(&self, endpoint: &Rc<Endpoint>, want: ProtocolPreference) -> Result<Transport, ConnectError> {
+        let tls = self.cluster.tls(want == ProtocolPreference::Http1);
         let encrypted = tls.is_some();
         let Connected { io, http2 } = self.connector.connect(&endpoint.address, tls).await?;
-        let http2 = if encrypted { http2 } else { want == Want::Http2 };
-        if want == Want::Http2 && !http2 {
+        let http2 = if encrypted { http2 } else { want == ProtocolPreference::Http2 };
+        if want == ProtocolPreference::Http2 && !http2 {
             // Over TLS there is no HTTP/2 but by agreement (RFC 9113, 3.2).
             return Err(ConnectError::NotHttp2);
         }
-        if want == Want::Either {
+        if want == ProtocolPreference::Either {
             endpoint.chose_http1.set(!http2);
         }
         let now = Instant::now();
         if http2 {
-            Http2::new(io, now).await.map(Carrier::Http2)
+            Http2::new(io, now).await.map(Transport::Http2)
         } else {
-            Http1::new(io, now).await.map(Carrier::Http1).map_err(|error| ConnectError::Handshake(error.into()))
+            Http1::new(io, now).await.map(Transport::Http1).map_err(|error| ConnectError::Handshake(error.into()))
         }
     }
 
@@ -89,7 +89,7 @@ impl Pool {
     ///
     /// # Errors
     /// Why it could not be opened.
-    pub async fn bare_stream(&self, endpoint: &Endpoint, terms: Terms) -> Result<Io, ConnectError> {
+    pub async fn bare_stream(&self, endpoint: &Endpoint, terms: ConnectOptions) -> Result<Io, ConnectError> {
         let connecting = timeout(terms.connect, self.connector.connect(&endpoint.address, None));
         match connecting.await.unwrap_or(Err(ConnectError::Late)) {
             Ok(connected) => {
@@ -107,16 +107,16 @@ impl Pool {
 }
 
 /// True if what is opened for such a request cannot be shared.
-fn is_for_one(endpoint: &Endpoint, want: Want) -> bool {
-    want == Want::Http1 || (want == Want::Either && endpoint.chose_http1.get())
+fn is_for_one(endpoint: &Endpoint, want: ProtocolPreference) -> bool {
+    want == ProtocolPreference::Http1 || (want == ProtocolPreference::Either && endpoint.chose_http1.get())
 }
 
 /// One connection that is being opened.
 struct Dialling {
     pool: Rc<Pool>,
     endpoint: Rc<Endpoint>,
-    want: Want,
-    terms: Terms,
+    want: ProtocolPreference,
+    terms: ConnectOptions,
 }
 
 impl Dialling {
@@ -124,8 +124,8 @@ impl Dialling {
     async fn run(self, under_way: Option<UnderWay>, give: Give) {
         let Self { pool, endpoint, want, terms } = self;
         let dialled = timeout(terms.connect, pool.handshake(&endpoint, want)).await;
-        let carrier = match dialled.unwrap_or(Err(ConnectError::Late)) {
-            Ok(carrier) => carrier,
+        let transport = match dialled.unwrap_or(Err(ConnectError::Late)) {
+            Ok(transport) => transport,
             Err(error) => {
                 endpoint.refused(Instant::now());
                 drop(under_way);
@@ -134,12 +134,12 @@ impl Dialling {
             }
         };
         endpoint.connected();
-        if let Carrier::Http2(connection) = &carrier {
+        if let Transport::Http2(connection) = &transport {
             endpoint.share(Rc::clone(connection));
             // From now on somebody has to look after it, even if every call on it is given up.
             pool.attention.call();
         }
-        let lease = Lease::new(endpoint, carrier, false);
+        let lease = Lease::new(endpoint, transport, false);
         // After the connection is there for them: those who wait look for one now.
         drop(under_way);
         if let Err(Ok(unwanted)) = give.send(Ok(lease)) {
@@ -199,7 +199,7 @@ mod tests {
 
     use super::*;
     use crate::telemetry::{Sink, Telemetry};
-    use crate::upstream::cluster::{Address, Cluster, Health, Identity};
+    use crate::upstream::cluster::{Address, Cluster, ClusterIdentity, Health};
     use crate::upstream::connect::{Connect, Connecting};
     use crate::upstream::spec;
 
@@ -222,10 +222,10 @@ mod tests {
     /// A pool with one endpoint to which it takes 100 ms to connect, and the endpoint; the other ends of its connections
     /// come to `ends`.
     fn slow(ends: &Rc<RefCell<Vec<DuplexStream>>>) -> (Rc<Pool>, Rc<Endpoint>) {
-        let identity = Identity {
+        let identity = ClusterIdentity {
             name: "app".into(),
-            endpoints: vec![spec::Endpoint::Address("127.0.0.1:80".parse().unwrap())],
-            protocol: spec::Protocol::Auto,
+            endpoints: vec![spec::EndpointSpec::Address("127.0.0.1:80".parse().unwrap())],
+            protocol: spec::UpstreamProtocol::Auto,
             tls: None,
             host: "app".into(),
         };
@@ -236,8 +236,8 @@ mod tests {
         (pool, endpoint)
     }
 
-    fn terms(connect: u64) -> Terms {
-        Terms { connect: Duration::from_millis(connect), keep: Duration::from_secs(60), most: 8 }
+    fn terms(connect: u64) -> ConnectOptions {
+        ConnectOptions { connect: Duration::from_millis(connect), keep: Duration::from_secs(60), most: 8 }
     }
 
     #[tokio::test(start_paused = true)]
@@ -245,11 +245,12 @@ mod tests {
         let test = async {
             let ends = Rc::default();
             let (pool, endpoint) = slow(&ends);
-            let hurried = timeout(Duration::from_millis(50), pool.open(&endpoint, Want::Http1, terms(1000)));
+            let hurried =
+                timeout(Duration::from_millis(50), pool.open(&endpoint, ProtocolPreference::Http1, terms(1000)));
             assert!(hurried.await.is_err());
             sleep(Duration::from_millis(100)).await;
             let mut nobody = Context::from_waker(Waker::noop());
-            let lent = pool.lend(&endpoint, Want::Http1, Instant::now(), &mut nobody);
+            let lent = pool.checkout(&endpoint, ProtocolPreference::Http1, Instant::now(), &mut nobody);
             assert!(lent.is_some_and(|lease| lease.is_http1()));
             assert_eq!(ends.borrow().len(), 1);
         };
@@ -261,7 +262,7 @@ mod tests {
         let test = async {
             let (pool, endpoint) = slow(&Rc::default());
             let begun = Instant::now();
-            for want in [Want::Http1, Want::Http2] {
+            for want in [ProtocolPreference::Http1, ProtocolPreference::Http2] {
                 let opened = pool.open(&endpoint, want, terms(50)).await;
                 assert!(matches!(opened, Err(ConnectError::Late)), "it is open");
                 assert!(endpoint.is_held_off(Instant::now()));
@@ -276,10 +277,10 @@ mod tests {
     async fn who_waits_for_the_connection_of_another_waits_no_longer_than_for_its_own() {
         let test = async {
             let (pool, endpoint) = slow(&Rc::default());
-            let first = pool.open(&endpoint, Want::Http2, terms(1000));
+            let first = pool.open(&endpoint, ProtocolPreference::Http2, terms(1000));
             let second = async {
                 let begun = Instant::now();
-                let opened = pool.open(&endpoint, Want::Http2, terms(50)).await;
+                let opened = pool.open(&endpoint, ProtocolPreference::Http2, terms(50)).await;
                 assert!(matches!(opened, Err(ConnectError::Late)), "it is open");
                 assert_eq!(begun.elapsed().as_millis() / 10, 5);
                 assert!(!endpoint.is_held_off(Instant::now()));

@@ -22,7 +22,7 @@ use tokio::time::{Instant, sleep};
 
 use crate::runtime::tasks;
 use crate::upstream::cluster::{Address, Cluster};
-use crate::upstream::spec::Endpoint;
+use crate::upstream::spec::EndpointSpec;
 
 /// An answer is believed for at least and at most so long.
 pub const TTL_FLOOR: Duration = Duration::from_secs(1);
@@ -34,7 +34,7 @@ const RETRY_FIRST: Duration = Duration::from_millis(250);
 const RETRY_MOST: Duration = Duration::from_secs(5);
 
 /// Destinations without endpoints may lead to so many different places before the ones nobody uses are forgotten.
-const PLACES: usize = 4096;
+const MAX_DYNAMIC_HOSTS: usize = 4096;
 
 /// What a resolver said.
 pub struct Resolved {
@@ -107,7 +107,7 @@ fn in_words(error: &NetError) -> String {
 
 /// A place that callers of an endpoint-less destination want to reach.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub struct Place {
+pub struct DynamicHost {
     /// The destination's cluster.
     pub parent: u64,
     /// The host, in small letters; an IPv6 address in brackets.
@@ -116,13 +116,13 @@ pub struct Place {
     pub port: u16,
 }
 
-type Places = HashMap<Place, Weak<Cluster>>;
+type DynamicHosts = HashMap<DynamicHost, Weak<Cluster>>;
 
 /// The way to discovery from everywhere else.
 #[derive(Clone)]
 pub struct Discovery {
     requests: Requests,
-    places: Arc<Mutex<Places>>,
+    places: Arc<Mutex<DynamicHosts>>,
 }
 
 /// The clusters whose discovery is to begin.
@@ -173,19 +173,19 @@ impl Discovery {
     /// The cluster for one place.
     ///
     /// All workers get the same one.
-    pub fn place(&self, parent: &Cluster, place: Place) -> Arc<Cluster> {
+    pub fn place(&self, parent: &Cluster, place: DynamicHost) -> Arc<Cluster> {
         let mut places = self.places.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(known) = places.get(&place).and_then(Weak::upgrade) {
             return known;
         }
-        if places.len() >= PLACES {
+        if places.len() >= MAX_DYNAMIC_HOSTS {
             places.retain(|_, place| place.strong_count() > 0);
         }
         let (host, port) = (place.host.as_str(), place.port);
         let bare = host.trim_start_matches('[').trim_end_matches(']');
         let endpoint = match bare.parse::<IpAddr>() {
-            Ok(ip) => Endpoint::Address(SocketAddr::new(ip, port)),
-            Err(_) => Endpoint::Dns { name: host.to_owned(), port },
+            Ok(ip) => EndpointSpec::Address(SocketAddr::new(ip, port)),
+            Err(_) => EndpointSpec::Dns { name: host.to_owned(), port },
         };
         let cluster = parent.place(format!("{host}:{port}"), endpoint, bare);
         places.insert(place, Arc::downgrade(&cluster));
@@ -292,10 +292,10 @@ fn addresses(cluster: &Cluster, all: &[Known]) -> Vec<Address> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::upstream::cluster::{Health, Identity};
+    use crate::upstream::cluster::{ClusterIdentity, Health};
     use crate::upstream::connect::Network;
     use crate::upstream::pool::Pool;
-    use crate::upstream::spec::Protocol;
+    use crate::upstream::spec::UpstreamProtocol;
     use std::cell::Cell;
     use std::rc::Rc;
 
@@ -321,10 +321,10 @@ mod tests {
     }
 
     fn cluster(names: &[&str]) -> Arc<Cluster> {
-        let identity = Identity {
+        let identity = ClusterIdentity {
             name: "shop".into(),
-            endpoints: names.iter().map(|name| Endpoint::Dns { name: (*name).to_owned(), port: 80 }).collect(),
-            protocol: Protocol::Auto,
+            endpoints: names.iter().map(|name| EndpointSpec::Dns { name: (*name).to_owned(), port: 80 }).collect(),
+            protocol: UpstreamProtocol::Auto,
             tls: None,
             host: "shop".into(),
         };

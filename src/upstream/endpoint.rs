@@ -14,9 +14,9 @@ use std::time::Duration;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-use crate::rules::ejection::Member;
+use crate::rules::ejection::EjectionMember;
 use crate::telemetry::DestinationMetrics;
-use crate::upstream::balance::Load;
+use crate::upstream::balance::EndpointLoad;
 use crate::upstream::cluster::{Address, Cluster};
 use crate::upstream::http1::Http1;
 use crate::upstream::http2::{Http2, STREAMS};
@@ -44,9 +44,9 @@ pub struct Endpoint {
     /// Whose it is.
     pub cluster: Arc<Cluster>,
     /// How busy and how slow it is.
-    pub load: Load,
+    pub load: EndpointLoad,
     /// Whether it is ejected, as all workers see it.
-    pub member: Arc<Member>,
+    pub member: Arc<EjectionMember>,
     idle: RefCell<Vec<Idle>>,
     shared: RefCell<Vec<Rc<Http2>>>,
     lesson: Cell<Option<Lesson>>,
@@ -88,7 +88,7 @@ impl Endpoint {
             address,
             cluster: Arc::clone(cluster),
             member,
-            load: Load::new(now),
+            load: EndpointLoad::new(now),
             idle: RefCell::default(),
             shared: RefCell::default(),
             lesson: Cell::new(None),
@@ -277,8 +277,8 @@ fn count(connections: usize) -> i64 {
 mod tests {
     use super::*;
     use crate::telemetry::{Sink, Telemetry};
-    use crate::upstream::cluster::{Health, Identity};
-    use crate::upstream::spec::Protocol;
+    use crate::upstream::cluster::{ClusterIdentity, Health};
+    use crate::upstream::spec::UpstreamProtocol;
 
     #[tokio::test(start_paused = true)]
     async fn a_fresh_connection_is_granted_once_in_ten_milliseconds() {
@@ -286,10 +286,10 @@ mod tests {
         let socket = "127.0.0.1:80".parse().unwrap();
         let address = Address { socket, server_name: "app".into() };
         let metrics = Telemetry::new(Sink::memory().0).shard(0).destination("app");
-        let identity = Identity {
+        let identity = ClusterIdentity {
             name: "app".into(),
             endpoints: Vec::new(),
-            protocol: Protocol::Auto,
+            protocol: UpstreamProtocol::Auto,
             tls: None,
             host: "app".into(),
         };

@@ -26,8 +26,8 @@ use crate::net::flow::Flow;
 use crate::net::http2 as bounds;
 use crate::net::io::{Activity, Io};
 use crate::runtime::tasks;
-use crate::upstream::answer::{AnswerBody, Http2Body, Unanswered, UpstreamError};
 use crate::upstream::connect::ConnectError;
+use crate::upstream::response::{Http2Body, SendError, UpstreamBody, UpstreamError};
 
 /// Streams that share one connection at most, also where the peer allows more.
 pub const STREAMS: usize = bounds::STREAMS as usize;
@@ -156,7 +156,7 @@ impl Http2 {
     pub fn send(
         &self,
         request: Request<RequestBody>,
-    ) -> impl Future<Output = Result<Response<AnswerBody>, Unanswered>> + use<> {
+    ) -> impl Future<Output = Result<Response<UpstreamBody>, SendError>> + use<> {
         let begun = self.open(request);
         let silent = Rc::clone(&self.silent);
         async move {
@@ -172,13 +172,13 @@ impl Http2 {
             if let Some(mut upload) = upload {
                 tasks::spawn(async move { poll_fn(|cx| upload.poll(cx)).await });
             }
-            Ok(answer.map(|stream| AnswerBody::Http2(Http2Body::new(stream, silent))))
+            Ok(answer.map(|stream| UpstreamBody::Http2(Http2Body::new(stream, silent))))
         }
     }
 
-    fn open(&self, request: Request<RequestBody>) -> Result<(ResponseFuture, Option<Box<Upload>>), Unanswered> {
+    fn open(&self, request: Request<RequestBody>) -> Result<(ResponseFuture, Option<Box<Upload>>), SendError> {
         if let Some(error) = self.ended() {
-            return Err(Unanswered { error, unsent: Some(Box::new(request)) });
+            return Err(SendError { error, unsent: Some(Box::new(request)) });
         }
         let (mut head, body) = request.into_parts();
         let whole = body.is_end_stream();
@@ -341,7 +341,7 @@ mod tests {
         server.accept().await.unwrap().unwrap().1
     }
 
-    async fn failed(call: impl Future<Output = Result<Response<AnswerBody>, Unanswered>>) -> Unanswered {
+    async fn failed(call: impl Future<Output = Result<Response<UpstreamBody>, SendError>>) -> SendError {
         match call.await {
             Ok(answer) => panic!("an answer: {}", answer.status()),
             Err(error) => error,

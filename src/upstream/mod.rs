@@ -2,10 +2,9 @@
 //!
 //! A [`cluster::Cluster`] is a destination's endpoints as all workers see them; `discovery` keeps its addresses
 //! fresh. Each worker has a [`pool::Pool`] of its own for it: `balance` picks an endpoint for every request,
-//! `dial` opens connections over `connect`, `endpoint` keeps them (`http1` alone, `http2` shared), `answer` is what comes
-//! back over either, `worker` holds all pools and sweeps stale connections.
+//! `dial` opens connections over `connect`, `endpoint` keeps them (`http1` alone, `http2` shared), `response` is what comes
+//! back over either, `upstreams` holds all pools and sweeps stale connections.
 
-pub mod answer;
 pub mod balance;
 pub mod cluster;
 pub mod connect;
@@ -15,5 +14,6 @@ pub mod endpoint;
 pub mod http1;
 pub mod http2;
 pub mod pool;
+pub mod response;
 pub mod spec;
-pub mod worker;
+pub mod upstreams;

@@ -21,7 +21,7 @@ use crate::upstream::http2::Http2;
 
 /// Which protocol a request wants to be sent with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Want {
+pub enum ProtocolPreference {
     /// HTTP/1.1.
     Http1,
     /// HTTP/2, by prior knowledge or agreed in TLS.
@@ -31,7 +31,7 @@ pub enum Want {
 }
 
 /// The connection of a lease.
-pub enum Carrier {
+pub enum Transport {
     /// Lent to one request alone.
     Http1(Box<Http1>),
     /// Shared.
@@ -43,7 +43,7 @@ pub struct Lease {
     /// Where the request goes.
     pub endpoint: Rc<Endpoint>,
     /// Present until the lease is given back.
-    carrier: Option<Carrier>,
+    transport: Option<Transport>,
     /// True if the connection had been used before.
     pub reused: bool,
     /// When the connection was opened.
@@ -51,33 +51,33 @@ pub struct Lease {
 }
 
 impl Lease {
-    pub(super) fn new(endpoint: Rc<Endpoint>, carrier: Carrier, reused: bool) -> Self {
+    pub(super) fn new(endpoint: Rc<Endpoint>, transport: Transport, reused: bool) -> Self {
         endpoint.load.begin();
-        let born = match &carrier {
-            Carrier::Http1(connection) => connection.born,
-            Carrier::Http2(connection) => {
+        let born = match &transport {
+            Transport::Http1(connection) => connection.born,
+            Transport::Http2(connection) => {
                 connection.begin();
                 connection.born
             }
         };
-        Self { endpoint, carrier: Some(carrier), reused, born }
+        Self { endpoint, transport: Some(transport), reused, born }
     }
 
     /// True if the connection is lent to this request alone, which then has to move it.
     pub fn is_http1(&self) -> bool {
-        matches!(self.carrier, Some(Carrier::Http1(_)))
+        matches!(self.transport, Some(Transport::Http1(_)))
     }
 
     /// The connection.
-    pub fn carrier(&mut self) -> Option<&mut Carrier> {
-        self.carrier.as_mut()
+    pub fn transport(&mut self) -> Option<&mut Transport> {
+        self.transport.as_mut()
     }
 
     /// The connection, which had been idle, broke off before it answered: most likely the upstream was closing it when the
     /// request came. What it was kept for is too long.
     pub fn lost_race(&self, sent: Instant, now: Instant) {
         if self.reused
-            && let Some(Carrier::Http1(connection)) = &self.carrier
+            && let Some(Transport::Http1(connection)) = &self.transport
         {
             self.endpoint.learn(sent.saturating_duration_since(connection.idle_since), now);
         }
@@ -93,24 +93,24 @@ impl Lease {
         now: Instant,
     ) {
         // What cannot be used again, or is shared anyway, ends as if it had been dropped.
-        let again = match &mut self.carrier {
-            Some(Carrier::Http1(connection)) => connection.is_reusable(cx),
+        let again = match &mut self.transport {
+            Some(Transport::Http1(connection)) => connection.is_reusable(cx),
             _ => false,
         };
-        if again && let Some(Carrier::Http1(connection)) = self.carrier.take() {
+        if again && let Some(Transport::Http1(connection)) = self.transport.take() {
             self.endpoint.put_idle(connection, keep, most, announced, now);
         }
     }
 
     /// Takes the HTTP/1.1 connection out for good, to use its stream for something else.
     pub fn into_http1(mut self) -> Option<Box<Http1>> {
-        match self.carrier.take() {
-            Some(Carrier::Http1(connection)) => {
+        match self.transport.take() {
+            Some(Transport::Http1(connection)) => {
                 self.endpoint.closed();
                 Some(connection)
             }
             other => {
-                self.carrier = other;
+                self.transport = other;
                 None
             }
         }
@@ -120,9 +120,9 @@ impl Lease {
 impl Drop for Lease {
     fn drop(&mut self) {
         self.endpoint.load.finish();
-        match self.carrier.take() {
-            Some(Carrier::Http1(_)) => self.endpoint.closed(),
-            Some(Carrier::Http2(connection)) => self.endpoint.stream_ended(&connection, Instant::now()),
+        match self.transport.take() {
+            Some(Transport::Http1(_)) => self.endpoint.closed(),
+            Some(Transport::Http2(connection)) => self.endpoint.stream_ended(&connection, Instant::now()),
             None => {}
         }
     }
@@ -130,12 +130,12 @@ impl Drop for Lease {
 
 /// Whether there are connections that somebody has to look after, in any pool of a worker.
 #[derive(Default)]
-pub struct Attention {
+pub struct SweepSignal {
     is_wanted: Cell<bool>,
     rung: Notify,
 }
 
-impl Attention {
+impl SweepSignal {
     /// There is one: it is idle, or it is shared.
     pub fn call(&self) {
         if !self.is_wanted.replace(true) {
@@ -162,7 +162,7 @@ pub struct Pool {
     pub cluster: Arc<Cluster>,
     pub(super) connector: Connector,
     /// Told of what somebody has to look after.
-    pub(super) attention: Rc<Attention>,
+    pub(super) attention: Rc<SweepSignal>,
     addresses: RefCell<watch::Receiver<Arc<Addresses>>>,
     endpoints: RefCell<Vec<Rc<Endpoint>>>,
     random: RefCell<fastrand::Rng>,
@@ -175,7 +175,7 @@ impl Pool {
     pub fn new(
         cluster: Arc<Cluster>,
         connector: Connector,
-        attention: Rc<Attention>,
+        attention: Rc<SweepSignal>,
         metrics: DestinationMetrics,
     ) -> Self {
         let mut addresses = cluster.subscribe();
@@ -281,17 +281,23 @@ impl Pool {
     }
 
     /// A connection to `endpoint` that is open already.
-    pub fn lend(&self, endpoint: &Rc<Endpoint>, want: Want, now: Instant, cx: &mut Context<'_>) -> Option<Lease> {
-        if want != Want::Http1
+    pub fn checkout(
+        &self,
+        endpoint: &Rc<Endpoint>,
+        want: ProtocolPreference,
+        now: Instant,
+        cx: &mut Context<'_>,
+    ) -> Option<Lease> {
+        if want != ProtocolPreference::Http1
             && let Some(connection) = endpoint.shared()
         {
-            return Some(Lease::new(Rc::clone(endpoint), Carrier::Http2(connection), true));
+            return Some(Lease::new(Rc::clone(endpoint), Transport::Http2(connection), true));
         }
-        if want == Want::Http2 {
+        if want == ProtocolPreference::Http2 {
             return None;
         }
         let idle = endpoint.take_idle(cx, now);
-        idle.map(|connection| Lease::new(Rc::clone(endpoint), Carrier::Http1(connection), true))
+        idle.map(|connection| Lease::new(Rc::clone(endpoint), Transport::Http1(connection), true))
     }
 
     /// Looks after idle connections; returns true if there is something left to look after.

@@ -12,13 +12,13 @@ use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::Deserialize;
 use serde::de::{self, Deserializer, Visitor};
 
-use crate::problems::{At, Fault, Set};
-use crate::rules::duration::Span;
-use crate::rules::limits::Count;
+use crate::problems::{Cursor, InvalidValue, Sourced};
+use crate::rules::count::Count;
+use crate::rules::duration::DurationSpec;
 
 /// One address, or a name behind which there may be many. Shows as it is written in a policy.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub enum Endpoint {
+pub enum EndpointSpec {
     /// A fixed address.
     Address(SocketAddr),
     /// A name that is resolved again whenever its answer has aged.
@@ -30,7 +30,7 @@ pub enum Endpoint {
     },
 }
 
-impl fmt::Display for Endpoint {
+impl fmt::Display for EndpointSpec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Address(address) => write!(f, "{address}"),
@@ -42,7 +42,7 @@ impl fmt::Display for Endpoint {
 /// Which HTTP an upstream is spoken to in.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
-pub enum Protocol {
+pub enum UpstreamProtocol {
     /// What the upstream agrees to by ALPN; without TLS, HTTP/2 for gRPC and HTTP/1.1 for everything else.
     #[default]
     Auto,
@@ -52,7 +52,7 @@ pub enum Protocol {
     Http2,
 }
 
-impl fmt::Display for Protocol {
+impl fmt::Display for UpstreamProtocol {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Auto => "auto",
@@ -65,7 +65,7 @@ impl fmt::Display for Protocol {
 /// `tls:` of a destination. That it is there, be it empty, means TLS.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase", expecting = "a mapping with ca and serverName, or {}")]
-pub struct TlsSpec {
+pub struct UpstreamTlsSpec {
     /// File of trusted certificates (PEM), relative to the policy's folder. Default: the system's roots.
     pub ca: Option<String>,
     /// The name that the upstream's certificate must bear. Default: the endpoint's name, else a host of
@@ -75,16 +75,16 @@ pub struct TlsSpec {
 
 /// TLS to the upstream.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub struct Tls {
+pub struct UpstreamTls {
     /// Trusted certificates; None for the system's roots.
     pub ca: Option<PathBuf>,
     /// The name that the certificate must bear, lower case; None for the default.
     pub server_name: Option<String>,
 }
 
-impl TlsSpec {
+impl UpstreamTlsSpec {
     /// Paths become relative to `folder`, the policy file's own.
-    pub fn check(&self, folder: &Path, at: &At<'_>) -> Tls {
+    pub fn check(&self, folder: &Path, at: &Cursor<'_>) -> UpstreamTls {
         let server_name = self.server_name.as_ref().map(|name| name.to_ascii_lowercase());
         if let Some(name) = &server_name
             && rustls_pki_types::ServerName::try_from(name.as_str()).is_err()
@@ -92,7 +92,7 @@ impl TlsSpec {
             at.key("serverName")
                 .report(format!("`{name}` is no server name"), "write a DNS name or an IP address, no port");
         }
-        Tls { ca: self.ca.as_ref().map(|ca| folder.join(ca)), server_name }
+        UpstreamTls { ca: self.ca.as_ref().map(|ca| folder.join(ca)), server_name }
     }
 }
 
@@ -101,7 +101,7 @@ impl TlsSpec {
 #[serde(default, deny_unknown_fields, rename_all = "camelCase", expecting = "a mapping with idle and maxIdle")]
 pub struct ConnectionsSpec {
     /// How long an unused connection is kept. Default 3s.
-    pub idle: Option<Span>,
+    pub idle: Option<DurationSpec>,
     /// How many unused ones are kept, per endpoint and worker; 0 keeps none. Default 128.
     pub max_idle: Option<Count<0>>,
 }
@@ -110,21 +110,21 @@ pub struct ConnectionsSpec {
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Connections {
     /// How long an unused connection is kept.
-    pub idle: Set<Duration>,
+    pub idle: Sourced<Duration>,
     /// How many unused ones are kept, per endpoint and worker.
-    pub max_idle: Set<u32>,
+    pub max_idle: Sourced<u32>,
 }
 
 impl Connections {
     /// What holds where no policy says otherwise.
     pub const fn built_in() -> Self {
-        Self { idle: Set::built_in(Duration::from_secs(3)), max_idle: Set::built_in(128) }
+        Self { idle: Sourced::built_in(Duration::from_secs(3)), max_idle: Sourced::built_in(128) }
     }
 }
 
 impl ConnectionsSpec {
     /// Lays this layer over another.
-    pub fn check(&self, base: &Connections, at: &At<'_>) -> Connections {
+    pub fn check(&self, base: &Connections, at: &Cursor<'_>) -> Connections {
         Connections {
             idle: self.idle.map_or_else(|| base.idle.clone(), |span| at.key("idle").set(span.0)),
             max_idle: self.max_idle.map_or_else(|| base.max_idle.clone(), |n| at.key("maxIdle").set(n.0)),
@@ -141,26 +141,29 @@ pub fn is_host_name(name: &str) -> bool {
     name.len() <= 253 && name.split('.').all(label)
 }
 
-impl Endpoint {
+impl EndpointSpec {
     /// Reads `IP:PORT`, `[IPv6]:PORT` or `dns:NAME:PORT`.
     ///
     /// # Errors
     /// Anything else, with a hint that names what to write.
-    pub fn parse(text: &str) -> Result<Self, Fault> {
+    pub fn parse(text: &str) -> Result<Self, InvalidValue> {
         if let Some(rest) = text.strip_prefix("dns:") {
             if rest.parse::<SocketAddr>().is_ok() {
-                return Err(Fault::new(
+                return Err(InvalidValue::new(
                     format!("`{text}` is no name"),
                     format!("an address is not looked up: write `{rest}`"),
                 ));
             }
             return parse_dns(rest).ok_or_else(|| {
-                Fault::new(format!("`{text}` is no name and port"), "write `dns:NAME:PORT`, like `dns:payment:8080`")
+                InvalidValue::new(
+                    format!("`{text}` is no name and port"),
+                    "write `dns:NAME:PORT`, like `dns:payment:8080`",
+                )
             });
         }
         match text.parse::<SocketAddr>() {
             Ok(address) if address.port() == 0 => {
-                Err(Fault::new(format!("`{text}` has port 0"), "write a port from 1 to 65535"))
+                Err(InvalidValue::new(format!("`{text}` has port 0"), "write a port from 1 to 65535"))
             }
             Ok(address) => Ok(Self::Address(address)),
             Err(_) => Err(not_an_address(text)),
@@ -168,15 +171,15 @@ impl Endpoint {
     }
 }
 
-fn parse_dns(text: &str) -> Option<Endpoint> {
+fn parse_dns(text: &str) -> Option<EndpointSpec> {
     let (name, port) = text.rsplit_once(':')?;
     let port = port.parse::<u16>().ok().filter(|port| *port > 0)?;
     // The dot at the end stays: it says that the name is whole, so that no search domain is tried.
     is_host_name(name.strip_suffix('.').unwrap_or(name))
-        .then(|| Endpoint::Dns { name: name.to_ascii_lowercase(), port })
+        .then(|| EndpointSpec::Dns { name: name.to_ascii_lowercase(), port })
 }
 
-fn not_an_address(text: &str) -> Fault {
+fn not_an_address(text: &str) -> InvalidValue {
     let hint = if let Some(endpoint) = without_scheme(text) {
         format!("an endpoint has no scheme: write `{endpoint}`; TLS is asked for by `tls: {{}}`")
     } else if parse_dns(text).is_some() {
@@ -190,7 +193,7 @@ fn not_an_address(text: &str) -> Fault {
     } else {
         "write `10.0.0.7:8080`, `[::1]:8080` or `dns:NAME:8080`".into()
     };
-    Fault::new(format!("`{text}` is no endpoint"), hint)
+    InvalidValue::new(format!("`{text}` is no endpoint"), hint)
 }
 
 /// The endpoint that a URL means, at the port of its scheme where it names none.
@@ -204,28 +207,28 @@ fn without_scheme(url: &str) -> Option<String> {
     };
     let bare = [authority.to_owned(), format!("{authority}:{port}")];
     let looked_up = bare.clone().map(|one| format!("dns:{one}"));
-    bare.into_iter().chain(looked_up).find(|one| Endpoint::parse(&one.replace(":PORT", ":1")).is_ok())
+    bare.into_iter().chain(looked_up).find(|one| EndpointSpec::parse(&one.replace(":PORT", ":1")).is_ok())
 }
 
-impl<'de> Deserialize<'de> for Endpoint {
+impl<'de> Deserialize<'de> for EndpointSpec {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Read;
-        impl Visitor<'_> for Read {
-            type Value = Endpoint;
+        struct EndpointVisitor;
+        impl Visitor<'_> for EndpointVisitor {
+            type Value = EndpointSpec;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("an endpoint like `10.0.0.7:8080` or `dns:NAME:8080`")
             }
 
-            fn visit_str<E: de::Error>(self, text: &str) -> Result<Endpoint, E> {
-                Endpoint::parse(text).map_err(E::custom)
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<EndpointSpec, E> {
+                EndpointSpec::parse(text).map_err(E::custom)
             }
         }
-        deserializer.deserialize_any(Read)
+        deserializer.deserialize_any(EndpointVisitor)
     }
 }
 
-impl JsonSchema for Endpoint {
+impl JsonSchema for EndpointSpec {
     fn schema_name() -> Cow<'static, str> {
         "Endpoint".into()
     }
@@ -247,9 +250,9 @@ mod tests {
     #[test]
     fn an_endpoint_is_shown_as_it_is_read() {
         for text in ["10.0.0.7:8080", "[::1]:80", "dns:payment-headless:8080", "dns:a.b_c.d:65535"] {
-            assert_eq!(Endpoint::parse(text).map(|e| e.to_string()), Ok(text.to_owned()));
+            assert_eq!(EndpointSpec::parse(text).map(|e| e.to_string()), Ok(text.to_owned()));
         }
-        assert_eq!(Endpoint::parse("dns:Pay.Shop.:80").map(|e| e.to_string()), Ok("dns:pay.shop.:80".to_owned()));
+        assert_eq!(EndpointSpec::parse("dns:Pay.Shop.:80").map(|e| e.to_string()), Ok("dns:pay.shop.:80".to_owned()));
     }
 
     #[test]
@@ -277,7 +280,7 @@ mod tests {
             ("", "`10.0.0.7:8080`"),
         ];
         for (text, hint) in table {
-            let fault = Endpoint::parse(text).expect_err(text);
+            let fault = EndpointSpec::parse(text).expect_err(text);
             assert!(fault.hint.as_deref().is_some_and(|h| h.contains(hint)), "{text}: {fault}");
         }
     }

@@ -10,7 +10,7 @@ use hyper::{Method, Request, Response};
 
 use crate::support::bank::{Bank, Say, behind_a_caller};
 use crate::support::http::{Answer, Body, Caller, Speaks, ask, empty, full, grpc_request, request};
-use crate::support::upstream::{Gate, Upstream, nobody, policy};
+use crate::support::upstream::{ConcurrencyLimit, Upstream, nobody, policy};
 use crate::support::wire::Wire;
 use crate::support::{Mesh, eventually};
 
@@ -400,7 +400,7 @@ async fn passing_on() -> (Upstream, Arc<OnceLock<SocketAddr>>) {
 
 #[tokio::test]
 async fn a_body_that_breaks_off_further_down_opens_no_breaker_here() {
-    let gate = Gate::closed();
+    let gate = ConcurrencyLimit::closed();
     let broken = || Upstream::closing("HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nhalf".to_owned(), &gate);
     let table = [(false, "", [0.0, 1.0]), (true, "", [0.0, 1.0]), (false, "blameInOnePlace: off", [1.0, 1.0])];
     for (hangs, rules, breakers) in table {

@@ -13,7 +13,7 @@ use tokio::time::{Instant, sleep};
 
 use crate::support::http::{Answer, Body, Http1, empty, feed, full, get, grpc, raw, request};
 use crate::support::program::Program;
-use crate::support::upstream::{Gate, Upstream, nobody, policy};
+use crate::support::upstream::{ConcurrencyLimit, Upstream, nobody, policy};
 use crate::support::{Mesh, SOON, eventually};
 
 /// Long enough that no test sees the end of it, unless it wants to.
@@ -23,12 +23,12 @@ const LONG: &str = "    circuitBreaker: { openFor: 20s, openForMax: 20s }";
 struct Shop {
     upstream: Upstream,
     status: Arc<AtomicU16>,
-    gate: Gate,
+    gate: ConcurrencyLimit,
 }
 
 impl Shop {
     async fn open(status: u16) -> Self {
-        let (status, gate) = (Arc::new(AtomicU16::new(status)), Gate::closed());
+        let (status, gate) = (Arc::new(AtomicU16::new(status)), ConcurrencyLimit::closed());
         let (now, held) = (Arc::clone(&status), gate.clone());
         let upstream = Upstream::http1(move |request: Request<Incoming>| {
             let (now, held) = (Arc::clone(&now), held.clone());

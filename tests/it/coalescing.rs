@@ -3,7 +3,7 @@
 use hyper::Request;
 
 use crate::support::http::{Answer, Body, empty, get, http2, request};
-use crate::support::upstream::{Gate, Upstream, policy};
+use crate::support::upstream::{ConcurrencyLimit, Upstream, policy};
 use crate::support::{Mesh, eventually};
 
 /// Calls under way at once; a worker naps from 32 on.
@@ -13,8 +13,8 @@ fn slow() -> Request<Body> {
     request("GET", "/slow").body(empty()).unwrap()
 }
 
-async fn open() -> (Gate, Upstream, Mesh) {
-    let gate = Gate::closed();
+async fn open() -> (ConcurrencyLimit, Upstream, Mesh) {
+    let gate = ConcurrencyLimit::closed();
     let upstream = Upstream::gated("done", &gate).await;
     let mesh = Mesh::start(&policy(upstream.addr, "    timeouts: { request: 20s }")).await;
     (gate, upstream, mesh)

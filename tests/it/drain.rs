@@ -11,7 +11,7 @@ use tokio::time::{Instant, sleep, timeout};
 
 use crate::support::http::{Caller, Http1, Speaks, empty, get, request};
 use crate::support::program::{Program, end, hopguard};
-use crate::support::upstream::{Gate, Upstream, policy};
+use crate::support::upstream::{ConcurrencyLimit, Upstream, policy};
 use crate::support::wire::Wire;
 use crate::support::{SOON, eventually};
 
@@ -19,13 +19,13 @@ struct Site {
     _folder: TempDir,
     file: std::path::PathBuf,
     upstream: Upstream,
-    gate: Gate,
+    gate: ConcurrencyLimit,
 }
 
 impl Site {
     /// An upstream that holds up what is asked for below `/slow`.
     async fn open() -> Self {
-        let gate = Gate::closed();
+        let gate = ConcurrencyLimit::closed();
         let upstream = Upstream::gated("done", &gate).await;
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("policy.yaml");

@@ -18,7 +18,7 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use crate::support::http::{Body, empty, full, get};
-use crate::support::upstream::{Gate, Upstream, nobody, policy};
+use crate::support::upstream::{ConcurrencyLimit, Upstream, nobody, policy};
 use crate::support::{Mesh, SOON, eventually};
 
 /// Messages of one byte that wait to be read: more than h2 lets wait by itself with windows of 64 MiB.
@@ -95,7 +95,7 @@ async fn an_answer_of_many_messages_that_its_caller_does_not_read_leaves_the_oth
 
 #[tokio::test]
 async fn a_request_of_many_messages_that_its_upstream_does_not_read_leaves_the_others_alone() {
-    let gate = Gate::closed();
+    let gate = ConcurrencyLimit::closed();
     let opened = gate.clone();
     let upstream = Upstream::bytes(move |stream| {
         let gate = gate.clone();
@@ -201,7 +201,7 @@ async fn what_comes_late_for_refused_calls_leaves_their_connection_alone() {
 }
 
 /// An upstream that answers one call, has `CALLS` given up, sends answers for these all the same, and answers again.
-async fn late_answers(mut stream: TcpStream, sent: Gate) {
+async fn late_answers(mut stream: TcpStream, sent: ConcurrencyLimit) {
     const OK: &[u8] = b"\x88";
     stream.read_exact(&mut [0; PREFACE.len()]).await.unwrap();
     stream.write_all(&frame(SETTINGS, 0, 0, b"")).await.unwrap();
@@ -228,7 +228,7 @@ async fn late_answers(mut stream: TcpStream, sent: Gate) {
 
 #[tokio::test]
 async fn what_comes_late_for_calls_that_were_given_up_leaves_the_connection_to_their_upstream_alone() {
-    let sent = Gate::closed();
+    let sent = ConcurrencyLimit::closed();
     let all_sent = sent.clone();
     let upstream = Upstream::bytes(move |stream| late_answers(stream, sent.clone())).await;
     let rules =

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use hopguard::telemetry::{Again, Direction, HopLabels, MAX_HOPS};
+use hopguard::telemetry::{Direction, HopLabels, MAX_HOPS, RetryReason};
 use hyper::{Request, Response};
 
 use crate::support::Mesh;
@@ -97,7 +97,7 @@ async fn names_of_a_family_beyond_the_bound_count_together_as_other() {
     let bank = Bank::http1(&[Say::Status(503), Say::Status(200), Say::Status(503), Say::Status(200)]).await;
     let mesh = Mesh::start(&behind_a_caller(&[bank.addr()], "", "    retry: { backoff: { max: 1ms } }")).await;
     for number in 0..NAMES {
-        mesh.app().telemetry().retried(&format!("was{number}"), Again::Failed);
+        mesh.app().telemetry().retried(&format!("was{number}"), RetryReason::Failed);
     }
     let size = async || series(&mesh).await.iter().filter(|one| one.starts_with("hopguard_retries_total")).count();
     assert_eq!(size().await, NAMES);

@@ -10,19 +10,19 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use crate::support::http::{Answer, empty, full, get, grpc};
-use crate::support::upstream::{Gate, Upstream, policy};
+use crate::support::upstream::{ConcurrencyLimit, Upstream, policy};
 use crate::support::{Mesh, eventually};
 
 /// An upstream that answers when the test says so, and keeps the order in which it was asked.
 struct Shop {
     upstream: Upstream,
-    gate: Gate,
+    gate: ConcurrencyLimit,
     asked: Arc<Mutex<Vec<String>>>,
 }
 
 impl Shop {
     async fn open() -> Self {
-        let (gate, asked) = (Gate::closed(), Arc::new(Mutex::new(Vec::new())));
+        let (gate, asked) = (ConcurrencyLimit::closed(), Arc::new(Mutex::new(Vec::new())));
         let (held, seen) = (gate.clone(), Arc::clone(&asked));
         let upstream = Upstream::http1(move |request: Request<Incoming>| {
             seen.lock().unwrap().push(request.uri().path().to_owned());

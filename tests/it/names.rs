@@ -11,7 +11,7 @@ use tokio::time::{Instant, sleep, timeout};
 use crate::support::http::{Answer, ask, empty, full};
 use crate::support::nameserver::{Nameserver, own_address};
 use crate::support::program::Program;
-use crate::support::upstream::{Gate, Upstream};
+use crate::support::upstream::{ConcurrencyLimit, Upstream};
 use crate::support::{SOON, eventually};
 
 const NAME: &str = "app.shop.test";
@@ -31,7 +31,7 @@ fn forwarding(more: &str) -> String {
 }
 
 /// An upstream that says who it is; the answer to `/slow` comes when the test lets it.
-async fn upstream(at: SocketAddr, who: &'static str, gate: &Gate, http2: bool) -> Upstream {
+async fn upstream(at: SocketAddr, who: &'static str, gate: &ConcurrencyLimit, http2: bool) -> Upstream {
     let gate = gate.clone();
     let handler = move |request: Request<_>| {
         let gate = gate.clone();
@@ -46,7 +46,7 @@ async fn upstream(at: SocketAddr, who: &'static str, gate: &Gate, http2: bool) -
 }
 
 /// Two upstreams, at the same port of two addresses.
-async fn two(gate: &Gate, http2: bool) -> (Upstream, Upstream) {
+async fn two(gate: &ConcurrencyLimit, http2: bool) -> (Upstream, Upstream) {
     let first = upstream(SocketAddr::new(own_address(), 0), "first", gate, http2).await;
     let second = upstream(SocketAddr::new(own_address(), first.addr.port()), "second", gate, http2).await;
     (first, second)
@@ -87,7 +87,7 @@ async fn a_name_is_asked_for_again_when_its_time_to_live_is_over() {
     let mut options: Vec<_> = records.iter().map(String::as_str).collect();
     options.push("--cname=alias.shop.test,hour.shop.test,1");
     let Some(server) = Nameserver::start(&[], &options).await else { return };
-    let upstream = upstream(SocketAddr::new(here, 0), "here", &Gate::closed(), false).await;
+    let upstream = upstream(SocketAddr::new(here, 0), "here", &ConcurrencyLimit::closed(), false).await;
     let port = upstream.addr.port();
     let names = ["none", "two", "hour", "alias"];
     let endpoints: Vec<_> = names.iter().map(|name| format!("dns:{name}.shop.test:{port}")).collect();
@@ -112,7 +112,7 @@ async fn a_name_is_asked_for_again_when_its_time_to_live_is_over() {
 #[tokio::test]
 async fn a_changed_address_takes_the_calls_along_and_lets_old_connections_go() {
     for (kind, http2) in [("to", false), ("to", true), ("forward", false)] {
-        let gate = Gate::closed();
+        let gate = ConcurrencyLimit::closed();
         let (first, second) = two(&gate, http2).await;
         let port = first.addr.port();
         let Some(server) = Nameserver::start(&[(NAME, first.addr.ip())], &[]).await else { return };
@@ -150,7 +150,7 @@ async fn a_changed_address_takes_the_calls_along_and_lets_old_connections_go() {
 #[tokio::test]
 async fn a_name_that_comes_into_being_is_found() {
     let Some(server) = Nameserver::start(&[], &[]).await else { return };
-    let upstream = upstream(SocketAddr::new(own_address(), 0), "here", &Gate::closed(), false).await;
+    let upstream = upstream(SocketAddr::new(own_address(), 0), "here", &ConcurrencyLimit::closed(), false).await;
     let port = upstream.addr.port();
     // With the dot at its end the name is whole: no search domain is tried after it.
     let program = server.run(&policy(&format!("dns:{NAME}.:{port}"), "")).await;
@@ -171,7 +171,7 @@ async fn a_name_that_comes_into_being_is_found() {
 
 #[tokio::test]
 async fn all_addresses_of_a_name_are_used_and_one_that_is_down_costs_no_call() {
-    let (first, second) = two(&Gate::closed(), false).await;
+    let (first, second) = two(&ConcurrencyLimit::closed(), false).await;
     let port = first.addr.port();
     // Nobody is at the IPv6 address, as on a machine that has none.
     let records = [(NAME, first.addr.ip()), (NAME, second.addr.ip()), (NAME, IpAddr::from([0, 0, 0, 0, 0, 0, 0, 1]))];
@@ -194,7 +194,7 @@ async fn all_addresses_of_a_name_are_used_and_one_that_is_down_costs_no_call() {
 
 #[tokio::test]
 async fn the_old_address_stays_while_the_name_server_is_dead() {
-    let (first, second) = two(&Gate::closed(), false).await;
+    let (first, second) = two(&ConcurrencyLimit::closed(), false).await;
     let port = first.addr.port();
     let Some(mut server) = Nameserver::start(&[(NAME, first.addr.ip())], &[]).await else { return };
     let program = server.run(&policy(&format!("dns:{NAME}.:{port}"), "")).await;
@@ -220,7 +220,7 @@ async fn the_old_address_stays_while_the_name_server_is_dead() {
 async fn the_old_address_stays_while_the_name_server_refuses_and_that_is_said() {
     // A name outside its zone: without a record it refuses to answer for it.
     let (name, short) = ("app.elsewhere.test", own_address());
-    let (first, second) = two(&Gate::closed(), false).await;
+    let (first, second) = two(&ConcurrencyLimit::closed(), false).await;
     let port = first.addr.port();
     let Some(server) = Nameserver::start(&[(name, first.addr.ip())], &[]).await else { return };
     let program = server.run(&policy(&format!("dns:{name}:{port}"), "")).await;
@@ -250,7 +250,7 @@ async fn the_old_address_stays_while_the_name_server_refuses_and_that_is_said() 
 
 #[tokio::test]
 async fn a_first_look_up_may_take_longer_than_a_connection() {
-    let upstream = upstream(SocketAddr::new(own_address(), 0), "here", &Gate::closed(), false).await;
+    let upstream = upstream(SocketAddr::new(own_address(), 0), "here", &ConcurrencyLimit::closed(), false).await;
     let port = upstream.addr.port();
     let records = [(NAME, upstream.addr.ip())];
     let Some(mut server) = Nameserver::start(&records, &[]).await else { return };
@@ -280,7 +280,7 @@ async fn a_first_look_up_may_take_longer_than_a_connection() {
 async fn a_name_whose_server_is_silent_holds_up_no_other() {
     let silent = UdpSocket::bind((own_address(), 53)).await.unwrap();
     let to_the_silent = format!("--server=/silent.test/{}", silent.local_addr().unwrap().ip());
-    let upstream = upstream(SocketAddr::new(own_address(), 0), "here", &Gate::closed(), false).await;
+    let upstream = upstream(SocketAddr::new(own_address(), 0), "here", &ConcurrencyLimit::closed(), false).await;
     let port = upstream.addr.port();
     let Some(server) = Nameserver::start(&[(NAME, upstream.addr.ip())], &[&to_the_silent]).await else { return };
     let both = format!("dns:app.silent.test.:{port}\", \"dns:{NAME}.:{port}");
@@ -297,7 +297,7 @@ async fn a_name_whose_server_is_silent_holds_up_no_other() {
 
 #[tokio::test]
 async fn without_settings_that_can_be_used_the_hosts_file_counts_and_that_is_said() {
-    let upstream = upstream("127.0.0.1:0".parse().unwrap(), "here", &Gate::closed(), false).await;
+    let upstream = upstream("127.0.0.1:0".parse().unwrap(), "here", &ConcurrencyLimit::closed(), false).await;
     let port = upstream.addr.port();
     let Some(server) = Nameserver::start(&[], &[]).await else { return };
     server.empty_settings();

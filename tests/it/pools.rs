@@ -12,7 +12,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::sync::Barrier;
 
 use crate::support::http::{Caller, Http1, Speaks, ask, empty, feed, full, get, request};
-use crate::support::upstream::{Gate, Upstream, policy};
+use crate::support::upstream::{ConcurrencyLimit, Upstream, policy};
 use crate::support::wire::Wire;
 use crate::support::{Mesh, eventually};
 
@@ -65,7 +65,7 @@ async fn connections_to_a_destination_that_is_gone_are_closed_although_nobody_ca
 
 #[tokio::test]
 async fn no_more_than_max_idle_are_kept() {
-    let gate = Gate::closed();
+    let gate = ConcurrencyLimit::closed();
     let held = gate.clone();
     let upstream = Upstream::http1(move |_| {
         let held = held.clone();
@@ -92,13 +92,13 @@ async fn no_more_than_max_idle_are_kept() {
 }
 
 /// Answers a request with these fields, then closes when the test lets it.
-async fn closing(fields: &'static str, gate: &Gate) -> Upstream {
+async fn closing(fields: &'static str, gate: &ConcurrencyLimit) -> Upstream {
     Upstream::closing(format!("HTTP/1.1 200 OK\r\n{fields}content-length: 5\r\n\r\nhello"), gate).await
 }
 
 #[tokio::test]
 async fn a_connection_that_the_upstream_has_closed_is_not_used() {
-    let gate = Gate::closed();
+    let gate = ConcurrencyLimit::closed();
     let upstream = closing("", &gate).await;
     let mesh = Mesh::start(&policy(upstream.addr, "    connections: { idle: 20s }")).await;
     for round in 1..=10 {
@@ -115,7 +115,7 @@ async fn a_connection_that_the_upstream_has_closed_is_not_used() {
 
 #[tokio::test]
 async fn connection_close_of_the_upstream_is_obeyed() {
-    let gate = Gate::closed();
+    let gate = ConcurrencyLimit::closed();
     let upstream = closing("connection: close\r\n", &gate).await;
     let mesh = Mesh::start(&policy(upstream.addr, "    connections: { idle: 20s }")).await;
     for round in 1..=3 {
@@ -128,7 +128,7 @@ async fn connection_close_of_the_upstream_is_obeyed() {
 
 #[tokio::test]
 async fn what_the_upstream_says_of_its_keep_alive_is_obeyed() {
-    let gate = Gate::closed();
+    let gate = ConcurrencyLimit::closed();
     let upstream = closing("keep-alive: timeout=1\r\n", &gate).await;
     let mesh = Mesh::start(&policy(upstream.addr, "    connections: { idle: 20s }")).await;
     get(mesh.addr("in"), "/").await;
@@ -171,7 +171,7 @@ async fn what_it_says_with_an_answer_that_is_tried_again_is_obeyed_too() {
 }
 
 /// An HTTP/2 upstream that lets this many streams be open on a connection.
-async fn narrow(streams: u32, gate: &Gate) -> (Upstream, Arc<AtomicUsize>) {
+async fn narrow(streams: u32, gate: &ConcurrencyLimit) -> (Upstream, Arc<AtomicUsize>) {
     let (gate, requests) = (gate.clone(), Arc::new(AtomicUsize::new(0)));
     let seen = Arc::clone(&requests);
     let upstream = Upstream::bytes(move |stream| {
@@ -194,7 +194,7 @@ async fn narrow(streams: u32, gate: &Gate) -> (Upstream, Arc<AtomicUsize>) {
 }
 
 async fn shared(streams: u32, calls: usize) -> usize {
-    let gate = Gate::closed();
+    let gate = ConcurrencyLimit::closed();
     let (upstream, requests) = narrow(streams, &gate).await;
     let mesh = Mesh::start(&policy(upstream.addr, "    protocol: http2\n    timeouts: { request: 20s }")).await;
     // The first call opens the connection, so that the limit of its peer is known to the others.
@@ -249,7 +249,7 @@ where
 
 #[tokio::test]
 async fn a_burst_opens_the_connections_that_it_needs_side_by_side() {
-    let (first, others) = (Gate::closed(), Arc::new(Barrier::new(3)));
+    let (first, others) = (ConcurrencyLimit::closed(), Arc::new(Barrier::new(3)));
     let lets = first.clone();
     let upstream = reluctant(16, move |number| {
         let (first, others) = (lets.clone(), Arc::clone(&others));
@@ -281,7 +281,7 @@ async fn a_burst_opens_the_connections_that_it_needs_side_by_side() {
 
 #[tokio::test]
 async fn callers_that_cannot_wait_for_a_connection_leave_it_to_those_that_come_after_them() {
-    let gate = Gate::closed();
+    let gate = ConcurrencyLimit::closed();
     let lets = gate.clone();
     let upstream = reluctant(1, move |_| {
         let gate = lets.clone();
@@ -303,7 +303,7 @@ async fn callers_that_cannot_wait_for_a_connection_leave_it_to_those_that_come_a
 
 #[tokio::test]
 async fn an_http2_connection_all_of_whose_calls_were_given_up_is_looked_after_too() {
-    let (upstream, requests) = narrow(200, &Gate::closed()).await;
+    let (upstream, requests) = narrow(200, &ConcurrencyLimit::closed()).await;
     let mesh = Mesh::start(&policy(upstream.addr, "    protocol: http2\n    timeouts: { request: 20s }")).await;
     let to = mesh.addr("in");
     let call = tokio::spawn(async move { get(to, "/").await });
@@ -345,7 +345,7 @@ async fn a_post_that_was_not_sent_goes_over_another_connection() {
 
 #[tokio::test]
 async fn a_destination_that_moves_lets_idle_connections_go_while_a_call_lasts() {
-    let gate = Gate::closed();
+    let gate = ConcurrencyLimit::closed();
     let old = Upstream::gated("old", &gate).await;
     let new = Upstream::fixed("new").await;
     let more = "    connections: { idle: 60s }\n    timeouts: { request: 20s }";

@@ -10,7 +10,7 @@ use tokio::time::{Instant, sleep};
 
 use crate::support::bank::behind_a_caller;
 use crate::support::http::{Answer, Caller, Speaks, ask, empty, full, get, grpc, request};
-use crate::support::upstream::{Gate, Upstream, policy};
+use crate::support::upstream::{ConcurrencyLimit, Upstream, policy};
 use crate::support::wire::Wire;
 use crate::support::{Mesh, eventually};
 
@@ -252,7 +252,7 @@ async fn a_limit_of_the_callees_sidecar_is_no_failure_of_the_callee_for_grpc_eit
         ("    limits: { inFlight: 1, queue: 0 }", 1.0),
     ];
     for (limit, opened) in table {
-        let gate = Gate::closed();
+        let gate = ConcurrencyLimit::closed();
         let held = gate.clone();
         let upstream = Upstream::http2(move |_| {
             let held = held.clone();

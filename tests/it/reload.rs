@@ -16,7 +16,7 @@ use crate::support::bank::{Bank, Say, behind_a_caller};
 use crate::support::http::{Caller, Http1, Speaks, empty, feed, full, get, request};
 use crate::support::load::Load;
 use crate::support::program::{Program, replace};
-use crate::support::upstream::{Gate, Upstream, own_address};
+use crate::support::upstream::{ConcurrencyLimit, Upstream, own_address};
 use crate::support::{Mesh, SOON, eventually};
 
 /// A policy whose only difference is the value of `request`.
@@ -236,7 +236,7 @@ async fn sent_away(caller: &mut Caller) {
 
 #[tokio::test]
 async fn a_listener_that_is_renamed_or_gone_sends_its_callers_away_and_cuts_nobody() {
-    let gate = Gate::closed();
+    let gate = ConcurrencyLimit::closed();
     let upstream = Upstream::gated("hello", &gate).await;
     let (first, second) = (own_address(), own_address());
     let before = policy(upstream.addr, "20s").replace(
@@ -329,7 +329,7 @@ async fn a_listener_whose_port_is_taken_changes_nothing() {
 
 #[tokio::test]
 async fn a_call_in_flight_keeps_the_policy_with_which_it_began() {
-    let gate = Gate::closed();
+    let gate = ConcurrencyLimit::closed();
     let held = gate.clone();
     let upstream = Upstream::http1(move |_| {
         let held = held.clone();
@@ -457,7 +457,7 @@ async fn a_breaker_or_an_ejection_that_the_policy_has_no_more_is_shown_no_more()
 
 #[tokio::test]
 async fn what_a_call_of_an_older_policy_still_brings_about_is_not_shown() {
-    let gate = Gate::closed();
+    let gate = ConcurrencyLimit::closed();
     let held = gate.clone();
     let upstream = Upstream::http1(move |_| {
         let held = held.clone();

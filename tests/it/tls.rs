@@ -13,22 +13,22 @@ use tokio::net::TcpStream;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::client::TlsStream;
 
-use crate::support::certificates::{Authority, Identity};
+use crate::support::certificates::{Authority, ClusterIdentity};
 use crate::support::http::{Caller, Http1, Speaks, ask, empty, full, get, raw, request};
 use crate::support::load::Load;
 use crate::support::program::{Program, hopguard};
-use crate::support::upstream::{Gate, Upstream};
+use crate::support::upstream::{ConcurrencyLimit, Upstream};
 use crate::support::wire::Wire;
 use crate::support::{Mesh, eventually};
 
 /// An upstream behind TLS that says which protocol it was spoken to in, and for which name.
-async fn behind_tls(identity: &Identity, alpn: &[&str]) -> Upstream {
+async fn behind_tls(identity: &ClusterIdentity, alpn: &[&str]) -> Upstream {
     let acceptor = identity.acceptor(alpn);
-    Upstream::bytes(move |stream| serve(stream, acceptor.clone(), Gate::closed())).await
+    Upstream::bytes(move |stream| serve(stream, acceptor.clone(), ConcurrencyLimit::closed())).await
 }
 
 /// An upstream whose certificate the test changes: a new connection gets the one that it has then.
-async fn renewed(identity: &Identity, gate: &Gate) -> (Upstream, Arc<Mutex<TlsAcceptor>>) {
+async fn renewed(identity: &ClusterIdentity, gate: &ConcurrencyLimit) -> (Upstream, Arc<Mutex<TlsAcceptor>>) {
     let acceptor = Arc::new(Mutex::new(identity.acceptor(&["http/1.1"])));
     let (newest, gate) = (Arc::clone(&acceptor), gate.clone());
     let upstream = Upstream::bytes(move |stream| serve(stream, newest.lock().unwrap().clone(), gate.clone())).await;
@@ -36,13 +36,13 @@ async fn renewed(identity: &Identity, gate: &Gate) -> (Upstream, Arc<Mutex<TlsAc
 }
 
 /// Answers over one connection; for `/slow` when the test lets it.
-async fn serve(stream: TcpStream, acceptor: TlsAcceptor, gate: Gate) {
+async fn serve(stream: TcpStream, acceptor: TlsAcceptor, gate: ConcurrencyLimit) {
     let Ok(stream) = acceptor.accept(stream).await else { return };
     Box::pin(converse(stream, gate)).await;
 }
 
 /// The same once TLS is agreed.
-async fn converse(stream: tokio_rustls::server::TlsStream<TcpStream>, gate: Gate) {
+async fn converse(stream: tokio_rustls::server::TlsStream<TcpStream>, gate: ConcurrencyLimit) {
     let server = stream.get_ref().1;
     let name = server.server_name().unwrap_or("none").to_owned();
     let http2 = server.alpn_protocol() == Some(b"h2");
@@ -103,14 +103,14 @@ async fn an_upstream_agrees_on_the_protocol() {
 }
 
 /// Speaks HTTP/2 where that is agreed on; over HTTP/1.1 it becomes a WebSocket at once.
-async fn switching(identity: &Identity) -> Upstream {
+async fn switching(identity: &ClusterIdentity) -> Upstream {
     let acceptor = identity.acceptor(&["h2", "http/1.1"]);
     Upstream::bytes(move |stream| {
         let acceptor = acceptor.clone();
         async move {
             let Ok(mut stream) = acceptor.accept(stream).await else { return };
             if stream.get_ref().1.alpn_protocol() == Some(b"h2") {
-                return Box::pin(converse(stream, Gate::closed())).await;
+                return Box::pin(converse(stream, ConcurrencyLimit::closed())).await;
             }
             let _head = stream.read(&mut [0; 4096]).await;
             let switched = "HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\nhello";
@@ -204,7 +204,7 @@ async fn a_burst_to_an_upstream_without_http2_does_not_connect_one_after_the_oth
     let (folder, authority) = (tempfile::tempdir().unwrap(), Authority::new());
     std::fs::write(folder.path().join("ca.crt"), authority.pem()).unwrap();
     let acceptor = authority.issue("bank.test").acceptor(&["http/1.1"]);
-    let (handshakes, answers) = (Gate::closed(), Gate::closed());
+    let (handshakes, answers) = (ConcurrencyLimit::closed(), ConcurrencyLimit::closed());
     let (open, held) = (handshakes.clone(), answers.clone());
     let upstream = Upstream::bytes(move |stream| {
         let (acceptor, open, held) = (acceptor.clone(), open.clone(), held.clone());
@@ -436,7 +436,7 @@ async fn an_upstream_moves_to_another_authority_without_a_lost_call() {
     let (folder, old, new) = (tempfile::tempdir().unwrap(), Authority::new(), Authority::new());
     let folder = folder.path();
     std::fs::write(folder.join("ca.crt"), old.pem()).unwrap();
-    let gate = Gate::closed();
+    let gate = ConcurrencyLimit::closed();
     let (upstream, certificate) = renewed(&old.issue("bank.test"), &gate).await;
     let shows = |authority: &Authority| {
         *certificate.lock().unwrap() = authority.issue("bank.test").acceptor(&["http/1.1"]);
@@ -473,7 +473,7 @@ async fn authorities_that_cannot_be_used_change_nothing_and_are_named() {
     let (folder, authority) = (tempfile::tempdir().unwrap(), Authority::new());
     let (folder, ca) = (folder.path(), folder.path().join("ca.crt"));
     std::fs::write(&ca, authority.pem()).unwrap();
-    let (upstream, _) = renewed(&authority.issue("bank.test"), &Gate::closed()).await;
+    let (upstream, _) = renewed(&authority.issue("bank.test"), &ConcurrencyLimit::closed()).await;
     let program = two_ways(folder, &upstream).await;
     let fresh = program.addr("fresh").await.unwrap();
     let cut = authority.pem()[..200].to_owned();
@@ -503,8 +503,8 @@ async fn places_that_callers_name_have_the_certificates_of_their_destination() {
     let (folder, old, new) = (tempfile::tempdir().unwrap(), Authority::new(), Authority::new());
     let folder = folder.path();
     std::fs::write(folder.join("ca.crt"), old.pem()).unwrap();
-    let (first, certificate) = renewed(&old.issue("127.0.0.1"), &Gate::closed()).await;
-    let (second, _) = renewed(&new.issue("127.0.0.1"), &Gate::closed()).await;
+    let (first, certificate) = renewed(&old.issue("127.0.0.1"), &ConcurrencyLimit::closed()).await;
+    let (second, _) = renewed(&new.issue("127.0.0.1"), &ConcurrencyLimit::closed()).await;
     let text = policy(folder, &first, "").replace(", }", " }").replace("to: app", "forward: true");
     let endpoint = format!("endpoints: [\"{}\"]", first.addr);
     let text = text.replace(&endpoint, "hosts: [\"*\"]\n    connections: { maxIdle: 0 }");
@@ -528,7 +528,7 @@ async fn places_that_callers_name_have_the_certificates_of_their_destination() {
 async fn certificates_that_change_together_with_the_policy_are_read() {
     let (folder, old, new) = (tempfile::tempdir().unwrap(), Authority::new(), Authority::new());
     let folder = folder.path();
-    let (upstream, certificate) = renewed(&old.issue("bank.test"), &Gate::closed()).await;
+    let (upstream, certificate) = renewed(&old.issue("bank.test"), &ConcurrencyLimit::closed()).await;
     // As Kubernetes mounts a ConfigMap: all files change at one moment.
     let mount = |version: &str, authority: &Authority, more: &str| {
         let data = folder.join(version);

@@ -8,7 +8,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::{Instant, timeout};
 
 use crate::support::http::{Caller, Speaks, empty, raw};
-use crate::support::upstream::{Gate, Upstream, nobody, policy};
+use crate::support::upstream::{ConcurrencyLimit, Upstream, nobody, policy};
 use crate::support::wire::Wire;
 use crate::support::{Mesh, SOON, eventually};
 
@@ -210,7 +210,7 @@ async fn an_upgrade_that_the_upstream_refuses_is_an_answer() {
 
 #[tokio::test]
 async fn an_upgrade_whose_caller_has_gone_gives_everything_back() {
-    let gate = Gate::closed();
+    let gate = ConcurrencyLimit::closed();
     let held = gate.clone();
     let upstream = Upstream::bytes(move |stream| {
         let held = held.clone();

@@ -5,14 +5,14 @@ use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
 use std::time::Duration;
 
-use hopguard::rules::breaker::{Change, Outcome, State, Thresholds};
+use hopguard::rules::circuit_breaker::{BreakerState, CallResult, StateChange, Thresholds};
 use tokio::time::Instant;
 
 /// What must hold.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Invariant {
     /// Retries at a destination: at most 10 + minPerSecond × t + ratio × calls that went well.
-    Budget,
+    RetryBudget,
     /// No try begins after its deadline, and nothing ends later.
     Deadline,
     /// A breaker changes only as it may, opens when it has to, and holds back whom it should.
@@ -93,7 +93,7 @@ impl Checks {
 /// A second account of a breaker.
 pub(crate) struct Watch {
     pub(crate) name: String,
-    state: Cell<State>,
+    state: Cell<BreakerState>,
     /// Counts the changes of state.
     pub(crate) period: Cell<u64>,
     /// When those that are under way were let through.
@@ -117,7 +117,7 @@ impl Watch {
     pub(crate) fn new(name: String) -> Rc<Self> {
         Rc::new(Self {
             name,
-            state: Cell::new(State::Closed),
+            state: Cell::new(BreakerState::Closed),
             period: Cell::new(0),
             probes: RefCell::default(),
             consecutive: Cell::new(0),
@@ -127,25 +127,28 @@ impl Watch {
         })
     }
 
-    pub(crate) fn state(&self) -> State {
+    pub(crate) fn state(&self) -> BreakerState {
         self.state.get()
     }
 
     /// Closed, so that a call passes as one of many.
     pub(crate) fn passes(&self, checks: &Checks) -> u64 {
         let state = self.state.get();
-        checks.claim(state == State::Closed, Invariant::Breaker, || format!("{} lets all pass: {state:?}", self.name));
+        checks.claim(state == BreakerState::Closed, Invariant::Breaker, || {
+            format!("{} lets all pass: {state:?}", self.name)
+        });
         self.period.get()
     }
 
     pub(crate) fn refuses(&self, checks: &Checks) {
         let state = self.state.get();
-        checks.claim(state != State::Closed, Invariant::Breaker, || format!("{} refuses: {state:?}", self.name));
+        checks.claim(state != BreakerState::Closed, Invariant::Breaker, || format!("{} refuses: {state:?}", self.name));
     }
 
     pub(crate) fn probes(self: &Rc<Self>, thresholds: &Thresholds, now: Instant, checks: &Checks) -> Place {
         let state = self.state.get();
-        checks.claim(state == State::HalfOpen, Invariant::Breaker, || format!("{} probes: {state:?}", self.name));
+        checks
+            .claim(state == BreakerState::HalfOpen, Invariant::Breaker, || format!("{} probes: {state:?}", self.name));
         self.probes.borrow_mut().push(now);
         let holds = |began: &&Instant| **began + thresholds.hold() > now;
         let (held, most) = (self.probes.borrow().iter().filter(holds).count(), thresholds.probes as usize);
@@ -161,17 +164,17 @@ impl Watch {
     }
 
     /// A call that passed has been judged; `opened`: that has opened the breaker, or would have, were it not the last.
-    pub(crate) fn judged(&self, period: u64, outcome: Outcome, opened: bool, most: u32, checks: &Checks) {
+    pub(crate) fn judged(&self, period: u64, outcome: CallResult, opened: bool, most: u32, checks: &Checks) {
         if period != self.period.get() {
             checks.claim(!opened, Invariant::Breaker, || format!("{} is opened by a call of long ago", self.name));
             return;
         }
         match outcome {
-            Outcome::Success => {
+            CallResult::Success => {
                 self.consecutive.set(0);
                 self.kept.set(false);
             }
-            Outcome::Failure => {
+            CallResult::Failure => {
                 let failures = self.consecutive.get() + 1;
                 self.consecutive.set(failures);
                 let is_due = failures >= most && !self.kept.get();
@@ -188,21 +191,21 @@ impl Watch {
         checks.count("kept");
     }
 
-    pub(crate) fn changed(&self, change: &Change, thresholds: &Thresholds, now: Instant, checks: &Checks) {
+    pub(crate) fn changed(&self, change: &StateChange, thresholds: &Thresholds, now: Instant, checks: &Checks) {
         let state = self.state.get();
         let is_legal = matches!(
             (change.from, change.to),
-            (State::Closed, State::Open)
-                | (State::Open, State::HalfOpen)
-                | (State::HalfOpen, State::Open | State::Closed)
+            (BreakerState::Closed, BreakerState::Open)
+                | (BreakerState::Open, BreakerState::HalfOpen)
+                | (BreakerState::HalfOpen, BreakerState::Open | BreakerState::Closed)
         );
         checks.claim(is_legal && change.from == state, Invariant::Breaker, || {
             format!("{} goes from {:?} to {:?}, and was {state:?}", self.name, change.from, change.to)
         });
-        if let (State::HalfOpen, Some((since, time))) = (change.to, self.opened.get()) {
+        if let (BreakerState::HalfOpen, Some((since, time))) = (change.to, self.opened.get()) {
             checks.claim(now >= since + time, Invariant::Breaker, || format!("{} is tried too early", self.name));
         }
-        if change.to == State::Open {
+        if change.to == BreakerState::Open {
             let time = change.open_for.unwrap_or_default();
             checks.claim(time <= thresholds.open_for_max && !time.is_zero(), Invariant::Starved, || {
                 format!("{} is open for {time:?}", self.name)
@@ -216,9 +219,9 @@ impl Watch {
         self.kept.set(false);
         self.passed_over.set(0);
         checks.count(match change.to {
-            State::Open => "opened",
-            State::HalfOpen => "half-opened",
-            State::Closed => "closed",
+            BreakerState::Open => "opened",
+            BreakerState::HalfOpen => "half-opened",
+            BreakerState::Closed => "closed",
         });
         checks.event(|| format!("{} {:?} -> {:?} ({})", self.name, change.from, change.to, change.cause.as_str()));
     }
@@ -226,7 +229,7 @@ impl Watch {
     /// The time for which it was to be open is over.
     pub(crate) fn is_due(&self, longest: Duration, now: Instant) -> bool {
         let over = |(since, time): (Instant, Duration)| now >= since + time.min(longest);
-        self.state.get() == State::Open && self.opened.get().is_some_and(over)
+        self.state.get() == BreakerState::Open && self.opened.get().is_some_and(over)
     }
 }
 

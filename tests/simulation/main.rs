@@ -57,7 +57,7 @@ enum Mutant {
 }
 
 /// What a run came to.
-struct Outcome {
+struct CallResult {
     violations: Vec<(Invariant, String)>,
     tally: BTreeMap<&'static str, u64>,
 }
@@ -66,7 +66,7 @@ const fn ms(millis: u64) -> Duration {
     Duration::from_millis(millis)
 }
 
-fn simulate(seed: u64, mutant: Mutant, is_told: bool) -> Outcome {
+fn simulate(seed: u64, mutant: Mutant, is_told: bool) -> CallResult {
     let world = World::new(Rng::with_seed(seed), mutant, is_told);
     world.run();
     if is_told {
@@ -74,7 +74,7 @@ fn simulate(seed: u64, mutant: Mutant, is_told: bool) -> Outcome {
         world.checks.events().iter().for_each(|event| println!("{event}"));
     }
     let violations = world.checks.violations.borrow().clone();
-    Outcome { violations, tally: world.checks.tally() }
+    CallResult { violations, tally: world.checks.tally() }
 }
 
 /// The seed that somebody wants to see again.
@@ -143,7 +143,7 @@ fn assert_caught(mutant: Mutant, by: Invariant) {
 
 #[test]
 fn retries_beyond_the_budget_are_caught() {
-    assert_caught(Mutant::BudgetIgnored, Invariant::Budget);
+    assert_caught(Mutant::BudgetIgnored, Invariant::RetryBudget);
 }
 
 #[test]

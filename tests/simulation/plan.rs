@@ -4,8 +4,8 @@ use std::fmt;
 use std::time::Duration;
 
 use fastrand::Rng;
-use hopguard::rules::breaker::Thresholds;
 use hopguard::rules::circuit_breaker::CircuitBreaker;
+use hopguard::rules::circuit_breaker::Thresholds;
 use hopguard::rules::ejection::Ejection;
 use hopguard::rules::retry::Retry;
 

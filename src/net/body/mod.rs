@@ -44,7 +44,7 @@ pub struct RequestBody {
 enum Source {
     Empty,
     /// Sent once.
-    Caller(Caller),
+    CallerBody(CallerBody),
     /// Sent by one try after the other.
     Try(Try),
 }
@@ -59,7 +59,7 @@ impl RequestBody {
         if incoming.is_end_stream() {
             return Self::empty(flow);
         }
-        Self { source: Source::Caller(Caller { incoming, named, ended: false }), flow }
+        Self { source: Source::CallerBody(CallerBody { incoming, named, ended: false }), flow }
     }
 
     /// The same, to be sent again if need be: the first try's body, and what the next tries get theirs from.
@@ -69,7 +69,7 @@ impl RequestBody {
         if incoming.is_end_stream() {
             return (Self::empty(flow), Replay::of_nothing());
         }
-        let (first, replay) = Replay::of(Caller { incoming, named, ended: false }, limit);
+        let (first, replay) = Replay::of(CallerBody { incoming, named, ended: false }, limit);
         (Self { source: Source::Try(first), flow }, replay)
     }
 
@@ -95,7 +95,7 @@ impl Body for RequestBody {
             Source::Empty => return Poll::Ready(None),
             // First of all: it must not take the waker's place in the flow from the try that goes on.
             Source::Try(one) if one.is_superseded() => return Poll::Ready(Some(Err(CallerBodyError::Superseded))),
-            Source::Caller(_) | Source::Try(_) => {}
+            Source::CallerBody(_) | Source::Try(_) => {}
         }
         if flow.is_over() {
             return Poll::Ready(Some(Err(CallerBodyError::Over)));
@@ -106,7 +106,7 @@ impl Body for RequestBody {
         }
         let (polled, ended) = match source {
             Source::Empty => return Poll::Ready(None),
-            Source::Caller(caller) => (caller.poll_frame(flow, cx), caller.ended),
+            Source::CallerBody(caller) => (caller.poll_frame(flow, cx), caller.ended),
             Source::Try(one) => (one.poll_frame(flow, cx), one.is_end()),
         };
         if ended {
@@ -118,7 +118,7 @@ impl Body for RequestBody {
     fn is_end_stream(&self) -> bool {
         match &self.source {
             Source::Empty => true,
-            Source::Caller(_) => false,
+            Source::CallerBody(_) => false,
             Source::Try(one) => one.is_end(),
         }
     }
@@ -126,21 +126,21 @@ impl Body for RequestBody {
     fn size_hint(&self) -> SizeHint {
         match &self.source {
             Source::Empty => SizeHint::with_exact(0),
-            Source::Caller(caller) => caller.incoming.size_hint(),
+            Source::CallerBody(caller) => caller.incoming.size_hint(),
             Source::Try(one) => one.size_hint(),
         }
     }
 }
 
 /// The body as it comes from the caller: each byte is read once and noted in the flow.
-struct Caller {
+struct CallerBody {
     incoming: Incoming,
     /// Trailers that the request's `Connection` field claimed for the caller's connection alone.
     named: Vec<HeaderName>,
     ended: bool,
 }
 
-impl Caller {
+impl CallerBody {
     fn poll_frame(&mut self, flow: &Flow, cx: &mut Context<'_>) -> Polled {
         let Poll::Ready(frame) = Pin::new(&mut self.incoming).poll_frame(cx) else {
             flow.starve(true);

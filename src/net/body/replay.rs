@@ -17,7 +17,7 @@ use bytes::{Bytes, BytesMut};
 use http::HeaderMap;
 use http_body::{Body, Frame, SizeHint};
 
-use super::{Caller, Polled, RequestBody, Source};
+use super::{CallerBody, Polled, RequestBody, Source};
 use crate::net::flow::Flow;
 
 /// Chunks below this are copied rather than kept with the buffer that they were cut from.
@@ -35,7 +35,7 @@ pub(super) struct Try {
 }
 
 pub(super) struct Shared {
-    caller: Caller,
+    caller: CallerBody,
     /// The number of the latest try.
     latest: u32,
     /// None once a part of the body is gone for good, or nobody will ask for it.
@@ -58,7 +58,7 @@ impl Replay {
         Self(None)
     }
 
-    pub(super) fn of(caller: Caller, limit: usize) -> (Try, Self) {
+    pub(super) fn of(caller: CallerBody, limit: usize) -> (Try, Self) {
         let kept = Kept { limit, size: 0, chunks: Vec::new(), small: BytesMut::new(), trailers: None };
         let shared = Rc::new(RefCell::new(Shared { caller, latest: 1, kept: Some(kept) }));
         let first = Try { shared: Rc::clone(&shared), number: 1, kept: Vec::new().into_iter(), trailers: None };

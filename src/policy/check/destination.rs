@@ -4,15 +4,15 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use super::{Document, Layer, check_not_empty, required_name, route};
-use crate::policy::index::normal;
-use crate::policy::model::{Destination, Host};
+use crate::policy::model::{Destination, HostPattern};
+use crate::policy::router::normal;
 use crate::policy::spec::DestinationSpec;
-use crate::problems::{At, Fault};
+use crate::problems::{Cursor, InvalidValue};
 use crate::rules::faults::Faults;
 use crate::rules::rate_limit::RateLimit;
-use crate::upstream::spec::{Endpoint, is_host_name};
+use crate::upstream::spec::{EndpointSpec, is_host_name};
 
-pub(super) fn check(spec: &DestinationSpec, base: &Layer, folder: &Path, at: &At<'_>) -> Destination {
+pub(super) fn check(spec: &DestinationSpec, base: &Layer, folder: &Path, at: &Cursor<'_>) -> Destination {
     check_not_empty(spec.hosts.as_ref(), "without hosts, only a listener's `to` leads here", &at.key("hosts"));
     let meaning = "without endpoints, calls go where the caller was going";
     check_not_empty(spec.endpoints.as_ref(), meaning, &at.key("endpoints"));
@@ -37,7 +37,7 @@ pub(super) fn check(spec: &DestinationSpec, base: &Layer, folder: &Path, at: &At
         None => base.ejection.clone(),
     };
     let protocol = spec.protocol.unwrap_or_default();
-    let below = route::Below {
+    let below = route::RouteDefaults {
         timeouts,
         retry: spec.retry.as_ref().map_or_else(|| base.retry.clone(), |spec| spec.check(&base.retry, &at.key("retry"))),
         rate_limit: spec.rate_limit.as_ref().map_or_else(RateLimit::built_in, |spec| spec.check(&at.key("rateLimit"))),
@@ -58,8 +58,8 @@ pub(super) fn check(spec: &DestinationSpec, base: &Layer, folder: &Path, at: &At
     }
 }
 
-fn endpoints(spec: &DestinationSpec, at: &At<'_>) -> Vec<Endpoint> {
-    let mut endpoints: Vec<Endpoint> = Vec::new();
+fn endpoints(spec: &DestinationSpec, at: &Cursor<'_>) -> Vec<EndpointSpec> {
+    let mut endpoints: Vec<EndpointSpec> = Vec::new();
     for (index, endpoint) in spec.endpoints.iter().flatten().enumerate() {
         if endpoints.contains(endpoint) {
             at.index(index).report(format!("`{endpoint}` stands twice"), "remove one of the two");
@@ -95,20 +95,20 @@ pub(super) fn check_hosts(documents: &[Document<'_>]) {
     }
 }
 
-fn parse_host(text: &str) -> Result<Host, Fault> {
+fn parse_host(text: &str) -> Result<HostPattern, InvalidValue> {
     if text == "*" {
-        return Ok(Host::Any);
+        return Ok(HostPattern::Any);
     }
     let name = normal(text);
     let host = match name.strip_prefix("*.") {
-        Some(suffix) if is_host_name(suffix) => return Ok(Host::Suffix(suffix.to_owned())),
+        Some(suffix) if is_host_name(suffix) => return Ok(HostPattern::Suffix(suffix.to_owned())),
         _ => &*name,
     };
     if let Ok(address) = host.parse::<std::net::Ipv6Addr>() {
-        return Ok(Host::Exact(address.to_string()));
+        return Ok(HostPattern::Exact(address.to_string()));
     }
     if is_host_name(host) {
-        return Ok(Host::Exact(host.to_owned()));
+        return Ok(HostPattern::Exact(host.to_owned()));
     }
     let authority = host.split_once("://").map_or(host, |(_, rest)| rest).split('/').next().unwrap_or_default();
     let bare = authority.rsplit_once(':').map_or(authority, |(bare, _)| bare);
@@ -119,5 +119,5 @@ fn parse_host(text: &str) -> Result<Host, Fault> {
     } else {
         "write a name like `payment.shop.svc`, `*.shop.example`, or `*`".into()
     };
-    Err(Fault::new(format!("`{text}` is no host"), hint))
+    Err(InvalidValue::new(format!("`{text}` is no host"), hint))
 }

@@ -5,10 +5,10 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::{Known, required_name};
-use crate::policy::model::{Direction, Listener, ListenerTls, Target};
+use crate::policy::model::{Direction, Listener, ListenerTarget, ListenerTls};
 use crate::policy::spec::{ListenerSpec, ListenerTlsSpec};
-use crate::problems::{At, Set, near_miss};
-use crate::rules::duration::Span;
+use crate::problems::{Cursor, Sourced, near_miss};
+use crate::rules::duration::DurationSpec;
 
 const HEADERS_TIMEOUT: Duration = Duration::from_secs(10);
 const IDLE: Duration = Duration::from_secs(60);
@@ -19,17 +19,17 @@ pub(super) fn check(
     destinations: &[Known<'_>],
     is_complete: bool,
     folder: &Path,
-    at: &At<'_>,
+    at: &Cursor<'_>,
 ) -> Listener {
     at.missing("bind", "write the address to listen at, like `bind: 0.0.0.0:8080`");
     let target = target(spec, destinations, is_complete, at);
     let usual = match target {
-        Target::To(_) => Direction::Inbound,
-        Target::Forward => Direction::Outbound,
+        ListenerTarget::To(_) => Direction::Inbound,
+        ListenerTarget::Forward => Direction::Outbound,
     };
     let timeouts_at = at.key("timeouts");
-    let timeout = |key: &str, span: Option<Span>, built_in: Duration| {
-        span.map_or(Set::built_in(built_in), |span| timeouts_at.key(key).set(span.0))
+    let timeout = |key: &str, span: Option<DurationSpec>, built_in: Duration| {
+        span.map_or(Sourced::built_in(built_in), |span| timeouts_at.key(key).set(span.0))
     };
     let timeouts = spec.timeouts.as_ref();
     Listener {
@@ -41,21 +41,21 @@ pub(super) fn check(
         idle: timeout("idle", timeouts.and_then(|t| t.idle), IDLE),
         max_header_size: spec
             .max_header_size
-            .map_or(Set::built_in(MAX_HEADER_SIZE), |size| at.key("maxHeaderSize").set(size.0)),
+            .map_or(Sourced::built_in(MAX_HEADER_SIZE), |size| at.key("maxHeaderSize").set(size.0)),
         tls: spec.tls.as_ref().map(|spec| tls(spec, folder, &at.key("tls"))),
         origin: at.origin(),
     }
 }
 
-fn target(spec: &ListenerSpec, destinations: &[Known<'_>], is_complete: bool, at: &At<'_>) -> Target {
+fn target(spec: &ListenerSpec, destinations: &[Known<'_>], is_complete: bool, at: &Cursor<'_>) -> ListenerTarget {
     let (to_at, forward_at) = (at.key("to"), at.key("forward"));
     match (&spec.to, spec.forward) {
         (Some(_), Some(true)) => {
             forward_at.report("a listener has `to` or `forward: true`, not both", "remove one of the two");
-            Target::Forward
+            ListenerTarget::Forward
         }
         (Some(name), _) => find(name, destinations, is_complete, &to_at),
-        (None, Some(true)) => Target::Forward,
+        (None, Some(true)) => ListenerTarget::Forward,
         (None, _) => {
             if !to_at.is_given() && (spec.forward.is_some() || !forward_at.is_given()) {
                 at.report(
@@ -63,12 +63,12 @@ fn target(spec: &ListenerSpec, destinations: &[Known<'_>], is_complete: bool, at
                     "write `to:` with a destination's name, or `forward: true` for an explicit proxy",
                 );
             }
-            Target::Forward
+            ListenerTarget::Forward
         }
     }
 }
 
-fn find(name: &str, destinations: &[Known<'_>], is_complete: bool, at: &At<'_>) -> Target {
+fn find(name: &str, destinations: &[Known<'_>], is_complete: bool, at: &Cursor<'_>) -> ListenerTarget {
     if let Some(index) = destinations.iter().position(|known| known.name == name) {
         let destination = &destinations[index];
         if !destination.has_endpoints {
@@ -77,7 +77,7 @@ fn find(name: &str, destinations: &[Known<'_>], is_complete: bool, at: &At<'_>) 
                 "give it `endpoints`: only a forward listener knows where the caller was going",
             );
         }
-        return Target::To(index);
+        return ListenerTarget::To(index);
     }
     if is_complete {
         let names = destinations.iter().map(|known| known.name);
@@ -87,10 +87,10 @@ fn find(name: &str, destinations: &[Known<'_>], is_complete: bool, at: &At<'_>) 
         );
         at.report(format!("there is no destination `{name}`"), hint);
     }
-    Target::To(usize::MAX)
+    ListenerTarget::To(usize::MAX)
 }
 
-fn tls(spec: &ListenerTlsSpec, folder: &Path, at: &At<'_>) -> ListenerTls {
+fn tls(spec: &ListenerTlsSpec, folder: &Path, at: &Cursor<'_>) -> ListenerTls {
     at.missing("certificate", "write the file of the certificate chain (PEM)");
     at.missing("key", "write the file of the private key (PEM)");
     let path = |name: &Option<String>| folder.join(name.as_deref().unwrap_or_default());

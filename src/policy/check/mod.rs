@@ -13,9 +13,9 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::model::{AccessLog, Listener, LogMode, Model, Target};
+use super::model::{AccessLog, Listener, ListenerTarget, LogMode, Model};
 use super::spec::{AccessLogSpec, DefaultsSpec, PolicySpec};
-use crate::problems::{At, Fault, Origin};
+use crate::problems::{Cursor, InvalidValue, Origin};
 use crate::rules::circuit_breaker::CircuitBreaker;
 use crate::rules::ejection::Ejection;
 use crate::rules::limits::Limits;
@@ -31,7 +31,7 @@ pub struct Document<'a> {
     /// What it says.
     pub spec: PolicySpec,
     /// Where it says so.
-    pub at: At<'a>,
+    pub at: Cursor<'a>,
 }
 
 /// What a destination begins with.
@@ -72,7 +72,8 @@ pub fn check(documents: &[Document<'_>], files: Vec<Arc<str>>, is_complete: bool
     };
     check_listeners(documents, &mut model, is_complete);
     // A `to` that leads nowhere was meant for one of the destinations.
-    let is_lost = |listener: &Listener| matches!(listener.target, Target::To(at) if at >= model.destinations.len());
+    let is_lost =
+        |listener: &Listener| matches!(listener.target, ListenerTarget::To(at) if at >= model.destinations.len());
     if is_complete && !model.listeners.iter().any(is_lost) {
         check_reached(documents, &model);
     }
@@ -129,7 +130,7 @@ fn head(documents: &[Document<'_>]) -> Head {
     Head { service, access_log, modes, layer }
 }
 
-fn check_defaults(spec: &DefaultsSpec, below: &Layer, at: &At<'_>) -> Layer {
+fn check_defaults(spec: &DefaultsSpec, below: &Layer, at: &Cursor<'_>) -> Layer {
     let mut layer = below.clone();
     if let Some(timeouts) = &spec.timeouts {
         layer.timeouts = timeouts.check(&below.timeouts, &at.key("timeouts"));
@@ -152,7 +153,7 @@ fn check_defaults(spec: &DefaultsSpec, below: &Layer, at: &At<'_>) -> Layer {
     layer
 }
 
-fn check_access_log(spec: &AccessLogSpec, at: &At<'_>) -> AccessLog {
+fn check_access_log(spec: &AccessLogSpec, at: &Cursor<'_>) -> AccessLog {
     let built_in = AccessLog::default();
     let mode = spec.mode.unwrap_or(built_in.mode);
     if spec.ratio.is_some() && mode != LogMode::Sampled && !(spec.mode.is_none() && at.key("mode").is_given()) {
@@ -227,7 +228,7 @@ fn check_reached(documents: &[Document<'_>], model: &Model) {
         let list = document.at.key("destinations");
         for index in 0..document.spec.destinations.as_ref().map_or(0, Vec::len) {
             let (at, destination) = (list.index(index), &model.destinations[at_destination]);
-            let is_target = model.listeners.iter().any(|l| l.target == Target::To(at_destination));
+            let is_target = model.listeners.iter().any(|l| l.target == ListenerTarget::To(at_destination));
             // Where two have one name that is the mistake; that the second is not reached follows from it.
             let is_second = || model.destinations[..at_destination].iter().any(|one| one.name == destination.name);
             if !is_target && !at.key("hosts").is_given() && !destination.name.is_empty() && !is_second() {
@@ -246,7 +247,7 @@ fn check_reached(documents: &[Document<'_>], model: &Model) {
 struct Names<'a>(HashMap<&'a str, Origin>);
 
 impl<'a> Names<'a> {
-    fn claim(&mut self, kind: &str, name: Option<&'a str>, at: &At<'_>) {
+    fn claim(&mut self, kind: &str, name: Option<&'a str>, at: &Cursor<'_>) {
         let Some(name) = name else { return };
         match self.0.get(name) {
             Some(first) => {
@@ -261,22 +262,22 @@ impl<'a> Names<'a> {
 ///
 /// # Errors
 /// What is no such name, with a hint.
-pub fn good_name(name: &str) -> Result<(), Fault> {
+pub fn good_name(name: &str) -> Result<(), InvalidValue> {
     let is_good = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.');
     if (1..=63).contains(&name.len()) && name.bytes().all(is_good) {
         return Ok(());
     }
-    Err(Fault::new(format!("`{name}` is no good name"), "write 1 to 63 letters, digits, `-`, `_` or `.`"))
+    Err(InvalidValue::new(format!("`{name}` is no good name"), "write 1 to 63 letters, digits, `-`, `_` or `.`"))
 }
 
-fn check_name(name: &str, at: &At<'_>) {
+fn check_name(name: &str, at: &Cursor<'_>) {
     if let Err(fault) = good_name(name) {
         at.report_fault(fault);
     }
 }
 
 /// The checked name of an entry; empty, and reported, where there is none.
-fn required_name(name: Option<&String>, at: &At<'_>) -> String {
+fn required_name(name: Option<&String>, at: &Cursor<'_>) -> String {
     at.missing("name", "give it a name, unique among its like");
     let Some(name) = name else { return String::new() };
     check_name(name, &at.key("name"));
@@ -284,7 +285,7 @@ fn required_name(name: Option<&String>, at: &At<'_>) -> String {
 }
 
 /// A list that is there but empty says less than it seems to.
-fn check_not_empty<T>(list: Option<&Vec<T>>, meaning: &str, at: &At<'_>) {
+fn check_not_empty<T>(list: Option<&Vec<T>>, meaning: &str, at: &Cursor<'_>) {
     // What was refused was there.
     if list.is_some_and(Vec::is_empty) && at.size() == 0 {
         at.report("the list is empty", format!("fill it, or remove the line: {meaning}"));

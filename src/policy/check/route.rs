@@ -6,26 +6,31 @@ use http::Method;
 use http::header::{HOST, HeaderName, HeaderValue};
 
 use super::{Names, check_not_empty, required_name};
-use crate::policy::index::{Segment, parse_template, precedence};
-use crate::policy::model::{DEFAULT_ROUTE, Path, Route, RouteMatch};
+use crate::policy::model::{DEFAULT_ROUTE, PathMatch, Route, RouteMatch};
+use crate::policy::router::{Segment, parse_template, precedence};
 use crate::policy::spec::{MatchSpec, MethodName, RouteSpec};
-use crate::problems::{At, Fault, Origin, Set};
+use crate::problems::{Cursor, InvalidValue, Origin, Sourced};
 use crate::rules::faults::Faults;
 use crate::rules::rate_limit::RateLimit;
 use crate::rules::retry::Retry;
 use crate::rules::timeouts::Timeouts;
-use crate::upstream::spec::Protocol;
+use crate::upstream::spec::UpstreamProtocol;
 
 /// What the routes of a destination begin with.
-pub(super) struct Below {
+pub(super) struct RouteDefaults {
     pub(super) timeouts: Timeouts,
     pub(super) retry: Retry,
-    pub(super) rate_limit: Set<Option<RateLimit>>,
+    pub(super) rate_limit: Sourced<Option<RateLimit>>,
     pub(super) faults: Faults,
 }
 
 /// Checks all routes of a destination and adds the implicit last one.
-pub(super) fn check_all(specs: &[RouteSpec], protocol: Protocol, base: &Below, at: &At<'_>) -> Vec<Route> {
+pub(super) fn check_all(
+    specs: &[RouteSpec],
+    protocol: UpstreamProtocol,
+    base: &RouteDefaults,
+    at: &Cursor<'_>,
+) -> Vec<Route> {
     let mut names = Names::default();
     let mut routes = Vec::with_capacity(specs.len() + 1);
     for (index, spec) in specs.iter().enumerate() {
@@ -51,7 +56,7 @@ pub(super) fn check_all(specs: &[RouteSpec], protocol: Protocol, base: &Below, a
     routes
 }
 
-fn check(spec: &RouteSpec, protocol: Protocol, base: &Below, at: &At<'_>) -> Route {
+fn check(spec: &RouteSpec, protocol: UpstreamProtocol, base: &RouteDefaults, at: &Cursor<'_>) -> Route {
     let matches_at = at.key("match");
     let timeouts = match &spec.timeouts {
         Some(spec) => spec.check(&base.timeouts, &at.key("timeouts")),
@@ -81,21 +86,21 @@ fn check(spec: &RouteSpec, protocol: Protocol, base: &Below, at: &At<'_>) -> Rou
     }
 }
 
-fn matches(spec: &MatchSpec, protocol: Protocol, at: &At<'_>) -> RouteMatch {
+fn matches(spec: &MatchSpec, protocol: UpstreamProtocol, at: &Cursor<'_>) -> RouteMatch {
     let methods = methods(spec, &at.key("methods"));
     let path = match (&spec.path, &spec.grpc) {
         (Some(_), Some(_)) => {
             at.key("grpc").report("`path` and `grpc` stand together", "a gRPC method is a path: remove one of the two");
-            Path::Any
+            PathMatch::Any
         }
         (Some(template), None) => template_path(template, &at.key("path")),
         (None, Some(name)) => grpc_path(name, &methods, protocol, &at.key("grpc")),
-        (None, None) => Path::Any,
+        (None, None) => PathMatch::Any,
     };
     RouteMatch { methods, path, headers: headers(spec, &at.key("headers")) }
 }
 
-fn methods(spec: &MatchSpec, at: &At<'_>) -> Vec<Method> {
+fn methods(spec: &MatchSpec, at: &Cursor<'_>) -> Vec<Method> {
     check_not_empty(spec.methods.as_ref(), "without methods, all match", at);
     let mut methods: Vec<Method> = Vec::new();
     for (index, MethodName(text)) in spec.methods.iter().flatten().enumerate() {
@@ -118,23 +123,23 @@ fn methods(spec: &MatchSpec, at: &At<'_>) -> Vec<Method> {
     methods
 }
 
-fn headers(spec: &MatchSpec, at: &At<'_>) -> Vec<(HeaderName, HeaderValue)> {
+fn headers(spec: &MatchSpec, at: &Cursor<'_>) -> Vec<(HeaderName, HeaderValue)> {
     let mut headers: Vec<(HeaderName, HeaderValue)> = Vec::new();
     for (name, value) in spec.headers.iter().flatten() {
         let at = at.key(name);
         let Ok(field) = HeaderName::from_bytes(name.as_bytes()) else {
-            at.report_key(Fault::new(format!("`{name}` is no header name"), "write a name like `x-tenant`"));
+            at.report_key(InvalidValue::new(format!("`{name}` is no header name"), "write a name like `x-tenant`"));
             continue;
         };
         if field == HOST {
             // HTTP/2 has no such field, so that a route would be found over HTTP/1 and not over HTTP/2.
             let hint = "a host chooses the destination: write it in `hosts` of one, and let a `forward: true` listener take the calls";
-            at.report_key(Fault::new(format!("a route cannot match by `{name}`"), hint));
+            at.report_key(InvalidValue::new(format!("a route cannot match by `{name}`"), hint));
             continue;
         }
         if headers.iter().any(|(other, _)| *other == field) {
             let hint = "header names have no case: remove one of the two";
-            at.report_key(Fault::new(format!("header `{field}` stands twice"), hint));
+            at.report_key(InvalidValue::new(format!("header `{field}` stands twice"), hint));
         }
         match HeaderValue::from_str(value) {
             Ok(_) if value.trim() != value => {
@@ -148,17 +153,17 @@ fn headers(spec: &MatchSpec, at: &At<'_>) -> Vec<(HeaderName, HeaderValue)> {
     headers
 }
 
-fn template_path(template: &str, at: &At<'_>) -> Path {
+fn template_path(template: &str, at: &Cursor<'_>) -> PathMatch {
     match parse_template(template) {
-        Ok(_) => Path::Template(template.to_owned()),
+        Ok(_) => PathMatch::Template(template.to_owned()),
         Err(fault) => {
             at.report_fault(fault);
-            Path::Any
+            PathMatch::Any
         }
     }
 }
 
-fn grpc_path(name: &str, methods: &[Method], protocol: Protocol, at: &At<'_>) -> Path {
+fn grpc_path(name: &str, methods: &[Method], protocol: UpstreamProtocol, at: &Cursor<'_>) -> PathMatch {
     let is_name = |name: &str| {
         let mut bytes = name.bytes();
         bytes.next().is_some_and(|b| b.is_ascii_alphabetic() || b == b'_')
@@ -168,13 +173,13 @@ fn grpc_path(name: &str, methods: &[Method], protocol: Protocol, at: &At<'_>) ->
     if !methods.is_empty() && !methods.contains(&Method::POST) {
         at.report("these methods are not those of gRPC", "a gRPC call is a POST: remove `methods`");
     }
-    if protocol == Protocol::Http1 {
+    if protocol == UpstreamProtocol::Http1 {
         at.report("`grpc` never works with `protocol: http1`", "gRPC needs HTTP/2: write `protocol: auto` or `http2`");
     }
     match name.split_once('/') {
-        None if is_service(name) => Path::GrpcService(name.to_owned()),
+        None if is_service(name) => PathMatch::GrpcService(name.to_owned()),
         Some((service, method)) if is_service(service) && is_name(method) => {
-            Path::GrpcMethod { service: service.to_owned(), method: method.to_owned() }
+            PathMatch::GrpcMethod { service: service.to_owned(), method: method.to_owned() }
         }
         _ => {
             let hint = match name.strip_prefix('/') {
@@ -182,35 +187,35 @@ fn grpc_path(name: &str, methods: &[Method], protocol: Protocol, at: &At<'_>) ->
                 None => "write `package.Service/Method`, or `package.Service` for all its methods".into(),
             };
             at.report(format!("`{name}` is no gRPC method or service"), hint);
-            Path::Any
+            PathMatch::Any
         }
     }
 }
 
 /// What decides where a route is looked for: two routes with the same are tried one after the other.
 #[derive(PartialEq, Eq, Hash)]
-struct Place<'a> {
+struct MatchKey<'a> {
     shape: Option<Vec<Segment>>,
-    grpc: Option<&'a Path>,
+    grpc: Option<&'a PathMatch>,
     headers: &'a [(HeaderName, HeaderValue)],
 }
 
-impl<'a> Place<'a> {
+impl<'a> MatchKey<'a> {
     fn of(matches: &'a RouteMatch) -> Self {
         let (shape, grpc) = match &matches.path {
-            Path::Any => (None, None),
-            Path::Template(template) => (parse_template(template).ok(), None),
-            path @ (Path::GrpcMethod { .. } | Path::GrpcService(_)) => (None, Some(path)),
+            PathMatch::Any => (None, None),
+            PathMatch::Template(template) => (parse_template(template).ok(), None),
+            path @ (PathMatch::GrpcMethod { .. } | PathMatch::GrpcService(_)) => (None, Some(path)),
         };
         Self { shape, grpc, headers: &matches.headers }
     }
 }
 
 /// Reports each route whose calls are all taken by routes that are tried before it.
-fn check_matchable(specs: &[RouteSpec], routes: &[Route], at: &At<'_>) {
+fn check_matchable(specs: &[RouteSpec], routes: &[Route], at: &Cursor<'_>) {
     let mut order: Vec<usize> = (0..routes.len()).collect();
     order.sort_by_cached_key(|index| precedence(&routes[*index].matches));
-    let mut taken: HashMap<Place<'_>, Vec<&Route>> = HashMap::new();
+    let mut taken: HashMap<MatchKey<'_>, Vec<&Route>> = HashMap::new();
     for index in order {
         let (route, match_at) = (&routes[index], at.index(index));
         let match_at = match_at.key("match");
@@ -218,7 +223,7 @@ fn check_matchable(specs: &[RouteSpec], routes: &[Route], at: &At<'_>) {
         if !is_whole(&specs[index], route, &match_at) {
             continue;
         }
-        let before = taken.entry(Place::of(&route.matches)).or_default();
+        let before = taken.entry(MatchKey::of(&route.matches)).or_default();
         let takes = |other: &Route, method: &Method| other.matches.methods.contains(method);
         let all = |other: &&&Route| other.matches.methods.is_empty() == route.matches.methods.is_empty();
         let is_covered = match route.matches.methods.as_slice() {
@@ -236,11 +241,11 @@ fn check_matchable(specs: &[RouteSpec], routes: &[Route], at: &At<'_>) {
 }
 
 /// Whether the route's match is all that the file says.
-fn is_whole(spec: &RouteSpec, route: &Route, at: &At<'_>) -> bool {
+fn is_whole(spec: &RouteSpec, route: &Route, at: &Cursor<'_>) -> bool {
     let Some(spec) = &spec.r#match else { return !at.is_given() };
     let path_is_whole = match route.matches.path {
-        Path::Any => !at.key("path").is_given() && !at.key("grpc").is_given(),
-        Path::Template(_) | Path::GrpcMethod { .. } | Path::GrpcService(_) => true,
+        PathMatch::Any => !at.key("path").is_given() && !at.key("grpc").is_given(),
+        PathMatch::Template(_) | PathMatch::GrpcMethod { .. } | PathMatch::GrpcService(_) => true,
     };
     let is_whole = |key, read: Option<usize>, kept| {
         let at = at.key(key);

@@ -10,8 +10,8 @@ use http::{Method, Uri};
 use jiff::Timestamp;
 
 pub use self::rows::Row;
-use super::index::{HostIndex, RouteIndex};
-use super::model::{Destination, Direction, Listener, Model, Route, Target};
+use super::model::{Destination, Direction, Listener, ListenerTarget, Model, Route};
+use super::router::{HostTable, RouteTable};
 use crate::rules::mode::Modes;
 
 /// What one call meets. Shows as a table for people.
@@ -120,9 +120,9 @@ pub fn explain<'a>(model: &'a Model, call: &Call, now: Timestamp) -> Result<Vec<
     let targets = targets(model, call)?;
     let explanations = targets.into_iter().map(|Reached { destination, listeners }| {
         let destination = &model.destinations[destination];
-        let routes = RouteIndex::new(&destination.routes);
+        let routes = RouteTable::new(&destination.routes);
         let route = &destination.routes[routes.find(&call.method, call.uri.path(), &call.headers)];
-        let is_forwarded = listeners.iter().any(|l| l.target == Target::Forward);
+        let is_forwarded = listeners.iter().any(|l| l.target == ListenerTarget::Forward);
         Explanation {
             is_tunnel: call.method == Method::CONNECT,
             is_exposed: call.uri.scheme() == Some(&Scheme::HTTPS) && is_forwarded && destination.tls.is_none(),
@@ -144,8 +144,8 @@ struct Reached<'a> {
 
 fn targets<'a>(model: &'a Model, call: &Call) -> Result<Vec<Reached<'a>>, ExplainError> {
     let fixed = |listener: &'a Listener| match listener.target {
-        Target::To(destination) => Some(Reached { destination, listeners: vec![listener] }),
-        Target::Forward => None,
+        ListenerTarget::To(destination) => Some(Reached { destination, listeners: vec![listener] }),
+        ListenerTarget::Forward => None,
     };
     let Some(host) = call.uri.host() else {
         let all: Vec<_> = model.listeners.iter().filter_map(fixed).collect();
@@ -157,7 +157,7 @@ fn targets<'a>(model: &'a Model, call: &Call) -> Result<Vec<Reached<'a>>, Explai
         };
     };
     let is_tunnel = call.method == Method::CONNECT;
-    if is_tunnel && model.listeners.iter().all(|l| l.target != Target::Forward) {
+    if is_tunnel && model.listeners.iter().all(|l| l.target != ListenerTarget::Forward) {
         return Err(ExplainError::NoDestination("CONNECT needs a listener with `forward: true`".into()));
     }
     // Who writes the address of a listener asks for what stands behind it.
@@ -169,10 +169,11 @@ fn targets<'a>(model: &'a Model, call: &Call) -> Result<Vec<Reached<'a>>, Explai
     if !is_tunnel && let Some(found) = model.listeners.iter().filter(is_here).find_map(fixed) {
         return Ok(vec![found]);
     }
-    let at = HostIndex::new(&model.destinations)
+    let at = HostTable::new(&model.destinations)
         .find(host)
         .ok_or_else(|| ExplainError::NoDestination(format!("no destination has the host `{host}`")))?;
-    let leads_there = |l: &&Listener| l.target == Target::Forward || (!is_tunnel && l.target == Target::To(at));
+    let leads_there =
+        |l: &&Listener| l.target == ListenerTarget::Forward || (!is_tunnel && l.target == ListenerTarget::To(at));
     Ok(vec![Reached { destination: at, listeners: model.listeners.iter().filter(leads_there).collect() }])
 }
 
@@ -254,7 +255,7 @@ impl Explanation<'_> {
 }
 
 fn listener_row(l: &Listener) -> Row {
-    let target = if l.target == Target::Forward { "forward" } else { "to" };
+    let target = if l.target == ListenerTarget::Forward { "forward" } else { "to" };
     let tls = if l.tls.is_some() { ", TLS" } else { "" };
     Row::new("listener", format!("{} ({target}, {}, {}{tls})", l.name, l.direction, l.bind), &l.origin)
 }

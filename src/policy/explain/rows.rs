@@ -5,11 +5,11 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 
-use crate::problems::{Origin, Set};
+use crate::problems::{Origin, Sourced};
 use crate::rules::circuit_breaker::CircuitBreaker;
 use crate::rules::duration;
 use crate::rules::ejection::Ejection;
-use crate::rules::faults::{Abort, Ending, Fault, Faults};
+use crate::rules::faults::{Abort, Fault, FaultAction, Faults};
 use crate::rules::limits::Limits;
 use crate::rules::mode::{Modes, RuleName};
 use crate::rules::rate_limit::RateLimit;
@@ -36,11 +36,11 @@ impl Row {
         Self { name: name.into(), value: value.into(), origin: String::new() }
     }
 
-    pub(super) fn time(name: &str, value: &Set<Duration>) -> Self {
+    pub(super) fn time(name: &str, value: &Sourced<Duration>) -> Self {
         Self::new(name, duration::format(value.value), &value.origin)
     }
 
-    pub(super) fn shown(name: &str, value: &Set<impl Display>) -> Self {
+    pub(super) fn shown(name: &str, value: &Sourced<impl Display>) -> Self {
         Self::new(name, value.value.to_string(), &value.origin)
     }
 }
@@ -119,7 +119,7 @@ pub(super) fn ejection(values: &Ejection) -> Vec<Row> {
     ]
 }
 
-pub(super) fn rate_limit(limit: &Set<Option<RateLimit>>) -> Vec<Row> {
+pub(super) fn rate_limit(limit: &Sourced<Option<RateLimit>>) -> Vec<Row> {
     let Some(values) = &limit.value else {
         return vec![Row::new("rateLimit", "none", &limit.origin)];
     };
@@ -145,15 +145,15 @@ fn describe(fault: &Fault, now: Timestamp) -> String {
     let mut parts: Vec<String> = Vec::new();
     parts.extend(fault.delay.as_ref().map(|delay| format!("delay {}", duration::format(delay.value))));
     match &fault.ending {
-        Ending::Answer { cut_after, bytes_per_second } => {
+        FaultAction::Answer { cut_after, bytes_per_second } => {
             parts.extend(cut_after.as_ref().map(|size| format!("cut after {} bytes", size.value)));
             parts.extend(bytes_per_second.as_ref().map(|rate| format!("{} bytes a second", rate.value)));
         }
-        Ending::Abort(abort) => parts.push(match abort.value {
+        FaultAction::Abort(abort) => parts.push(match abort.value {
             Abort::Status(status) => format!("abort with {}", status.as_u16()),
             Abort::Grpc(code) => format!("abort with grpc {}", code.as_str()),
         }),
-        Ending::Reset(_) => parts.push("reset".into()),
+        FaultAction::Reset(_) => parts.push("reset".into()),
     }
     parts.push(format!("share {}", fault.share.value.get()));
     for (name, value) in &fault.headers {

@@ -15,8 +15,8 @@ use http::StatusCode;
 use http::header::{HOST, HeaderName, HeaderValue};
 use jiff::Timestamp;
 
-pub use self::spec::{AbortSpec, FaultSpec, Size, SlowBodySpec, Status, Until};
-use crate::problems::{self, At, Set, near_miss};
+pub use self::spec::{AbortSpec, AbortStatus, ByteLimit, FaultSpec, FaultUntil, SlowBodySpec};
+use crate::problems::{self, Cursor, Sourced, near_miss};
 
 /// The faults of a route, in the order in which they are tried. None by default.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
@@ -26,33 +26,33 @@ pub struct Faults(Vec<Fault>);
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Fault {
     /// Unique in its list; the label in metrics and logs. Its line is that of the entry's name.
-    pub name: Set<String>,
+    pub name: Sourced<String>,
     /// So much time passes before anything else happens.
-    pub delay: Option<Set<Duration>>,
+    pub delay: Option<Sourced<Duration>>,
     /// What comes after the delay.
-    pub ending: Ending,
+    pub ending: FaultAction,
     /// The share of the calls that it befalls.
-    pub share: Set<Share>,
+    pub share: Sourced<Share>,
     /// Only calls with each of these, with exactly this value. Sorted by name.
     pub headers: Vec<(HeaderName, HeaderValue)>,
     /// From then on it befalls no call.
-    pub until: Set<Timestamp>,
+    pub until: Sourced<Timestamp>,
 }
 
 /// What comes of a call that meets a fault.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub enum Ending {
+pub enum FaultAction {
     /// The upstream is called, and its answer comes, if not as it was sent.
     Answer {
         /// The connection seems to close after so many bytes of the body.
-        cut_after: Option<Set<u64>>,
+        cut_after: Option<Sourced<u64>>,
         /// At most so many bytes of the body a second; at least 1.
-        bytes_per_second: Option<Set<u64>>,
+        bytes_per_second: Option<Sourced<u64>>,
     },
     /// Instead of calling the upstream, this answer.
-    Abort(Set<Abort>),
+    Abort(Sourced<Abort>),
     /// Instead of calling the upstream, a connection that seems to close without an answer.
-    Reset(Set<()>),
+    Reset(Sourced<()>),
 }
 
 /// An answer in the place of the upstream's.
@@ -86,8 +86,8 @@ impl Faults {
     ///
     /// Reports what an entry lacks, where it contradicts itself, and names that stand twice. Not an `until` that is over:
     /// an old policy must stay readable; see [`Fault::is_over`].
-    pub fn check(specs: &[FaultSpec], at: &At<'_>) -> Self {
-        let mut names: Vec<Set<&str>> = Vec::with_capacity(specs.len());
+    pub fn check(specs: &[FaultSpec], at: &Cursor<'_>) -> Self {
+        let mut names: Vec<Sourced<&str>> = Vec::with_capacity(specs.len());
         let mut faults = Vec::with_capacity(specs.len());
         for (index, spec) in specs.iter().enumerate() {
             let at = at.index(index);
@@ -175,7 +175,7 @@ impl GrpcCode {
     ///
     /// # Errors
     /// What is none, with the name that was probably meant.
-    pub fn parse(text: &str) -> Result<Self, problems::Fault> {
+    pub fn parse(text: &str) -> Result<Self, problems::InvalidValue> {
         let at = (0..).zip(Self::NAMES).find(|(_, name)| *name == text);
         at.map(|(code, _)| Self(code)).ok_or_else(|| {
             // `canceled` is how half of the world writes it.
@@ -183,7 +183,7 @@ impl GrpcCode {
                 || format!("write one of: {}", Self::NAMES.join(", ")),
                 |near| format!("did you mean `{near}`?"),
             );
-            problems::Fault::new(format!("`{text}` is no gRPC status"), hint)
+            problems::InvalidValue::new(format!("`{text}` is no gRPC status"), hint)
         })
     }
 
@@ -199,7 +199,7 @@ impl GrpcCode {
 }
 
 impl FaultSpec {
-    fn check(&self, at: &At<'_>) -> Option<Fault> {
+    fn check(&self, at: &Cursor<'_>) -> Option<Fault> {
         at.missing("name", "give it a name, unique among its like");
         if let Some(name) = &self.name {
             check_name(name, &at.key("name"));
@@ -213,13 +213,13 @@ impl FaultSpec {
             name: at.key("name").set(self.name.clone()?),
             delay: self.delay.map(|span| at.key("delay").set(span.0)),
             ending: ending?,
-            share: self.share.map_or(Set::built_in(Share(1.0)), |share| at.key("share").set(Share(share.0))),
+            share: self.share.map_or(Sourced::built_in(Share(1.0)), |share| at.key("share").set(Share(share.0))),
             headers,
             until: at.key("until").set(self.until?.0),
         })
     }
 
-    fn check_does_something(&self, at: &At<'_>) {
+    fn check_does_something(&self, at: &Cursor<'_>) {
         // What was refused was meant to do something.
         let is_given = |key: &&str| at.key(key).is_given();
         let is_set = self.delay.is_some() || self.abort.is_some() || self.reset.is_some() || self.does_to_body();
@@ -236,7 +236,7 @@ impl FaultSpec {
     }
 
     /// Where there is no answer of the upstream, nothing can happen to its body.
-    fn check_contradictions(&self, at: &At<'_>) {
+    fn check_contradictions(&self, at: &Cursor<'_>) {
         let instead = match (&self.abort, self.reset) {
             (Some(_), Some(true)) => {
                 let message = "`reset` and `abort` stand together";
@@ -254,38 +254,41 @@ impl FaultSpec {
         }
     }
 
-    fn ending(&self, at: &At<'_>) -> Option<Ending> {
+    fn ending(&self, at: &Cursor<'_>) -> Option<FaultAction> {
         if let Some(abort) = &self.abort {
-            return abort.check(&at.key("abort")).map(Ending::Abort);
+            return abort.check(&at.key("abort")).map(FaultAction::Abort);
         }
         if self.reset == Some(true) {
-            return Some(Ending::Reset(at.key("reset").set(())));
+            return Some(FaultAction::Reset(at.key("reset").set(())));
         }
         let bytes_per_second = match &self.slow_body {
             Some(slow) => Some(slow.check(&at.key("slowBody"))?),
             None => None,
         };
-        Some(Ending::Answer { cut_after: self.cut_after.map(|size| at.key("cutAfter").set(size.0)), bytes_per_second })
+        Some(FaultAction::Answer {
+            cut_after: self.cut_after.map(|size| at.key("cutAfter").set(size.0)),
+            bytes_per_second,
+        })
     }
 
-    fn check_headers(&self, at: &At<'_>) -> Vec<(HeaderName, HeaderValue)> {
+    fn check_headers(&self, at: &Cursor<'_>) -> Vec<(HeaderName, HeaderValue)> {
         let mut headers: Vec<(HeaderName, HeaderValue)> = Vec::new();
         for (name, value) in self.headers.iter().flatten() {
             let at = at.key(name);
             let Ok(field) = HeaderName::from_bytes(name.as_bytes()) else {
                 let hint = "write a name like `x-test`";
-                at.report_key(problems::Fault::new(format!("`{name}` is no header name"), hint));
+                at.report_key(problems::InvalidValue::new(format!("`{name}` is no header name"), hint));
                 continue;
             };
             if field == HOST {
                 // HTTP/2 has no such field, so that HTTP/1 alone would meet the fault.
                 let hint = "write the fault at the destination that has this host in `hosts`";
-                at.report_key(problems::Fault::new(format!("a fault cannot match by `{name}`"), hint));
+                at.report_key(problems::InvalidValue::new(format!("a fault cannot match by `{name}`"), hint));
                 continue;
             }
             if headers.iter().any(|(other, _)| *other == field) {
                 let hint = "header names have no case: remove one of the two";
-                at.report_key(problems::Fault::new(format!("header `{field}` stands twice"), hint));
+                at.report_key(problems::InvalidValue::new(format!("header `{field}` stands twice"), hint));
             }
             match HeaderValue::from_str(value) {
                 Ok(_) if value.trim() != value => {
@@ -301,7 +304,7 @@ impl FaultSpec {
 }
 
 impl AbortSpec {
-    fn check(&self, at: &At<'_>) -> Option<Set<Abort>> {
+    fn check(&self, at: &Cursor<'_>) -> Option<Sourced<Abort>> {
         match (self.status, self.grpc) {
             (Some(_), Some(_)) => {
                 at.key("grpc")
@@ -321,7 +324,7 @@ impl AbortSpec {
 }
 
 impl SlowBodySpec {
-    fn check(&self, at: &At<'_>) -> Option<Set<u64>> {
+    fn check(&self, at: &Cursor<'_>) -> Option<Sourced<u64>> {
         at.missing("bytesPerSecond", "write how fast the body comes, like `bytesPerSecond: 10KiB`");
         let rate = self.bytes_per_second?;
         if rate.0 == 0 {
@@ -333,7 +336,7 @@ impl SlowBodySpec {
 }
 
 /// Names become metric labels and parts of header values: 1 to 63 letters, digits, `-`, `_` or `.`.
-fn check_name(name: &str, at: &At<'_>) {
+fn check_name(name: &str, at: &Cursor<'_>) {
     let is_good = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.');
     if !(1..=63).contains(&name.len()) || !name.bytes().all(is_good) {
         at.report(format!("`{name}` is no good name"), "write 1 to 63 letters, digits, `-`, `_` or `.`");

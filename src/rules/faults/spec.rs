@@ -10,8 +10,8 @@ use serde::Deserialize;
 use serde::de::{self, Deserializer, Visitor};
 
 use super::GrpcCode;
-use crate::problems::Fault;
-use crate::rules::duration::Span;
+use crate::problems::InvalidValue;
+use crate::rules::duration::DurationSpec;
 use crate::rules::number::not_a_number;
 use crate::rules::ratio::Ratio;
 use crate::rules::size;
@@ -32,13 +32,13 @@ pub struct FaultSpec {
     /// Unique in its list; the label in metrics and logs. Required.
     pub name: Option<String>,
     /// The upstream seems to take so much longer before anything else happens. Default: none.
-    pub delay: Option<Span>,
+    pub delay: Option<DurationSpec>,
     /// The upstream seems to answer so, and gets no call. Default: its own answer.
     pub abort: Option<AbortSpec>,
     /// The upstream seems to close the connection instead of answering, and gets no call. Default: its own answer.
     pub reset: Option<bool>,
     /// The upstream seems to close the connection after so many bytes of the answer's body. Default: never.
-    pub cut_after: Option<Size>,
+    pub cut_after: Option<ByteLimit>,
     /// The answer's body comes slowly. Default: as fast as it is sent.
     pub slow_body: Option<SlowBodySpec>,
     /// The share of the calls that it befalls, drawn for each. Default 1.0: all.
@@ -46,7 +46,7 @@ pub struct FaultSpec {
     /// Only calls with exactly these header values, all of them. Default: any call.
     pub headers: Option<BTreeMap<String, String>>,
     /// When it ends by itself, as in 2026-12-01T00:00:00Z. Required.
-    pub until: Option<Until>,
+    pub until: Option<FaultUntil>,
 }
 
 /// `abort:` of a fault; one of the two.
@@ -55,7 +55,7 @@ pub struct FaultSpec {
 #[schemars(extend("oneOf" = [{ "required": ["status"] }, { "required": ["grpc"] }]))]
 pub struct AbortSpec {
     /// An HTTP status, 200 to 599.
-    pub status: Option<Status>,
+    pub status: Option<AbortStatus>,
     /// A gRPC status by its name, like unavailable.
     pub grpc: Option<GrpcCode>,
 }
@@ -66,28 +66,28 @@ pub struct AbortSpec {
 #[schemars(extend("required" = ["bytesPerSecond"]))]
 pub struct SlowBodySpec {
     /// At most so many bytes of the body a second, at least 1. Required.
-    pub bytes_per_second: Option<Size>,
+    pub bytes_per_second: Option<ByteLimit>,
 }
 
 /// A number of bytes in a document: `500`, `1KiB`, `2MiB`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Size(pub u64);
+pub struct ByteLimit(pub u64);
 
 /// An HTTP status in a document, 200 to 599.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Status(pub http::StatusCode);
+pub struct AbortStatus(pub http::StatusCode);
 
 /// A point in time in a document, as RFC 3339 has it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Until(pub Timestamp);
+pub struct FaultUntil(pub Timestamp);
 
-impl Until {
+impl FaultUntil {
     /// Reads `2026-12-01T00:00:00Z`, or with an offset like `+01:00`. Other forms of ISO 8601 are refused: without an
     /// offset it is another time on each machine.
     ///
     /// # Errors
     /// Anything else, with a hint that names what to write.
-    pub fn parse(text: &str) -> Result<Self, Fault> {
+    pub fn parse(text: &str) -> Result<Self, InvalidValue> {
         if has_shape(text)
             && let Ok(time) = text.parse()
         {
@@ -105,20 +105,20 @@ impl Until {
             Some(near) => format!("write `{near}`"),
             None => "write date, time and offset, like `2026-12-01T00:00:00Z`".to_owned(),
         };
-        Err(Fault::new(format!("`{text}` is no point in time"), hint))
+        Err(InvalidValue::new(format!("`{text}` is no point in time"), hint))
     }
 }
 
 /// What RFC 3339 allows and a [`Timestamp`] cannot hold: more than nanoseconds, and the end of the year 9999.
-fn beyond(text: &str) -> Option<Fault> {
+fn beyond(text: &str) -> Option<InvalidValue> {
     if let Some(near) = nine_digits(text) {
         let message = format!("`{text}` has a fraction of more than nine digits");
-        return Until::parse(&near).is_ok().then(|| Fault::new(message, format!("write `{near}`")));
+        return FaultUntil::parse(&near).is_ok().then(|| InvalidValue::new(message, format!("write `{near}`")));
     }
     // A year with the same days says whether it is a time at all.
-    let is_time = text.strip_prefix("9999").is_some_and(|rest| Until::parse(&format!("2001{rest}")).is_ok());
+    let is_time = text.strip_prefix("9999").is_some_and(|rest| FaultUntil::parse(&format!("2001{rest}")).is_ok());
     let message = || format!("`{text}` is later than any time that can be told");
-    is_time.then(|| Fault::new(message(), "write `9999-12-30T22:00:00Z`, or something earlier"))
+    is_time.then(|| InvalidValue::new(message(), "write `9999-12-30T22:00:00Z`, or something earlier"))
 }
 
 /// The same with the fraction cut off, where it has more digits than that.
@@ -152,32 +152,32 @@ fn has_shape(text: &str) -> bool {
     fits(head, "0000-00-00T00:00:00") && (offset == "Z" || is_offset)
 }
 
-impl<'de> Deserialize<'de> for Size {
+impl<'de> Deserialize<'de> for ByteLimit {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Read;
-        impl Visitor<'_> for Read {
-            type Value = Size;
+        struct FaultValueVisitor;
+        impl Visitor<'_> for FaultValueVisitor {
+            type Value = ByteLimit;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("a size like `1KiB`")
             }
 
-            fn visit_u64<E: de::Error>(self, bytes: u64) -> Result<Size, E> {
-                Ok(Size(bytes))
+            fn visit_u64<E: de::Error>(self, bytes: u64) -> Result<ByteLimit, E> {
+                Ok(ByteLimit(bytes))
             }
 
-            fn visit_str<E: de::Error>(self, text: &str) -> Result<Size, E> {
-                size::parse(text).map(Size).ok_or_else(|| {
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<ByteLimit, E> {
+                size::parse(text).map(ByteLimit).ok_or_else(|| {
                     let hint = "write a whole number of bytes, or one with KiB or MiB, like `1KiB`";
-                    E::custom(Fault::new(format!("`{text}` is not a size"), hint))
+                    E::custom(InvalidValue::new(format!("`{text}` is not a size"), hint))
                 })
             }
         }
-        deserializer.deserialize_any(Read)
+        deserializer.deserialize_any(FaultValueVisitor)
     }
 }
 
-impl JsonSchema for Size {
+impl JsonSchema for ByteLimit {
     fn inline_schema() -> bool {
         true
     }
@@ -197,33 +197,36 @@ impl JsonSchema for Size {
     }
 }
 
-impl<'de> Deserialize<'de> for Status {
+impl<'de> Deserialize<'de> for AbortStatus {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Read;
-        impl Visitor<'_> for Read {
-            type Value = Status;
+        struct FaultValueVisitor;
+        impl Visitor<'_> for FaultValueVisitor {
+            type Value = AbortStatus;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("an HTTP status from 200 to 599")
             }
 
-            fn visit_u64<E: de::Error>(self, number: u64) -> Result<Status, E> {
+            fn visit_u64<E: de::Error>(self, number: u64) -> Result<AbortStatus, E> {
                 let known = u16::try_from(number).ok().filter(|number| (200..=599).contains(number));
-                known.and_then(|number| http::StatusCode::from_u16(number).ok()).map(Status).ok_or_else(|| {
-                    E::custom(Fault::new(format!("{number} is out of range"), "write a final HTTP status, 200 to 599"))
+                known.and_then(|number| http::StatusCode::from_u16(number).ok()).map(AbortStatus).ok_or_else(|| {
+                    E::custom(InvalidValue::new(
+                        format!("{number} is out of range"),
+                        "write a final HTTP status, 200 to 599",
+                    ))
                 })
             }
 
-            fn visit_str<E: de::Error>(self, text: &str) -> Result<Status, E> {
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<AbortStatus, E> {
                 let is_good = |text: &str| text.parse().is_ok_and(|number: u16| (200..=599).contains(&number));
                 Err(E::custom(not_a_number(text, &self, is_good)))
             }
         }
-        deserializer.deserialize_any(Read)
+        deserializer.deserialize_any(FaultValueVisitor)
     }
 }
 
-impl JsonSchema for Status {
+impl JsonSchema for AbortStatus {
     fn inline_schema() -> bool {
         true
     }
@@ -239,8 +242,8 @@ impl JsonSchema for Status {
 
 impl<'de> Deserialize<'de> for GrpcCode {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Read;
-        impl Visitor<'_> for Read {
+        struct FaultValueVisitor;
+        impl Visitor<'_> for FaultValueVisitor {
             type Value = GrpcCode;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -254,10 +257,13 @@ impl<'de> Deserialize<'de> for GrpcCode {
             fn visit_u64<E: de::Error>(self, number: u64) -> Result<GrpcCode, E> {
                 let name = usize::try_from(number).ok().and_then(|number| GrpcCode::NAMES.get(number));
                 let hint = name.map_or_else(|| "write its name, like `unavailable`".into(), |n| format!("write `{n}`"));
-                Err(E::custom(Fault::new(format!("a gRPC status is written by its name, not as {number}"), hint)))
+                Err(E::custom(InvalidValue::new(
+                    format!("a gRPC status is written by its name, not as {number}"),
+                    hint,
+                )))
             }
         }
-        deserializer.deserialize_any(Read)
+        deserializer.deserialize_any(FaultValueVisitor)
     }
 }
 
@@ -275,29 +281,29 @@ impl JsonSchema for GrpcCode {
     }
 }
 
-impl<'de> Deserialize<'de> for Until {
+impl<'de> Deserialize<'de> for FaultUntil {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Read;
-        impl Visitor<'_> for Read {
-            type Value = Until;
+        struct FaultValueVisitor;
+        impl Visitor<'_> for FaultValueVisitor {
+            type Value = FaultUntil;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("a point in time like `2026-12-01T00:00:00Z`")
             }
 
-            fn visit_str<E: de::Error>(self, text: &str) -> Result<Until, E> {
-                Until::parse(text).map_err(E::custom)
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<FaultUntil, E> {
+                FaultUntil::parse(text).map_err(E::custom)
             }
 
-            fn visit_u64<E: de::Error>(self, number: u64) -> Result<Until, E> {
+            fn visit_u64<E: de::Error>(self, number: u64) -> Result<FaultUntil, E> {
                 self.visit_str(&number.to_string())
             }
         }
-        deserializer.deserialize_any(Read)
+        deserializer.deserialize_any(FaultValueVisitor)
     }
 }
 
-impl JsonSchema for Until {
+impl JsonSchema for FaultUntil {
     fn inline_schema() -> bool {
         true
     }

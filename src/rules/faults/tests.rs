@@ -24,7 +24,7 @@ fn good(yaml: &str) -> Faults {
 }
 
 fn at(text: &str) -> Timestamp {
-    Until::parse(text).unwrap().0
+    FaultUntil::parse(text).unwrap().0
 }
 
 fn no_header<'a>(_: &HeaderName) -> Option<&'a [u8]> {
@@ -112,19 +112,19 @@ fn what_a_fault_does_is_read() {
         let Faults(mut faults) = faults;
         faults.remove(0).ending
     };
-    let answer = |cut: Option<u64>, rate: Option<u64>| Ending::Answer {
-        cut_after: cut.map(Set::built_in),
-        bytes_per_second: rate.map(Set::built_in),
+    let answer = |cut: Option<u64>, rate: Option<u64>| FaultAction::Answer {
+        cut_after: cut.map(Sourced::built_in),
+        bytes_per_second: rate.map(Sourced::built_in),
     };
     let unavailable = Abort::Grpc(GrpcCode::parse("unavailable").unwrap());
     assert_eq!(ending("delay: 200ms"), answer(None, None));
     assert_eq!(ending("cutAfter: 1KiB"), answer(Some(1024), None));
     assert_eq!(ending("cutAfter: 0"), answer(Some(0), None));
     assert_eq!(ending("slowBody: { bytesPerSecond: 10KiB }, cutAfter: 5, delay: 1s"), answer(Some(5), Some(10_240)));
-    assert_eq!(ending("abort: { grpc: unavailable }, delay: 1s"), Ending::Abort(Set::built_in(unavailable)));
+    assert_eq!(ending("abort: { grpc: unavailable }, delay: 1s"), FaultAction::Abort(Sourced::built_in(unavailable)));
     let status = Abort::Status(StatusCode::SERVICE_UNAVAILABLE);
-    assert_eq!(ending("abort: { status: 503 }"), Ending::Abort(Set::built_in(status)));
-    assert_eq!(ending("reset: true, delay: 1s"), Ending::Reset(Set::built_in(())));
+    assert_eq!(ending("abort: { status: 503 }"), FaultAction::Abort(Sourced::built_in(status)));
+    assert_eq!(ending("reset: true, delay: 1s"), FaultAction::Reset(Sourced::built_in(())));
 }
 
 #[test]
@@ -194,7 +194,7 @@ fn an_end_is_a_point_in_time_on_every_machine() {
     for text in
         ["2026-12-01T00:00:00Z", "2026-12-01t01:00:00.5+01:00", "2024-02-29T23:59:59-05:30", "9999-12-30T22:00:00Z"]
     {
-        assert!(Until::parse(text).is_ok(), "{text}");
+        assert!(FaultUntil::parse(text).is_ok(), "{text}");
     }
     assert_eq!(at("2026-12-01T01:00:00+01:00"), at("2026-12-01T00:00:00Z"));
     let table = [
@@ -217,7 +217,7 @@ fn an_end_is_a_point_in_time_on_every_machine() {
         ("", "like `2026-12-01T00:00:00Z`"),
     ];
     for (text, hint) in table {
-        let fault = Until::parse(text).expect_err(text);
+        let fault = FaultUntil::parse(text).expect_err(text);
         assert!(fault.hint.as_deref().is_some_and(|h| h.contains(hint)), "{text}: {fault}");
     }
 }

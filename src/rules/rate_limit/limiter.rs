@@ -33,14 +33,14 @@ const BETWEEN_SWEEPS: u64 = 1_000_000;
 /// The limit is used up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("the rate limit is used up")]
-pub struct Refused {
+pub struct RateLimitExceeded {
     /// After exactly this time the same call is let through, unless another comes first. Longer than zero.
     pub retry_after: Duration,
 }
 
 /// What a call is counted as.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Key<'a> {
+pub enum RateLimitKey<'a> {
     /// As a call of the route.
     Route,
     /// As one of this caller.
@@ -67,11 +67,11 @@ impl RateLimiter {
     ///
     /// # Errors
     /// The limit of this key is used up.
-    pub fn check(&self, limit: &RateLimit, key: Key<'_>, now: Instant) -> Result<(), Refused> {
+    pub fn check(&self, limit: &RateLimit, key: RateLimitKey<'_>, now: Instant) -> Result<(), RateLimitExceeded> {
         let (pace, now) = (Pace::of(limit), nanos(now.saturating_duration_since(self.start)));
         match key {
-            Key::Route => pace.pass_shared(&self.route, now),
-            Key::Address(_) | Key::Header(_) => self.table.pass(key, pace, now),
+            RateLimitKey::Route => pace.pass_shared(&self.route, now),
+            RateLimitKey::Address(_) | RateLimitKey::Header(_) => self.table.pass(key, pace, now),
         }
     }
 }
@@ -98,21 +98,21 @@ impl Pace {
     }
 
     /// The TAT after one more call.
-    fn next(self, tat: u64, now: u64) -> Result<u64, Refused> {
+    fn next(self, tat: u64, now: u64) -> Result<u64, RateLimitExceeded> {
         let earliest = tat.saturating_sub(self.slack);
         if earliest > now {
-            return Err(Refused { retry_after: Duration::from_nanos(earliest - now) });
+            return Err(RateLimitExceeded { retry_after: Duration::from_nanos(earliest - now) });
         }
         Ok(tat.max(now).saturating_add(self.interval))
     }
 
-    fn pass(self, tat: &mut u64, now: u64) -> Result<(), Refused> {
+    fn pass(self, tat: &mut u64, now: u64) -> Result<(), RateLimitExceeded> {
         *tat = self.next(*tat, now)?;
         Ok(())
     }
 
     /// Relaxed, because the number stands for itself: nothing else is read on its account.
-    fn pass_shared(self, tat: &AtomicU64, now: u64) -> Result<(), Refused> {
+    fn pass_shared(self, tat: &AtomicU64, now: u64) -> Result<(), RateLimitExceeded> {
         let mut seen = tat.load(Relaxed);
         loop {
             let next = self.next(seen, now)?;
@@ -141,7 +141,7 @@ struct Table {
 }
 
 impl Table {
-    fn pass(&self, key: Key<'_>, pace: Pace, now: u64) -> Result<(), Refused> {
+    fn pass(&self, key: RateLimitKey<'_>, pace: Pace, now: u64) -> Result<(), RateLimitExceeded> {
         let hash = self.hasher.hash_one(key);
         if let Some(result) = self.pass_alone(hash, pace, now) {
             return result;
@@ -155,7 +155,7 @@ impl Table {
     }
 
     /// None where the key has no number of its own, and there is no room for one.
-    fn pass_alone(&self, hash: u64, pace: Pace, now: u64) -> Option<Result<(), Refused>> {
+    fn pass_alone(&self, hash: u64, pace: Pace, now: u64) -> Option<Result<(), RateLimitExceeded>> {
         let mut shard = self.shard(hash);
         if let Some(tat) = shard.get_mut(&hash) {
             return Some(pace.pass(tat, now));
@@ -201,16 +201,16 @@ fn lock(shard: &Mutex<Shard>) -> MutexGuard<'_, Shard> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::problems::Set;
-    use crate::rules::rate_limit::By;
+    use crate::problems::Sourced;
+    use crate::rules::rate_limit::CountBy;
     use std::sync::atomic::AtomicU32;
     use std::thread;
 
     const MS: Duration = Duration::from_millis(1);
 
     fn limit(requests: u32, per: Duration, burst: u32) -> RateLimit {
-        let (requests, per, burst) = (Set::built_in(requests), Set::built_in(per), Set::built_in(burst));
-        RateLimit { requests, per, burst, by: Set::built_in(By::Route) }
+        let (requests, per, burst) = (Sourced::built_in(requests), Sourced::built_in(per), Sourced::built_in(burst));
+        RateLimit { requests, per, burst, by: Sourced::built_in(CountBy::Route) }
     }
 
     /// Keys with a number of their own; the table knows how many.
@@ -220,15 +220,15 @@ mod tests {
         kept
     }
 
-    fn caller(number: u32) -> Key<'static> {
-        Key::Address(std::net::Ipv4Addr::from_bits(number).into())
+    fn caller(number: u32) -> RateLimitKey<'static> {
+        RateLimitKey::Address(std::net::Ipv4Addr::from_bits(number).into())
     }
 
     /// Calls at these milliseconds; for each, how long it would have to wait.
     fn waits(limit: &RateLimit, calls: &[u64]) -> Vec<u128> {
         let start = Instant::now();
         let limiter = RateLimiter::new(start);
-        let wait = |at: &u64| limiter.check(limit, Key::Route, start + MS * u32::try_from(*at).unwrap());
+        let wait = |at: &u64| limiter.check(limit, RateLimitKey::Route, start + MS * u32::try_from(*at).unwrap());
         calls.iter().map(|at| wait(at).err().map_or(0, |refused| refused.retry_after.as_millis())).collect()
     }
 
@@ -254,13 +254,13 @@ mod tests {
         let limiter = RateLimiter::new(start);
         let mut now = start;
         for _ in 0..1000 {
-            if let Err(refused) = limiter.check(&limit, Key::Route, now) {
+            if let Err(refused) = limiter.check(&limit, RateLimitKey::Route, now) {
                 assert!(refused.retry_after > Duration::ZERO);
                 let just_before = now + refused.retry_after - Duration::from_nanos(1);
-                let left = limiter.check(&limit, Key::Route, just_before).unwrap_err().retry_after;
+                let left = limiter.check(&limit, RateLimitKey::Route, just_before).unwrap_err().retry_after;
                 assert_eq!(left, Duration::from_nanos(1));
                 now += refused.retry_after;
-                assert_eq!(limiter.check(&limit, Key::Route, now), Ok(()));
+                assert_eq!(limiter.check(&limit, RateLimitKey::Route, now), Ok(()));
             }
         }
         // 2 at once, then one each 333333334 ns.
@@ -271,8 +271,8 @@ mod tests {
     fn a_call_that_is_late_to_ask_gets_no_more_than_one_that_is_not() {
         let (start, limit) = (Instant::now(), limit(10, 1000 * MS, 1));
         let limiter = RateLimiter::new(start);
-        assert_eq!(limiter.check(&limit, Key::Route, start + 500 * MS), Ok(()));
-        let refused = limiter.check(&limit, Key::Route, start + 400 * MS).unwrap_err();
+        assert_eq!(limiter.check(&limit, RateLimitKey::Route, start + 500 * MS), Ok(()));
+        let refused = limiter.check(&limit, RateLimitKey::Route, start + 400 * MS).unwrap_err();
         assert_eq!(refused.retry_after, 200 * MS);
     }
 
@@ -283,10 +283,10 @@ mod tests {
         let keys = [
             caller(1),
             caller(2),
-            Key::Header(Some(b"a")),
-            Key::Header(Some(b"b")),
-            Key::Header(Some(b"")),
-            Key::Header(None),
+            RateLimitKey::Header(Some(b"a")),
+            RateLimitKey::Header(Some(b"b")),
+            RateLimitKey::Header(Some(b"")),
+            RateLimitKey::Header(None),
         ];
         for key in keys {
             assert_eq!(limiter.check(&limit, key, now), Ok(()), "{key:?}");
@@ -336,7 +336,7 @@ mod tests {
     fn workers_together_never_let_more_through_than_allowed() {
         let (start, limit) = (Instant::now(), limit(1000, 1000 * MS, 50));
         let limiter = RateLimiter::new(start);
-        for key in [Key::Route, caller(7), Key::Header(Some(b"k"))] {
+        for key in [RateLimitKey::Route, caller(7), RateLimitKey::Header(Some(b"k"))] {
             let (passed, clock) = (AtomicU32::new(0), AtomicU32::new(0));
             thread::scope(|scope| {
                 for _ in 0..4 {

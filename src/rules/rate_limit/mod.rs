@@ -15,11 +15,11 @@ use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::Deserialize;
 use serde::de::{self, Deserializer, Visitor};
 
-pub use self::limiter::{Key, MOST_KEYS, RateLimiter, Refused};
-use super::duration::{self, Span};
-use super::limits::Count;
-use super::switch::{Keys, Switch};
-use crate::problems::{At, Fault, Set, near_miss};
+pub use self::limiter::{MOST_KEYS, RateLimitExceeded, RateLimitKey, RateLimiter};
+use super::count::Count;
+use super::duration::{self, DurationSpec};
+use super::toggle::{Toggle, ToggleKeys};
+use crate::problems::{Cursor, InvalidValue, Sourced, near_miss};
 
 /// A burst must come back within this time: then no sum of times overflows.
 const LONGEST: Duration = Duration::from_secs(365 * 24 * 3600);
@@ -40,15 +40,15 @@ pub struct RateLimitSpec {
     /// Calls in each `per`, evenly spaced once the burst is used up. Required.
     pub requests: Option<Count<1>>,
     /// Default 1s.
-    pub per: Option<Span>,
+    pub per: Option<DurationSpec>,
     /// Calls that may come at once after a pause. Default: as many as `requests`.
     pub burst: Option<Count<1>>,
     /// What is counted together: all calls of the `route`, those of one `caller` (its address), or those with one value
     /// of a header, as in `header:x-api-key`. Default route.
-    pub by: Option<By>,
+    pub by: Option<CountBy>,
 }
 
-impl Keys for RateLimitSpec {
+impl ToggleKeys for RateLimitSpec {
     const KEYS: &'static [&'static str] = &["requests", "per", "burst", "by"];
 
     // An empty one would be no limit.
@@ -59,18 +59,18 @@ impl Keys for RateLimitSpec {
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct RateLimit {
     /// Calls in each `per`; at least 1, and at most one a microsecond.
-    pub requests: Set<u32>,
+    pub requests: Sourced<u32>,
     /// In which time.
-    pub per: Set<Duration>,
+    pub per: Sourced<Duration>,
     /// Calls that may come at once; at least 1, and back within a year.
-    pub burst: Set<u32>,
+    pub burst: Sourced<u32>,
     /// What is counted together.
-    pub by: Set<By>,
+    pub by: Sourced<CountBy>,
 }
 
 /// What is counted together. Shows as in a policy.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub enum By {
+pub enum CountBy {
     /// All calls of the route.
     Route,
     /// The calls of one address.
@@ -81,16 +81,16 @@ pub enum By {
 
 impl RateLimit {
     /// What holds where no policy says otherwise: no limit.
-    pub const fn built_in() -> Set<Option<Self>> {
-        Set::built_in(None)
+    pub const fn built_in() -> Sourced<Option<Self>> {
+        Sourced::built_in(None)
     }
 }
 
-impl Switch<RateLimitSpec> {
+impl Toggle<RateLimitSpec> {
     /// The limit, or None for `off`, with the line of the entry. It stands in the place of the layer below as a whole.
     ///
     /// Reports a missing `requests`, and numbers that cannot be kept exactly.
-    pub fn check(&self, at: &At<'_>) -> Set<Option<RateLimit>> {
+    pub fn check(&self, at: &Cursor<'_>) -> Sourced<Option<RateLimit>> {
         match self {
             Self::Off => at.set(None),
             Self::On(spec) => at.set(spec.check(at)),
@@ -99,17 +99,17 @@ impl Switch<RateLimitSpec> {
 }
 
 impl RateLimitSpec {
-    fn check(&self, at: &At<'_>) -> Option<RateLimit> {
+    fn check(&self, at: &Cursor<'_>) -> Option<RateLimit> {
         let Some(requests) = self.requests else {
             at.missing("requests", "write how many calls are let through in each `per`, like `requests: 100`");
             return None;
         };
         let requests = at.key("requests").set(requests.0);
         let limit = RateLimit {
-            per: self.per.map_or(Set::built_in(Duration::from_secs(1)), |span| at.key("per").set(span.0)),
+            per: self.per.map_or(Sourced::built_in(Duration::from_secs(1)), |span| at.key("per").set(span.0)),
             // A default that follows from `requests` comes from its line.
             burst: self.burst.map_or_else(|| requests.clone(), |n| at.key("burst").set(n.0)),
-            by: self.by.clone().map_or(Set::built_in(By::Route), |by| at.key("by").set(by)),
+            by: self.by.clone().map_or(Sourced::built_in(CountBy::Route), |by| at.key("by").set(by)),
             requests,
         };
         report_too_fast(&limit, at);
@@ -118,7 +118,7 @@ impl RateLimitSpec {
     }
 }
 
-fn report_too_fast(limit: &RateLimit, at: &At<'_>) {
+fn report_too_fast(limit: &RateLimit, at: &Cursor<'_>) {
     let (requests, per) = (limit.requests.value, limit.per.value);
     if per < SHORTEST * requests {
         let most = per.as_micros();
@@ -129,7 +129,7 @@ fn report_too_fast(limit: &RateLimit, at: &At<'_>) {
     }
 }
 
-fn report_too_slow(limit: &RateLimit, has_burst: bool, at: &At<'_>) {
+fn report_too_slow(limit: &RateLimit, has_burst: bool, at: &Cursor<'_>) {
     let (requests, burst, per) = (limit.requests.value, limit.burst.value, limit.per.value);
     let most = LONGEST.as_nanos() * u128::from(requests) / per.as_nanos().max(1);
     if u128::from(burst) <= most {
@@ -143,18 +143,19 @@ fn report_too_slow(limit: &RateLimit, has_burst: bool, at: &At<'_>) {
     }
 }
 
-impl By {
+impl CountBy {
     /// Reads `route`, `caller` or `header:NAME`.
     ///
     /// # Errors
     /// Anything else, with a hint that names what to write.
-    pub fn parse(text: &str) -> Result<Self, Fault> {
+    pub fn parse(text: &str) -> Result<Self, InvalidValue> {
         match text {
             "route" => return Ok(Self::Route),
             "caller" => return Ok(Self::Caller),
             _ => {}
         }
-        let refuse = |hint: String| Err(Fault::new(format!("`{text}` is nothing that calls are counted by"), hint));
+        let refuse =
+            |hint: String| Err(InvalidValue::new(format!("`{text}` is nothing that calls are counted by"), hint));
         let Some((word, name)) = text.split_once(':') else {
             return refuse(match near_miss(text, ["route", "caller", "header"]) {
                 Some("header") => "name the header, like `header:x-api-key`".into(),
@@ -175,16 +176,16 @@ impl By {
     }
 
     /// What a call is counted as. A caller's address is that of its connection, not one that it claims.
-    pub fn key<'a>(&self, caller: IpAddr, header: impl FnOnce(&HeaderName) -> Option<&'a [u8]>) -> Key<'a> {
+    pub fn key<'a>(&self, caller: IpAddr, header: impl FnOnce(&HeaderName) -> Option<&'a [u8]>) -> RateLimitKey<'a> {
         match self {
-            Self::Route => Key::Route,
-            Self::Caller => Key::Address(caller.to_canonical()),
-            Self::Header(name) => Key::Header(header(name)),
+            Self::Route => RateLimitKey::Route,
+            Self::Caller => RateLimitKey::Address(caller.to_canonical()),
+            Self::Header(name) => RateLimitKey::Header(header(name)),
         }
     }
 }
 
-impl fmt::Display for By {
+impl fmt::Display for CountBy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Route => f.write_str("route"),
@@ -194,25 +195,25 @@ impl fmt::Display for By {
     }
 }
 
-impl<'de> Deserialize<'de> for By {
+impl<'de> Deserialize<'de> for CountBy {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Read;
-        impl Visitor<'_> for Read {
-            type Value = By;
+        struct RateLimitByVisitor;
+        impl Visitor<'_> for RateLimitByVisitor {
+            type Value = CountBy;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("`route`, `caller`, or a header like `header:x-api-key`")
             }
 
-            fn visit_str<E: de::Error>(self, text: &str) -> Result<By, E> {
-                By::parse(text).map_err(E::custom)
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<CountBy, E> {
+                CountBy::parse(text).map_err(E::custom)
             }
         }
-        deserializer.deserialize_any(Read)
+        deserializer.deserialize_any(RateLimitByVisitor)
     }
 }
 
-impl JsonSchema for By {
+impl JsonSchema for CountBy {
     fn inline_schema() -> bool {
         true
     }

@@ -9,8 +9,8 @@ use super::*;
 use crate::problems::Origin;
 use crate::rules::tests::checked;
 
-fn check(yaml: &str) -> (Set<Option<RateLimit>>, Vec<String>) {
-    checked(yaml, |spec: &RateLimitSpec, at| Switch::On(spec.clone()).check(at))
+fn check(yaml: &str) -> (Sourced<Option<RateLimit>>, Vec<String>) {
+    checked(yaml, |spec: &RateLimitSpec, at| Toggle::On(spec.clone()).check(at))
 }
 
 fn good(yaml: &str) -> RateLimit {
@@ -25,7 +25,7 @@ fn what_is_left_out_has_the_documented_default() {
     assert_eq!((limit.requests.value, limit.burst.value, limit.per.value), (100, 100, Duration::from_secs(1)));
     assert_eq!(
         (&limit.by.value, &limit.by.origin, &limit.per.origin),
-        (&By::Route, &Origin::BuiltIn, &Origin::BuiltIn)
+        (&CountBy::Route, &Origin::BuiltIn, &Origin::BuiltIn)
     );
     assert_eq!(limit.burst.origin, limit.requests.origin);
     assert_eq!(RateLimit::built_in().value, None);
@@ -41,8 +41,8 @@ fn every_field_is_read_and_keeps_its_line() {
 
 #[test]
 fn off_is_a_word_that_keeps_its_line() {
-    let word = Switch::<RateLimitSpec>::deserialize(StrDeserializer::<ValueError>::new("off"));
-    let flag = Switch::<RateLimitSpec>::deserialize(BoolDeserializer::<ValueError>::new(false));
+    let word = Toggle::<RateLimitSpec>::deserialize(StrDeserializer::<ValueError>::new("off"));
+    let flag = Toggle::<RateLimitSpec>::deserialize(BoolDeserializer::<ValueError>::new(false));
     for read in [word, flag] {
         let (limit, problems) = checked("off", |_: &String, at| read.unwrap().check(at));
         assert_eq!((limit.value, problems.len()), (None, 0));
@@ -52,11 +52,11 @@ fn off_is_a_word_that_keeps_its_line() {
 
 #[test]
 fn what_is_neither_off_nor_a_mapping_comes_with_what_to_write() {
-    let number = Switch::<RateLimitSpec>::deserialize(U64Deserializer::<ValueError>::new(100)).unwrap_err();
+    let number = Toggle::<RateLimitSpec>::deserialize(U64Deserializer::<ValueError>::new(100)).unwrap_err();
     assert!(number.to_string().contains("write `{ requests: 100 }`"), "{number}");
-    let flag = Switch::<RateLimitSpec>::deserialize(BoolDeserializer::<ValueError>::new(true)).unwrap_err();
+    let flag = Toggle::<RateLimitSpec>::deserialize(BoolDeserializer::<ValueError>::new(true)).unwrap_err();
     assert!(flag.to_string().contains("a mapping like `{ requests: 100, per: 1s }`"), "{flag}");
-    let text = Switch::<RateLimitSpec>::deserialize(StrDeserializer::<ValueError>::new("100/s")).unwrap_err();
+    let text = Toggle::<RateLimitSpec>::deserialize(StrDeserializer::<ValueError>::new("100/s")).unwrap_err();
     assert!(text.to_string().contains("write `off`, or a mapping like"), "{text}");
 }
 
@@ -93,7 +93,7 @@ fn limits_that_cannot_be_kept_are_refused_with_what_can() {
 #[test]
 fn what_calls_are_counted_by_is_shown_as_it_is_read() {
     for text in ["route", "caller", "header:x-api-key"] {
-        assert_eq!(By::parse(text).map(|by| by.to_string()), Ok(text.to_owned()));
+        assert_eq!(CountBy::parse(text).map(|by| by.to_string()), Ok(text.to_owned()));
     }
     let table = [
         ("Caller", "`caller`"),
@@ -109,7 +109,7 @@ fn what_calls_are_counted_by_is_shown_as_it_is_read() {
         ("", "`route`, `caller`"),
     ];
     for (text, hint) in table {
-        let fault = By::parse(text).expect_err(text);
+        let fault = CountBy::parse(text).expect_err(text);
         assert!(fault.hint.as_deref().is_some_and(|h| h.contains(hint)), "{text}: {fault}");
     }
 }
@@ -118,11 +118,11 @@ fn what_calls_are_counted_by_is_shown_as_it_is_read() {
 fn a_call_is_counted_as_what_the_limit_says() {
     let (mapped, plain) = ("::ffff:10.0.0.7".parse().unwrap(), "10.0.0.7".parse().unwrap());
     let header = |_: &HeaderName| Some(&b"key"[..]);
-    assert_eq!(By::Route.key(plain, header), Key::Route);
-    assert_eq!(By::Caller.key(mapped, header), Key::Address(plain));
-    let by = By::parse("header:x-api-key").unwrap();
-    assert_eq!(by.key(plain, header), Key::Header(Some(b"key")));
-    assert_eq!(by.key(plain, |_| None), Key::Header(None));
+    assert_eq!(CountBy::Route.key(plain, header), RateLimitKey::Route);
+    assert_eq!(CountBy::Caller.key(mapped, header), RateLimitKey::Address(plain));
+    let by = CountBy::parse("header:x-api-key").unwrap();
+    assert_eq!(by.key(plain, header), RateLimitKey::Header(Some(b"key")));
+    assert_eq!(by.key(plain, |_| None), RateLimitKey::Header(None));
 }
 
 #[test]

@@ -8,7 +8,7 @@ use std::fmt;
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::de::{self, Deserialize, Deserializer, Visitor};
 
-use crate::problems::{Fault, near_miss};
+use crate::problems::{InvalidValue, near_miss};
 
 /// The gRPC codes that can mean a failure of the way or of the server, rather than an answer.
 const CODES: [(&str, u32); 8] = [
@@ -27,7 +27,7 @@ const TIMEOUT: &str = "timeout";
 
 /// One of `on:`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Condition {
+pub enum RetryCondition {
     /// An HTTP status, 400 to 599.
     Status(u16),
     /// A gRPC status code.
@@ -40,9 +40,9 @@ pub enum Condition {
 
 /// A set of conditions. Shows as a policy lists them: `502, 503, reset`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
-pub struct Conditions([u64; 4]);
+pub struct RetryConditions([u64; 4]);
 
-impl Condition {
+impl RetryCondition {
     /// Where its bit stands; None for what no policy can name.
     const fn position(self) -> Option<usize> {
         match self {
@@ -60,7 +60,7 @@ impl Condition {
         [(RESET, Self::Reset), (TIMEOUT, Self::Timeout)].into_iter().chain(codes)
     }
 
-    fn parse(text: &str) -> Result<Self, Fault> {
+    fn parse(text: &str) -> Result<Self, InvalidValue> {
         if let Some((_, condition)) = Self::words().find(|(word, _)| *word == text) {
             return Ok(condition);
         }
@@ -72,11 +72,11 @@ impl Condition {
             let words: Vec<_> = Self::words().map(|(word, _)| word).collect();
             format!("allowed here: statuses from 400 to 599, {}", words.join(", "))
         };
-        Err(Fault::new(format!("unknown condition `{text}`"), hint))
+        Err(InvalidValue::new(format!("unknown condition `{text}`"), hint))
     }
 }
 
-impl fmt::Display for Condition {
+impl fmt::Display for RetryCondition {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if let Self::Status(status) = self {
             return write!(f, "{status}");
@@ -86,20 +86,20 @@ impl fmt::Display for Condition {
     }
 }
 
-impl Conditions {
+impl RetryConditions {
     /// What holds where no policy says otherwise: 502, 503, 504, reset, timeout, unavailable.
     pub const fn built_in() -> Self {
         Self([0; 4])
-            .with(Condition::Status(502))
-            .with(Condition::Status(503))
-            .with(Condition::Status(504))
-            .with(Condition::Reset)
-            .with(Condition::Timeout)
-            .with(Condition::Grpc(14))
+            .with(RetryCondition::Status(502))
+            .with(RetryCondition::Status(503))
+            .with(RetryCondition::Status(504))
+            .with(RetryCondition::Reset)
+            .with(RetryCondition::Timeout)
+            .with(RetryCondition::Grpc(14))
     }
 
     /// The same and one more; a condition that no policy can name changes nothing.
-    pub const fn with(mut self, condition: Condition) -> Self {
+    pub const fn with(mut self, condition: RetryCondition) -> Self {
         if let Some(position) = condition.position() {
             self.0[position / 64] |= 1 << (position % 64);
         }
@@ -107,7 +107,7 @@ impl Conditions {
     }
 
     /// Whether a condition is among them.
-    pub const fn contains(&self, condition: Condition) -> bool {
+    pub const fn contains(&self, condition: RetryCondition) -> bool {
         match condition.position() {
             Some(position) => self.0[position / 64] & (1 << (position % 64)) != 0,
             None => false,
@@ -115,9 +115,9 @@ impl Conditions {
     }
 }
 
-impl fmt::Display for Conditions {
+impl fmt::Display for RetryConditions {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let all = (400..600).map(Condition::Status).chain(Condition::words().map(|(_, condition)| condition));
+        let all = (400..600).map(RetryCondition::Status).chain(RetryCondition::words().map(|(_, condition)| condition));
         for (index, condition) in all.filter(|condition| self.contains(*condition)).enumerate() {
             let comma = if index == 0 { "" } else { ", " };
             write!(f, "{comma}{condition}")?;
@@ -131,35 +131,35 @@ pub(super) const fn known(code: u32) -> u32 {
     if code > 16 { 2 } else { code }
 }
 
-impl<'de> Deserialize<'de> for Condition {
+impl<'de> Deserialize<'de> for RetryCondition {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Read;
-        impl Visitor<'_> for Read {
-            type Value = Condition;
+        struct RetryConditionsVisitor;
+        impl Visitor<'_> for RetryConditionsVisitor {
+            type Value = RetryCondition;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("a condition like 503 or `reset`")
             }
 
-            fn visit_u64<E: de::Error>(self, number: u64) -> Result<Condition, E> {
+            fn visit_u64<E: de::Error>(self, number: u64) -> Result<RetryCondition, E> {
                 match u16::try_from(number) {
-                    Ok(status @ 400..=599) => Ok(Condition::Status(status)),
+                    Ok(status @ 400..=599) => Ok(RetryCondition::Status(status)),
                     _ => {
                         let message = format!("{number} is no status that can be tried again");
-                        Err(E::custom(Fault::new(message, "write a status from 400 to 599")))
+                        Err(E::custom(InvalidValue::new(message, "write a status from 400 to 599")))
                     }
                 }
             }
 
-            fn visit_str<E: de::Error>(self, text: &str) -> Result<Condition, E> {
-                Condition::parse(text).map_err(E::custom)
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<RetryCondition, E> {
+                RetryCondition::parse(text).map_err(E::custom)
             }
         }
-        deserializer.deserialize_any(Read)
+        deserializer.deserialize_any(RetryConditionsVisitor)
     }
 }
 
-impl JsonSchema for Condition {
+impl JsonSchema for RetryCondition {
     fn inline_schema() -> bool {
         true
     }

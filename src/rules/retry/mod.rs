@@ -2,9 +2,10 @@
 //!
 //! Only what is safe: what nobody has seen, what HTTP calls idempotent (RFC 9110, 9.2.2), what bears an idempotency key,
 //! or what the route declares. Never past the deadline, never where a hop further down has tried already, and within the
-//! destination's [`Budget`], which is asked last, so that no retry is paid for that is not made.
+//! destination's [`RetryBudget`], which is asked last, so that no retry is paid for that is not made.
 //! The wait has full jitter: callers that failed together do not come back together.
 
+mod budget;
 mod conditions;
 mod spec;
 
@@ -13,14 +14,14 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-pub use self::conditions::{Condition, Conditions};
+pub use self::budget::{RetryBudget, RetryBudgetLimits, RetryBudgetSpec};
+pub use self::conditions::{RetryCondition, RetryConditions};
 pub use self::spec::{Backoff, BackoffSpec, Retry, RetrySpec};
-use super::breaker::is_failed_code;
-use super::budget::Budget;
+use super::circuit_breaker::is_failed_code;
 
 /// How a try ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Failure {
+pub enum AttemptFailure {
     /// An HTTP answer with this status, be it good or bad.
     Status(u16),
     /// A gRPC answer with this code, be it good or bad.
@@ -48,11 +49,11 @@ pub enum Pushback {
 
 /// All that counts for whether a call is sent again.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Seen {
+pub struct AttemptSummary {
     /// Which try has just ended; the first is 1.
     pub tries: u32,
     /// How it ended.
-    pub failure: Failure,
+    pub failure: AttemptFailure,
     /// It was made by the sidecar before the app.
     pub is_inbound: bool,
     /// It went over a connection that had been used before.
@@ -77,19 +78,19 @@ pub struct Seen {
 
 /// What is to be done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Decision {
+pub enum RetryDecision {
     /// Send it again.
-    Again {
+    RetryReason {
         /// When this has passed.
         after: Duration,
     },
     /// The caller gets what there is.
-    Stop(Why),
+    Stop(NoRetryReason),
 }
 
 /// Why a call is not sent again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Why {
+pub enum NoRetryReason {
     /// It did not fail.
     NotAFailure,
     /// The policy says `retry: off`.
@@ -111,7 +112,7 @@ pub enum Why {
     /// The wait would end after the deadline.
     Deadline,
     /// The destination's retry budget is used up.
-    Budget,
+    RetryBudget,
     /// The sidecar before the app leaves it to the caller's, which has other endpoints.
     AtTheCaller,
     /// The destination's circuit breaker is open: another try would be refused.
@@ -126,45 +127,45 @@ pub fn is_idempotent(method: &str) -> bool {
 impl Retry {
     /// Decides, and charges the budget for what it decides. A call that nobody has seen is not charged: its next try is
     /// the first that anybody gets.
-    pub fn next(&self, seen: &Seen, budget: &Budget, now: Instant) -> Decision {
+    pub fn next(&self, seen: &AttemptSummary, budget: &RetryBudget, now: Instant) -> RetryDecision {
         let decision = self.decide(seen);
-        let costs = matches!(decision, Decision::Again { .. }) && seen.failure != Failure::Unsent;
+        let costs = matches!(decision, RetryDecision::RetryReason { .. }) && seen.failure != AttemptFailure::Unsent;
         if costs && !budget.try_spend(&self.budget, now) {
-            return Decision::Stop(Why::Budget);
+            return RetryDecision::Stop(NoRetryReason::RetryBudget);
         }
         decision
     }
 
     /// Decides, but for the budget.
-    pub fn decide(&self, seen: &Seen) -> Decision {
+    pub fn decide(&self, seen: &AttemptSummary) -> RetryDecision {
         match self.stands_against(seen) {
-            Some(why) => Decision::Stop(why),
+            Some(why) => RetryDecision::Stop(why),
             None => match self.wait(seen) {
-                after if after < seen.left => Decision::Again { after },
-                _ => Decision::Stop(Why::Deadline),
+                after if after < seen.left => RetryDecision::RetryReason { after },
+                _ => RetryDecision::Stop(NoRetryReason::Deadline),
             },
         }
     }
 
     /// The first reason against another try; first those that lie in this hop, then those that lie in the call, then
     /// those that lie in what has happened.
-    fn stands_against(&self, seen: &Seen) -> Option<Why> {
-        let is_unsent = seen.failure == Failure::Unsent;
+    fn stands_against(&self, seen: &AttemptSummary) -> Option<NoRetryReason> {
+        let is_unsent = seen.failure == AttemptFailure::Unsent;
         let is_wanted = is_unsent || self.wants(seen.failure);
         let reasons = [
-            (seen.is_inbound && !is_for_inbound(seen), Why::AtTheCaller),
+            (seen.is_inbound && !is_for_inbound(seen), NoRetryReason::AtTheCaller),
             // Another try would only be refused; what the callee said is worth more.
-            (seen.is_circuit_open, Why::CircuitOpen),
-            (!self.is_failure(seen.failure), Why::NotAFailure),
-            (!self.enabled.value, Why::Off),
-            (!is_wanted, Why::ConditionOff),
-            (!is_unsent && !seen.is_safe && !self.idempotent.value, Why::NotSafe),
-            (seen.is_abandoned, Why::CallerGone),
+            (seen.is_circuit_open, NoRetryReason::CircuitOpen),
+            (!self.is_failure(seen.failure), NoRetryReason::NotAFailure),
+            (!self.enabled.value, NoRetryReason::Off),
+            (!is_wanted, NoRetryReason::ConditionOff),
+            (!is_unsent && !seen.is_safe && !self.idempotent.value, NoRetryReason::NotSafe),
+            (seen.is_abandoned, NoRetryReason::CallerGone),
             // The mark speaks of tries that were seen; of this one nobody has seen anything.
-            (!is_unsent && seen.is_marked_final, Why::RetriedBelow),
-            (seen.pushback == Some(Pushback::Stop), Why::PushedBack),
-            (seen.tries > self.attempts.value, Why::TriesUsedUp),
-            (!seen.is_replayable, Why::BodyTooLong),
+            (!is_unsent && seen.is_marked_final, NoRetryReason::RetriedBelow),
+            (seen.pushback == Some(Pushback::Stop), NoRetryReason::PushedBack),
+            (seen.tries > self.attempts.value, NoRetryReason::TriesUsedUp),
+            (!seen.is_replayable, NoRetryReason::BodyTooLong),
         ];
         reasons.into_iter().find_map(|(stands, why)| stands.then_some(why))
     }
@@ -174,46 +175,47 @@ impl Retry {
     /// looks safe; or because of why there is no other try. `why` is None where none was thought of: the head of the
     /// answer had come.
     ///
-    /// `is_safe` as in [`Seen`].
-    pub fn is_final(&self, tries: u32, is_safe: bool, why: Option<Why>) -> bool {
-        use Why::{Budget, CircuitOpen, Deadline, PushedBack, RetriedBelow, TriesUsedUp};
-        let is_over = matches!(why, Some(TriesUsedUp | RetriedBelow | PushedBack | Deadline | Budget | CircuitOpen));
+    /// `is_safe` as in [`AttemptSummary`].
+    pub fn is_final(&self, tries: u32, is_safe: bool, why: Option<NoRetryReason>) -> bool {
+        use NoRetryReason::{CircuitOpen, Deadline, PushedBack, RetriedBelow, RetryBudget, TriesUsedUp};
+        let is_over =
+            matches!(why, Some(TriesUsedUp | RetriedBelow | PushedBack | Deadline | RetryBudget | CircuitOpen));
         tries > 1 || !(is_safe || self.idempotent.value) || is_over
     }
 
     /// Whether it is one: a 5xx, a code or a cut that speaks against the callee, and what `retry.on` names. Any other
     /// answer, a status below 500 or a code for what is wrong with the call itself, is what the caller asked for.
-    pub fn is_failure(&self, seen: Failure) -> bool {
+    pub fn is_failure(&self, seen: AttemptFailure) -> bool {
         let is_bad = match seen {
-            Failure::Status(status) => status >= 500,
-            Failure::Grpc(code) => is_failed_code(code),
-            Failure::Reset | Failure::Timeout | Failure::Unsent | Failure::Refused => true,
+            AttemptFailure::Status(status) => status >= 500,
+            AttemptFailure::Grpc(code) => is_failed_code(code),
+            AttemptFailure::Reset | AttemptFailure::Timeout | AttemptFailure::Unsent | AttemptFailure::Refused => true,
         };
         is_bad || self.is_on(seen)
     }
 
     /// Whether `retry.on` names it.
-    pub fn is_on(&self, failure: Failure) -> bool {
+    pub fn is_on(&self, failure: AttemptFailure) -> bool {
         self.enabled.value && self.wants(failure)
     }
 
-    fn wants(&self, failure: Failure) -> bool {
+    fn wants(&self, failure: AttemptFailure) -> bool {
         let condition = match failure {
-            Failure::Status(status) => Condition::Status(status),
-            Failure::Grpc(code) => Condition::Grpc(conditions::known(code)),
-            Failure::Reset | Failure::Refused => Condition::Reset,
-            Failure::Timeout => Condition::Timeout,
-            Failure::Unsent => return false,
+            AttemptFailure::Status(status) => RetryCondition::Status(status),
+            AttemptFailure::Grpc(code) => RetryCondition::Grpc(conditions::known(code)),
+            AttemptFailure::Reset | AttemptFailure::Refused => RetryCondition::Reset,
+            AttemptFailure::Timeout => RetryCondition::Timeout,
+            AttemptFailure::Unsent => return false,
         };
         self.on.value.contains(condition)
     }
 
     /// What the upstream asked for, to the letter; nothing where another endpoint can have the call at once; else a
     /// random part of the back-off.
-    fn wait(&self, seen: &Seen) -> Duration {
+    fn wait(&self, seen: &AttemptSummary) -> Duration {
         match (seen.pushback, seen.failure) {
             (Some(Pushback::Wait(wait)), _) => wait,
-            (_, Failure::Unsent) => Duration::ZERO,
+            (_, AttemptFailure::Unsent) => Duration::ZERO,
             _ => {
                 let doublings = seen.tries.saturating_sub(1).min(16);
                 let most = self.backoff.base.value.saturating_mul(1 << doublings).min(self.backoff.max.value);
@@ -225,15 +227,17 @@ impl Retry {
 
 /// The sidecar before the app leaves retries to the caller's, which has other endpoints; but the end of the app's own
 /// connections nobody else can see. Once only: what breaks off again was no race.
-fn is_for_inbound(seen: &Seen) -> bool {
+fn is_for_inbound(seen: &AttemptSummary) -> bool {
     match seen.failure {
-        Failure::Unsent => true,
-        Failure::Reset => seen.is_reused && seen.tries == 1,
-        Failure::Refused | Failure::Status(_) | Failure::Grpc(_) | Failure::Timeout => false,
+        AttemptFailure::Unsent => true,
+        AttemptFailure::Reset => seen.is_reused && seen.tries == 1,
+        AttemptFailure::Refused | AttemptFailure::Status(_) | AttemptFailure::Grpc(_) | AttemptFailure::Timeout => {
+            false
+        }
     }
 }
 
-impl Why {
+impl NoRetryReason {
     /// Its stable name, for log lines and labels.
     pub const fn name(self) -> &'static str {
         match self {
@@ -247,14 +251,14 @@ impl Why {
             Self::TriesUsedUp => "tries_used_up",
             Self::BodyTooLong => "body_too_long",
             Self::Deadline => "deadline",
-            Self::Budget => "budget",
+            Self::RetryBudget => "budget",
             Self::AtTheCaller => "at_the_caller",
             Self::CircuitOpen => "circuit_open",
         }
     }
 }
 
-impl fmt::Display for Why {
+impl fmt::Display for NoRetryReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())
     }

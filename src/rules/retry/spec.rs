@@ -5,13 +5,13 @@ use std::time::Duration;
 use schemars::JsonSchema;
 use serde::Deserialize;
 
-use super::conditions::{Condition, Conditions};
-use crate::problems::{At, Fault, Origin, Set};
-use crate::rules::budget::{BudgetSpec, BudgetValues};
-use crate::rules::duration::{self, Span};
-use crate::rules::limits::Count;
+use super::conditions::{RetryCondition, RetryConditions};
+use crate::problems::{Cursor, InvalidValue, Origin, Sourced};
+use crate::rules::count::Count;
+use crate::rules::duration::{self, DurationSpec};
+use crate::rules::retry::budget::{RetryBudgetLimits, RetryBudgetSpec};
 use crate::rules::size::Size;
-use crate::rules::switch::{Keys, Switch};
+use crate::rules::toggle::{Toggle, ToggleKeys};
 
 /// More retries than this of one call help nobody.
 const MOST_ATTEMPTS: u32 = 10;
@@ -25,19 +25,19 @@ pub struct RetrySpec {
     pub attempts: Option<Count<1, MOST_ATTEMPTS>>,
     /// Failures that are tried again: statuses from 400 to 599, `reset`, `timeout`, gRPC codes in snake case. Default
     /// [502, 503, 504, reset, timeout, unavailable].
-    pub on: Option<Vec<Condition>>,
+    pub on: Option<Vec<RetryCondition>>,
     /// These calls may be repeated whatever their method. Default false.
     pub idempotent: Option<bool>,
     /// How long to wait before a retry.
     pub backoff: Option<BackoffSpec>,
     /// How many retries the destination gets. Not on a route: the routes of a destination share one budget.
-    pub budget: Option<BudgetSpec>,
+    pub budget: Option<RetryBudgetSpec>,
     /// How much of a request's body is kept for a retry, in bytes or KiB/MiB: up to 4MiB, 0 for
     /// nothing. Default 64KiB.
     pub replay_limit: Option<Size<0, 4_194_304>>,
 }
 
-impl Keys for RetrySpec {
+impl ToggleKeys for RetrySpec {
     const KEYS: &'static [&'static str] = &["attempts", "on", "idempotent", "backoff", "budget", "replayLimit"];
 }
 
@@ -46,60 +46,60 @@ impl Keys for RetrySpec {
 #[serde(default, deny_unknown_fields, rename_all = "camelCase", expecting = "a mapping with base and max")]
 pub struct BackoffSpec {
     /// The longest wait before the first retry; doubles with each. Default 25ms.
-    pub base: Option<Span>,
+    pub base: Option<DurationSpec>,
     /// The longest wait of all. Default 250ms.
-    pub max: Option<Span>,
+    pub max: Option<DurationSpec>,
 }
 
 /// The retries of a route, each value with its line.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Retry {
     /// Whether anything is tried again at all.
-    pub enabled: Set<bool>,
+    pub enabled: Sourced<bool>,
     /// Retries after the first try; 1 to 10.
-    pub attempts: Set<u32>,
+    pub attempts: Sourced<u32>,
     /// Failures that are tried again.
-    pub on: Set<Conditions>,
+    pub on: Sourced<RetryConditions>,
     /// The calls may be repeated whatever their method.
-    pub idempotent: Set<bool>,
+    pub idempotent: Sourced<bool>,
     /// How long to wait.
     pub backoff: Backoff,
     /// What the destination's budget earns.
-    pub budget: BudgetValues,
+    pub budget: RetryBudgetLimits,
     /// Bytes of a request's body that are kept.
-    pub replay_limit: Set<u32>,
+    pub replay_limit: Sourced<u32>,
 }
 
 /// How long to wait before a retry.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Backoff {
     /// The longest wait before the first retry; never longer than `max`.
-    pub base: Set<Duration>,
+    pub base: Sourced<Duration>,
     /// The longest wait of all.
-    pub max: Set<Duration>,
+    pub max: Sourced<Duration>,
 }
 
 impl Retry {
     /// What holds where no policy says otherwise.
     pub const fn built_in() -> Self {
         Self {
-            enabled: Set::built_in(true),
-            attempts: Set::built_in(2),
-            on: Set::built_in(Conditions::built_in()),
-            idempotent: Set::built_in(false),
+            enabled: Sourced::built_in(true),
+            attempts: Sourced::built_in(2),
+            on: Sourced::built_in(RetryConditions::built_in()),
+            idempotent: Sourced::built_in(false),
             backoff: Backoff {
-                base: Set::built_in(Duration::from_millis(25)),
-                max: Set::built_in(Duration::from_millis(250)),
+                base: Sourced::built_in(Duration::from_millis(25)),
+                max: Sourced::built_in(Duration::from_millis(250)),
             },
-            budget: BudgetValues::built_in(),
-            replay_limit: Set::built_in(64 << 10),
+            budget: RetryBudgetLimits::built_in(),
+            replay_limit: Sourced::built_in(64 << 10),
         }
     }
 }
 
-impl Switch<RetrySpec> {
+impl Toggle<RetrySpec> {
     /// Lays this layer, of `defaults` or of a destination, over another.
-    pub fn check(&self, base: &Retry, at: &At<'_>) -> Retry {
+    pub fn check(&self, base: &Retry, at: &Cursor<'_>) -> Retry {
         match self {
             Self::Off => Retry { enabled: at.set(false), ..base.clone() },
             Self::On(values) => values.check(base, at),
@@ -107,17 +107,17 @@ impl Switch<RetrySpec> {
     }
 
     /// The same for a route, which has no budget of its own: all calls of a destination draw on the same one.
-    pub fn check_route(&self, base: &Retry, at: &At<'_>) -> Retry {
+    pub fn check_route(&self, base: &Retry, at: &Cursor<'_>) -> Retry {
         if let Self::On(RetrySpec { budget: Some(_), .. }) = self {
             let hint = "move it to `retry` of the destination: all its routes share one budget";
-            at.key("budget").report_key(Fault::new("a route has no budget of its own", hint));
+            at.key("budget").report_key(InvalidValue::new("a route has no budget of its own", hint));
         }
         self.check(base, at)
     }
 }
 
 impl RetrySpec {
-    fn check(&self, base: &Retry, at: &At<'_>) -> Retry {
+    fn check(&self, base: &Retry, at: &Cursor<'_>) -> Retry {
         let backoff_at = at.key("backoff");
         let budget_at = at.key("budget");
         Retry {
@@ -140,12 +140,12 @@ impl RetrySpec {
     }
 }
 
-fn conditions(list: &[Condition], at: &At<'_>) -> Set<Conditions> {
+fn conditions(list: &[RetryCondition], at: &Cursor<'_>) -> Sourced<RetryConditions> {
     // What was refused was there.
     if list.is_empty() && at.size() == 0 {
         at.report("the list is empty", "write at least one condition, like 503 or `reset`, or `retry: off`");
     }
-    let mut all = Conditions::default();
+    let mut all = RetryConditions::default();
     for (index, condition) in list.iter().enumerate() {
         if all.contains(*condition) {
             at.index(index).report(format!("`{condition}` stands twice"), "remove one of the two");
@@ -157,7 +157,7 @@ fn conditions(list: &[Condition], at: &At<'_>) -> Set<Conditions> {
 
 impl BackoffSpec {
     /// Reports a `base` that is longer than `max`, in the layer that makes it so.
-    fn check(&self, below: &Backoff, at: &At<'_>) -> Backoff {
+    fn check(&self, below: &Backoff, at: &Cursor<'_>) -> Backoff {
         let mut base = self.base.map_or_else(|| below.base.clone(), |span| at.key("base").set(span.0));
         let mut max = self.max.map_or_else(|| below.max.clone(), |span| at.key("max").set(span.0));
         if base.value > max.value {
@@ -173,7 +173,7 @@ impl BackoffSpec {
         Backoff { base, max }
     }
 
-    fn report_longer(&self, base: &Set<Duration>, max: &Set<Duration>, at: &At<'_>) {
+    fn report_longer(&self, base: &Sourced<Duration>, max: &Sourced<Duration>, at: &Cursor<'_>) {
         let (long, short) = (duration::format(base.value), duration::format(max.value));
         if self.base.is_some() {
             let message = format!("`base` {long} is longer than `max` {short} ({})", max.origin);

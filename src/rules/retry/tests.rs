@@ -10,8 +10,8 @@ use serde::de::value::Error as ValueError;
 use serde_json::{Value, json};
 
 use super::*;
-use crate::problems::{At, Found, Origin, Place, Problems, Spot};
-use crate::rules::switch::{Keys, Switch};
+use crate::problems::{ChildNode, Cursor, DocumentNode, Origin, Position, Problems};
+use crate::rules::toggle::{Toggle, ToggleKeys};
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -19,8 +19,8 @@ fn millis(millis: u64) -> Duration {
     Duration::from_millis(millis)
 }
 
-fn seen(failure: Failure) -> Seen {
-    Seen {
+fn seen(failure: AttemptFailure) -> AttemptSummary {
+    AttemptSummary {
         tries: 1,
         failure,
         is_inbound: false,
@@ -36,31 +36,31 @@ fn seen(failure: Failure) -> Seen {
     }
 }
 
-fn again(after: u64) -> Decision {
-    Decision::Again { after: millis(after) }
+fn again(after: u64) -> RetryDecision {
+    RetryDecision::RetryReason { after: millis(after) }
 }
 
 #[test]
 fn each_failure_is_tried_again_if_the_policy_names_it() {
-    use Decision::Stop;
-    use Failure::{Grpc, Refused, Reset, Status, Timeout, Unsent};
-    let half_of_the_base = Decision::Again { after: Duration::from_micros(12_500) };
+    use AttemptFailure::{Grpc, Refused, Reset, Status, Timeout, Unsent};
+    use RetryDecision::Stop;
+    let half_of_the_base = RetryDecision::RetryReason { after: Duration::from_micros(12_500) };
     let table = [
-        (Status(200), Stop(Why::NotAFailure)),
-        (Status(404), Stop(Why::NotAFailure)),
-        (Status(429), Stop(Why::NotAFailure)),
-        (Status(500), Stop(Why::ConditionOff)),
-        (Status(501), Stop(Why::ConditionOff)),
+        (Status(200), Stop(NoRetryReason::NotAFailure)),
+        (Status(404), Stop(NoRetryReason::NotAFailure)),
+        (Status(429), Stop(NoRetryReason::NotAFailure)),
+        (Status(500), Stop(NoRetryReason::ConditionOff)),
+        (Status(501), Stop(NoRetryReason::ConditionOff)),
         (Status(502), half_of_the_base),
         (Status(503), half_of_the_base),
         (Status(504), half_of_the_base),
-        (Status(999), Stop(Why::ConditionOff)),
-        (Grpc(0), Stop(Why::NotAFailure)),
-        (Grpc(5), Stop(Why::NotAFailure)),
-        (Grpc(1), Stop(Why::NotAFailure)),
-        (Grpc(10), Stop(Why::NotAFailure)),
-        (Grpc(13), Stop(Why::ConditionOff)),
-        (Grpc(99), Stop(Why::ConditionOff)),
+        (Status(999), Stop(NoRetryReason::ConditionOff)),
+        (Grpc(0), Stop(NoRetryReason::NotAFailure)),
+        (Grpc(5), Stop(NoRetryReason::NotAFailure)),
+        (Grpc(1), Stop(NoRetryReason::NotAFailure)),
+        (Grpc(10), Stop(NoRetryReason::NotAFailure)),
+        (Grpc(13), Stop(NoRetryReason::ConditionOff)),
+        (Grpc(99), Stop(NoRetryReason::ConditionOff)),
         (Grpc(14), half_of_the_base),
         (Reset, half_of_the_base),
         (Timeout, half_of_the_base),
@@ -75,24 +75,30 @@ fn each_failure_is_tried_again_if_the_policy_names_it() {
 #[test]
 fn what_the_policy_names_is_tried_again_even_below_500() {
     let mut retry = Retry::built_in();
-    retry.on.value = Conditions::default().with(Condition::Status(429)).with(Condition::Grpc(2));
-    assert_eq!(retry.decide(&Seen { random: 0.0, ..seen(Failure::Status(429)) }), again(0));
+    retry.on.value = RetryConditions::default().with(RetryCondition::Status(429)).with(RetryCondition::Grpc(2));
+    assert_eq!(retry.decide(&AttemptSummary { random: 0.0, ..seen(AttemptFailure::Status(429)) }), again(0));
     assert_eq!(
-        retry.decide(&Seen { random: 0.0, ..seen(Failure::Grpc(77)) }),
+        retry.decide(&AttemptSummary { random: 0.0, ..seen(AttemptFailure::Grpc(77)) }),
         again(0),
         "an undefined code is UNKNOWN"
     );
-    assert_eq!(retry.decide(&Seen { tries: 3, ..seen(Failure::Status(429)) }), Decision::Stop(Why::TriesUsedUp));
-    assert_eq!(retry.decide(&Seen { is_safe: false, ..seen(Failure::Status(429)) }), Decision::Stop(Why::NotSafe));
-    assert_eq!(retry.decide(&seen(Failure::Status(503))), Decision::Stop(Why::ConditionOff));
-    assert_eq!(retry.decide(&seen(Failure::Reset)), Decision::Stop(Why::ConditionOff));
+    assert_eq!(
+        retry.decide(&AttemptSummary { tries: 3, ..seen(AttemptFailure::Status(429)) }),
+        RetryDecision::Stop(NoRetryReason::TriesUsedUp)
+    );
+    assert_eq!(
+        retry.decide(&AttemptSummary { is_safe: false, ..seen(AttemptFailure::Status(429)) }),
+        RetryDecision::Stop(NoRetryReason::NotSafe)
+    );
+    assert_eq!(retry.decide(&seen(AttemptFailure::Status(503))), RetryDecision::Stop(NoRetryReason::ConditionOff));
+    assert_eq!(retry.decide(&seen(AttemptFailure::Reset)), RetryDecision::Stop(NoRetryReason::ConditionOff));
 }
 
 #[test]
 fn a_failure_is_what_speaks_against_the_callee_and_what_the_policy_names() {
-    use Failure::{Grpc, Reset, Status};
+    use AttemptFailure::{Grpc, Reset, Status};
     let mut named = Retry::built_in();
-    for condition in [Condition::Status(404), Condition::Grpc(1), Condition::Grpc(10)] {
+    for condition in [RetryCondition::Status(404), RetryCondition::Grpc(1), RetryCondition::Grpc(10)] {
         named.on.value = named.on.value.with(condition);
     }
     let mut off = named.clone();
@@ -117,44 +123,47 @@ fn a_failure_is_what_speaks_against_the_callee_and_what_the_policy_names() {
 
 #[test]
 fn each_reason_stops_a_call_that_was_seen() {
-    let good = seen(Failure::Status(503));
+    let good = seen(AttemptFailure::Status(503));
     let table = [
-        (Seen { is_safe: false, ..good }, Why::NotSafe),
-        (Seen { is_abandoned: true, ..good }, Why::CallerGone),
-        (Seen { is_abandoned: true, ..seen(Failure::Unsent) }, Why::CallerGone),
-        (Seen { is_marked_final: true, ..good }, Why::RetriedBelow),
-        (Seen { pushback: Some(Pushback::Stop), ..good }, Why::PushedBack),
-        (Seen { tries: 3, ..good }, Why::TriesUsedUp),
-        (Seen { is_replayable: false, ..good }, Why::BodyTooLong),
-        (Seen { left: millis(12), ..good }, Why::Deadline),
-        (Seen { left: Duration::ZERO, random: 0.0, ..good }, Why::Deadline),
-        (Seen { is_safe: false, tries: 9, is_marked_final: true, ..good }, Why::NotSafe),
+        (AttemptSummary { is_safe: false, ..good }, NoRetryReason::NotSafe),
+        (AttemptSummary { is_abandoned: true, ..good }, NoRetryReason::CallerGone),
+        (AttemptSummary { is_abandoned: true, ..seen(AttemptFailure::Unsent) }, NoRetryReason::CallerGone),
+        (AttemptSummary { is_marked_final: true, ..good }, NoRetryReason::RetriedBelow),
+        (AttemptSummary { pushback: Some(Pushback::Stop), ..good }, NoRetryReason::PushedBack),
+        (AttemptSummary { tries: 3, ..good }, NoRetryReason::TriesUsedUp),
+        (AttemptSummary { is_replayable: false, ..good }, NoRetryReason::BodyTooLong),
+        (AttemptSummary { left: millis(12), ..good }, NoRetryReason::Deadline),
+        (AttemptSummary { left: Duration::ZERO, random: 0.0, ..good }, NoRetryReason::Deadline),
+        (AttemptSummary { is_safe: false, tries: 9, is_marked_final: true, ..good }, NoRetryReason::NotSafe),
     ];
     for (seen, why) in table {
-        assert_eq!(Retry::built_in().decide(&seen), Decision::Stop(why), "{seen:?}");
+        assert_eq!(Retry::built_in().decide(&seen), RetryDecision::Stop(why), "{seen:?}");
     }
     let mut off = Retry::built_in();
     off.enabled.value = false;
-    assert_eq!(off.decide(&good), Decision::Stop(Why::Off));
-    assert_eq!(off.decide(&seen(Failure::Unsent)), Decision::Stop(Why::Off));
-    assert_eq!(off.decide(&seen(Failure::Status(200))), Decision::Stop(Why::NotAFailure));
+    assert_eq!(off.decide(&good), RetryDecision::Stop(NoRetryReason::Off));
+    assert_eq!(off.decide(&seen(AttemptFailure::Unsent)), RetryDecision::Stop(NoRetryReason::Off));
+    assert_eq!(off.decide(&seen(AttemptFailure::Status(200))), RetryDecision::Stop(NoRetryReason::NotAFailure));
 }
 
 #[test]
 fn the_sidecar_before_the_app_tries_again_only_what_nobody_else_can() {
-    let inbound = |failure| Seen { is_inbound: true, is_reused: true, random: 0.0, ..seen(failure) };
-    let at_the_caller = Decision::Stop(Why::AtTheCaller);
+    let inbound = |failure| AttemptSummary { is_inbound: true, is_reused: true, random: 0.0, ..seen(failure) };
+    let at_the_caller = RetryDecision::Stop(NoRetryReason::AtTheCaller);
     let table = [
-        (inbound(Failure::Unsent), again(0)),
-        (inbound(Failure::Refused), at_the_caller),
-        (Seen { tries: 2, ..inbound(Failure::Unsent) }, again(0)),
-        (inbound(Failure::Reset), again(0)),
-        (Seen { tries: 2, ..inbound(Failure::Reset) }, at_the_caller),
-        (Seen { is_reused: false, ..inbound(Failure::Reset) }, at_the_caller),
-        (Seen { is_safe: false, ..inbound(Failure::Reset) }, Decision::Stop(Why::NotSafe)),
-        (inbound(Failure::Status(503)), at_the_caller),
-        (inbound(Failure::Grpc(14)), at_the_caller),
-        (inbound(Failure::Timeout), at_the_caller),
+        (inbound(AttemptFailure::Unsent), again(0)),
+        (inbound(AttemptFailure::Refused), at_the_caller),
+        (AttemptSummary { tries: 2, ..inbound(AttemptFailure::Unsent) }, again(0)),
+        (inbound(AttemptFailure::Reset), again(0)),
+        (AttemptSummary { tries: 2, ..inbound(AttemptFailure::Reset) }, at_the_caller),
+        (AttemptSummary { is_reused: false, ..inbound(AttemptFailure::Reset) }, at_the_caller),
+        (
+            AttemptSummary { is_safe: false, ..inbound(AttemptFailure::Reset) },
+            RetryDecision::Stop(NoRetryReason::NotSafe),
+        ),
+        (inbound(AttemptFailure::Status(503)), at_the_caller),
+        (inbound(AttemptFailure::Grpc(14)), at_the_caller),
+        (inbound(AttemptFailure::Timeout), at_the_caller),
     ];
     for (seen, wanted) in table {
         assert_eq!(Retry::built_in().decide(&seen), wanted, "{seen:?}");
@@ -163,33 +172,37 @@ fn the_sidecar_before_the_app_tries_again_only_what_nobody_else_can() {
 
 #[test]
 fn behind_an_open_breaker_nothing_is_tried_again() {
-    let open = |failure| Seen { is_circuit_open: true, is_safe: false, ..seen(failure) };
-    for failure in [Failure::Unsent, Failure::Reset, Failure::Status(503)] {
-        assert_eq!(Retry::built_in().decide(&open(failure)), Decision::Stop(Why::CircuitOpen), "{failure:?}");
+    let open = |failure| AttemptSummary { is_circuit_open: true, is_safe: false, ..seen(failure) };
+    for failure in [AttemptFailure::Unsent, AttemptFailure::Reset, AttemptFailure::Status(503)] {
+        assert_eq!(
+            Retry::built_in().decide(&open(failure)),
+            RetryDecision::Stop(NoRetryReason::CircuitOpen),
+            "{failure:?}"
+        );
     }
-    let inbound = Seen { is_inbound: true, ..open(Failure::Status(503)) };
-    assert_eq!(Retry::built_in().decide(&inbound), Decision::Stop(Why::AtTheCaller));
+    let inbound = AttemptSummary { is_inbound: true, ..open(AttemptFailure::Status(503)) };
+    assert_eq!(Retry::built_in().decide(&inbound), RetryDecision::Stop(NoRetryReason::AtTheCaller));
 }
 
 #[test]
 fn nobody_above_tries_again_what_was_tried_again_or_may_not_be_repeated() {
     let table = [
         (1, true, None, false),
-        (1, true, Some(Why::ConditionOff), false),
-        (1, true, Some(Why::BodyTooLong), false),
-        (1, true, Some(Why::Off), false),
-        (1, true, Some(Why::AtTheCaller), false),
-        (1, true, Some(Why::CallerGone), false),
+        (1, true, Some(NoRetryReason::ConditionOff), false),
+        (1, true, Some(NoRetryReason::BodyTooLong), false),
+        (1, true, Some(NoRetryReason::Off), false),
+        (1, true, Some(NoRetryReason::AtTheCaller), false),
+        (1, true, Some(NoRetryReason::CallerGone), false),
         (2, true, None, true),
-        (2, true, Some(Why::BodyTooLong), true),
+        (2, true, Some(NoRetryReason::BodyTooLong), true),
         (1, false, None, true),
-        (1, false, Some(Why::NotSafe), true),
-        (1, true, Some(Why::TriesUsedUp), true),
-        (1, true, Some(Why::RetriedBelow), true),
-        (1, true, Some(Why::PushedBack), true),
-        (1, true, Some(Why::Deadline), true),
-        (1, true, Some(Why::Budget), true),
-        (1, true, Some(Why::CircuitOpen), true),
+        (1, false, Some(NoRetryReason::NotSafe), true),
+        (1, true, Some(NoRetryReason::TriesUsedUp), true),
+        (1, true, Some(NoRetryReason::RetriedBelow), true),
+        (1, true, Some(NoRetryReason::PushedBack), true),
+        (1, true, Some(NoRetryReason::Deadline), true),
+        (1, true, Some(NoRetryReason::RetryBudget), true),
+        (1, true, Some(NoRetryReason::CircuitOpen), true),
     ];
     for (tries, is_safe, why, wanted) in table {
         assert_eq!(Retry::built_in().is_final(tries, is_safe, why), wanted, "{tries} {is_safe} {why:?}");
@@ -203,23 +216,23 @@ fn nobody_above_tries_again_what_was_tried_again_or_may_not_be_repeated() {
 fn a_route_may_declare_that_its_calls_can_be_repeated() {
     let mut retry = Retry::built_in();
     retry.idempotent.value = true;
-    let post = Seen { is_safe: false, random: 0.0, ..seen(Failure::Reset) };
+    let post = AttemptSummary { is_safe: false, random: 0.0, ..seen(AttemptFailure::Reset) };
     assert_eq!(retry.decide(&post), again(0));
 }
 
 #[test]
 fn a_call_that_nobody_has_seen_goes_out_again_at_once_whatever_its_method() {
-    let unsent = Seen { is_safe: false, is_marked_final: true, random: 0.9, ..seen(Failure::Unsent) };
+    let unsent = AttemptSummary { is_safe: false, is_marked_final: true, random: 0.9, ..seen(AttemptFailure::Unsent) };
     let mut retry = Retry::built_in();
-    retry.on.value = Conditions::default();
+    retry.on.value = RetryConditions::default();
     let table = [
         (unsent, again(0)),
-        (Seen { tries: 2, ..unsent }, again(0)),
-        (Seen { tries: 3, ..unsent }, Decision::Stop(Why::TriesUsedUp)),
-        (Seen { is_replayable: false, ..unsent }, Decision::Stop(Why::BodyTooLong)),
-        (Seen { left: Duration::ZERO, ..unsent }, Decision::Stop(Why::Deadline)),
-        (Seen { pushback: Some(Pushback::Stop), ..unsent }, Decision::Stop(Why::PushedBack)),
-        (Seen { pushback: Some(Pushback::Wait(millis(7))), ..unsent }, again(7)),
+        (AttemptSummary { tries: 2, ..unsent }, again(0)),
+        (AttemptSummary { tries: 3, ..unsent }, RetryDecision::Stop(NoRetryReason::TriesUsedUp)),
+        (AttemptSummary { is_replayable: false, ..unsent }, RetryDecision::Stop(NoRetryReason::BodyTooLong)),
+        (AttemptSummary { left: Duration::ZERO, ..unsent }, RetryDecision::Stop(NoRetryReason::Deadline)),
+        (AttemptSummary { pushback: Some(Pushback::Stop), ..unsent }, RetryDecision::Stop(NoRetryReason::PushedBack)),
+        (AttemptSummary { pushback: Some(Pushback::Wait(millis(7))), ..unsent }, again(7)),
     ];
     for (seen, wanted) in table {
         assert_eq!(retry.decide(&seen), wanted, "{seen:?}");
@@ -233,35 +246,39 @@ fn the_wait_doubles_up_to_its_maximum_and_is_a_random_part_of_that() {
     let longest = [25, 50, 100, 200, 250, 250, 250, 250, 250, 250];
     for (tries, most) in (1..).zip(longest) {
         for (random, wanted) in [(0.0, 0.0), (0.5, 0.5), (0.999, 0.999), (7.0, 1.0), (f64::NAN, 1.0), (-1.0, 1.0)] {
-            let decision = retry.decide(&Seen { tries, random, ..seen(Failure::Reset) });
+            let decision = retry.decide(&AttemptSummary { tries, random, ..seen(AttemptFailure::Reset) });
             let after = Duration::from_micros(most * 1000).mul_f64(wanted);
-            assert_eq!(decision, Decision::Again { after }, "try {tries}, random {random}");
+            assert_eq!(decision, RetryDecision::RetryReason { after }, "try {tries}, random {random}");
         }
     }
 }
 
 #[test]
 fn what_the_upstream_asks_for_is_waited_for_to_the_letter_but_not_past_the_deadline() {
-    let asked = |wait| Seen { pushback: Some(Pushback::Wait(millis(wait))), ..seen(Failure::Status(503)) };
+    let asked =
+        |wait| AttemptSummary { pushback: Some(Pushback::Wait(millis(wait))), ..seen(AttemptFailure::Status(503)) };
     assert_eq!(Retry::built_in().decide(&asked(0)), again(0));
     assert_eq!(Retry::built_in().decide(&asked(999)), again(999));
-    assert_eq!(Retry::built_in().decide(&asked(1000)), Decision::Stop(Why::Deadline));
+    assert_eq!(Retry::built_in().decide(&asked(1000)), RetryDecision::Stop(NoRetryReason::Deadline));
 }
 
 #[test]
 fn the_budget_is_asked_last_and_not_for_what_nobody_has_seen() {
-    let (retry, budget, now) = (Retry::built_in(), Budget::new(), Instant::now());
-    let stopped = Seen { tries: 3, ..seen(Failure::Reset) };
+    let (retry, budget, now) = (Retry::built_in(), RetryBudget::new(), Instant::now());
+    let stopped = AttemptSummary { tries: 3, ..seen(AttemptFailure::Reset) };
     for _ in 0..100 {
-        assert_eq!(retry.next(&stopped, &budget, now), Decision::Stop(Why::TriesUsedUp));
-        assert_eq!(retry.next(&seen(Failure::Unsent), &budget, now), again(0));
+        assert_eq!(retry.next(&stopped, &budget, now), RetryDecision::Stop(NoRetryReason::TriesUsedUp));
+        assert_eq!(retry.next(&seen(AttemptFailure::Unsent), &budget, now), again(0));
     }
     for _ in 0..10 {
-        assert!(matches!(retry.next(&seen(Failure::Reset), &budget, now), Decision::Again { .. }));
+        assert!(matches!(retry.next(&seen(AttemptFailure::Reset), &budget, now), RetryDecision::RetryReason { .. }));
     }
-    assert_eq!(retry.next(&seen(Failure::Reset), &budget, now), Decision::Stop(Why::Budget));
-    assert_eq!(retry.next(&seen(Failure::Refused), &budget, now), Decision::Stop(Why::Budget));
-    assert_eq!(retry.next(&seen(Failure::Unsent), &budget, now), again(0));
+    assert_eq!(retry.next(&seen(AttemptFailure::Reset), &budget, now), RetryDecision::Stop(NoRetryReason::RetryBudget));
+    assert_eq!(
+        retry.next(&seen(AttemptFailure::Refused), &budget, now),
+        RetryDecision::Stop(NoRetryReason::RetryBudget)
+    );
+    assert_eq!(retry.next(&seen(AttemptFailure::Unsent), &budget, now), again(0));
 }
 
 #[test]
@@ -271,19 +288,19 @@ fn idempotent_methods_are_those_of_rfc_9110() {
 }
 
 /// A document that says nothing.
-struct Nothing(Place);
+struct Nothing(Position);
 
-impl Spot for Nothing {
-    fn entry(&self, _: &str) -> Option<Found<'_>> {
+impl DocumentNode for Nothing {
+    fn entry(&self, _: &str) -> Option<ChildNode<'_>> {
         None
     }
-    fn item(&self, _: usize) -> Option<Found<'_>> {
+    fn item(&self, _: usize) -> Option<ChildNode<'_>> {
         None
     }
     fn size(&self) -> usize {
         0
     }
-    fn place(&self) -> &Place {
+    fn place(&self) -> &Position {
         &self.0
     }
     fn is_scalar(&self) -> bool {
@@ -291,21 +308,21 @@ impl Spot for Nothing {
     }
 }
 
-fn read(value: &Value) -> Result<Switch<RetrySpec>, String> {
+fn read(value: &Value) -> Result<Toggle<RetrySpec>, String> {
     let shown = |error: ValueError| error.to_string();
     match value {
-        Value::String(text) => Switch::deserialize(text.as_str().into_deserializer()).map_err(shown),
-        Value::Bool(value) => Switch::deserialize(value.into_deserializer()).map_err(shown),
-        Value::Number(number) => Switch::deserialize(number.as_u64().unwrap().into_deserializer()).map_err(shown),
-        other => serde_json::from_value(other.clone()).map(Switch::On).map_err(|error| error.to_string()),
+        Value::String(text) => Toggle::deserialize(text.as_str().into_deserializer()).map_err(shown),
+        Value::Bool(value) => Toggle::deserialize(value.into_deserializer()).map_err(shown),
+        Value::Number(number) => Toggle::deserialize(number.as_u64().unwrap().into_deserializer()).map_err(shown),
+        other => serde_json::from_value(other.clone()).map(Toggle::On).map_err(|error| error.to_string()),
     }
 }
 
 /// Lays the layers over what is built in, the last as a route's; the problems as `path: message (hint)`.
 fn layered(layers: &[Value]) -> (Retry, Vec<String>) {
     let (file, problems) = (Arc::from("p.yaml"), RefCell::new(Problems::default()));
-    let nothing = Nothing(Place { line: 7, ..Place::default() });
-    let at = At::root(&file, &nothing, &problems);
+    let nothing = Nothing(Position { line: 7, ..Position::default() });
+    let at = Cursor::root(&file, &nothing, &problems);
     let mut retry = Retry::built_in();
     for (index, layer) in layers.iter().enumerate() {
         let spec = read(layer).unwrap();

@@ -47,10 +47,10 @@ impl Live<'_> {
             let address = side.endpoints[position].address;
             side.endpoints[position].load.failed(ms(1), self.now());
             if left == 0 || !self.has_other(position) {
-                return Err(Kind::ConnectFailed);
+                return Err(LocalReplyKind::ConnectFailed);
             }
             let turn = std::mem::take(&mut self.trial.endpoint);
-            self.judge_endpoint(position, turn, Outcome::Failure);
+            self.judge_endpoint(position, turn, CallResult::Failure);
             self.tried.push(address);
             position = self.pick(self.now());
         }
@@ -88,17 +88,17 @@ impl Live<'_> {
             }
             Some(Err(Broken)) => {
                 endpoint.load.failed(took, self.now());
-                Err(Kind::UpstreamReset)
+                Err(LocalReplyKind::UpstreamReset)
             }
             None => {
                 endpoint.load.failed(took, self.now());
-                Err(if per_try == Some(until) { Kind::PerTryTimeout } else { self.too_late() })
+                Err(if per_try == Some(until) { LocalReplyKind::PerTryTimeout } else { self.too_late() })
             }
         }
     }
 
-    pub(super) fn too_late(&self) -> Kind {
-        if self.until.is_some() { Kind::DeadlineExceeded } else { Kind::RequestTimeout }
+    pub(super) fn too_late(&self) -> LocalReplyKind {
+        if self.until.is_some() { LocalReplyKind::DeadlineExceeded } else { LocalReplyKind::RequestTimeout }
     }
 
     pub(super) fn is_there(&self, position: usize) -> bool {

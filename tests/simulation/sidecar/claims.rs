@@ -21,7 +21,9 @@ impl Live<'_> {
         }
         let most = got.calls.get() + got.retries.get() + got.unsent.get();
         let tries = got.tries.get();
-        checks.claim(tries <= most, Invariant::Budget, || format!("{}: {tries} tries, {most} allowed", self.side.name));
+        checks.claim(tries <= most, Invariant::RetryBudget, || {
+            format!("{}: {tries} tries, {most} allowed", self.side.name)
+        });
     }
 
     pub(super) fn check_end(&self) {
@@ -59,7 +61,8 @@ impl Live<'_> {
                 });
             }
         }
-        let is_out = endpoints[picked].watch.state() != State::Closed && matches!(self.trial.endpoint, Turn::None);
+        let is_out =
+            endpoints[picked].watch.state() != BreakerState::Closed && matches!(self.trial.endpoint, BreakerTurn::None);
         // That a call has tried an endpoint weighs more than that another one is out.
         let is_first = self.tried.is_empty();
         let name = &endpoints[picked].watch.name;

@@ -3,9 +3,9 @@
 
 mod attempt;
 mod claims;
-mod ties;
-mod trial;
-mod tries;
+mod correlation;
+mod outcome;
+mod retry;
 
 use std::net::SocketAddr;
 use std::rc::Rc;
@@ -14,20 +14,20 @@ use std::time::Duration;
 
 use fastrand::Rng;
 use hopguard::policy::model::Direction;
-use hopguard::proxy::refusal::{Kind, Refusal};
-use hopguard::rules::breaker::{
-    Admission, Breaker, Outcome, Pass, Probe, State, Thresholds, is_failed_code, is_failed_status,
+use hopguard::proxy::local_reply::{LocalReply, LocalReplyKind};
+use hopguard::rules::circuit_breaker::{
+    Admission, Breaker, BreakerPermit, BreakerState, CallResult, Probe, Thresholds, is_failed_code, is_failed_status,
 };
-use hopguard::rules::budget::Budget;
-use hopguard::rules::deadline::{self, Deadline, Source};
-use hopguard::rules::ejection::{Event, Group, Member};
-use hopguard::rules::gate::{self, Gate};
-use hopguard::rules::joined::{Causes, Entered, Inbounds, Join};
-use hopguard::rules::mark::Mark;
-use hopguard::rules::retry::{Decision, Failure, Pushback, Seen, Why};
-use hopguard::rules::spent::Spent;
+use hopguard::rules::deadline::{self, Deadline, DeadlineSource};
+use hopguard::rules::ejection::{EjectionEvent, EjectionGroup, EjectionMember};
+use hopguard::rules::inflight::{Correlation, InflightGuard, InflightRequests, ParentRequests};
+use hopguard::rules::limits::{ConcurrencyLimit, ConcurrencyPermit};
+use hopguard::rules::proxy_status::ProxyStatus;
+use hopguard::rules::retry::RetryBudget;
+use hopguard::rules::retry::{AttemptFailure, AttemptSummary, NoRetryReason, Pushback, RetryDecision};
+use hopguard::rules::retry_history::RetryHistory;
 use hopguard::rules::trace::{TraceKey, TraceKeys};
-use hopguard::upstream::balance::{self, Load};
+use hopguard::upstream::balance::{self, EndpointLoad};
 use tokio::time::Instant;
 
 use crate::Mutant;
@@ -45,9 +45,9 @@ const PASSED_OVER: usize = 60;
 
 /// A sidecar: what its two sides have in common, and the sides.
 pub(crate) struct Sidecar {
-    pub(crate) inbounds: Arc<Inbounds>,
-    spent: Spent,
-    late: Spent,
+    pub(crate) inbounds: Arc<InflightRequests>,
+    spent: RetryHistory,
+    late: RetryHistory,
     /// Towards its app.
     pub(crate) app: Option<Side>,
     /// Towards the next service.
@@ -62,12 +62,12 @@ pub(crate) struct Side {
     layer: usize,
     id: u64,
     policy: Policy,
-    budget: Arc<Budget>,
+    budget: Arc<RetryBudget>,
     breaker: Arc<Breaker>,
     watch: Rc<Watch>,
     endpoints: Vec<Endpoint>,
-    group: Arc<Group>,
-    pub(crate) gate: Arc<Gate>,
+    group: Arc<EjectionGroup>,
+    pub(crate) gate: Arc<ConcurrencyLimit>,
     got: Got,
 }
 
@@ -75,16 +75,22 @@ struct Endpoint {
     address: SocketAddr,
     /// Which replica, or which app.
     replica: usize,
-    member: Arc<Member>,
+    member: Arc<EjectionMember>,
     /// Its members know it by a weak reference.
-    _group: Arc<Group>,
+    _group: Arc<EjectionGroup>,
     watch: Rc<Watch>,
-    load: Load,
+    load: EndpointLoad,
 }
 
 impl Sidecar {
     pub(crate) fn new(app: Option<Side>, next: Option<Side>) -> Self {
-        Self { inbounds: Inbounds::new(), spent: Spent::default(), late: Spent::default(), app, next }
+        Self {
+            inbounds: InflightRequests::new(),
+            spent: RetryHistory::default(),
+            late: RetryHistory::default(),
+            app,
+            next,
+        }
     }
 
     fn side(&self, direction: Direction) -> &Side {
@@ -105,11 +111,11 @@ impl Side {
         policy: Policy,
         (now, mutant): (Instant, Mutant),
     ) -> Self {
-        let group = Group::new(now);
+        let group = EjectionGroup::new(now);
         let endpoint = |replica: usize| {
             let address = SocketAddr::from(([10, direction as u8, layer as u8, replica as u8], 80));
             // Among strangers each is one of two, and the other one is always in.
-            let group = if mutant == Mutant::LastOneEjected { Group::new(now) } else { Arc::clone(&group) };
+            let group = if mutant == Mutant::LastOneEjected { EjectionGroup::new(now) } else { Arc::clone(&group) };
             if mutant == Mutant::LastOneEjected {
                 group.member(SocketAddr::from(([10, 9, 9, 9], 9)));
             }
@@ -119,7 +125,7 @@ impl Side {
                 member: group.member(address),
                 _group: group,
                 watch: Watch::new(format!("{name}/{replica}")),
-                load: Load::new(now),
+                load: EndpointLoad::new(now),
             }
         };
         let endpoints = replicas.map(endpoint).collect();
@@ -130,9 +136,9 @@ impl Side {
             direction,
             layer,
             id: 1 + layer as u64,
-            budget: Budget::new(),
+            budget: RetryBudget::new(),
             breaker: Breaker::new(now),
-            gate: Gate::new(if mutant == Mutant::PlacesUnlimited { u32::MAX } else { policy.in_flight }),
+            gate: ConcurrencyLimit::new(if mutant == Mutant::PlacesUnlimited { u32::MAX } else { policy.in_flight }),
             got: Got::default(),
             policy,
             name,
@@ -141,17 +147,17 @@ impl Side {
 }
 
 #[derive(Default)]
-enum Turn {
+enum BreakerTurn {
     #[default]
     None,
-    Pass(Pass, u64),
+    Permit(BreakerPermit, u64),
     Probe(Probe, Place),
 }
 
 #[derive(Default)]
-struct Trial {
-    destination: Turn,
-    endpoint: Turn,
+struct Permits {
+    destination: BreakerTurn,
+    endpoint: BreakerTurn,
 }
 
 struct Until {
@@ -168,8 +174,8 @@ struct Live<'a> {
     began: Instant,
     until: Option<Until>,
     keys: TraceKeys,
-    entered: Option<Entered>,
-    causes: Option<Causes>,
+    entered: Option<InflightGuard>,
+    causes: Option<ParentRequests>,
     late_at: Option<Instant>,
     attempt: u32,
     /// Those that the breaker has let through.
@@ -179,23 +185,23 @@ struct Live<'a> {
     reused: bool,
     unsent: bool,
     was_seen: bool,
-    trial: Trial,
-    mark: Option<Mark>,
+    trial: Permits,
+    mark: Option<ProxyStatus>,
     failed_at: bool,
     is_answered: bool,
     /// It was answered by whom it was sent to.
     is_the_apps: bool,
 }
 
-type Tried = Result<Answer, Kind>;
+type Tried = Result<Answer, LocalReplyKind>;
 
 /// What is known of a try that did not go well.
-struct Report {
-    failure: Option<Failure>,
+struct AttemptReport {
+    failure: Option<AttemptFailure>,
     counts: bool,
     is_elsewhere: bool,
     unseen: bool,
-    mark: Option<Mark>,
+    mark: Option<ProxyStatus>,
     pushback: Option<Pushback>,
 }
 
@@ -222,7 +228,7 @@ pub(crate) async fn call(world: &Rc<World>, sidecar: usize, direction: Direction
         reused: false,
         unsent: false,
         was_seen: false,
-        trial: Trial::default(),
+        trial: Permits::default(),
         mark: None,
         failed_at: false,
         is_answered: false,
@@ -270,7 +276,7 @@ impl Live<'_> {
     }
 
     /// Finds out how much time the call has, and ties it to others.
-    fn begin(&mut self) -> Result<(), Kind> {
+    fn begin(&mut self) -> Result<(), LocalReplyKind> {
         let own = &self.world.sidecars[self.sidecar];
         let now = self.began;
         if self.side.direction == Direction::Inbound {
@@ -280,7 +286,7 @@ impl Live<'_> {
             }
         } else {
             match own.inbounds.join(self.keys) {
-                Join::ByTrace(causes) => self.causes = Some(causes),
+                Correlation::ByTrace(causes) => self.causes = Some(causes),
                 join => {
                     self.late_at = own.late.at(self.keys, LATE, now);
                     self.causes = join.causes().filter(|_| self.late_at.is_none()).cloned();
@@ -288,15 +294,15 @@ impl Live<'_> {
             }
         }
         let caller = self.request.timeout.as_deref().and_then(|text| asked(self.request.grpc, text));
-        let inbound = self.causes.as_ref().and_then(Causes::deadline).or(self.late_at);
+        let inbound = self.causes.as_ref().and_then(ParentRequests::deadline).or(self.late_at);
         let (caller, inbound) =
             if self.world.mutant == Mutant::DeadlineIgnored { (None, None) } else { (caller, inbound) };
         let deadline = Deadline::earliest(now, self.side.policy.request, caller, inbound);
-        if deadline.from != Source::Policy {
+        if deadline.from != DeadlineSource::Policy {
             let whole = deadline.left(now).unwrap_or_default();
             self.until = Some(Until { at: deadline.at, whole });
             if whole < LEAST {
-                return Err(Kind::DeadlineSpent);
+                return Err(LocalReplyKind::DeadlineSpent);
             }
         }
         if self.side.direction == Direction::Inbound {
@@ -307,7 +313,7 @@ impl Live<'_> {
     }
 
     /// Takes a place in flight, at once or after a turn in the queue.
-    async fn enter(&mut self) -> Result<gate::Pass, Kind> {
+    async fn enter(&mut self) -> Result<ConcurrencyPermit, LocalReplyKind> {
         let (world, side) = (self.world, self.side);
         let pass = match side.gate.try_enter() {
             Some(pass) => pass,
@@ -315,9 +321,9 @@ impl Live<'_> {
                 let at = (self.began + side.policy.queue_timeout).min(self.request_at());
                 match world.clock.within(at, side.gate.enter(side.policy.queue)).await {
                     Some(Ok(pass)) => pass,
-                    Some(Err(_)) => return Err(Kind::QueueFull),
+                    Some(Err(_)) => return Err(LocalReplyKind::QueueFull),
                     None if self.now() >= self.request_at() => return Err(self.too_late()),
-                    None => return Err(Kind::QueueTimeout),
+                    None => return Err(LocalReplyKind::QueueTimeout),
                 }
             }
         };
@@ -348,12 +354,12 @@ impl Live<'_> {
             let report = self.report(&tried);
             self.tell_replayer(&report, &tried);
             if report.counts {
-                self.judge(Outcome::Failure);
+                self.judge(CallResult::Failure);
             } else if tried.is_ok() && report.is_elsewhere {
                 self.has_answered();
             }
             let why = match self.decide(&report, now) {
-                Decision::Again { after } => {
+                RetryDecision::RetryReason { after } => {
                     self.was_seen |= !report.unseen;
                     if let Some(endpoint) = self.endpoint.take() {
                         self.tried.push(self.side.endpoints[endpoint].address);
@@ -364,9 +370,9 @@ impl Live<'_> {
                         self.attempt += 1;
                         continue;
                     }
-                    Why::CallerGone
+                    NoRetryReason::CallerGone
                 }
-                Decision::Stop(why) => why,
+                RetryDecision::Stop(why) => why,
             };
             self.tell(&report, why, self.now());
             if let Ok(answer) = &tried {
@@ -378,7 +384,7 @@ impl Live<'_> {
 
     fn is_fine(&self, answer: &Answer) -> bool {
         let status = answer.status;
-        (status < 400 || (status < 500 && !self.side.policy.retry.is_on(Failure::Status(status))))
+        (status < 400 || (status < 500 && !self.side.policy.retry.is_on(AttemptFailure::Status(status))))
             && answer.code.is_none_or(|code| code == 0)
     }
 
@@ -392,7 +398,7 @@ impl Live<'_> {
     }
 }
 
-struct Begun<'a>(&'a Load);
+struct Begun<'a>(&'a EndpointLoad);
 
 impl Drop for Begun<'_> {
     fn drop(&mut self) {
@@ -400,23 +406,23 @@ impl Drop for Begun<'_> {
     }
 }
 
-fn kind_name(kind: Kind) -> &'static str {
+fn kind_name(kind: LocalReplyKind) -> &'static str {
     match kind {
-        Kind::DeadlineExceeded => "deadline exceeded",
-        Kind::DeadlineSpent => "deadline spent",
-        Kind::RequestTimeout => "request timeout",
-        Kind::PerTryTimeout => "try timeout",
-        Kind::QueueFull => "queue full",
-        Kind::QueueTimeout => "queue timeout",
-        Kind::ConnectFailed => "connect failed",
-        Kind::UpstreamReset => "reset",
+        LocalReplyKind::DeadlineExceeded => "deadline exceeded",
+        LocalReplyKind::DeadlineSpent => "deadline spent",
+        LocalReplyKind::RequestTimeout => "request timeout",
+        LocalReplyKind::PerTryTimeout => "try timeout",
+        LocalReplyKind::QueueFull => "queue full",
+        LocalReplyKind::QueueTimeout => "queue timeout",
+        LocalReplyKind::ConnectFailed => "connect failed",
+        LocalReplyKind::UpstreamReset => "reset",
         _ => "refused otherwise",
     }
 }
 
 /// The answer in the place of a callee's.
-fn refusal(kind: Kind, grpc: bool) -> Answer {
-    let refusal = Refusal::plain(kind, "");
+fn refusal(kind: LocalReplyKind, grpc: bool) -> Answer {
+    let refusal = LocalReply::plain(kind, "");
     let status = refusal.status().as_u16();
     let busy = (status == 503).then_some(Pushback::Wait(ms(1000)));
     match grpc {

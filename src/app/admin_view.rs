@@ -1,0 +1,234 @@
+//! What the admin door shows of the process.
+
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use jiff::Timestamp;
+use serde_json::{Map, Number, Value, json};
+use tokio::time::Instant;
+
+use crate::admin::{ListenerView, PolicyError, ProcessView, State, StatusView};
+use crate::app::Shared;
+use crate::policy::explain::{self, Row};
+use crate::policy::model::{AccessLog, Destination, Listener, ListenerTarget, LogFormat, LogMode, Route};
+use crate::policy::snapshot::Snapshot;
+use crate::problems::Sourced;
+use crate::rules::duration;
+use crate::rules::mode::RuleName;
+use crate::runtime::drain::DrainPhase;
+
+/// The view from the admin door; holds nothing alive.
+pub(super) struct AdminView(Weak<Shared>);
+
+impl AdminView {
+    /// A view into a running process.
+    pub(super) fn new(shared: &Arc<Shared>) -> Self {
+        Self(Arc::downgrade(shared))
+    }
+}
+
+const GONE: &str = "shutting down";
+
+impl ProcessView for AdminView {
+    fn ready(&self) -> Result<(), Vec<String>> {
+        let shared = self.0.upgrade().ok_or_else(|| vec![GONE.to_owned()])?;
+        match shared.drain.phase() {
+            DrainPhase::Serving => Ok(()),
+            DrainPhase::Leaving | DrainPhase::Closing | DrainPhase::Over => Err(vec!["draining".to_owned()]),
+        }
+    }
+
+    fn policy_json(&self) -> String {
+        let Some(shared) = self.0.upgrade() else { return json!({ "error": GONE }).to_string() };
+        let policy = shared.policy.load();
+        let shown = |error: &Mutex<Option<PolicyError>>| -> Option<Value> {
+            let error = error.lock().unwrap_or_else(PoisonError::into_inner).clone()?;
+            Some(json!({ "message": error.message, "at": shared.telemetry.wall(error.at).to_string() }))
+        };
+        let mut document = document(&policy, shared.telemetry.wall(Instant::now()));
+        document["lastError"] = shown(&shared.last_error).into();
+        document["certificateError"] = shown(&shared.certificate_error).into();
+        format!("{document:#}\n")
+    }
+
+    fn begin_drain(&self) {
+        if let Some(shared) = self.0.upgrade() {
+            shared.leave();
+        }
+    }
+
+    fn status(&self) -> StatusView {
+        let Some(shared) = self.0.upgrade() else {
+            return StatusView {
+                service: String::new(),
+                state: State::Draining,
+                policy_path: String::new(),
+                last_error: None,
+                listeners: Vec::new(),
+            };
+        };
+        let policy = shared.policy.load();
+        let addresses = shared.listeners().addresses();
+        let path = shared.settings.policy.as_ref().map(|followed| &followed.path);
+        StatusView {
+            service: policy.service.to_string(),
+            state: match shared.drain.phase() {
+                DrainPhase::Serving => State::Ready,
+                DrainPhase::Leaving | DrainPhase::Closing | DrainPhase::Over => State::Draining,
+            },
+            policy_path: path.map_or_else(String::new, |path| path.display().to_string()),
+            last_error: shared.last_error.lock().unwrap_or_else(PoisonError::into_inner).clone(),
+            listeners: policy
+                .listeners
+                .iter()
+                .map(|listener| ListenerView {
+                    name: listener.name.clone(),
+                    address: addresses
+                        .iter()
+                        .find(|(name, _)| *name == listener.name)
+                        .map_or(listener.bind, |(_, address)| *address),
+                    direction: match listener.direction {
+                        crate::policy::model::Direction::Inbound => "inbound",
+                        crate::policy::model::Direction::Outbound => "outbound",
+                    },
+                    to: towards(&policy, listener),
+                    tls: listener.tls.is_some(),
+                })
+                .collect(),
+        }
+    }
+}
+
+fn towards(policy: &Snapshot, listener: &Listener) -> Option<String> {
+    match listener.target {
+        ListenerTarget::To(position) => policy.destinations.get(position).map(|one| one.values.name.clone()),
+        ListenerTarget::Forward => None,
+    }
+}
+
+/// The policy in force: every effective value with the line that it comes from.
+fn document(policy: &Snapshot, now: Timestamp) -> Value {
+    let modes = RuleName::ALL.into_iter().map(|rule| {
+        let mode = policy.model.modes.of(rule);
+        (rule.key().to_owned(), set(mode, |mode| mode.as_str().into()))
+    });
+    json!({
+        "hash": policy.hash,
+        "loaded": policy.loaded.to_string(),
+        "files": policy.model.files.iter().map(|file| &**file).collect::<Vec<_>>(),
+        "service": &*policy.service,
+        "accessLog": access_log(&policy.model.access_log),
+        "rules": modes.collect::<Map<_, _>>(),
+        "listeners": policy.listeners.iter().map(|one| listener(policy, one)).collect::<Vec<_>>(),
+        "destinations": policy.destinations.iter().map(|one| {
+            let addresses = one.cluster.addresses();
+            let mut shown = destination(&one.values, now);
+            shown["addresses"] = addresses.list.iter().map(|address| address.socket.to_string()).collect();
+            shown["problem"] = addresses.problem.clone().into();
+            shown["inFlight"] = one.concurrency.in_flight().into();
+            shown
+        }).collect::<Vec<_>>(),
+    })
+}
+
+fn listener(policy: &Snapshot, one: &Listener) -> Value {
+    json!({
+        "name": one.name,
+        "bind": one.bind.to_string(),
+        "to": towards(policy, one),
+        "forward": one.target == ListenerTarget::Forward,
+        "direction": one.direction.to_string(),
+        "tls": one.tls.is_some(),
+        "timeouts": { "headers": time(&one.headers_timeout), "idle": time(&one.idle) },
+        "maxHeaderSize": set(&one.max_header_size, |bytes| (*bytes).into()),
+    })
+}
+
+fn access_log(log: &AccessLog) -> Value {
+    let mode = match log.mode {
+        LogMode::Off => "off",
+        LogMode::Errors => "errors",
+        LogMode::All => "all",
+        LogMode::Sampled => "sampled",
+    };
+    let format = match log.format {
+        LogFormat::Json => "json",
+        LogFormat::Text => "text",
+    };
+    json!({ "mode": mode, "format": format, "ratio": (log.mode == LogMode::Sampled).then_some(log.ratio) })
+}
+
+fn destination(one: &Destination, now: Timestamp) -> Value {
+    // The implicit one, which has what the destination says.
+    let below = one.routes.last();
+    let routes = one.routes.iter().map(|route| self::route(route, below, now));
+    let mut shown = json!({
+        "name": one.name,
+        "hosts": one.hosts.iter().map(ToString::to_string).collect::<Vec<_>>(),
+        "endpoints": one.endpoints.iter().map(ToString::to_string).collect::<Vec<_>>(),
+        "protocol": one.protocol.to_string(),
+        "tls": one.tls.is_some(),
+        "limits": {
+            "inFlight": set(&one.limits.in_flight, |count| (*count).into()),
+            "queue": set(&one.limits.queue, |count| (*count).into()),
+            "queueTimeout": time(&one.limits.queue_timeout),
+        },
+        "connections": {
+            "idle": time(&one.connections.idle),
+            "maxIdle": set(&one.connections.max_idle, |count| (*count).into()),
+        },
+        "routes": routes.collect::<Vec<_>>(),
+    });
+    for (rule, rows) in explain::rules_of_destination(one) {
+        shown[rule] = values(rule, &rows);
+    }
+    shown
+}
+
+/// What a route says, and of the rules only those in which it is not like the route `below`: there may be thousands.
+fn route(one: &Route, below: Option<&Route>, now: Timestamp) -> Value {
+    let limits = &one.timeouts;
+    let mut shown = json!({
+        "name": one.name,
+        "match": one.matches.to_string(),
+        "stream": one.stream,
+        "from": one.origin.to_string(),
+        "timeouts": {
+            "connect": time(&limits.connect),
+            "request": time(&limits.request),
+            "perTry": limits.per_try.as_ref().map(time),
+            "idle": time(&limits.idle),
+            "maxDuration": time(&limits.max_duration),
+        },
+    });
+    let below = below.filter(|below| !std::ptr::eq(*below, one));
+    for (rule, rows) in explain::rules_of_route(one, below, now) {
+        shown[rule] = values(rule, &rows);
+    }
+    shown
+}
+
+/// A rule's values as `explain` shows them, without its own name before theirs; a row for the rule as a whole stands alone.
+fn values(rule: &str, rows: &[Row]) -> Value {
+    let shown = |row: &Row| {
+        let number = serde_json::from_str::<Number>(&row.value);
+        json!({ "value": number.map_or_else(|_| row.value.as_str().into(), Value::Number), "from": row.origin })
+    };
+    match rows {
+        [whole] if whole.name == rule => shown(whole),
+        _ => rows
+            .iter()
+            .map(|row| {
+                (row.name.strip_prefix(rule).unwrap_or(&row.name).trim_start_matches('.').to_owned(), shown(row))
+            })
+            .collect::<Map<_, _>>()
+            .into(),
+    }
+}
+
+fn time(value: &Sourced<std::time::Duration>) -> Value {
+    set(value, |time| duration::format(*time).into())
+}
+
+fn set<T>(value: &Sourced<T>, show: impl Fn(&T) -> Value) -> Value {
+    json!({ "value": show(&value.value), "from": value.origin.to_string() })
+}

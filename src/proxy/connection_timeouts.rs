@@ -1,0 +1,189 @@
+//! Watches a caller's connection for what no exchange sees: heads that come too slowly, silence between requests,
+//! and callers that stop reading their answer.
+//!
+//! The usual request arrives in one piece and is answered at once; for it no timer is set at all.
+
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::net::flow::Flow;
+use crate::net::io::Activity;
+use crate::problems::Sourced;
+use crate::proxy::downstream::DownstreamConnection;
+use crate::proxy::local_reply::{LocalReply, LocalReplyKind};
+use crate::proxy::worker_context::WorkerContext;
+use crate::runtime::timer::{Timer, Timers};
+
+/// How a connection came to its end.
+pub enum ConnectionEnd {
+    /// hyper is done with it.
+    Over(hyper::Result<()>),
+    /// A head did not come in time.
+    SlowHead {
+        /// What the caller is told.
+        refusal: LocalReply,
+        /// When its first byte came.
+        since: Instant,
+    },
+    /// No request for too long.
+    Silent,
+    /// The caller did not take its answer.
+    Cut,
+}
+
+enum State {
+    /// An exchange is under way, and has time limits of its own.
+    Busy,
+    /// No byte of the next request has come; so many reads had been made when that began.
+    Idle { since: Instant, reads: u64 },
+    /// Some bytes of a head have come.
+    Head { since: Instant },
+    /// It is to end; since then so many reads and writes had been made.
+    Ending { since: Instant, moved: u64 },
+}
+
+/// A connection over HTTP/2 that is to end, and on which nothing moves for so long, has a caller that will not answer.
+const STALLED: Duration = Duration::from_secs(2);
+
+/// The watch over one connection.
+pub struct ConnectionTimeouts {
+    activity: Arc<Activity>,
+    /// The listener's limit when the connection began, in bytes.
+    pub max_header_size: usize,
+    headers: Sourced<Duration>,
+    idle: Duration,
+    state: State,
+    /// Exchanges that were over when it last looked.
+    finished: u64,
+    timer: Timer,
+    rings: Instant,
+}
+
+impl ConnectionTimeouts {
+    /// Begins when the first bytes are there.
+    pub fn new(worker: &WorkerContext, caller: &DownstreamConnection, activity: Arc<Activity>) -> Self {
+        let now = Instant::now();
+        let view = worker.view();
+        let values = caller.listener.values_in(&view.policy);
+        let headers = values.headers_timeout.clone();
+        let rings = now + headers.value;
+        Self {
+            activity,
+            idle: values.idle.value,
+            max_header_size: values.max_header_size.value as usize,
+            state: State::Head { since: now },
+            finished: 0,
+            timer: worker.timers.at(rings),
+            rings,
+            headers,
+        }
+    }
+
+    /// Looks after an HTTP/1 connection that hyper is waiting on.
+    pub fn poll(&mut self, cx: &mut Context<'_>, caller: &DownstreamConnection) -> Poll<ConnectionEnd> {
+        if caller.is_busy() {
+            self.state = State::Busy;
+            let Some(flow) = caller.newest() else { return Poll::Pending };
+            let Some(at) = flow.cut_time() else { return Poll::Pending };
+            return match self.ring(cx, at) {
+                Poll::Ready(()) => {
+                    flow.cut();
+                    Poll::Ready(ConnectionEnd::Cut)
+                }
+                Poll::Pending => Poll::Pending,
+            };
+        }
+        self.next_state(caller);
+        match self.state {
+            State::Busy | State::Ending { .. } => Poll::Pending,
+            State::Idle { since, .. } => self.ring(cx, since + self.idle).map(|()| ConnectionEnd::Silent),
+            State::Head { since } => self.ring(cx, since + self.headers.value).map(|()| {
+                let detail = "the head of a request did not come in time";
+                let refusal =
+                    LocalReply::timed(LocalReplyKind::CallerTimeout, "timeouts.headers", &self.headers, detail);
+                ConnectionEnd::SlowHead { refusal, since }
+            }),
+        }
+    }
+
+    /// Ready when an HTTP/2 connection has had no stream for too long.
+    pub fn poll_silence(&mut self, cx: &mut Context<'_>, caller: &DownstreamConnection) -> Poll<()> {
+        match (caller.is_busy(), &self.state) {
+            (true, _) => {
+                self.state = State::Busy;
+                Poll::Pending
+            }
+            (false, State::Idle { since, .. }) => {
+                let at = *since + self.idle;
+                self.ring(cx, at)
+            }
+            (false, State::Busy | State::Head { .. } | State::Ending { .. }) => {
+                let since = Instant::now();
+                self.state = State::Idle { since, reads: 0 };
+                self.ring(cx, since + self.idle)
+            }
+        }
+    }
+
+    /// Ready when an HTTP/2 connection that was told to end has no stream, and nothing moves on it any more: the end that
+    /// both sides agree on waits for the caller to answer.
+    pub fn poll_stalled(&mut self, cx: &mut Context<'_>, caller: &DownstreamConnection) -> Poll<()> {
+        let moved = self.activity.total();
+        let since = match self.state {
+            State::Ending { since, moved: before } if before == moved && !caller.is_busy() => since,
+            _ => Instant::now(),
+        };
+        self.state = State::Ending { since, moved };
+        if caller.is_busy() { Poll::Pending } else { self.ring(cx, since + STALLED) }
+    }
+
+    fn next_state(&mut self, caller: &DownstreamConnection) {
+        let reads = self.activity.reads();
+        // One that began and ended between two looks was never seen as busy.
+        let was_busy = std::mem::replace(&mut self.finished, caller.finished()) != caller.finished();
+        if was_busy {
+            self.state = State::Busy;
+        }
+        self.state = match self.state {
+            State::Busy => State::Idle { since: caller.over_at().unwrap_or_else(Instant::now), reads },
+            State::Idle { reads: before, .. } if reads != before => State::Head { since: Instant::now() },
+            State::Idle { since, reads } => State::Idle { since, reads },
+            State::Head { since } => State::Head { since },
+            State::Ending { since, moved } => State::Ending { since, moved },
+        };
+    }
+
+    /// Ready at `at`. A timer that rings earlier is left alone and set on when it has rung.
+    fn ring(&mut self, cx: &mut Context<'_>, at: Instant) -> Poll<()> {
+        if at < self.rings {
+            self.rings = at;
+            self.timer.set(at);
+        }
+        while self.timer.poll(cx).is_ready() {
+            if Instant::now() >= at {
+                return Poll::Ready(());
+            }
+            self.rings = at;
+            self.timer.set(at);
+        }
+        Poll::Pending
+    }
+
+    /// Ready when the answer of one HTTP/2 stream is under way and its caller has not taken it in time.
+    pub fn poll_cut(cx: &mut Context<'_>, flow: &Rc<Flow>, timers: &Timers, timer: &mut Option<Timer>) -> Poll<()> {
+        let Some(at) = flow.cut_time() else { return Poll::Pending };
+        let timer = timer.get_or_insert_with(|| timers.at(at));
+        timer.set(at);
+        match timer.poll(cx) {
+            Poll::Ready(()) => {
+                flow.cut();
+                Poll::Ready(())
+            }
+            Poll::Pending => Poll::Pending,
+        }
+    }
+}

@@ -1,0 +1,172 @@
+//! One caller's connection, as the exchanges on it see it, and the door that it came through.
+
+use std::cell::{Cell, RefCell};
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::rc::Rc;
+
+use tokio::time::Instant;
+
+use crate::net::flow::Flow;
+use crate::net::io::Io;
+use crate::policy::model::Listener;
+use crate::policy::snapshot::Snapshot;
+use crate::proxy::headers::Via;
+use crate::proxy::local_reply::{LocalReply, LocalReplyKind};
+use crate::runtime::drain::{ConnectionTracker, DrainPhase};
+use crate::runtime::waker::InlineWaker;
+
+/// A listener as one worker has it open.
+pub struct ActiveListener {
+    /// Its values when it was opened. What may change later is read from the policy of each connection and request.
+    pub values: Listener,
+    /// What it writes into `Via`.
+    pub via: Via,
+    /// The connections that came through it, which are sent elsewhere when it closes.
+    pub connections: ConnectionTracker,
+}
+
+impl ActiveListener {
+    /// A listener that has just been opened.
+    pub fn new(values: Listener, via: Via) -> Self {
+        Self { values, via, connections: ConnectionTracker::default() }
+    }
+
+    /// The listener's values in `policy`. Where that has another listener on the same address now, a request on an old
+    /// connection is treated as if it had come on a new one: its caller cannot know that the name has changed.
+    ///
+    /// # Errors
+    /// If that policy does not have it any more: its last connections end.
+    pub fn listener<'a>(&self, policy: &'a Snapshot) -> Result<&'a Listener, LocalReply> {
+        let here = |one: &&Listener| one.bind == self.values.bind;
+        let same = |one: &&Listener| here(one) && one.name == self.values.name;
+        // Port 0 is another address each time; and who came with TLS must not be led on where there is none.
+        let successor =
+            |one: &&Listener| here(one) && one.bind.port() != 0 && one.tls.is_some() == self.values.tls.is_some();
+        let all = &policy.listeners;
+        all.iter().find(same).or_else(|| all.iter().find(successor)).ok_or_else(|| {
+            LocalReply::plain(LocalReplyKind::Draining, "the policy does not have this listener any more")
+        })
+    }
+
+    /// The values that hold for a connection in `policy`; those of the opening where that does not have it any more.
+    pub fn values_in<'a>(&'a self, policy: &'a Snapshot) -> &'a Listener {
+        self.listener(policy).unwrap_or(&self.values)
+    }
+
+    /// Tells its connections to go elsewhere: HTTP/2 at once, HTTP/1 with the next answer. None is cut.
+    pub fn close(&self) {
+        self.connections.advance(DrainPhase::Leaving);
+    }
+
+    /// True once its connections are told to go elsewhere.
+    pub fn is_closed(&self) -> bool {
+        self.connections.phase() >= DrainPhase::Leaving
+    }
+}
+
+/// What goes on with the caller's stream when its HTTP part is over.
+pub type StreamHandler = Box<dyn FnOnce(Io) -> Pin<Box<dyn Future<Output = ()>>>>;
+
+/// One caller's connection.
+pub struct DownstreamConnection {
+    /// Where it came in.
+    pub listener: Rc<ActiveListener>,
+    /// Who called.
+    pub peer: SocketAddr,
+    begun: Cell<u64>,
+    over: Cell<u64>,
+    over_at: Cell<Option<Instant>>,
+    waker: Option<Rc<InlineWaker>>,
+    newest: RefCell<Option<Rc<Flow>>>,
+    is_unframed: Cell<bool>,
+    handoff: RefCell<Option<StreamHandler>>,
+}
+
+impl DownstreamConnection {
+    /// A connection without an exchange. With `one_task`, all its exchanges run in the task of the connection.
+    pub fn new(listener: Rc<ActiveListener>, peer: SocketAddr, one_task: bool) -> Rc<Self> {
+        Rc::new(Self {
+            listener,
+            peer,
+            begun: Cell::new(0),
+            over: Cell::new(0),
+            over_at: Cell::new(None),
+            waker: one_task.then(Rc::default),
+            newest: RefCell::new(None),
+            is_unframed: Cell::new(false),
+            handoff: RefCell::new(None),
+        })
+    }
+
+    /// True if its exchanges are streams side by side, each with a task of its own.
+    pub fn has_streams(&self) -> bool {
+        self.waker.is_none()
+    }
+
+    /// The quiet waker of the task that an exchange runs in.
+    pub fn waker(&self) -> Rc<InlineWaker> {
+        self.waker.as_ref().map_or_else(Rc::default, Rc::clone)
+    }
+
+    /// Notes an exchange that begins.
+    pub fn begin(&self) {
+        self.begun.set(self.begun.get() + 1);
+    }
+
+    /// Notes an exchange that is over.
+    pub fn finish(&self, at: Instant) {
+        self.over.set(self.over.get() + 1);
+        self.over_at.set(Some(at));
+    }
+
+    /// How many exchanges are over.
+    pub fn finished(&self) -> u64 {
+        self.over.get()
+    }
+
+    /// When the last exchange was over.
+    pub fn over_at(&self) -> Option<Instant> {
+        self.over_at.get()
+    }
+
+    /// True while an exchange is under way.
+    pub fn is_busy(&self) -> bool {
+        self.begun.get() > self.over.get()
+    }
+
+    /// Keeps the flow of the exchange that begins now; over HTTP/1 it is the only one.
+    pub fn keep(&self, flow: Rc<Flow>) {
+        *self.newest.borrow_mut() = Some(flow);
+    }
+
+    /// The flow of the exchange that began last.
+    pub fn newest(&self) -> Option<Rc<Flow>> {
+        self.newest.borrow().clone()
+    }
+
+    /// Takes that flow away.
+    pub fn take_newest(&self) -> Option<Rc<Flow>> {
+        self.newest.borrow_mut().take()
+    }
+
+    /// Notes that the answer under way ends with its connection, and by nothing else.
+    pub fn end_with_connection(&self) {
+        self.is_unframed.set(true);
+    }
+
+    /// True if the caller would take a body that is cut for a whole one.
+    pub fn is_unframed(&self) -> bool {
+        self.is_unframed.get()
+    }
+
+    /// Leaves what is to go on with this connection's stream once its HTTP part is over.
+    pub fn hand_off(&self, joining: StreamHandler) {
+        *self.handoff.borrow_mut() = Some(joining);
+    }
+
+    /// What was left.
+    pub fn take_handoff(&self) -> Option<StreamHandler> {
+        self.handoff.borrow_mut().take()
+    }
+}

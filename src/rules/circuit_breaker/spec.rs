@@ -1,0 +1,303 @@
+//! The circuit breaker of a destination: when it opens, for how long, and how it is tried again.
+//!
+//! The shape, the check and the checked value; the state machine is a file of its own, shared with `ejection`.
+
+use std::hash::{Hash, Hasher};
+use std::time::Duration;
+
+use schemars::JsonSchema;
+use serde::Deserialize;
+
+use super::{RateThreshold, Thresholds};
+use crate::problems::{Cursor, Origin, Sourced};
+use crate::rules::count::Count;
+use crate::rules::duration::{self, DurationSpec};
+use crate::rules::ratio::Ratio;
+use crate::rules::toggle::{Toggle, ToggleKeys};
+
+/// `circuitBreaker:` of `defaults` or of a destination, where it is not `off`.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase", expecting = "a mapping of breaker values")]
+pub struct CircuitBreakerSpec {
+    /// So many failures one after the other open it. Default 5.
+    pub consecutive_failures: Option<Count<1>>,
+    /// The share of failures among the calls of the window that opens it. Default 0.5.
+    pub failure_rate: Option<Ratio>,
+    /// The time over which the share is taken; it slides. Default 10s.
+    pub window: Option<DurationSpec>,
+    /// With fewer calls in the window the share says nothing. Default 20.
+    pub min_requests: Option<Count<1>>,
+    /// How long it stays open the first time; half to the whole of it, by chance. Default 250ms.
+    pub open_for: Option<DurationSpec>,
+    /// The longest time open: each opening in a row doubles the one before, up to this. Default 1s.
+    pub open_for_max: Option<DurationSpec>,
+    /// Calls let through at once to find out whether the destination is back. Default 3.
+    pub probes: Option<Count<1>>,
+}
+
+impl ToggleKeys for CircuitBreakerSpec {
+    const KEYS: &'static [&'static str] =
+        &["consecutiveFailures", "failureRate", "window", "minRequests", "openFor", "openForMax", "probes"];
+}
+
+/// The circuit breaker of a destination.
+#[derive(Debug, Clone, PartialEq)]
+pub struct CircuitBreaker {
+    /// Whether there is one at all.
+    pub on: Sourced<bool>,
+    /// So many failures one after the other open it; at least 1.
+    pub consecutive_failures: Sourced<u32>,
+    /// The share of failures that opens it; above 0, up to 1.
+    pub failure_rate: Sourced<f64>,
+    /// The time over which the share is taken.
+    pub window: Sourced<Duration>,
+    /// With fewer calls in the window the share says nothing; at least 1.
+    pub min_requests: Sourced<u32>,
+    /// The longest that the first opening lasts; never longer than `open_for_max`.
+    pub open_for: Sourced<Duration>,
+    /// The longest that any opening lasts.
+    pub open_for_max: Sourced<Duration>,
+    /// Calls let through at once while half-open; at least 1.
+    pub probes: Sourced<u32>,
+}
+
+impl Hash for CircuitBreaker {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        let Self { on, consecutive_failures, failure_rate, window, min_requests, open_for, open_for_max, probes } =
+            self;
+        (on, consecutive_failures, failure_rate.value.to_bits(), window).hash(state);
+        (min_requests, open_for, open_for_max, probes).hash(state);
+    }
+}
+
+impl CircuitBreaker {
+    /// What holds where no policy says otherwise.
+    pub const fn built_in() -> Self {
+        Self {
+            on: Sourced::built_in(true),
+            consecutive_failures: Sourced::built_in(5),
+            failure_rate: Sourced::built_in(0.5),
+            window: Sourced::built_in(Duration::from_secs(10)),
+            min_requests: Sourced::built_in(20),
+            open_for: Sourced::built_in(Duration::from_millis(250)),
+            open_for_max: Sourced::built_in(Duration::from_secs(1)),
+            probes: Sourced::built_in(3),
+        }
+    }
+
+    /// The values as the state machine takes them; None when it is off.
+    pub fn thresholds(&self) -> Option<Thresholds> {
+        self.on.value.then_some(Thresholds {
+            consecutive_failures: self.consecutive_failures.value,
+            rate: Some(RateThreshold {
+                share: self.failure_rate.value,
+                window: self.window.value,
+                min_requests: self.min_requests.value,
+            }),
+            open_for: self.open_for.value,
+            open_for_max: self.open_for_max.value,
+            probes: self.probes.value,
+        })
+    }
+}
+
+impl Toggle<CircuitBreakerSpec> {
+    /// Lays this layer over another. Reports a first opening that is longer than the longest.
+    pub fn check(&self, base: &CircuitBreaker, at: &Cursor<'_>) -> CircuitBreaker {
+        let Self::On(spec) = self else {
+            return CircuitBreaker { on: at.set(false), ..base.clone() };
+        };
+        let count = |key: &str, spec: Option<Count<1>>, below: &Sourced<u32>| {
+            spec.map_or_else(|| below.clone(), |count| at.key(key).set(count.0))
+        };
+        let (open_for, open_for_max) =
+            check_open_times((spec.open_for, spec.open_for_max), (&base.open_for, &base.open_for_max), at);
+        CircuitBreaker {
+            on: at.set(true),
+            consecutive_failures: count("consecutiveFailures", spec.consecutive_failures, &base.consecutive_failures),
+            failure_rate: spec
+                .failure_rate
+                .map_or_else(|| base.failure_rate.clone(), |ratio| at.key("failureRate").set(ratio.0)),
+            window: spec.window.map_or_else(|| base.window.clone(), |span| at.key("window").set(span.0)),
+            min_requests: count("minRequests", spec.min_requests, &base.min_requests),
+            open_for,
+            open_for_max,
+            probes: count("probes", spec.probes, &base.probes),
+        }
+    }
+}
+
+/// `openFor` and `openForMax` of a layer over those of the layer below.
+///
+/// A built-in value gives way to one that was written, and stays built in: a layer above is not told about what nobody
+/// wrote. Two written ones that contradict each other
+/// are reported.
+pub(in crate::rules) fn check_open_times(
+    (first, longest): (Option<DurationSpec>, Option<DurationSpec>),
+    below: (&Sourced<Duration>, &Sourced<Duration>),
+    at: &Cursor<'_>,
+) -> (Sourced<Duration>, Sourced<Duration>) {
+    let mut open_for = first.map_or_else(|| below.0.clone(), |span| at.key("openFor").set(span.0));
+    let mut open_for_max = longest.map_or_else(|| below.1.clone(), |span| at.key("openForMax").set(span.0));
+    if open_for.value <= open_for_max.value {
+        return (open_for, open_for_max);
+    }
+    let (long, short) = (duration::format(open_for.value), duration::format(open_for_max.value));
+    if open_for_max.origin == Origin::BuiltIn {
+        open_for_max.value = open_for.value;
+    } else if open_for.origin == Origin::BuiltIn {
+        open_for.value = open_for_max.value;
+    } else if first.is_some() {
+        let message = format!("`openFor` {long} is longer than `openForMax` {short} ({})", open_for_max.origin);
+        at.key("openFor").report(message, format!("at most {short}, or a longer `openForMax`"));
+    } else if longest.is_some() {
+        let message = format!("`openForMax` {short} is shorter than `openFor` {long} ({})", open_for.origin);
+        at.key("openForMax").report(message, format!("at least {long}, or a shorter `openFor` here"));
+    }
+    (open_for, open_for_max)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::problems::{ChildNode, DocumentNode, Position, Problems};
+    use serde::de::{Deserializer, Visitor};
+    use std::cell::RefCell;
+    use std::sync::Arc;
+
+    /// A mapping whose keys are all there, in line 7.
+    struct Anything(Position);
+
+    impl DocumentNode for Anything {
+        fn entry(&self, _: &str) -> Option<ChildNode<'_>> {
+            Some(ChildNode { key: Some(&self.0), index: 0, spot: self })
+        }
+        fn item(&self, _: usize) -> Option<ChildNode<'_>> {
+            None
+        }
+        fn size(&self) -> usize {
+            0
+        }
+        fn place(&self) -> &Position {
+            &self.0
+        }
+        fn is_scalar(&self) -> bool {
+            false
+        }
+    }
+
+    /// Offers what it has, as the reader of policies does; serde_json insists on a mapping where a struct is asked for.
+    struct Offer(serde_json::Value);
+
+    impl<'de> Deserializer<'de> for Offer {
+        type Error = serde_json::Error;
+
+        fn deserialize_any<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Self::Error> {
+            self.0.deserialize_any(visitor)
+        }
+
+        serde::forward_to_deserialize_any! {
+            bool i8 i16 i32 i64 u8 u16 u32 u64 f32 f64 char str string bytes byte_buf option unit unit_struct
+            newtype_struct seq tuple tuple_struct map struct enum identifier ignored_any
+        }
+    }
+
+    fn checked(json: serde_json::Value, base: &CircuitBreaker) -> (CircuitBreaker, Vec<String>) {
+        let spec: Toggle<CircuitBreakerSpec> = Deserialize::deserialize(Offer(json)).unwrap();
+        let (file, spot) = (Arc::from("p.yaml"), Anything(Position { span: 0..1, line: 7, column: 1 }));
+        let problems = RefCell::new(Problems::default());
+        let breaker = spec.check(base, &Cursor::root(&file, &spot, &problems));
+        let messages = problems.borrow().iter().map(|p| format!("{}: {} / {:?}", p.path, p.message, p.hint)).collect();
+        (breaker, messages)
+    }
+
+    #[test]
+    fn off_switches_it_off_and_a_mapping_above_switches_it_on_again() {
+        let base = CircuitBreaker::built_in();
+        let (off, problems) = checked(serde_json::json!("off"), &base);
+        assert!(problems.is_empty() && off.thresholds().is_none());
+        assert_eq!(off.on.origin.to_string(), "p.yaml:7");
+        let (on, _) = checked(serde_json::json!({}), &off);
+        assert_eq!(on, base);
+        let (on, _) = checked(serde_json::json!({ "probes": 1, "failureRate": 1 }), &off);
+        let thresholds = on.thresholds().unwrap();
+        assert_eq!((thresholds.probes, thresholds.consecutive_failures), (1, 5));
+        assert_eq!(thresholds.rate.unwrap().share, 1.0);
+    }
+
+    #[test]
+    fn false_is_what_some_tools_make_of_off() {
+        assert!(checked(serde_json::json!(false), &CircuitBreaker::built_in()).0.thresholds().is_none());
+    }
+
+    #[test]
+    fn anything_else_is_refused_with_what_to_write() {
+        for (json, wanted) in [
+            (serde_json::json!("on"), "`off`, or a mapping"),
+            (serde_json::json!(true), "`{}` switches it on"),
+            (serde_json::json!(3), "write `{ consecutiveFailures: 3 }`"),
+            (serde_json::json!(0), "`{}` switches it on"),
+            (serde_json::json!("none"), "write `off`"),
+            (serde_json::json!({ "failureRate": 0 }), "above 0 and up to 1"),
+            (serde_json::json!({ "failureRate": 1.01 }), "above 0 and up to 1"),
+            (serde_json::json!({ "probes": 0 }), "whole number from 1"),
+            (serde_json::json!({ "openfor": "1s" }), "unknown field"),
+        ] {
+            let error = Toggle::<CircuitBreakerSpec>::deserialize(Offer(json.clone())).unwrap_err().to_string();
+            assert!(error.contains(wanted), "{json}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_first_opening_longer_than_the_longest_is_reported_where_it_was_made_so() {
+        let base = CircuitBreaker::built_in();
+        let (both, problems) = checked(serde_json::json!({ "openFor": "2s", "openForMax": "1s" }), &base);
+        assert_eq!(problems.len(), 1, "{problems:?}");
+        assert!(problems[0].starts_with("openFor: `openFor` 2s is longer than `openForMax` 1s (p.yaml:7)"));
+        assert!(problems[0].contains("at most 1s"), "{problems:?}");
+        let (low, problems) = checked(serde_json::json!({ "openFor": "2s", "openForMax": "3s" }), &both);
+        assert!(problems.is_empty());
+        let (_, problems) = checked(serde_json::json!({ "openForMax": "1s" }), &low);
+        assert!(problems[0].starts_with("openForMax: `openForMax` 1s is shorter"), "{problems:?}");
+        // Said in the layer that made it so, not again in each layer above.
+        let (_, problems) = checked(serde_json::json!({ "probes": 2 }), &both);
+        assert!(problems.is_empty());
+    }
+
+    #[test]
+    fn a_built_in_open_time_gives_way_to_a_written_one() {
+        let base = CircuitBreaker::built_in();
+        let (long, problems) = checked(serde_json::json!({ "openFor": "5s" }), &base);
+        assert!(problems.is_empty());
+        assert_eq!(long.open_for_max.value, Duration::from_secs(5));
+        let (longer, problems) = checked(serde_json::json!({ "openFor": "9s" }), &long);
+        assert!(problems.is_empty());
+        assert_eq!(longer.open_for_max.value, Duration::from_secs(9));
+        let (short, problems) = checked(serde_json::json!({ "openForMax": "100ms" }), &base);
+        assert!(problems.is_empty());
+        assert_eq!(short.open_for.value, Duration::from_millis(100));
+    }
+
+    #[test]
+    fn the_list_of_keys_is_that_of_the_fields() {
+        let schema = schemars::schema_for!(CircuitBreakerSpec).to_value();
+        let mut fields: Vec<_> = schema["properties"].as_object().unwrap().keys().map(String::as_str).collect();
+        let mut keys = CircuitBreakerSpec::KEYS.to_vec();
+        fields.sort_unstable();
+        keys.sort_unstable();
+        assert_eq!(fields, keys);
+    }
+
+    #[test]
+    fn a_changed_rate_changes_the_hash() {
+        let hash = |breaker: &CircuitBreaker| {
+            let mut hasher = std::hash::DefaultHasher::new();
+            breaker.hash(&mut hasher);
+            hasher.finish()
+        };
+        let base = CircuitBreaker::built_in();
+        let (other, _) = checked(serde_json::json!({ "failureRate": 0.4 }), &base);
+        assert_ne!(hash(&base), hash(&other));
+        assert_eq!(hash(&base), hash(&checked(serde_json::json!({}), &base).0));
+    }
+}

@@ -1,0 +1,62 @@
+//! Limits: how many calls a destination gets at once, how many wait, and for how long.
+//!
+//! The shape, the check and the checked value; the gate that keeps the count is a file of its own.
+
+mod concurrency_limit;
+
+use std::time::Duration;
+
+use schemars::JsonSchema;
+use serde::Deserialize;
+
+pub use self::concurrency_limit::{ConcurrencyLimit, ConcurrencyPermit, QueueFull};
+use crate::problems::{Cursor, Sourced};
+use crate::rules::count::Count;
+use crate::rules::duration::DurationSpec;
+
+/// `limits:` of `defaults` or of a destination.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase", expecting = "a mapping of limits")]
+pub struct LimitsSpec {
+    /// Calls in flight at once, over all workers. Default 1024.
+    pub in_flight: Option<Count<1>>,
+    /// Calls that may wait for a place; 0 refuses at once. Default 128.
+    pub queue: Option<Count<0>>,
+    /// How long a call may wait for a place. Default 100ms.
+    pub queue_timeout: Option<DurationSpec>,
+}
+
+/// The limits of a destination.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Limits {
+    /// Calls in flight at once, over all workers; at least 1.
+    pub in_flight: Sourced<u32>,
+    /// Calls that may wait for a place.
+    pub queue: Sourced<u32>,
+    /// How long a call may wait for a place.
+    pub queue_timeout: Sourced<Duration>,
+}
+
+impl Limits {
+    /// What holds where no policy says otherwise.
+    pub const fn built_in() -> Self {
+        Self {
+            in_flight: Sourced::built_in(1024),
+            queue: Sourced::built_in(128),
+            queue_timeout: Sourced::built_in(Duration::from_millis(100)),
+        }
+    }
+}
+
+impl LimitsSpec {
+    /// Lays this layer over another.
+    pub fn check(&self, base: &Limits, at: &Cursor<'_>) -> Limits {
+        Limits {
+            in_flight: self.in_flight.map_or_else(|| base.in_flight.clone(), |n| at.key("inFlight").set(n.0)),
+            queue: self.queue.map_or_else(|| base.queue.clone(), |n| at.key("queue").set(n.0)),
+            queue_timeout: self
+                .queue_timeout
+                .map_or_else(|| base.queue_timeout.clone(), |span| at.key("queueTimeout").set(span.0)),
+        }
+    }
+}
