@@ -137,7 +137,7 @@ impl Upstream {
     }
 
     /// The same, but what is asked for as `/slow` waits for `gate`.
-    pub(crate) async fn gated(body: &'static str, gate: &ConcurrencyLimit) -> Self {
+    pub(crate) async fn gated(body: &'static str, gate: &Gate) -> Self {
         let gate = gate.clone();
         Self::http1(move |request| {
             let gate = gate.clone();
@@ -152,7 +152,7 @@ impl Upstream {
     }
 
     /// Answers the one request of a connection with these bytes, then closes it when the test lets it.
-    pub(crate) async fn closing(answer: String, gate: &ConcurrencyLimit) -> Self {
+    pub(crate) async fn closing(answer: String, gate: &Gate) -> Self {
         let gate = gate.clone();
         Self::bytes(move |stream| {
             let (gate, answer) = (gate.clone(), answer.clone());
@@ -217,9 +217,9 @@ destinations:
 
 /// Holds up the answers of an upstream until the test lets them go, one by one.
 #[derive(Clone)]
-pub(crate) struct ConcurrencyLimit(Arc<Semaphore>);
+pub(crate) struct Gate(Arc<Semaphore>);
 
-impl ConcurrencyLimit {
+impl Gate {
     pub(crate) fn closed() -> Self {
         Self(Arc::new(Semaphore::new(0)))
     }
