@@ -13,7 +13,7 @@ use tokio::net::TcpStream;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::client::TlsStream;
 
-use crate::support::certificates::{Authority, ClusterIdentity};
+use crate::support::certificates::{Authority, Identity};
 use crate::support::http::{Caller, Http1, Speaks, ask, empty, full, get, raw, request};
 use crate::support::load::Load;
 use crate::support::program::{Program, hopguard};
@@ -22,13 +22,13 @@ use crate::support::wire::Wire;
 use crate::support::{Mesh, eventually};
 
 /// An upstream behind TLS that says which protocol it was spoken to in, and for which name.
-async fn behind_tls(identity: &ClusterIdentity, alpn: &[&str]) -> Upstream {
+async fn behind_tls(identity: &Identity, alpn: &[&str]) -> Upstream {
     let acceptor = identity.acceptor(alpn);
     Upstream::bytes(move |stream| serve(stream, acceptor.clone(), Gate::closed())).await
 }
 
 /// An upstream whose certificate the test changes: a new connection gets the one that it has then.
-async fn renewed(identity: &ClusterIdentity, gate: &Gate) -> (Upstream, Arc<Mutex<TlsAcceptor>>) {
+async fn renewed(identity: &Identity, gate: &Gate) -> (Upstream, Arc<Mutex<TlsAcceptor>>) {
     let acceptor = Arc::new(Mutex::new(identity.acceptor(&["http/1.1"])));
     let (newest, gate) = (Arc::clone(&acceptor), gate.clone());
     let upstream = Upstream::bytes(move |stream| serve(stream, newest.lock().unwrap().clone(), gate.clone())).await;
@@ -103,7 +103,7 @@ async fn an_upstream_agrees_on_the_protocol() {
 }
 
 /// Speaks HTTP/2 where that is agreed on; over HTTP/1.1 it becomes a WebSocket at once.
-async fn switching(identity: &ClusterIdentity) -> Upstream {
+async fn switching(identity: &Identity) -> Upstream {
     let acceptor = identity.acceptor(&["h2", "http/1.1"]);
     Upstream::bytes(move |stream| {
         let acceptor = acceptor.clone();

@@ -20,7 +20,7 @@ static MADE: AtomicUsize = AtomicUsize::new(0);
 pub(crate) struct Authority(CertifiedIssuer<'static, KeyPair>);
 
 /// A certificate with its key, in PEM.
-pub(crate) struct ClusterIdentity {
+pub(crate) struct Identity {
     pub(crate) certificate: String,
     pub(crate) key: String,
 }
@@ -40,11 +40,11 @@ impl Authority {
     }
 
     /// A certificate for a name.
-    pub(crate) fn issue(&self, name: &str) -> ClusterIdentity {
+    pub(crate) fn issue(&self, name: &str) -> Identity {
         let key = KeyPair::generate().unwrap();
         let params = CertificateParams::new(vec![name.to_owned()]).unwrap();
         let certificate = params.signed_by(&key, &self.0).unwrap().pem();
-        ClusterIdentity { certificate, key: key.serialize_pem() }
+        Identity { certificate, key: key.serialize_pem() }
     }
 
     /// Opens a TLS connection whose peer must have a certificate of this authority.
@@ -65,7 +65,7 @@ impl Authority {
     }
 }
 
-impl ClusterIdentity {
+impl Identity {
     /// Writes `tls.crt` and `tls.key`, each at once as a rename.
     pub(crate) fn write(&self, folder: &Path) {
         for (name, text) in [("tls.crt", &self.certificate), ("tls.key", &self.key)] {
