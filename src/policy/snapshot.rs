@@ -6,6 +6,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, OnceLock};
 
+use http::{HeaderMap, Method};
 use jiff::Timestamp;
 use tokio::time::Instant;
 
@@ -32,18 +33,27 @@ pub struct Snapshot {
     /// The listeners; each worker finds its own by name.
     pub listeners: Vec<Listener>,
     /// The destinations, in the order of the model.
-    pub destinations: Vec<Destination>,
+    pub destinations: Vec<CompiledDestination>,
     /// Which destination a host belongs to.
     pub hosts: HostTable,
     /// The checked policy itself, to be shown.
     pub model: Arc<Model>,
-    /// Whether there are callers on both sides of the app, so that an outbound call has an inbound request behind it.
-    pub ties: bool,
+    /// Whether there are listeners on both sides of the app, so that an outbound call has a parent request.
+    pub correlates: bool,
     unrouted: [HopId; 2],
 }
 
+/// A route of a snapshot.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct RouteId {
+    /// The position of the destination in whose `routes` it stands.
+    pub owner: usize,
+    /// Its position there.
+    pub route: usize,
+}
+
 /// One destination, with its live state.
-pub struct Destination {
+pub struct CompiledDestination {
     /// Its checked values.
     pub values: model::Destination,
     /// Its endpoints.
@@ -79,7 +89,7 @@ impl Snapshot {
         mut follow: impl FnMut(&Arc<Cluster>),
     ) -> Result<Self, CertificateError> {
         let service: Arc<str> = model.service.as_deref().unwrap_or(service).into();
-        let before: HashMap<&str, &Destination> = previous
+        let before: HashMap<&str, &CompiledDestination> = previous
             .into_iter()
             .flat_map(|snapshot| &snapshot.destinations)
             .map(|destination| (destination.values.name.as_str(), destination))
@@ -94,7 +104,7 @@ impl Snapshot {
             .destinations
             .iter()
             .map(|values| {
-                Destination::compile(values, &model.modes, before.get(values.name.as_str()).copied(), &mut make)
+                CompiledDestination::compile(values, &model.modes, before.get(values.name.as_str()).copied(), &mut make)
             })
             .collect::<Result<_, _>>()?;
         let unrouted = [Direction::Inbound, Direction::Outbound]
@@ -106,14 +116,14 @@ impl Snapshot {
             listeners: model.listeners.clone(),
             destinations,
             hosts: HostTable::new(&model.destinations),
-            ties: has_both_sides(&model),
+            correlates: has_both_sides(&model),
             model: Arc::new(model),
             unrouted,
         })
     }
 
     /// Tells the live parts that this policy is in force now, and `told` of each endpoint that is taken back by that.
-    pub fn take_effect(&self, now: Instant, mut told: impl FnMut(&Destination, &EjectionMember, &StateChange)) {
+    pub fn take_effect(&self, now: Instant, mut told: impl FnMut(&CompiledDestination, &EjectionMember, &StateChange)) {
         for destination in &self.destinations {
             destination.concurrency.set_limit(destination.values.limits.in_flight.value);
             if let Some((member, change)) = destination.cluster.forget_others(now) {
@@ -127,11 +137,26 @@ impl Snapshot {
         self.unrouted[direction as usize]
     }
 
-    /// The hop of one route's calls in one direction; registered when it is first met.
-    pub fn hop(&self, hops: &Hops, destination: usize, route: usize, direction: Direction) -> HopId {
-        let at = &self.destinations[destination];
-        *at.hops[route][direction as usize].get_or_init(|| {
-            let route: &str = &at.values.routes[route].name;
+    /// The route of a request among those of the destination `owner`: the most specific one that matches.
+    pub fn find_route(&self, owner: usize, method: &Method, path: &str, headers: &HeaderMap) -> RouteId {
+        RouteId { owner, route: self.destinations[owner].index.find(method, path, headers) }
+    }
+
+    /// The values of a route.
+    pub fn route(&self, id: RouteId) -> &model::Route {
+        &self.destinations[id.owner].values.routes[id.route]
+    }
+
+    /// The rate limiter of a route; `None` where the route has no rate limit.
+    pub fn rate_limiter(&self, id: RouteId) -> Option<&Arc<RateLimiter>> {
+        self.destinations[id.owner].limiters[id.route].as_ref()
+    }
+
+    /// The hop of one route's calls in one direction; registered with its first call.
+    pub fn hop(&self, hops: &Hops, id: RouteId, direction: Direction) -> HopId {
+        let at = &self.destinations[id.owner];
+        *at.hops[id.route][direction as usize].get_or_init(|| {
+            let route: &str = &at.values.routes[id.route].name;
             hops.register(HopLabels::new(Arc::clone(&self.service), at.values.name.as_str(), route, label(direction)))
         })
     }
@@ -144,7 +169,7 @@ fn label(direction: Direction) -> telemetry::Direction {
     }
 }
 
-impl Destination {
+impl CompiledDestination {
     fn compile(
         values: &model::Destination,
         modes: &Modes,
@@ -180,7 +205,7 @@ impl Destination {
 }
 
 /// One limiter for each route with a rate limit; one whose limit has not changed goes on counting.
-fn limiters(values: &model::Destination, before: Option<&Destination>) -> Vec<Option<Arc<RateLimiter>>> {
+fn limiters(values: &model::Destination, before: Option<&CompiledDestination>) -> Vec<Option<Arc<RateLimiter>>> {
     let counting: HashMap<&str, _> = before
         .into_iter()
         .flat_map(|before| before.values.routes.iter().zip(&before.limiters))

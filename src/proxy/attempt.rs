@@ -1,6 +1,6 @@
-//! One try at one endpoint: send over the connection that [`select`] found, wait for the head of the answer.
+//! One attempt at one endpoint: sends the request over the connection that [`select`] found, and waits for the response head.
 //!
-//! A request that a pooled connection hands back unsent goes out over the next one: nobody has seen it.
+//! A request that a pooled connection hands back unsent goes out over the next connection: the upstream has not seen it.
 
 use std::future::poll_fn;
 use std::pin::pin;
@@ -10,181 +10,378 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use http::header::{HeaderMap, HeaderName};
-use http::uri::{Authority, PathAndQuery};
-use http::{HeaderValue, Method, Request, Response, Uri, Version, header};
-use http_body::Body;
+use http::{Request, Response, header};
 use tokio::time::Instant;
 
 use crate::net::body::RequestBody;
-use crate::proxy::headers::ATTEMPT_COUNT;
+use crate::proxy::fault_injection::{self, BodyFault, PendingFault};
 use crate::proxy::local_reply::{LocalReply, LocalReplyKind};
+use crate::proxy::outcome::{self, HeldPermit, Permits};
 use crate::proxy::request_context::RequestContext;
-use crate::proxy::timeouts::TimeoutVerdict;
-use crate::proxy::{correlation, fault_injection, outcome, select};
+use crate::proxy::retry::RetryState;
+use crate::proxy::timeouts::{TimeoutVerdict, WaitingFor};
+use crate::proxy::{correlation, select, upstream_request};
 use crate::telemetry::ConnectionUse;
 use crate::upstream::endpoint::Endpoint;
 use crate::upstream::pool::{Lease, Pool, ProtocolPreference, Transport};
 use crate::upstream::response::{SendError, UpstreamBody, UpstreamError};
 use crate::upstream::spec::UpstreamProtocol;
 
-const PREVIOUS_ATTEMPTS: HeaderName = HeaderName::from_static("grpc-previous-rpc-attempts");
-
-/// Connections that may hand a request back unsent before we give up.
+/// Connections that may hand a request back unsent before the attempt fails.
 const UNSENT: usize = 3;
 
 /// How long a caller's body waits for `100 Continue` before it is sent all the same (RFC 9110, 10.1.1); half of
-/// `timeouts.request` if that is shorter.
+/// `timeouts.request` or `timeouts.perTry` where that is shorter.
 const CONTINUE_AFTER: Duration = Duration::from_secs(1);
 
-/// Sends a request and returns the head of its answer; the connection stays in `request_context`.
-///
-/// # Errors
-/// The refusal that the caller gets instead.
-pub async fn send(
-    live: &mut RequestContext,
-    pool: &Rc<Pool>,
-    switching: bool,
-) -> Result<Response<UpstreamBody>, LocalReply> {
-    // Only HTTP/1.1 has a way to switch a whole connection to another protocol.
-    let want = if switching { ProtocolPreference::Http1 } else { want(pool, live.patience.grpc) };
-    live.unsent = true;
-    if !live.route().faults.is_empty() {
-        // Boxed, like everything that few requests meet.
-        if let Some(answer) = Box::pin(faulted(live, pool)).await? {
-            return Ok(answer);
+/// Where an attempt goes: a destination of the policy, and this worker's pool for it.
+#[derive(Clone)]
+pub(super) struct Upstream {
+    /// The destination's position in the policy.
+    pub(super) destination: usize,
+    /// Its pool, or that of the dynamic host that the caller named.
+    pub(super) pool: Rc<Pool>,
+}
+
+/// One attempt: where it goes, what it sends, and what it holds.
+pub(super) struct Attempt {
+    number: u16,
+    upstream: Option<Upstream>,
+    request: Option<Request<RequestBody>>,
+    /// An endpoint that a connection is to be opened to.
+    picked: Option<Rc<Endpoint>>,
+    endpoint: Option<Rc<Endpoint>>,
+    permits: Permits,
+    lease: Option<Lease>,
+    fault: Option<Box<PendingFault>>,
+    began: Instant,
+    is_reused: bool,
+    is_unsent: bool,
+    connection_ended: bool,
+}
+
+impl Attempt {
+    /// No attempt yet.
+    pub(super) fn before_routing(now: Instant) -> Self {
+        Self {
+            number: 0,
+            upstream: None,
+            request: None,
+            picked: None,
+            endpoint: None,
+            permits: Permits::default(),
+            lease: None,
+            fault: None,
+            began: now,
+            is_reused: false,
+            is_unsent: false,
+            connection_ended: false,
         }
     }
+
+    /// Begins the attempt with this number (from 1) at an upstream. Only the request is kept of the attempt before.
+    pub(super) fn begin(&mut self, number: u16, upstream: Upstream) {
+        (self.number, self.upstream) = (number, Some(upstream));
+        self.permits = Permits::default();
+        (self.is_reused, self.is_unsent, self.connection_ended) = (false, false, false);
+        (self.fault, self.picked) = (None, None);
+    }
+
+    /// Sets the permit that the circuit breaker has given.
+    pub(super) fn set_breaker_permit(&mut self, permit: HeldPermit) {
+        self.permits.destination = permit;
+    }
+
+    /// Counted from 1; 0 before the first.
+    pub(super) fn number(&self) -> u16 {
+        self.number
+    }
+
+    /// Where it goes; `None` before routing.
+    pub(super) fn upstream(&self) -> Option<&Upstream> {
+        self.upstream.as_ref()
+    }
+
+    /// The request as it goes out, until a connection has it.
+    pub(super) fn request(&self) -> Option<&Request<RequestBody>> {
+        self.request.as_ref()
+    }
+
+    /// Takes the request for a connection.
+    pub(super) fn take_request(&mut self) -> Option<Request<RequestBody>> {
+        self.request.take()
+    }
+
+    /// Sets the request of the next attempt.
+    pub(super) fn set_request(&mut self, request: Request<RequestBody>) {
+        self.request = Some(request);
+    }
+
+    /// The endpoint that the attempt goes to.
+    pub(super) fn endpoint(&self) -> Option<&Rc<Endpoint>> {
+        self.endpoint.as_ref()
+    }
+
+    /// Takes the endpoint away; the next attempt goes elsewhere.
+    pub(super) fn take_endpoint(&mut self) -> Option<Rc<Endpoint>> {
+        self.endpoint.take()
+    }
+
+    /// Goes to another endpoint; the permit stays that of the one before, to which the result is reported.
+    pub(super) fn keep_endpoint(&mut self, endpoint: &Rc<Endpoint>) {
+        self.endpoint = Some(Rc::clone(endpoint));
+    }
+
+    /// Sets the endpoint, with the permit that it has given.
+    pub(super) fn set_endpoint(&mut self, endpoint: Option<Rc<Endpoint>>, permit: HeldPermit) {
+        (self.endpoint, self.permits.endpoint) = (endpoint, permit);
+    }
+
+    /// Keeps a picked endpoint until a connection to it is opened.
+    pub(super) fn keep_picked(&mut self, endpoint: Option<Rc<Endpoint>>) {
+        self.picked = endpoint;
+    }
+
+    /// Takes the picked endpoint.
+    pub(super) fn take_picked(&mut self) -> Option<Rc<Endpoint>> {
+        self.picked.take()
+    }
+
+    /// The permits whose results are still to be reported.
+    pub(super) fn permits_mut(&mut self) -> &mut Permits {
+        &mut self.permits
+    }
+
+    /// Takes the permits, to report their results.
+    pub(super) fn take_permits(&mut self) -> Permits {
+        std::mem::take(&mut self.permits)
+    }
+
+    /// The upstream connection, from the moment there is one.
+    pub(super) fn lease(&self) -> Option<&Lease> {
+        self.lease.as_ref()
+    }
+
+    /// The same, to drive it.
+    pub(super) fn lease_mut(&mut self) -> Option<&mut Lease> {
+        self.lease.as_mut()
+    }
+
+    /// Takes the connection, to give it back or to close it.
+    pub(super) fn take_lease(&mut self) -> Option<Lease> {
+        self.lease.take()
+    }
+
+    /// Takes what a fault does to the body of the response.
+    pub(super) fn take_body_fault(&mut self) -> Option<BodyFault> {
+        self.fault.take()?.body
+    }
+
+    /// How long it has taken at `now`.
+    pub(super) fn took(&self, now: Instant) -> Duration {
+        now.saturating_duration_since(self.began)
+    }
+
+    /// When the request went to its connection.
+    pub(super) fn sent_at(&self) -> Instant {
+        self.began + self.fault.as_ref().map_or(Duration::ZERO, |fault| fault.lost)
+    }
+
+    /// What the time limits wait for before the head of the response.
+    pub(super) fn waiting(&self) -> WaitingFor {
+        WaitingFor::Head { attempt_began: self.began }
+    }
+
+    /// The attempt went over a connection that had been used before, and nothing but its close has ended the attempt.
+    pub(super) fn is_reused(&self) -> bool {
+        self.is_reused
+    }
+
+    /// The attempt ended before the upstream could have seen the request.
+    pub(super) fn is_unsent(&self) -> bool {
+        self.is_unsent
+    }
+
+    /// That was so because its connection came to its end.
+    pub(super) fn has_connection_ended(&self) -> bool {
+        self.connection_ended
+    }
+
+    /// An injected fault begins: seen from above, the upstream has the request from now on.
+    pub(super) fn fault_begins(&mut self, now: Instant) {
+        (self.is_unsent, self.is_reused, self.began) = (false, false, now);
+    }
+
+    /// The injected fault is over and the request goes on to the upstream; `fault` is what it leaves.
+    pub(super) fn fault_ends(&mut self, fault: PendingFault) {
+        self.is_unsent = true;
+        self.fault = Some(Box::new(fault));
+    }
+}
+
+/// Sends a request and returns the head of its response; the connection stays in the attempt.
+///
+/// # Errors
+/// The local reply that the caller gets instead.
+pub(super) async fn send(
+    context: &mut RequestContext,
+    attempt: &mut Attempt,
+    retry: &mut RetryState,
+    switches_protocol: bool,
+) -> Result<Response<UpstreamBody>, LocalReply> {
+    attempt.is_unsent = true;
+    if !context.route().faults.is_empty() {
+        // Boxed, like everything that few requests meet.
+        if let Some(response) = Box::pin(inject_fault(context, attempt, retry)).await? {
+            return Ok(response);
+        }
+    }
+    let preference = preference(context, attempt, switches_protocol);
     for _ in 0..UNSENT {
         let mut begun = Instant::now();
-        let lease = match select::borrow(live, pool, want, begun).await {
+        let lease = match select::checkout(context, attempt, retry, preference, begun).await {
             Some(lease) => lease,
             None => {
-                let lease = Box::pin(select::open(live, pool, want)).await?;
+                let lease = Box::pin(select::connect(context, attempt, retry, preference)).await?;
                 begun = Instant::now();
                 lease
             }
         };
-        // What a fault has used up counts as time that the upstream took.
-        live.patience.try_began = live.fault.as_ref().and_then(|fault| begun.checked_sub(fault.lost)).unwrap_or(begun);
-        live.reused = lease.reused;
-        let address = lease.endpoint.address.socket;
+        // An injected delay counts as time that the upstream took.
+        attempt.began = attempt.fault.as_ref().and_then(|fault| begun.checked_sub(fault.lost)).unwrap_or(begun);
+        attempt.is_reused = lease.reused;
         let connection = match lease.reused {
             true => ConnectionUse::Reused { age: begun.saturating_duration_since(lease.born) },
             false => ConnectionUse::New,
         };
-        live.record.via(address, connection);
-        match exchange(live, lease).await {
-            Ok(Some(answer)) => {
-                live.record.upstream_waited(live.patience.took(live.over_at));
-                return Ok(answer);
+        context.record_mut().via(lease.endpoint.address.socket, connection);
+        match send_over(context, attempt, retry, lease).await {
+            Ok(Some(response)) => {
+                let took = attempt.took(context.ended_at());
+                context.record_mut().upstream_waited(took);
+                return Ok(response);
             }
-            Ok(None) => live.record.waited_in_vain(live.over_at.saturating_duration_since(begun)),
-            Err(refusal) => {
-                live.record.waited_in_vain(live.patience.took(live.over_at));
-                return Err(refusal);
+            Ok(None) => {
+                let took = context.ended_at().saturating_duration_since(begun);
+                context.record_mut().waited_in_vain(took);
+            }
+            Err(reply) => {
+                let took = attempt.took(context.ended_at());
+                context.record_mut().waited_in_vain(took);
+                return Err(reply);
             }
         }
     }
-    live.leaving = true;
-    Err(LocalReply::plain(
-        LocalReplyKind::UpstreamReset,
-        "every connection was closed before the request could be sent",
-    ))
+    attempt.connection_ended = true;
+    let detail = "every connection was closed before the request could be sent";
+    Err(LocalReply::plain(LocalReplyKind::UpstreamReset, detail))
 }
 
-/// Lets the try meet a fault of the policy, if it is to meet one, at the endpoint that it would go to. `None`: it goes on.
-async fn faulted(live: &mut RequestContext, pool: &Rc<Pool>) -> Result<Option<Response<UpstreamBody>>, LocalReply> {
-    live.fault = None;
-    let view = Rc::clone(&live.view);
-    let faults = &view.destination(live.destination()).values.routes[live.route_position()].faults;
-    let Some(fault) = fault_injection::draw(live, faults) else { return Ok(None) };
-    let began = Instant::now();
-    let endpoint = match select::pick(live, pool, began) {
+/// Injects the fault that the attempt draws, if any, at the endpoint that it would go to. `None`: the request goes on.
+async fn inject_fault(
+    context: &mut RequestContext,
+    attempt: &mut Attempt,
+    retry: &RetryState,
+) -> Result<Option<Response<UpstreamBody>>, LocalReply> {
+    attempt.fault = None;
+    let view = Rc::clone(context.view());
+    let faults = &view.policy.route(context.route_id()).faults;
+    let Some(fault) = fault_injection::draw(context, attempt, faults) else { return Ok(None) };
+    let endpoint = match select::pick(context, attempt, retry, Instant::now()) {
         Some(endpoint) => endpoint,
-        None => select::pick_known(live, pool).await?.ok_or_else(select::nobody)?,
+        None => select::pick_resolved(context, attempt, retry).await?.ok_or_else(select::no_endpoint)?,
     };
-    live.record.towards(endpoint.address.socket);
-    let began = Instant::now();
-    live.patience.try_began = began;
-    let happened = fault_injection::happen(live, fault).await;
+    context.record_mut().towards(endpoint.address.socket);
+    attempt.fault_begins(Instant::now());
+    let injected = fault_injection::inject(context, attempt, fault).await;
     let now = Instant::now();
-    let Some(tried) = happened.transpose() else {
-        live.picked = Some(endpoint);
+    let Some(result) = injected.transpose() else {
+        attempt.picked = Some(endpoint);
         return Ok(None);
     };
-    live.over_at = now;
-    let took = live.patience.took(now);
-    weigh(live, &endpoint, &tried, took);
-    match &tried {
-        Ok(_) => live.record.upstream_waited(took),
-        Err(_) => live.record.waited_in_vain(took),
+    context.set_ended_at(now);
+    let took = attempt.took(now);
+    weigh(context, &endpoint, &result, took);
+    match &result {
+        Ok(_) => context.record_mut().upstream_waited(took),
+        Err(_) => context.record_mut().waited_in_vain(took),
     }
-    tried.map(Some)
+    result.map(Some)
 }
 
-/// Notes for the choice among endpoints how a try went that is over now, unless it says nothing about its endpoint.
+/// Tells load balancing how an attempt went that is over, unless that says nothing about its endpoint.
 fn weigh(
-    live: &RequestContext,
+    context: &RequestContext,
     endpoint: &Endpoint,
-    tried: &Result<Response<UpstreamBody>, LocalReply>,
+    result: &Result<Response<UpstreamBody>, LocalReply>,
     took: Duration,
 ) {
-    if outcome::speaks_against(live, tried) {
-        endpoint.load.failed(took, live.over_at);
-    } else if tried.is_ok() {
-        endpoint.load.answered(took, live.over_at);
+    if outcome::counts_against_upstream(context, result) {
+        endpoint.load.failed(took, context.ended_at());
+    } else if result.is_ok() {
+        endpoint.load.answered(took, context.ended_at());
     }
 }
 
-fn want(pool: &Pool, grpc: bool) -> ProtocolPreference {
-    match (pool.cluster.identity.protocol, &pool.cluster.identity.tls) {
+fn preference(context: &RequestContext, attempt: &Attempt, switches_protocol: bool) -> ProtocolPreference {
+    // Only HTTP/1.1 can switch a whole connection to another protocol (RFC 9110, 7.8).
+    let Some(upstream) = attempt.upstream().filter(|_| !switches_protocol) else { return ProtocolPreference::Http1 };
+    let identity = &upstream.pool.cluster.identity;
+    match (identity.protocol, &identity.tls) {
         (UpstreamProtocol::Http1, _) => ProtocolPreference::Http1,
         (UpstreamProtocol::Http2, _) => ProtocolPreference::Http2,
         (UpstreamProtocol::Auto, Some(_)) => ProtocolPreference::Either,
-        (UpstreamProtocol::Auto, None) if grpc => ProtocolPreference::Http2,
+        (UpstreamProtocol::Auto, None) if context.is_grpc() => ProtocolPreference::Http2,
         (UpstreamProtocol::Auto, None) => ProtocolPreference::Http1,
     }
 }
 
-/// Sends over one connection and waits for the head, judged by the route's time limits. `None` if the request came back
-/// unsent, into `request_context`.
-async fn exchange(live: &mut RequestContext, mut lease: Lease) -> Result<Option<Response<UpstreamBody>>, LocalReply> {
+/// Sends over one connection and waits for the head, within the route's time limits. `None` if the request came back
+/// unsent, into the attempt.
+async fn send_over(
+    context: &mut RequestContext,
+    attempt: &mut Attempt,
+    retry: &RetryState,
+    mut lease: Lease,
+) -> Result<Option<Response<UpstreamBody>>, LocalReply> {
     let endpoint = Rc::clone(&lease.endpoint);
-    live.unsent = false;
-    let goes_on = hold_for_continue(live, &mut lease);
-    let began = live.sent_at();
-    let limits = &live.route().timeouts;
+    attempt.is_unsent = false;
+    let continued = hold_for_continue(context, attempt, &mut lease);
+    let began = attempt.sent_at();
+    let limits = context.limits();
     let whole = limits.per_try.as_ref().map_or(limits.request.value, |per_try| per_try.value.min(limits.request.value));
-    let patience = CONTINUE_AFTER.min(whole / 2);
-    let mut wait = Wait { live, goes_on, held_until: began + patience };
-    wait.look_at(began)?;
-    let answer = match lease.transport() {
+    let held_until = began + CONTINUE_AFTER.min(whole / 2);
+    let mut wait = HeadWait { context, waiting: attempt.waiting(), continued, held_until };
+    wait.judge(began)?;
+    let response = match lease.transport() {
         Some(Transport::Http1(connection)) => {
-            let waker = Rc::clone(&wait.live.waker);
-            let mut answer = pin!(None);
+            let waker = Rc::clone(wait.context.waker());
+            let mut response = pin!(None);
             poll_fn(|cx| {
-                if answer.is_none() {
+                if response.is_none() {
                     // Sent from here, because every way out of a closure would move the request once more.
-                    waker.without_wakes(cx, |_| answer.set(Some(connection.send(for_http1(wait.live)))));
+                    waker.without_wakes(cx, |_| {
+                        response.set(Some(connection.send(upstream_request::http1(wait.context, attempt, retry))));
+                    });
                 }
                 let polled = waker.poll(cx, |cx| {
-                    // The connection has no task of its own: this is what moves it.
+                    // The connection has no task of its own: this is what drives it.
                     let _over = connection.drive(cx);
-                    if wait.released() {
+                    if wait.is_continued() {
                         let _over = connection.drive(cx);
                     }
-                    answer.as_mut().as_pin_mut().map_or(Poll::Pending, |answer| answer.poll(cx))
+                    response.as_mut().as_pin_mut().map_or(Poll::Pending, |response| response.poll(cx))
                 });
-                let polled = polled.map_ok(|answer| answer.map(UpstreamBody::Http1)).map_err(SendError::from);
+                let polled = polled.map_ok(|response| response.map(UpstreamBody::Http1)).map_err(SendError::from);
                 wait.poll(cx, polled)
             })
             .await
         }
         Some(Transport::Http2(connection)) => {
-            let mut answer = pin!(connection.send(for_http2(wait.live, &endpoint)));
+            let request = upstream_request::http2(wait.context, attempt, retry, &endpoint);
+            let mut response = pin!(connection.send(request));
             poll_fn(|cx| {
-                let polled = answer.as_mut().poll(cx);
+                let polled = response.as_mut().poll(cx);
                 wait.poll(cx, polled)
             })
             .await
@@ -192,208 +389,134 @@ async fn exchange(live: &mut RequestContext, mut lease: Lease) -> Result<Option<
         None => return Err(LocalReply::plain(LocalReplyKind::UpstreamReset, "the connection is gone")),
     };
     let now = Instant::now();
-    let took = live.patience.took(now);
-    live.over_at = now;
-    let tried = match answer {
-        Ok(Ok(answer)) => {
-            live.lease = Some(lease);
-            Ok(answer)
+    let took = attempt.took(now);
+    context.set_ended_at(now);
+    let result = match response {
+        Ok(Ok(response)) => {
+            attempt.lease = Some(lease);
+            Ok(response)
         }
         Ok(Err(SendError { unsent: Some(back), .. })) => {
-            live.request = Some(*back);
-            live.unsent = true;
+            attempt.request = Some(*back);
+            attempt.is_unsent = true;
             return Ok(None);
         }
-        Ok(Err(SendError { error, unsent: None })) => {
-            live.unsent = error.is_unprocessed();
-            live.reused &= error.is_close();
-            live.leaving = error.is_go_away();
-            let refusal = broken(live, lease.reused, &error);
-            if error.is_close() && outcome::is_callees_fault(live, refusal.kind) {
-                lease.lost_race(began, now);
-            }
-            Err(refusal)
-        }
-        Err(refusal) => Err(refusal),
+        Ok(Err(SendError { error, unsent: None })) => Err(broke_off(context, attempt, &lease, &error, began, now)),
+        Err(reply) => Err(reply),
     };
-    weigh(live, &endpoint, &tried, took);
-    tried.map(Some)
+    weigh(context, &endpoint, &result, took);
+    result.map(Some)
 }
 
-/// What the wait for the head looks at each time it is woken.
-struct Wait<'a> {
-    live: &'a mut RequestContext,
-    goes_on: Option<Arc<AtomicBool>>,
+/// Takes note of a connection that broke off before the response head; returns what the caller is told.
+fn broke_off(
+    context: &RequestContext,
+    attempt: &mut Attempt,
+    lease: &Lease,
+    error: &UpstreamError,
+    began: Instant,
+    now: Instant,
+) -> LocalReply {
+    attempt.is_unsent = error.is_unprocessed();
+    attempt.is_reused &= error.is_close();
+    attempt.connection_ended = error.is_go_away();
+    let reply = broken(context, lease.reused, error);
+    if error.is_close() && outcome::is_upstreams_fault(context, reply.kind) {
+        lease.lost_race(began, now);
+    }
+    reply
+}
+
+/// What a broken connection means.
+fn broken(context: &RequestContext, is_reused: bool, error: &UpstreamError) -> LocalReply {
+    if let Some(reply) = outcome::broken_by_caller(context) {
+        return reply;
+    }
+    let cause = error.sentence();
+    if error.is_malformed() {
+        let detail = format!("the response cannot be parsed: {cause}");
+        return LocalReply::plain(LocalReplyKind::UpstreamProtocol, detail);
+    }
+    let over = if is_reused { "a kept-alive connection" } else { "a new connection" };
+    let detail = format!("the upstream broke off before its response, over {over}: {cause}");
+    LocalReply::plain(LocalReplyKind::UpstreamReset, detail)
+}
+
+/// What the wait for the response head looks at each time it is woken.
+struct HeadWait<'a> {
+    context: &'a mut RequestContext,
+    waiting: WaitingFor,
+    /// Set while the caller's body is held back: becomes true when the upstream says `100 Continue`.
+    continued: Option<Arc<AtomicBool>>,
     held_until: Instant,
 }
 
-type Answer = Result<Response<UpstreamBody>, SendError>;
+type Sent = Result<Response<UpstreamBody>, SendError>;
 
-impl Wait<'_> {
-    /// True once, when the upstream has asked for the body.
-    fn released(&mut self) -> bool {
-        let asked = self.goes_on.as_ref().is_some_and(|flag| flag.load(Relaxed));
-        if asked {
-            self.goes_on = None;
-            self.live.flow.release();
+impl HeadWait<'_> {
+    /// True once, when the upstream has said `100 Continue`: the body goes out.
+    fn is_continued(&mut self) -> bool {
+        let is_continued = self.continued.as_ref().is_some_and(|flag| flag.load(Relaxed));
+        if is_continued {
+            self.continued = None;
+            self.context.flow().release();
         }
-        asked
+        is_continued
     }
 
-    fn poll(&mut self, cx: &mut Context<'_>, answer: Poll<Answer>) -> Poll<Result<Answer, LocalReply>> {
-        if let Poll::Ready(answer) = answer {
-            return Poll::Ready(Ok(answer));
+    fn poll(&mut self, cx: &mut Context<'_>, sent: Poll<Sent>) -> Poll<Result<Sent, LocalReply>> {
+        if let Poll::Ready(sent) = sent {
+            return Poll::Ready(Ok(sent));
         }
-        while self.live.timer.poll(cx).is_ready() {
-            if let Err(refusal) = self.look_at(Instant::now()) {
-                return Poll::Ready(Err(refusal));
+        while self.context.timer().poll(cx).is_ready() {
+            if let Err(reply) = self.judge(Instant::now()) {
+                return Poll::Ready(Err(reply));
             }
         }
         Poll::Pending
     }
 
-    /// Judges the exchange at `now` and sets the timer to the next look.
-    fn look_at(&mut self, now: Instant) -> Result<(), LocalReply> {
-        let live = &mut *self.live;
-        match live.patience.judge(now, &live.route().timeouts, &live.flow) {
-            TimeoutVerdict::Over(refusal) => Err(refusal),
-            TimeoutVerdict::Wait(at) => {
-                if now >= live.patience.request_at(&live.route().timeouts) {
-                    correlation::lift(live);
-                }
-                let held = live.flow.is_held();
-                if held && now >= self.held_until {
-                    live.flow.release();
-                }
-                let at = if held && now < self.held_until { at.min(self.held_until) } else { at };
-                live.timer.set(at);
-                Ok(())
-            }
+    /// Judges the time limits at `now`, and sets the timer to the next one.
+    fn judge(&mut self, now: Instant) -> Result<(), LocalReply> {
+        let context = &mut *self.context;
+        let at = match context.times().judge(self.waiting, now, context.limits(), context.flow()) {
+            TimeoutVerdict::Expired(reply) => return Err(reply),
+            TimeoutVerdict::Wait(at) => at,
+        };
+        if now >= context.request_at() {
+            correlation::lift_unary_deadline(context);
         }
+        let is_held = context.flow().is_held();
+        if is_held && now >= self.held_until {
+            context.flow().release();
+        }
+        let at = if is_held && now < self.held_until { at.min(self.held_until) } else { at };
+        context.timer().set(at);
+        Ok(())
     }
 }
 
 /// Holds the caller's body back while the upstream has not asked for it (RFC 9110, 10.1.1).
-fn hold_for_continue(live: &mut RequestContext, lease: &mut Lease) -> Option<Arc<AtomicBool>> {
-    if !live.expects {
+fn hold_for_continue(context: &RequestContext, attempt: &mut Attempt, lease: &mut Lease) -> Option<Arc<AtomicBool>> {
+    if !context.expects_continue() {
         return None;
     }
-    let request = live.request.as_mut()?;
-    let has_begun = live.flow.request.bytes() > 0 || live.flow.request.ended();
+    let request = attempt.request.as_mut()?;
+    let body = &context.flow().request;
+    let has_begun = body.bytes() > 0 || body.ended();
     if has_begun || !matches!(lease.transport(), Some(Transport::Http1(_))) {
-        // What an earlier try has got of the caller need not be asked for again; and hyper does not report a 1xx that
-        // comes over HTTP/2, so that there is nothing to wait for.
+        // What an earlier attempt has received of the caller need not be asked for again; and hyper does not report a 1xx
+        // that comes over HTTP/2, so that there is nothing to wait for.
         request.headers_mut().remove(header::EXPECT);
         return None;
     }
-    live.flow.hold();
+    context.flow().hold();
     let flag = Arc::new(AtomicBool::new(false));
-    let asked = Arc::clone(&flag);
-    hyper::ext::on_informational(request, move |answer| {
-        if answer.status() == http::StatusCode::CONTINUE {
-            asked.store(true, Relaxed);
+    let continued = Arc::clone(&flag);
+    hyper::ext::on_informational(request, move |response| {
+        if response.status() == http::StatusCode::CONTINUE {
+            continued.store(true, Relaxed);
         }
     });
     Some(flag)
-}
-
-/// The paths of a target without one (RFC 9112, 3.2.1 and 3.2.4).
-const SLASH: PathAndQuery = PathAndQuery::from_static("/");
-const STAR: PathAndQuery = PathAndQuery::from_static("*");
-
-/// Origin-form, as every request to a server that is not a proxy (RFC 9112, 3.2.1).
-fn for_http1(live: &mut RequestContext) -> Request<RequestBody> {
-    let mut request = outgoing(live);
-    *request.version_mut() = Version::HTTP_11;
-    if request.uri().authority().is_some() {
-        let mut parts = std::mem::take(request.uri_mut()).into_parts();
-        parts.scheme = None;
-        // Exactly one Host field, the target's own (RFC 9112, 3.2.2).
-        if let Some(authority) = parts.authority.take()
-            && let Ok(host) = HeaderValue::from_str(authority.as_str())
-        {
-            request.headers_mut().insert(header::HOST, host);
-        }
-        parts.path_and_query = Some(match parts.path_and_query {
-            // Written as `http://host`, without even a slash, which this comparison alone tells from `http://host/`.
-            Some(path) if path.as_str() == "/" && path != SLASH && request.method() == Method::OPTIONS => STAR,
-            Some(path) => path,
-            None => SLASH,
-        });
-        *request.uri_mut() = Uri::from_parts(parts).unwrap_or_default();
-    }
-    if !request.body().is_end_stream() && request.body().size_hint().exact().is_none() {
-        // Said here, because hyper leaves the body of a GET out if nothing says how it is framed.
-        request.headers_mut().insert(header::TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
-    }
-    if live.takes_trailers {
-        let switches = request.headers().contains_key(header::UPGRADE);
-        let named = if switches { "upgrade, te" } else { "te" };
-        request.headers_mut().insert(header::CONNECTION, HeaderValue::from_static(named));
-    }
-    request
-}
-
-/// The request, which is there unless a connection has it.
-fn outgoing(live: &mut RequestContext) -> Request<RequestBody> {
-    let flow = &live.flow;
-    let mut request = live.request.take().unwrap_or_else(|| Request::new(RequestBody::empty(Rc::clone(flow))));
-    if live.attempt > 1 {
-        count_tries(live, request.headers_mut());
-    }
-    let now = live.sent_at();
-    correlation::tell(live, request.headers_mut(), now);
-    request
-}
-
-/// Says which try this is: counted from 1 as Envoy does, and without the first as gRPC does (gRFC A6). Our tries come
-/// on top of those of the hop before an inbound listener, and of those that the app's own gRPC library has made.
-fn count_tries(live: &RequestContext, fields: &mut HeaderMap) {
-    let again = u32::from(live.attempt) - 1;
-    fields.insert(ATTEMPT_COUNT, HeaderValue::from(counted(live, &ATTEMPT_COUNT).unwrap_or(1).saturating_add(again)));
-    if live.patience.grpc {
-        let before = counted(live, &PREVIOUS_ATTEMPTS).unwrap_or(0);
-        fields.insert(PREVIOUS_ATTEMPTS, HeaderValue::from(before.saturating_add(again)));
-    }
-}
-
-/// What the request said when it came. Not what it says now: one that a connection has handed back was counted already.
-fn counted(live: &RequestContext, name: &HeaderName) -> Option<u32> {
-    live.spare.as_ref()?.head.headers.get(name)?.to_str().ok()?.parse().ok()
-}
-
-/// Control data in the target, no Host field (RFC 9113, 8.3.1).
-fn for_http2(live: &mut RequestContext, endpoint: &Endpoint) -> Request<RequestBody> {
-    let mut request = outgoing(live);
-    *request.version_mut() = Version::HTTP_2;
-    let host = request.headers_mut().remove(header::HOST);
-    let mut parts = std::mem::take(request.uri_mut()).into_parts();
-    let encrypted = live.destination_values().tls.is_some();
-    parts.scheme = Some(if encrypted { http::uri::Scheme::HTTPS } else { http::uri::Scheme::HTTP });
-    if parts.authority.is_none() {
-        parts.authority = host
-            .and_then(|host| Authority::try_from(host.as_bytes()).ok())
-            .or_else(|| endpoint.address.socket.to_string().parse().ok());
-    }
-    if parts.path_and_query.is_none() {
-        parts.path_and_query = Some(SLASH);
-    }
-    *request.uri_mut() = Uri::from_parts(parts).unwrap_or_default();
-    request
-}
-
-/// Says what a broken connection means.
-fn broken(live: &RequestContext, reused: bool, error: &UpstreamError) -> LocalReply {
-    if let Some(refusal) = outcome::broken_by_caller(live) {
-        return refusal;
-    }
-    let cause = error.sentence();
-    if error.is_malformed() {
-        return LocalReply::plain(LocalReplyKind::UpstreamProtocol, format!("the answer cannot be read: {cause}"));
-    }
-    let over = if reused { "a kept-alive connection" } else { "a new connection" };
-    LocalReply::plain(
-        LocalReplyKind::UpstreamReset,
-        format!("the upstream broke off before its answer, over {over}: {cause}"),
-    )
 }

@@ -1,5 +1,5 @@
-//! Watches a caller's connection for what no exchange sees: heads that come too slowly, silence between requests,
-//! and callers that stop reading their answer.
+//! The timeouts of a downstream connection that no exchange sees: slow request heads, silence between requests, and callers
+//! that stop reading their response.
 //!
 //! The usual request arrives in one piece and is answered at once; for it no timer is set at all.
 
@@ -18,46 +18,46 @@ use crate::proxy::local_reply::{LocalReply, LocalReplyKind};
 use crate::proxy::worker_context::WorkerContext;
 use crate::runtime::timer::{Timer, Timers};
 
-/// How a connection came to its end.
-pub enum ConnectionEnd {
-    /// hyper is done with it.
+/// How a downstream connection ended.
+pub(super) enum ConnectionEnd {
+    /// hyper has ended it.
     Over(hyper::Result<()>),
-    /// A head did not come in time.
+    /// A request head did not come in time.
     SlowHead {
         /// What the caller is told.
-        refusal: LocalReply,
+        reply: LocalReply,
         /// When its first byte came.
         since: Instant,
     },
     /// No request for too long.
     Silent,
-    /// The caller did not take its answer.
+    /// The caller did not take its response.
     Cut,
 }
 
 enum State {
-    /// An exchange is under way, and has time limits of its own.
+    /// An exchange is in progress, with time limits of its own.
     Busy,
-    /// No byte of the next request has come; so many reads had been made when that began.
+    /// No byte of the next request has come; `reads` had been made when that began.
     Idle { since: Instant, reads: u64 },
     /// Some bytes of a head have come.
     Head { since: Instant },
-    /// It is to end; since then so many reads and writes had been made.
+    /// It is to end; `moved` reads and writes had been made by then.
     Ending { since: Instant, moved: u64 },
 }
 
-/// A connection over HTTP/2 that is to end, and on which nothing moves for so long, has a caller that will not answer.
+/// A draining HTTP/2 connection on which no byte moves for this long has a caller that does not respond to GOAWAY.
 const STALLED: Duration = Duration::from_secs(2);
 
-/// The watch over one connection.
-pub struct ConnectionTimeouts {
+/// The timeouts of one downstream connection.
+pub(super) struct ConnectionTimeouts {
     activity: Arc<Activity>,
     /// The listener's limit when the connection began, in bytes.
-    pub max_header_size: usize,
+    pub(super) max_header_size: usize,
     headers: Sourced<Duration>,
     idle: Duration,
     state: State,
-    /// Exchanges that were over when it last looked.
+    /// Exchanges that were over at the last poll.
     finished: u64,
     timer: Timer,
     rings: Instant,
@@ -65,7 +65,7 @@ pub struct ConnectionTimeouts {
 
 impl ConnectionTimeouts {
     /// Begins when the first bytes are there.
-    pub fn new(worker: &WorkerContext, caller: &DownstreamConnection, activity: Arc<Activity>) -> Self {
+    pub(super) fn new(worker: &WorkerContext, caller: &DownstreamConnection, activity: Arc<Activity>) -> Self {
         let now = Instant::now();
         let view = worker.view();
         let values = caller.listener.values_in(&view.policy);
@@ -83,8 +83,8 @@ impl ConnectionTimeouts {
         }
     }
 
-    /// Looks after an HTTP/1 connection that hyper is waiting on.
-    pub fn poll(&mut self, cx: &mut Context<'_>, caller: &DownstreamConnection) -> Poll<ConnectionEnd> {
+    /// Polls the timeouts of an HTTP/1 connection while hyper waits for bytes.
+    pub(super) fn poll(&mut self, cx: &mut Context<'_>, caller: &DownstreamConnection) -> Poll<ConnectionEnd> {
         if caller.is_busy() {
             self.state = State::Busy;
             let Some(flow) = caller.newest() else { return Poll::Pending };
@@ -103,15 +103,14 @@ impl ConnectionTimeouts {
             State::Idle { since, .. } => self.ring(cx, since + self.idle).map(|()| ConnectionEnd::Silent),
             State::Head { since } => self.ring(cx, since + self.headers.value).map(|()| {
                 let detail = "the head of a request did not come in time";
-                let refusal =
-                    LocalReply::timed(LocalReplyKind::CallerTimeout, "timeouts.headers", &self.headers, detail);
-                ConnectionEnd::SlowHead { refusal, since }
+                let reply = LocalReply::timed(LocalReplyKind::CallerTimeout, "timeouts.headers", &self.headers, detail);
+                ConnectionEnd::SlowHead { reply, since }
             }),
         }
     }
 
     /// Ready when an HTTP/2 connection has had no stream for too long.
-    pub fn poll_silence(&mut self, cx: &mut Context<'_>, caller: &DownstreamConnection) -> Poll<()> {
+    pub(super) fn poll_silence(&mut self, cx: &mut Context<'_>, caller: &DownstreamConnection) -> Poll<()> {
         match (caller.is_busy(), &self.state) {
             (true, _) => {
                 self.state = State::Busy;
@@ -129,9 +128,9 @@ impl ConnectionTimeouts {
         }
     }
 
-    /// Ready when an HTTP/2 connection that was told to end has no stream, and nothing moves on it any more: the end that
-    /// both sides agree on waits for the caller to answer.
-    pub fn poll_stalled(&mut self, cx: &mut Context<'_>, caller: &DownstreamConnection) -> Poll<()> {
+    /// Ready when a draining HTTP/2 connection has no stream and no byte moves on it any more: the graceful end would wait
+    /// for the caller.
+    pub(super) fn poll_stalled(&mut self, cx: &mut Context<'_>, caller: &DownstreamConnection) -> Poll<()> {
         let moved = self.activity.total();
         let since = match self.state {
             State::Ending { since, moved: before } if before == moved && !caller.is_busy() => since,
@@ -143,7 +142,7 @@ impl ConnectionTimeouts {
 
     fn next_state(&mut self, caller: &DownstreamConnection) {
         let reads = self.activity.reads();
-        // One that began and ended between two looks was never seen as busy.
+        // An exchange that began and ended between two polls was never seen as busy.
         let was_busy = std::mem::replace(&mut self.finished, caller.finished()) != caller.finished();
         if was_busy {
             self.state = State::Busy;
@@ -157,7 +156,7 @@ impl ConnectionTimeouts {
         };
     }
 
-    /// Ready at `at`. A timer that rings earlier is left alone and set on when it has rung.
+    /// Ready at `at`. A timer that fires earlier is moved only when it has fired.
     fn ring(&mut self, cx: &mut Context<'_>, at: Instant) -> Poll<()> {
         if at < self.rings {
             self.rings = at;
@@ -173,8 +172,13 @@ impl ConnectionTimeouts {
         Poll::Pending
     }
 
-    /// Ready when the answer of one HTTP/2 stream is under way and its caller has not taken it in time.
-    pub fn poll_cut(cx: &mut Context<'_>, flow: &Rc<Flow>, timers: &Timers, timer: &mut Option<Timer>) -> Poll<()> {
+    /// Ready when the caller has not taken the response of one HTTP/2 stream in time.
+    pub(super) fn poll_cut(
+        cx: &mut Context<'_>,
+        flow: &Rc<Flow>,
+        timers: &Timers,
+        timer: &mut Option<Timer>,
+    ) -> Poll<()> {
         let Some(at) = flow.cut_time() else { return Poll::Pending };
         let timer = timer.get_or_insert_with(|| timers.at(at));
         timer.set(at);

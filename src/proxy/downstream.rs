@@ -1,4 +1,4 @@
-//! One caller's connection, as the exchanges on it see it, and the door that it came through.
+//! A downstream connection, as the exchanges on it see it, and the listener that accepted it.
 
 use std::cell::{Cell, RefCell};
 use std::net::SocketAddr;
@@ -18,11 +18,11 @@ use crate::runtime::waker::InlineWaker;
 
 /// A listener as one worker has it open.
 pub struct ActiveListener {
-    /// Its values when it was opened. What may change later is read from the policy of each connection and request.
+    /// Its values when it was opened. Values that a reload may change are read from the policy of each connection and request.
     pub values: Listener,
-    /// What it writes into `Via`.
+    /// Its member of `Via`.
     pub via: Via,
-    /// The connections that came through it, which are sent elsewhere when it closes.
+    /// Its connections, which are told to go elsewhere when it closes.
     pub connections: ConnectionTracker,
 }
 
@@ -32,15 +32,15 @@ impl ActiveListener {
         Self { values, via, connections: ConnectionTracker::default() }
     }
 
-    /// The listener's values in `policy`. Where that has another listener on the same address now, a request on an old
-    /// connection is treated as if it had come on a new one: its caller cannot know that the name has changed.
+    /// The listener's values in `policy`. Where that policy has another listener on the same address, a request on an old
+    /// connection is treated as one on a new connection: its caller cannot know that the name has changed.
     ///
     /// # Errors
-    /// If that policy does not have it any more: its last connections end.
+    /// If that policy has no listener there any more: the last connections end.
     pub fn listener<'a>(&self, policy: &'a Snapshot) -> Result<&'a Listener, LocalReply> {
         let here = |one: &&Listener| one.bind == self.values.bind;
         let same = |one: &&Listener| here(one) && one.name == self.values.name;
-        // Port 0 is another address each time; and who came with TLS must not be led on where there is none.
+        // Port 0 is another address each time; and a TLS connection must not go on as plain text.
         let successor =
             |one: &&Listener| here(one) && one.bind.port() != 0 && one.tls.is_some() == self.values.tls.is_some();
         let all = &policy.listeners;
@@ -49,7 +49,7 @@ impl ActiveListener {
         })
     }
 
-    /// The values that hold for a connection in `policy`; those of the opening where that does not have it any more.
+    /// The values that hold for a connection in `policy`; those of the opening where that policy has no such listener.
     pub fn values_in<'a>(&'a self, policy: &'a Snapshot) -> &'a Listener {
         self.listener(policy).unwrap_or(&self.values)
     }
@@ -65,14 +65,14 @@ impl ActiveListener {
     }
 }
 
-/// What goes on with the caller's stream when its HTTP part is over.
+/// Takes over the downstream stream when its HTTP part is over.
 pub type StreamHandler = Box<dyn FnOnce(Io) -> Pin<Box<dyn Future<Output = ()>>>>;
 
-/// One caller's connection.
+/// One downstream connection.
 pub struct DownstreamConnection {
-    /// Where it came in.
+    /// The listener that accepted it.
     pub listener: Rc<ActiveListener>,
-    /// Who called.
+    /// The address of the caller.
     pub peer: SocketAddr,
     begun: Cell<u64>,
     over: Cell<u64>,
@@ -104,7 +104,7 @@ impl DownstreamConnection {
         self.waker.is_none()
     }
 
-    /// The quiet waker of the task that an exchange runs in.
+    /// The waker for upstream connections that the exchange's task drives.
     pub fn waker(&self) -> Rc<InlineWaker> {
         self.waker.as_ref().map_or_else(Rc::default, Rc::clone)
     }
@@ -135,7 +135,7 @@ impl DownstreamConnection {
         self.begun.get() > self.over.get()
     }
 
-    /// Keeps the flow of the exchange that begins now; over HTTP/1 it is the only one.
+    /// Sets the flow of the exchange that begins now; over HTTP/1 it is the only one.
     pub fn keep(&self, flow: Rc<Flow>) {
         *self.newest.borrow_mut() = Some(flow);
     }
@@ -145,27 +145,27 @@ impl DownstreamConnection {
         self.newest.borrow().clone()
     }
 
-    /// Takes that flow away.
+    /// Takes that flow.
     pub fn take_newest(&self) -> Option<Rc<Flow>> {
         self.newest.borrow_mut().take()
     }
 
-    /// Notes that the answer under way ends with its connection, and by nothing else.
+    /// Notes that only the end of the connection ends the current response (HTTP/1.0, RFC 9112, 6.3).
     pub fn end_with_connection(&self) {
         self.is_unframed.set(true);
     }
 
-    /// True if the caller would take a body that is cut for a whole one.
+    /// True if the caller would take a cut body for a complete one.
     pub fn is_unframed(&self) -> bool {
         self.is_unframed.get()
     }
 
-    /// Leaves what is to go on with this connection's stream once its HTTP part is over.
+    /// Sets what takes over the stream of this connection once its HTTP part is over.
     pub fn hand_off(&self, joining: StreamHandler) {
         *self.handoff.borrow_mut() = Some(joining);
     }
 
-    /// What was left.
+    /// Takes what was set.
     pub fn take_handoff(&self) -> Option<StreamHandler> {
         self.handoff.borrow_mut().take()
     }

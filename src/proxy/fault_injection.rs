@@ -1,13 +1,12 @@
-//! Faults of the policy, made to happen: what a try meets instead of its upstream, or between its answer and the caller.
+//! Fault injection: what an attempt meets in place of its upstream, or between its response and the caller.
 //!
-//! They happen at the place of the upstream. A delay is waited for within the limits of the try and ends as a slow
-//! upstream does; an abort is an answer like any other; a reset counts as a request that may have been seen; a body
-//! that is cut or slow comes so to whoever reads it. Nothing above knows the difference, so that timeouts, retries,
-//! breaker, ejection, metrics and the log act as they would on the real thing, but for the fault's name in the log and
-//! in `hopguard_faults_total`.
+//! A fault acts in the upstream's place. A delay is waited for within the limits of the attempt and ends as a slow upstream
+//! does; an abort is a response like any other; a reset counts as a request that may have been seen; a body that is cut or
+//! slow reaches the caller so. Nothing above knows the difference: timeouts, retries, breaker, ejection, metrics and the log
+//! act as they would on a real failure, but for the fault's name in the log and in `hopguard_faults_total`.
 //!
-//! Each try draws anew. Where a route has no faults, nothing here is called. A tunnel (CONNECT) meets none, and one that
-//! began as an upgrade no more once it is open. Which fault a try meets is decided by `rules/faults`.
+//! Each attempt draws anew. Where a route has no faults, nothing here is called. A tunnel (CONNECT) meets none, and an
+//! upgraded connection none once it is open. Which fault an attempt meets is decided by `rules/faults`.
 
 use std::future::pending;
 use std::pin::Pin;
@@ -21,8 +20,8 @@ use http_body::{Body, Frame, SizeHint};
 use jiff::Timestamp;
 use tokio::time::Instant;
 
+use crate::proxy::attempt::Attempt;
 use crate::proxy::grpc;
-use crate::proxy::held::{BodyFault, PendingFault};
 use crate::proxy::local_reply::{BodyError, LocalReply, LocalReplyKind, RuleRef};
 use crate::proxy::request_context::RequestContext;
 use crate::proxy::timeouts::TimeoutVerdict;
@@ -31,39 +30,60 @@ use crate::rules::mode::RuleName;
 use crate::runtime::timer::{Timer, Timers};
 use crate::upstream::response::UpstreamBody;
 
-/// The fault that this try meets, if any: noted in the log and counted. In `warn` it is only said.
-pub fn draw<'a>(live: &mut RequestContext, faults: &'a Faults) -> Option<&'a Fault> {
-    let mode = live.view.policy.model.modes.faults.value;
+/// What a fault leaves to the attempt that goes on after it.
+pub(super) struct PendingFault {
+    /// How much of the attempt's time the fault has used up, as if the upstream had taken it.
+    pub(super) lost: Duration,
+    /// What the fault does to the body of the response.
+    pub(super) body: Option<BodyFault>,
+}
+
+/// What a fault does to the body of a response.
+pub(super) struct BodyFault {
+    /// The fault's name.
+    name: Box<str>,
+    /// After so many bytes the body breaks off.
+    cut_after: Option<u64>,
+    /// Bytes per second.
+    rate: Option<u64>,
+    /// The fault ends then.
+    until: Instant,
+}
+
+/// The fault that the attempt meets, if any: logged and counted. In a dry run it is only logged.
+pub(super) fn draw<'a>(context: &mut RequestContext, attempt: &Attempt, faults: &'a Faults) -> Option<&'a Fault> {
+    let mode = context.modes().faults.value;
     if mode.is_off() {
         return None;
     }
-    let fields = live.request.as_ref().map(http::Request::headers);
-    let header = |name: &HeaderName| fields?.get(name).map(HeaderValue::as_bytes);
+    let headers = attempt.request().map(http::Request::headers);
+    let header = |name: &HeaderName| headers?.get(name).map(HeaderValue::as_bytes);
     let fault = faults.draw(header, Timestamp::now(), fastrand::f64)?;
     let name = &fault.name.value;
-    live.record.note().fault = Some(name.as_str().into());
+    context.record_mut().note().fault = Some(name.as_str().into());
     if !mode.is_enforced() {
-        live.would(RuleName::Faults);
+        context.record_dry_run(RuleName::Faults);
         return None;
     }
-    live.worker.shard.telemetry().fault_injected(&live.destination_values().name, name);
+    context.telemetry().fault_injected(context.route_owner(), name);
     Some(fault)
 }
 
-/// Makes a fault happen. `None` if the request goes on to the upstream, later or with a body that will suffer.
+/// Injects a fault. `None` if the request goes on to the upstream, later or with a body fault.
 ///
 /// # Errors
-/// If it ends the try without an answer: by a reset, or because the delay was longer than the try may last.
-pub async fn happen(live: &mut RequestContext, fault: &Fault) -> Result<Option<Response<UpstreamBody>>, LocalReply> {
-    // To whoever looks from above, the upstream has the request from now on.
-    (live.unsent, live.reused) = (false, false);
+/// If the fault ends the attempt without a response: by a reset, or by a delay longer than the attempt may last.
+pub(super) async fn inject(
+    context: &mut RequestContext,
+    attempt: &mut Attempt,
+    fault: &Fault,
+) -> Result<Option<Response<UpstreamBody>>, LocalReply> {
     let began = Instant::now();
     if let Some(delay) = &fault.delay {
-        wait(live, began + delay.value).await?;
+        wait(context, attempt, began + delay.value).await?;
     }
     match &fault.ending {
         FaultAction::Answer { cut_after, bytes_per_second } => {
-            live.unsent = true;
             let (cut_after, rate) = (cut_after.as_ref(), bytes_per_second.as_ref());
             let body = (cut_after.is_some() || rate.is_some()).then(|| BodyFault {
                 name: fault.name.value.as_str().into(),
@@ -71,102 +91,100 @@ pub async fn happen(live: &mut RequestContext, fault: &Fault) -> Result<Option<R
                 rate: rate.map(|set| set.value),
                 until: end_of(fault),
             });
-            live.fault = Some(Box::new(PendingFault { lost: began.elapsed(), body }));
+            attempt.fault_ends(PendingFault { lost: began.elapsed(), body });
             Ok(None)
         }
-        FaultAction::Abort(abort) => Ok(Some(answer(live, fault, abort.value))),
+        FaultAction::Abort(abort) => Ok(Some(abort_response(context, attempt, fault, abort.value))),
         FaultAction::Reset(reset) => {
             let rule = RuleRef { name: "faults", value: fault.name.value.clone(), origin: reset.origin.clone() };
-            Err(LocalReply::ruled(
-                LocalReplyKind::UpstreamReset,
-                rule,
-                "a fault of the policy broke the call off before its answer",
-            ))
+            let detail = "a fault of the policy broke the call off before its response";
+            Err(LocalReply::ruled(LocalReplyKind::UpstreamReset, rule, detail))
         }
     }
 }
 
-/// When a fault that is not over will be.
+/// When a fault that is active ends.
 fn end_of(fault: &Fault) -> Instant {
     let left = Duration::try_from(fault.until.value.duration_since(Timestamp::now())).unwrap_or_default();
     let now = Instant::now();
-    // Years have four digits, so that it is no further than a clock goes.
+    // Years have four digits, so that the end is no further than a clock goes.
     now.checked_add(left).unwrap_or(now)
 }
 
 /// Waits as for a slow upstream.
-async fn wait(live: &mut RequestContext, until: Instant) -> Result<(), LocalReply> {
+async fn wait(context: &mut RequestContext, attempt: &Attempt, until: Instant) -> Result<(), LocalReply> {
     loop {
         let now = Instant::now();
         if now >= until {
             return Ok(());
         }
-        let at = match live.patience.judge(now, &live.route().timeouts, &live.flow) {
-            TimeoutVerdict::Over(refusal) => return Err(refusal),
+        let verdict = context.times().judge(attempt.waiting(), now, context.limits(), context.flow());
+        let at = match verdict {
+            TimeoutVerdict::Expired(reply) => return Err(reply),
             TimeoutVerdict::Wait(at) => at.min(until),
         };
-        live.timer.limit(at, pending::<()>()).await;
+        context.timer().limit(at, pending::<()>()).await;
     }
 }
 
-/// An answer in the upstream's place, which says so to people.
-fn answer(live: &RequestContext, fault: &Fault, abort: Abort) -> Response<UpstreamBody> {
+/// A response in the upstream's place; its text says so.
+fn abort_response(context: &RequestContext, attempt: &Attempt, fault: &Fault, abort: Abort) -> Response<UpstreamBody> {
     let said = format!("the fault {} of the policy answered in the upstream's place", fault.name.value);
     let status = match abort {
-        Abort::Grpc(code) if live.patience.grpc => {
+        Abort::Grpc(code) if context.is_grpc() => {
             return grpc::trailers_only(code.number(), &said, UpstreamBody::Own(Bytes::new()));
         }
         Abort::Grpc(code) => grpc::as_http(code.number()),
         Abort::Status(status) => status,
     };
-    let is_head = live.request.as_ref().is_some_and(|request| request.method() == Method::HEAD);
+    let is_head = attempt.request().is_some_and(|request| request.method() == Method::HEAD);
     let is_bare = matches!(status, StatusCode::NO_CONTENT | StatusCode::RESET_CONTENT | StatusCode::NOT_MODIFIED);
-    let mut answer = Response::new(UpstreamBody::Own(Bytes::new()));
-    *answer.status_mut() = status;
+    let mut response = Response::new(UpstreamBody::Own(Bytes::new()));
+    *response.status_mut() = status;
     // For a gRPC caller the text becomes its message.
-    if live.patience.grpc || (!is_head && !is_bare) {
+    if context.is_grpc() || (!is_head && !is_bare) {
         let body = Bytes::from(said + "\n");
-        answer.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain"));
-        answer.headers_mut().insert(header::CONTENT_LENGTH, HeaderValue::from(body.len()));
-        *answer.body_mut() = UpstreamBody::Own(body);
+        response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain"));
+        response.headers_mut().insert(header::CONTENT_LENGTH, HeaderValue::from(body.len()));
+        *response.body_mut() = UpstreamBody::Own(body);
     }
-    answer
+    response
 }
 
-/// A slow body comes in pieces of what its rate gives in so long; what was not used is kept for as long.
+/// A slow body comes in pieces of what its rate gives in this time; unused rate is kept for as long.
 const BEAT: Duration = Duration::from_millis(50);
 
-/// The body of an answer that meets a fault on its way.
-pub struct FaultyBody {
-    answer: UpstreamBody,
+/// The body of a response that meets a fault on its way.
+pub(super) struct FaultyBody {
+    body: UpstreamBody,
     name: Box<str>,
-    /// How many bytes may pass before it breaks off.
+    /// How many bytes may pass before the body breaks off.
     left: Option<u64>,
-    /// Bytes a second.
+    /// Bytes per second.
     rate: Option<u64>,
-    /// What has come and has not passed yet.
+    /// Bytes that have come and have not passed yet.
     rest: Bytes,
     /// When the next piece may pass.
     due: Instant,
-    /// From then on the fault is over, and what is left comes as it was sent.
+    /// The fault ends then, and the rest of the body comes as it was sent.
     until: Instant,
     timer: Timer,
 }
 
 impl FaultyBody {
-    /// The body of an answer whose head came at `now`. The answer may not be at its end.
-    pub fn new(answer: UpstreamBody, fault: BodyFault, timers: &Timers, now: Instant) -> Self {
+    /// The body of a response whose head came at `now`. The body may not be at its end.
+    pub(super) fn new(body: UpstreamBody, fault: BodyFault, timers: &Timers, now: Instant) -> Self {
         let BodyFault { name, cut_after: left, rate, until } = fault;
-        Self { answer, name, left, rate, rest: Bytes::new(), due: now, until, timer: timers.at(now) }
+        Self { body, name, left, rate, rest: Bytes::new(), due: now, until, timer: timers.at(now) }
     }
 
     /// The next piece, or the trailers.
-    pub fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+    pub(super) fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         if self.left == Some(0) {
             return Poll::Ready(Some(Err(BodyError::Fault(self.name.clone()))));
         }
         while self.rest.is_empty() {
-            let frame = match ready!(Pin::new(&mut self.answer).poll_frame(cx)) {
+            let frame = match ready!(Pin::new(&mut self.body).poll_frame(cx)) {
                 Some(Ok(frame)) => frame,
                 Some(Err(error)) => return Poll::Ready(Some(Err(BodyError::Upstream(error)))),
                 None => return Poll::Ready(None),
@@ -187,14 +205,14 @@ impl FaultyBody {
         Poll::Ready(Some(Ok(Frame::data(self.pass(now)))))
     }
 
-    /// True once nothing comes any more, and nothing is to break off.
-    pub fn is_end_stream(&self) -> bool {
-        self.rest.is_empty() && self.left != Some(0) && self.answer.is_end_stream()
+    /// True once nothing more comes, and the body is not to break off.
+    pub(super) fn is_end_stream(&self) -> bool {
+        self.rest.is_empty() && self.left != Some(0) && self.body.is_end_stream()
     }
 
-    /// What is left of the answer as it was sent: cut or slow, it says the same of itself.
-    pub fn size_hint(&self) -> SizeHint {
-        let (hint, rest) = (self.answer.size_hint(), self.rest.len() as u64);
+    /// The rest of the body as it was sent: a cut or slow body announces the same size.
+    pub(super) fn size_hint(&self) -> SizeHint {
+        let (hint, rest) = (self.body.size_hint(), self.rest.len() as u64);
         let mut all = SizeHint::new();
         all.set_lower(hint.lower() + rest);
         if let Some(upper) = hint.upper() {
@@ -210,7 +228,7 @@ impl FaultyBody {
         self.rest.len().min(beat).min(self.left.map_or(usize::MAX, most))
     }
 
-    /// Sets when the next piece may pass: so long after the one before as it takes to come.
+    /// Sets when the next piece may pass: after the one before, by the time that its bytes take at the rate.
     fn schedule(&mut self, now: Instant) {
         let Some(rate) = self.rate else { return };
         let takes = Duration::from_secs_f64(self.piece() as f64 / rate as f64);
@@ -221,8 +239,8 @@ impl FaultyBody {
         let piece = self.rest.split_to(self.piece());
         if let Some(left) = &mut self.left {
             *left -= piece.len() as u64;
-            if *left == 0 && self.rest.is_empty() && self.answer.is_end_stream() {
-                // It was whole before the connection seems to close.
+            if *left == 0 && self.rest.is_empty() && self.body.is_end_stream() {
+                // The body is complete before its connection seems to close.
                 self.left = None;
             } else if *left == 0 {
                 self.rest = Bytes::new();
@@ -264,8 +282,8 @@ mod tests {
     ) -> (Vec<(usize, u128)>, bool, u128) {
         let begun = Instant::now();
         let fault = BodyFault { name: "f".into(), cut_after, rate, until: begun + until };
-        let answer = UpstreamBody::Own(Bytes::from_static(bytes));
-        let mut body = FaultyBody::new(answer, fault, &Timers::default(), begun);
+        let body = UpstreamBody::Own(Bytes::from_static(bytes));
+        let mut body = FaultyBody::new(body, fault, &Timers::default(), begun);
         let mut pieces = Vec::new();
         let mut promised = body.size_hint().exact().unwrap();
         let is_whole = loop {

@@ -1,31 +1,49 @@
-//! Level 5: the path of one request.
+//! Level 5: the path of one request, in the order in which a request meets these modules.
 //!
-//! In the order in which a request meets them: `serve` (hyper), [`pipeline`] (which rule comes when), `target` and
-//! `headers` (what may pass), `correlation` (its deadline, and what it has to do with other requests), `retry` (whether one
-//! more follows), `outcome` (what a try says about the callee), `attempt` (one try at one endpoint), `select` (a
-//! connection to it), `fault_injection` (what goes wrong there on purpose), `response_body` (the answer on its way), `local_reply` (what we
-//! say instead), `grpc`, `upgrade`. `worker_context` is what all of one worker's requests share and `request_context` what one request
-//! holds.
+//! | step | module |
+//! |---|---|
+//! | a downstream connection is served | [`serve`], [`downstream`], [`connection_timeouts`] |
+//! | a request is planned and carried out | [`pipeline`], on an [`exchange`] with its [`request_context`] |
+//! | it may pass, and has a target | [`request_checks`], [`target`], [`headers`] |
+//! | it has a route | [`routing`] |
+//! | it has a deadline, and a parent request | [`deadline`], [`correlation`] |
+//! | it is admitted: rate limit, concurrency limit | [`admission`] |
+//! | it is attempted, and retried | [`retry`], [`attempt`] |
+//! | an attempt reports to circuit breaker and ejection | [`outcome`] |
+//! | an attempt has an endpoint and a connection | [`select`] |
+//! | an attempt meets an injected fault, or is sent | [`fault_injection`], [`upstream_request`] |
+//! | a timeout ends it | [`timeouts`] |
+//! | the response goes back | [`response`], [`response_body`], [`grpc`] |
+//! | hopguard replies itself, and tells the hops above | [`local_reply`], [`proxy_status`] |
+//! | the connection becomes a tunnel | [`upgrade`], [`tunnel`] |
+//!
+//! [`worker_context`] is what all requests of one worker share.
 
-pub mod attempt;
-pub mod connection_timeouts;
-pub mod correlation;
+mod admission;
+mod attempt;
+mod connection_timeouts;
+mod correlation;
+mod deadline;
 pub mod downstream;
-pub mod fault_injection;
+mod exchange;
+mod fault_injection;
 pub mod grpc;
 pub mod headers;
-pub mod held;
 pub mod local_reply;
 pub mod outcome;
-pub mod pipeline;
-pub mod request_context;
-pub mod response;
-pub mod response_body;
-pub mod retry;
-pub mod select;
+mod pipeline;
+mod proxy_status;
+mod request_checks;
+mod request_context;
+mod response;
+mod response_body;
+mod retry;
+mod routing;
+mod select;
 pub mod serve;
-pub mod target;
-pub mod timeouts;
-pub mod tunnel;
-pub mod upgrade;
+mod target;
+mod timeouts;
+mod tunnel;
+mod upgrade;
+mod upstream_request;
 pub mod worker_context;

@@ -1,8 +1,8 @@
-//! What one try says about the destination and about the endpoint: the live side of `circuitBreaker` and `ejection`.
+//! What an attempt reports to the circuit breaker of its destination and to the ejection of its endpoint.
 //!
-//! Each try asks the breaker for leave and takes a turn at its endpoint; however it ends, it is judged once, or not at
-//! all: a caller that went away says nothing about the callee, and a failure that happened further down counts there.
-//! Each change of state is told once: a log line with its cause and counts, and a metric.
+//! Each attempt asks the breaker for a permit, and the endpoint for another; however it ends, its result is reported once,
+//! or not at all: a caller that went away says nothing about the upstream, and a failure further down counts there. Each
+//! change of state is told once: a log line with its cause and counts, and a metric.
 
 use std::rc::Rc;
 use std::time::Duration;
@@ -11,54 +11,89 @@ use http::{HeaderMap, Response};
 use tokio::time::Instant;
 
 use crate::policy::model::Direction;
-use crate::policy::snapshot::{Destination, Snapshot};
+use crate::policy::snapshot::{CompiledDestination, Snapshot};
+use crate::proxy::attempt::{Attempt, Upstream};
 use crate::proxy::correlation;
 use crate::proxy::grpc::{self, GrpcStatus};
-use crate::proxy::held::{BreakerTurn, Permits};
-use crate::proxy::local_reply::{LocalReply, LocalReplyKind, PROXY_STATUS, RuleRef};
+use crate::proxy::local_reply::{LocalReply, LocalReplyKind, RuleRef};
+use crate::proxy::proxy_status;
 use crate::proxy::request_context::RequestContext;
 use crate::proxy::timeouts::ExternalDeadline;
 use crate::rules::circuit_breaker::{
-    Admission, Breaker, BreakerState, CallResult, StateChange, is_failed_code, is_failed_status,
+    Admission, Breaker, BreakerPermit, BreakerState, CallResult, Probe, StateChange, is_failed_code, is_failed_status,
 };
 use crate::rules::ejection::EjectionEvent;
 use crate::rules::mode::RuleName;
-use crate::rules::proxy_status::ProxyStatus;
 use crate::telemetry::Telemetry;
 use crate::upstream::cluster::Cluster;
 use crate::upstream::endpoint::Endpoint;
 use crate::upstream::response::UpstreamBody;
 
-/// Asks the circuit breaker of the destination.
-///
-/// # Errors
-/// If it is open.
-pub fn admit(live: &mut RequestContext, now: Instant) -> Result<(), LocalReply> {
-    live.trial = Permits::default();
-    let view = Rc::clone(&live.view);
-    let destination = view.destination(live.destination());
-    let Some(thresholds) = &destination.breaker else { return Ok(()) };
-    let Some(cluster) = live.cluster() else { return Ok(()) };
-    match cluster.health.breaker.admit(thresholds, now) {
-        Admission::Admit(pass) => live.trial.destination = BreakerTurn::Permit(pass),
-        Admission::Probe { probe, change } => {
-            if let Some(change) = change {
-                breaker_changed(live.worker.shard.telemetry(), cluster, &change, now);
-            }
-            live.trial.destination = BreakerTurn::Probe(Box::new(probe));
-        }
-        Admission::Refuse { retry_after } if view.policy.model.modes.circuit_breaker.value.is_enforced() => {
-            let mut refusal = circuit_open(destination, &cluster.health.breaker);
-            refusal.retry_after = Some(retry_after);
-            return Err(refusal);
-        }
-        Admission::Refuse { .. } => live.would(RuleName::CircuitBreaker),
-    }
-    Ok(())
+/// A permit of one breaker, from its admission until the result of the attempt is reported.
+#[derive(Default)]
+pub(super) enum HeldPermit {
+    /// None was given, or its result has been reported.
+    #[default]
+    None,
+    /// One of many.
+    Permit(BreakerPermit),
+    /// A probe, one of the few that find out; boxed, because they are rare.
+    Probe(Box<Probe>),
 }
 
-/// The refusal of an open breaker: names the value that opened it.
-fn circuit_open(destination: &Destination, breaker: &Breaker) -> LocalReply {
+/// The permits of one attempt. Dropping them reports nothing and frees the slots of probes.
+#[derive(Default)]
+pub(super) struct Permits {
+    /// Of the circuit breaker of the destination.
+    pub(super) destination: HeldPermit,
+    /// Of the endpoint.
+    pub(super) endpoint: HeldPermit,
+}
+
+impl Permits {
+    /// Takes the probes out; permits stay.
+    fn take_probes(&mut self) -> Self {
+        let take = |held: &mut HeldPermit| match held {
+            HeldPermit::Probe(_) => std::mem::take(held),
+            HeldPermit::Permit(_) | HeldPermit::None => HeldPermit::None,
+        };
+        Self { destination: take(&mut self.destination), endpoint: take(&mut self.endpoint) }
+    }
+
+    fn is_empty(&self) -> bool {
+        matches!((&self.destination, &self.endpoint), (HeldPermit::None, HeldPermit::None))
+    }
+}
+
+/// Asks the circuit breaker of the destination for a permit.
+///
+/// # Errors
+/// If the breaker is open.
+pub(super) fn admit(context: &mut RequestContext, upstream: &Upstream, now: Instant) -> Result<HeldPermit, LocalReply> {
+    let destination = context.destination(upstream.destination);
+    let Some(thresholds) = &destination.breaker else { return Ok(HeldPermit::None) };
+    let cluster = &upstream.pool.cluster;
+    match cluster.health.breaker.admit(thresholds, now) {
+        Admission::Admit(permit) => Ok(HeldPermit::Permit(permit)),
+        Admission::Probe { probe, change } => {
+            if let Some(change) = change {
+                breaker_changed(context.telemetry(), cluster, &change, now);
+            }
+            Ok(HeldPermit::Probe(Box::new(probe)))
+        }
+        Admission::Refuse { retry_after } if context.modes().circuit_breaker.value.is_enforced() => {
+            let reply = circuit_open(destination, &cluster.health.breaker);
+            Err(LocalReply { retry_after: Some(retry_after), ..reply })
+        }
+        Admission::Refuse { .. } => {
+            context.record_dry_run(RuleName::CircuitBreaker);
+            Ok(HeldPermit::None)
+        }
+    }
+}
+
+/// The local reply of an open breaker: names the value that opened it.
+fn circuit_open(destination: &CompiledDestination, breaker: &Breaker) -> LocalReply {
     let (values, name) = (&destination.values.circuit_breaker, &destination.values.name);
     if breaker.is_open_by_rate() {
         let rate = &values.failure_rate;
@@ -73,190 +108,196 @@ fn circuit_open(destination: &Destination, breaker: &Breaker) -> LocalReply {
     LocalReply::counted(LocalReplyKind::CircuitOpen, "circuitBreaker.consecutiveFailures", limit, detail)
 }
 
-/// Takes a turn at an endpoint that was picked; `false` if it is out, or is being tried by another call.
-pub fn enlist(live: &mut RequestContext, endpoint: &Endpoint, now: Instant) -> bool {
-    let destination = live.view.destination(live.destination());
-    let Some(thresholds) = &destination.ejection else { return true };
-    live.trial.endpoint = match endpoint.member.admit(thresholds, now) {
-        Admission::Admit(pass) => BreakerTurn::Permit(pass),
+/// Asks a picked endpoint for a permit; `None` if it is ejected, or if another call is probing it.
+pub(super) fn admit_at_endpoint(
+    context: &mut RequestContext,
+    destination: usize,
+    endpoint: &Endpoint,
+    now: Instant,
+) -> Option<HeldPermit> {
+    let Some(thresholds) = &context.destination(destination).ejection else { return Some(HeldPermit::None) };
+    match endpoint.member.admit(thresholds, now) {
+        Admission::Admit(permit) => Some(HeldPermit::Permit(permit)),
         Admission::Probe { probe, change } => {
             if let Some(change) = change {
-                endpoint.cluster.ejection_changed(live.worker.shard.telemetry(), &endpoint.member, &change, now);
+                endpoint.cluster.ejection_changed(context.telemetry(), &endpoint.member, &change, now);
             }
-            BreakerTurn::Probe(Box::new(probe))
+            Some(HeldPermit::Probe(Box::new(probe)))
         }
-        Admission::Refuse { .. } if live.view.policy.model.modes.ejection.value.is_enforced() => return false,
+        Admission::Refuse { .. } if context.modes().ejection.value.is_enforced() => None,
         Admission::Refuse { .. } => {
-            live.would(RuleName::Ejection);
-            BreakerTurn::None
+            context.record_dry_run(RuleName::Ejection);
+            Some(HeldPermit::None)
         }
-    };
-    true
+    }
 }
 
-/// Judges the try: what it says about the destination, and about the endpoint if one was reached for.
-pub fn judge(live: &mut RequestContext, outcome: CallResult, now: Instant) {
-    let trial = std::mem::take(&mut live.trial);
-    let destination = live.view.destination(live.destination());
-    let telemetry = live.worker.shard.telemetry();
-    let was_in = matches!(trial.endpoint, BreakerTurn::Permit(_));
-    // The endpoint first: what it has done says whether the destination fails as a whole.
-    if let Some(endpoint) = &live.endpoint {
-        judge_endpoint(destination, telemetry, endpoint, trial.endpoint, outcome, now);
+/// Reports the result of the attempt to the circuit breaker, and to the endpoint if one was picked.
+pub(super) fn report(context: &RequestContext, attempt: &mut Attempt, result: CallResult, now: Instant) {
+    let permits = attempt.take_permits();
+    report_with(context, attempt, permits, result, now);
+}
+
+fn report_with(context: &RequestContext, attempt: &Attempt, permits: Permits, result: CallResult, now: Instant) {
+    let Some(upstream) = attempt.upstream() else { return };
+    let (destination, telemetry) = (context.destination(upstream.destination), context.telemetry());
+    let was_in = matches!(permits.endpoint, HeldPermit::Permit(_));
+    // The endpoint first: whether another one is well decides what the failure says about the destination.
+    if let Some(endpoint) = attempt.endpoint() {
+        report_to_endpoint(destination, telemetry, endpoint, permits.endpoint, result, now);
     }
-    let (Some(thresholds), Some(cluster)) = (&destination.breaker, live.cluster()) else { return };
+    let Some(thresholds) = &destination.breaker else { return };
+    let cluster = &upstream.pool.cluster;
     let is_one_well =
-        outcome == CallResult::Failure && destination.ejection.is_some() && cluster.health.group.is_one_well();
+        result == CallResult::Failure && destination.ejection.is_some() && cluster.health.group.is_one_well();
     let thresholds = if is_one_well { thresholds.by_share_alone() } else { *thresholds };
-    let change = match trial.destination {
-        BreakerTurn::None => None,
-        BreakerTurn::Permit(pass) => cluster.health.breaker.record(pass, &thresholds, outcome, now, random(outcome)),
-        BreakerTurn::Probe(probe) => probe.record(&thresholds, outcome, now, random(outcome)),
+    let change = match permits.destination {
+        HeldPermit::None => None,
+        HeldPermit::Permit(permit) => cluster.health.breaker.record(permit, &thresholds, result, now, random(result)),
+        HeldPermit::Probe(probe) => probe.record(&thresholds, result, now, random(result)),
     };
     let Some(change) = change else { return };
     breaker_changed(telemetry, cluster, &change, now);
     if change.to == BreakerState::Open && was_in && !is_one_well {
-        // Those that are in fail, so a probe to them alone would not find out that others are well again.
+        // The endpoints that are in fail: only a probe of an ejected one can find out that it is well again.
         drop(cluster.health.group.hurry(now));
     }
 }
 
-/// Judges an exchange that has come to its end. A bad status was judged when it came; a good one may still be followed by
-/// trailers of gRPC that speak against it.
-pub fn judge_complete(live: &mut RequestContext) {
-    let now = live.over_at;
-    if live.record.status().is_some_and(|status| is_failed_status(status.as_u16())) {
+/// Reports an exchange whose response is complete. A bad status was reported when it came; a good one may still be followed
+/// by gRPC trailers that report a failure.
+pub(super) fn report_complete(context: &mut RequestContext, attempt: &mut Attempt) {
+    let now = context.ended_at();
+    if context.record().status().is_some_and(|status| is_failed_status(status.as_u16())) {
         return;
     }
-    let code = live.record.grpc_code();
-    // To gRPC an answer without a status is a failure, whatever came before.
-    let is_unsaid =
-        live.patience.grpc && code.is_none() && live.record.status().is_some_and(|status| status.is_success());
-    if is_unsaid {
-        look_slower(live, now);
+    let code = context.record().grpc_code();
+    // To gRPC a response without a status is a failure, whatever came before.
+    let has_no_status =
+        context.is_grpc() && code.is_none() && context.record().status().is_some_and(|status| status.is_success());
+    if has_no_status {
+        weigh_failure_after_head(attempt, now);
     }
-    if !is_unsaid && !code.is_some_and(is_failed_code) {
-        if let Some(health) = live.health() {
-            health.budget.earn();
+    if !has_no_status && !code.is_some_and(is_failed_code) {
+        if let Some(upstream) = attempt.upstream() {
+            upstream.pool.cluster.health.budget.earn();
         }
-        judge(live, CallResult::Success, now);
-    } else if !had_no_time(live, code.ok_or(0)) && !is_spared(live) {
-        judge(live, CallResult::Failure, now);
+        report(context, attempt, CallResult::Success, now);
+    } else if !had_no_time(context, code.ok_or(0)) && !is_spared(context) {
+        report(context, attempt, CallResult::Failure, now);
     }
 }
 
-/// The trailers of an answer have come. They may say that it was a failure, while its head was noted as an answer.
-pub fn ends_with(live: &RequestContext, code: u32) {
-    if is_bad(live, Ok(code)) {
-        look_slower(live, live.over_at);
+/// Takes note of the code in a response's trailers: it may say that the call failed, while its head counted as a response.
+pub(super) fn trailers_received(context: &RequestContext, attempt: &Attempt, code: u32) {
+    if is_failure(context, Ok(code)) {
+        weigh_failure_after_head(attempt, context.ended_at());
     }
 }
 
-/// For the choice among endpoints, too, a try has failed behind the head of its answer. How long that took says
-/// nothing: the caller takes the answer as slowly as it likes.
-fn look_slower(live: &RequestContext, now: Instant) {
-    if let Some(endpoint) = &live.endpoint {
+/// Load balancing counts a failure behind the head of a response as well. How long it took says nothing: the caller takes
+/// the response as slowly as it likes.
+fn weigh_failure_after_head(attempt: &Attempt, now: Instant) {
+    if let Some(endpoint) = attempt.endpoint() {
         endpoint.load.failed(Duration::ZERO, now);
     }
 }
 
-/// Judges the probes alone: the callee has answered for itself, though with a failure from further down, or with a stream
-/// that has no end yet. Whether it answers is all that a probe asks; were it to find out nothing, each call would be
-/// another probe, and a few streams would hold the places of all probes for as long as they live.
-pub fn judge_probes(live: &mut RequestContext, now: Instant) {
-    let take = |turn: &mut BreakerTurn| match turn {
-        BreakerTurn::Probe(_) => std::mem::take(turn),
-        BreakerTurn::Permit(_) | BreakerTurn::None => BreakerTurn::None,
-    };
-    let probes = Permits { destination: take(&mut live.trial.destination), endpoint: take(&mut live.trial.endpoint) };
-    if matches!((&probes.destination, &probes.endpoint), (BreakerTurn::None, BreakerTurn::None)) {
-        return;
-    }
-    let others = std::mem::replace(&mut live.trial, probes);
-    judge(live, CallResult::Success, now);
-    live.trial = others;
-}
-
-/// The exchange has shown itself as a stream, which may last.
-pub fn streams(live: &mut RequestContext, now: Instant) {
-    if !live.patience.grpc {
-        // Of all streams a deadline ends only those of gRPC.
-        live.late_at = None;
-    }
-    correlation::lift(live);
-    judge_probes(live, now);
-}
-
-/// Whether what failed, failed further down: the answer's trailers said so, or a call of the app has told.
-fn is_spared(live: &mut RequestContext) -> bool {
-    let is_marked = live.record.notes().is_some_and(|notes| notes.failed_at.is_some());
-    let is_below = is_marked || correlation::is_blamed_below(live);
-    live.spares(is_below)
-}
-
-/// Judges a try by a refusal of ours, where that is the callee's fault.
-pub fn judge_late(live: &mut RequestContext, kind: LocalReplyKind, now: Instant) {
-    if is_callees_fault(live, kind) {
-        judge(live, CallResult::Failure, now);
+/// Reports success for the probes alone: the upstream has answered for itself, though with a failure from further down, or
+/// with a stream that has no end yet. Whether it answers is all that a probe asks. Without this report each later call would
+/// be another probe, and a few streams would hold the slots of all probes for as long as they last.
+pub(super) fn report_probes(context: &RequestContext, attempt: &mut Attempt, now: Instant) {
+    let probes = attempt.permits_mut().take_probes();
+    if !probes.is_empty() {
+        report_with(context, attempt, probes, CallResult::Success, now);
     }
 }
 
-/// The same behind the head of an answer, which was noted as one. A bad status was judged when it came.
-pub fn judge_cut(live: &mut RequestContext, kind: LocalReplyKind, now: Instant) {
-    let is_judged = live.record.status().is_some_and(|status| is_failed_status(status.as_u16()));
-    if is_judged
-        || !is_callees_fault(live, kind)
-        || (kind == LocalReplyKind::UpstreamReset && was_cut_for_time(live, now))
+/// The exchange has shown that it is a stream, which may last.
+pub(super) fn became_stream(context: &mut RequestContext, attempt: &mut Attempt, now: Instant) {
+    if !context.is_grpc() {
+        // A deadline ends gRPC streams only.
+        context.set_dry_run_deadline(None);
+    }
+    correlation::lift_unary_deadline(context);
+    report_probes(context, attempt, now);
+}
+
+/// Whether the failure happened further down: the trailers of the response said so, or a call of the app has.
+fn is_spared(context: &mut RequestContext) -> bool {
+    let is_marked = context.record().notes().is_some_and(|notes| notes.failed_at.is_some());
+    let is_below = is_marked || correlation::has_failed_child(context);
+    context.spares_upstream(is_below)
+}
+
+/// Reports a failure for a local reply that is the upstream's fault.
+pub(super) fn report_local_reply(context: &RequestContext, attempt: &mut Attempt, kind: LocalReplyKind, now: Instant) {
+    if is_upstreams_fault(context, kind) {
+        report(context, attempt, CallResult::Failure, now);
+    }
+}
+
+/// Reports a response that broke off behind its head, which had counted as a response. A bad status was reported when it
+/// came.
+pub(super) fn report_broken_response(
+    context: &mut RequestContext,
+    attempt: &mut Attempt,
+    kind: LocalReplyKind,
+    now: Instant,
+) {
+    let is_reported = context.record().status().is_some_and(|status| is_failed_status(status.as_u16()));
+    if is_reported
+        || !is_upstreams_fault(context, kind)
+        || (kind == LocalReplyKind::UpstreamReset && was_cut_for_time(context, now))
     {
         return;
     }
-    look_slower(live, now);
-    if !is_spared(live) {
-        judge(live, CallResult::Failure, now);
+    weigh_failure_after_head(attempt, now);
+    if !is_spared(context) {
+        report(context, attempt, CallResult::Failure, now);
     }
 }
 
-/// Whether what a try came to speaks against the callee, or against somebody further down: breaker, ejection and the choice
-/// among endpoints all ask here.
-pub fn speaks_against(live: &RequestContext, tried: &Result<Response<UpstreamBody>, LocalReply>) -> bool {
-    match tried {
-        Ok(answer) => {
-            let said = said(live, answer);
-            is_bad(live, said) && !is_limited(said, answer.headers())
+/// Whether the result of an attempt speaks against the upstream, or against a hop further down: breaker, ejection and load
+/// balancing all ask here.
+pub(super) fn counts_against_upstream(
+    context: &RequestContext,
+    result: &Result<Response<UpstreamBody>, LocalReply>,
+) -> bool {
+    match result {
+        Ok(response) => {
+            let status = status_of(context, response);
+            is_failure(context, status) && !is_rate_limited(status, response.headers())
         }
-        Err(refusal) => is_callees_fault(live, refusal.kind),
+        Err(reply) => is_upstreams_fault(context, reply.kind),
     }
 }
 
-/// What the head of an answer says: its gRPC code, or else its status.
-pub fn said(live: &RequestContext, answer: &Response<UpstreamBody>) -> Result<u32, u16> {
-    let code = live.patience.grpc.then(|| grpc::read_status(answer.headers())).flatten();
-    code.map(|(code, _)| code).ok_or(answer.status().as_u16())
+/// What the head of a response says: its gRPC code, or else its HTTP status.
+pub(super) fn status_of(context: &RequestContext, response: &Response<UpstreamBody>) -> Result<u32, u16> {
+    let code = context.is_grpc().then(|| grpc::read_status(response.headers())).flatten();
+    code.map(|(code, _)| code).ok_or(response.status().as_u16())
 }
 
-/// Whether the callee's sidecar has answered that it was one call too many, as a 429 does where it is not gRPC.
-pub fn is_limited(said: Result<u32, u16>, fields: &HeaderMap) -> bool {
-    said == Ok(GrpcStatus::ResourceExhausted.into()) && read_mark(fields).is_some_and(|mark| mark.is_limited)
+/// Whether the upstream's sidecar has refused one call too many, as a 429 does where it is not gRPC.
+pub(super) fn is_rate_limited(status: Result<u32, u16>, headers: &HeaderMap) -> bool {
+    status == Ok(GrpcStatus::ResourceExhausted.into())
+        && proxy_status::read(headers).is_some_and(|status| status.is_limited)
 }
 
-/// What the sidecars below say with an answer.
-pub fn read_mark(fields: &HeaderMap) -> Option<ProxyStatus> {
-    ProxyStatus::read(fields.get_all(PROXY_STATUS).iter().map(http::HeaderValue::as_bytes))
+/// Whether what a response says is a failure of the hop that gave it.
+fn is_failure(context: &RequestContext, status: Result<u32, u16>) -> bool {
+    status.map_or_else(is_failed_status, is_failed_code) && !had_no_time(context, status)
 }
 
-/// Whether what an answer says speaks against whoever gave it.
-fn is_bad(live: &RequestContext, said: Result<u32, u16>) -> bool {
-    said.map_or_else(is_failed_status, is_failed_code) && !had_no_time(live, said)
+/// The local reply to a call that broke off because the caller's body had: the upstream cannot but give it up.
+pub(super) fn broken_by_caller(context: &RequestContext) -> Option<LocalReply> {
+    let detail = "the request's body broke off or is malformed";
+    context.flow().request.failed().then(|| LocalReply::plain(LocalReplyKind::BadRequest, detail))
 }
 
-/// Why a call that broke off did so because its caller's body had: the upstream cannot but give it up.
-pub fn broken_by_caller(live: &RequestContext) -> Option<LocalReply> {
-    let why = "the request's body broke off or is malformed";
-    live.flow.request.failed().then(|| LocalReply::plain(LocalReplyKind::BadRequest, why))
-}
-
-/// Whether a refusal of ours is the callee's fault.
-pub fn is_callees_fault(live: &RequestContext, kind: LocalReplyKind) -> bool {
+/// Whether a local reply is the upstream's fault.
+pub(super) fn is_upstreams_fault(context: &RequestContext, kind: LocalReplyKind) -> bool {
     match kind {
         LocalReplyKind::ConnectFailed
         | LocalReplyKind::ConnectTimeout
@@ -268,58 +309,62 @@ pub fn is_callees_fault(live: &RequestContext, kind: LocalReplyKind) -> bool {
         | LocalReplyKind::RequestTimeout
         | LocalReplyKind::IdleTimeout => true,
         // A stream that goes on until its deadline is what the caller asked for.
-        LocalReplyKind::DeadlineExceeded if live.patience.shows_a_stream(&live.flow) => false,
-        LocalReplyKind::DeadlineExceeded => !is_in_a_hurry(live),
+        LocalReplyKind::DeadlineExceeded if context.times().has_shown_a_stream(context.flow()) => false,
+        LocalReplyKind::DeadlineExceeded => !has_short_deadline(context),
         _ => false,
     }
 }
 
-/// Whether an answer, a gRPC code or else a status, says no more than that a caller in a hurry gave the callee no time: the
-/// callee's sidecar says so a moment before ours would.
-fn had_no_time(live: &RequestContext, said: Result<u32, u16>) -> bool {
-    matches!(said, Ok(4) | Err(504)) && is_in_a_hurry(live)
+/// Whether a response, by its gRPC code or HTTP status, says no more than that a short deadline gave the upstream no time: the
+/// upstream's sidecar says so a moment before this one would.
+fn had_no_time(context: &RequestContext, status: Result<u32, u16>) -> bool {
+    matches!(status, Ok(4) | Err(504)) && has_short_deadline(context)
 }
 
-/// Whether an answer broke off because its caller is in a hurry: the callee's sidecar cuts it a moment before we would.
+/// Whether a response broke off because of a short deadline: the upstream's sidecar cuts it a moment before this one would.
 /// Each hop on the way has kept a hundredth of the time, and a millisecond at least.
-fn was_cut_for_time(live: &RequestContext, now: Instant) -> bool {
-    let is_near = |until: &ExternalDeadline| {
-        until.at.saturating_duration_since(now) <= (until.whole / 20).max(Duration::from_millis(5))
+fn was_cut_for_time(context: &RequestContext, now: Instant) -> bool {
+    let is_near = |deadline: &ExternalDeadline| {
+        deadline.at.saturating_duration_since(now) <= (deadline.whole / 20).max(Duration::from_millis(5))
     };
-    live.patience.until.as_ref().is_some_and(is_near) && is_in_a_hurry(live)
+    context.times().deadline.as_ref().is_some_and(is_near) && has_short_deadline(context)
 }
 
-/// A caller in a hurry says nothing about the callee, unless the callee had a good part of what the policy gives it. A
-/// tenth is: were it more, no breaker below a short deadline would ever open for a callee that hangs. Of our own app it
-/// takes half, because it may only wait for somebody further down.
-fn is_in_a_hurry(live: &RequestContext) -> bool {
-    let part = if live.direction == Direction::Inbound { 2 } else { 10 };
-    live.patience.until.is_some_and(|until| until.whole < live.route().timeouts.request.value / part)
+/// A short deadline says nothing about the upstream, unless the upstream had a good part of what the policy gives it: a
+/// tenth, because with more no breaker below a short deadline would ever open for an upstream that hangs. The own app has
+/// to have had half, because it may only wait for a hop further down.
+fn has_short_deadline(context: &RequestContext) -> bool {
+    let part = if context.direction() == Direction::Inbound { 2 } else { 10 };
+    context.times().deadline.is_some_and(|deadline| deadline.whole < context.limits().request.value / part)
 }
 
-/// Judges the endpoint alone: it could not be reached, and another one may have the call.
-pub fn unreachable(live: &mut RequestContext, endpoint: &Rc<Endpoint>, now: Instant) {
-    let turn = std::mem::take(&mut live.trial.endpoint);
-    let destination = live.view.destination(live.destination());
-    judge_endpoint(destination, live.worker.shard.telemetry(), endpoint, turn, CallResult::Failure, now);
+/// Reports a failure of the endpoint alone: it could not be reached, and another one may take the call.
+pub(super) fn report_unreachable(
+    context: &RequestContext,
+    attempt: &mut Attempt,
+    endpoint: &Rc<Endpoint>,
+    now: Instant,
+) {
+    let permit = std::mem::take(&mut attempt.permits_mut().endpoint);
+    let Some(upstream) = attempt.upstream() else { return };
+    let destination = context.destination(upstream.destination);
+    report_to_endpoint(destination, context.telemetry(), endpoint, permit, CallResult::Failure, now);
 }
 
-fn judge_endpoint(
-    destination: &Destination,
+fn report_to_endpoint(
+    destination: &CompiledDestination,
     telemetry: &Telemetry,
     endpoint: &Endpoint,
-    turn: BreakerTurn,
-    outcome: CallResult,
+    permit: HeldPermit,
+    result: CallResult,
     now: Instant,
 ) {
     let Some(thresholds) = &destination.ejection else { return };
     let member = &endpoint.member;
-    let event = match turn {
-        BreakerTurn::None => None,
-        BreakerTurn::Permit(pass) => member.record(pass, thresholds, outcome, now, random(outcome)),
-        BreakerTurn::Probe(probe) => {
-            probe.record(thresholds, outcome, now, random(outcome)).map(EjectionEvent::Ejected)
-        }
+    let event = match permit {
+        HeldPermit::None => None,
+        HeldPermit::Permit(permit) => member.record(permit, thresholds, result, now, random(result)),
+        HeldPermit::Probe(probe) => probe.record(thresholds, result, now, random(result)).map(EjectionEvent::Ejected),
     };
     match event {
         Some(EjectionEvent::Ejected(change)) => endpoint.cluster.ejection_changed(telemetry, member, &change, now),
@@ -331,26 +376,27 @@ fn judge_endpoint(
                 place = cluster.place,
                 endpoint = %member.address(),
                 consecutive,
-                "the endpoint fails but is the last one: it stays in"
+                "the endpoint fails but is the last one in: it is not ejected"
             );
         }
         None => {}
     }
 }
 
-/// Only a failure needs chance: it decides how long something stays open.
-fn random(outcome: CallResult) -> f64 {
-    if outcome == CallResult::Success { 0.0 } else { fastrand::f64() }
+/// The random part of an open time, from 0 to 1; only a failure needs it.
+fn random(result: CallResult) -> f64 {
+    if result == CallResult::Success { 0.0 } else { fastrand::f64() }
 }
 
-/// A number in the log; one of 128 bits would be written as a string.
+/// Milliseconds as a number of 64 bits: the log writes one of 128 bits as a string.
 fn millis(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
-/// Another policy is in force: a breaker or an ejection that it has not is shown no more, and one that is back as it is.
+/// Brings the gauges in line with another policy: a destination without breaker or ejection shows none, and one that has
+/// them again shows their state.
 pub fn policy_changed(telemetry: &Telemetry, old: &Snapshot, next: &Snapshot, now: Instant) {
-    let is_gone = |one: &&Destination| next.destinations.iter().all(|other| other.id != one.id);
+    let is_gone = |one: &&CompiledDestination| next.destinations.iter().all(|other| other.id != one.id);
     let gone = old.destinations.iter().filter(is_gone).map(|one| (one, false, false));
     let there = next.destinations.iter().map(|one| (one, one.breaker.is_some(), one.ejection.is_some()));
     for (destination, breaker, ejection) in gone.chain(there) {

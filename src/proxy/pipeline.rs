@@ -3,9 +3,9 @@
 use std::convert::Infallible;
 use std::rc::Rc;
 
-use http::header::{HeaderMap, HeaderName};
+use http::header::HeaderName;
 use http::request::Parts;
-use http::uri::{PathAndQuery, Scheme};
+use http::uri::PathAndQuery;
 use http::{HeaderValue, Method, Request, Response, StatusCode, Uri, Version, header};
 use http_body::Body as _;
 use hyper::body::Incoming;
@@ -13,376 +13,170 @@ use tokio::time::Instant;
 
 use crate::net::body::RequestBody;
 use crate::net::flow::Flow;
-use crate::policy::model::{Destination, Direction, Listener, ListenerTarget};
+use crate::policy::model::Direction;
 use crate::proxy::downstream::DownstreamConnection;
+use crate::proxy::exchange::ActiveExchange;
 use crate::proxy::headers::{self, ATTEMPT_COUNT, HeaderScan};
-use crate::proxy::held::ReplayableRequest;
-use crate::proxy::local_reply::{LocalReply, LocalReplyKind, RuleRef};
+use crate::proxy::local_reply::{LocalReply, LocalReplyKind};
 use crate::proxy::request_context::RequestContext;
 use crate::proxy::response::{self, PipelineReply};
 use crate::proxy::response_body::ResponseBody;
-use crate::proxy::retry;
 use crate::proxy::target::{self, RequestTarget};
 use crate::proxy::worker_context::WorkerContext;
-use crate::proxy::{correlation, outcome, upgrade};
-use crate::rules::limits::QueueFull;
-use crate::rules::mode::RuleName;
-use crate::telemetry::Exchange;
-use crate::upstream::pool::Pool;
+use crate::proxy::{admission, deadline, outcome, request_checks, retry, routing, upgrade};
 
-/// What a caller gets: an answer, always.
-pub type Answer = Result<Response<ResponseBody>, Infallible>;
+/// What hyper gets for each request: a response, always.
+pub(super) type ServiceResult = Result<Response<ResponseBody>, Infallible>;
 
-/// One request, from its head to the head of its answer; the answer's body carries the exchange on.
+/// One request, from its head to the head of its response; the response's body carries the exchange on.
 ///
-/// First everything is decided, at once and without waiting; then it is done. What is decided stays in `request_context`,
-/// so that the future, which is moved about, stays small.
-pub fn call(
+/// First everything is decided, at once and without waiting; then it is carried out. What is decided stays in the
+/// exchange, so that the future, which is moved about, stays small.
+pub(super) fn call(
     worker: &Rc<WorkerContext>,
-    caller: &Rc<DownstreamConnection>,
+    downstream: &Rc<DownstreamConnection>,
     flow: Rc<Flow>,
     request: Request<Incoming>,
-) -> impl Future<Output = Answer> + use<> {
-    let (version, connect) = (request.version(), request.method() == Method::CONNECT);
-    let present = HeaderScan::scan(request.headers());
-    let mut live = RequestContext::begin(worker, caller, flow, &request, &present);
-    let decision = decide(&mut live, request, &present);
+) -> impl Future<Output = ServiceResult> + use<> {
+    let (version, is_connect) = (request.version(), request.method() == Method::CONNECT);
+    let scan = HeaderScan::scan(request.headers());
+    let context = RequestContext::begin(worker, downstream, flow, &request, &scan);
+    let mut exchange = Box::new(ActiveExchange::new(context));
+    let plan = plan(&mut exchange, request, &scan);
     async move {
-        let reply = match decision {
-            Ok(decision) => act(&mut live, decision).await,
-            Err(refusal) => Err(refusal),
+        let reply = match plan {
+            Ok(plan) => carry_out(&mut exchange, plan).await,
+            Err(reply) => Err(reply),
         };
-        Ok(response::hand_over(live, reply, version, connect))
+        Ok(response::hand_over(exchange, reply, version, is_connect))
     }
 }
 
 /// What is to be done with a request.
 enum RequestPlan {
-    /// Send it on; `Some` if the connection is to be switched to another protocol.
-    Send(Rc<Pool>, Option<HeaderValue>),
+    /// Send it to the upstream; `Some` if the connection is to be switched to another protocol.
+    Send(Option<HeaderValue>),
     /// Open a tunnel.
-    Tunnel(Rc<Pool>, Box<Parts>),
-    /// We have the answer ourselves.
-    PipelineReply(Box<PipelineReply>),
+    Tunnel(Box<Parts>),
+    /// Answer it here.
+    Reply(Box<PipelineReply>),
 }
 
-/// What may pass at all, where it goes, which rules it meets, and what it looks like on the next hop.
-fn decide(
-    live: &mut RequestContext,
+/// Decides what may pass at all, which route it takes, which rules it meets, and what it looks like on the next hop.
+fn plan(
+    exchange: &mut ActiveExchange,
     request: Request<Incoming>,
-    present: &HeaderScan,
+    scan: &HeaderScan,
 ) -> Result<RequestPlan, LocalReply> {
     let (mut head, body) = request.into_parts();
-    let view = Rc::clone(&live.view);
-    let listener = live.caller.listener.listener(&view.policy)?;
+    let context = &mut exchange.context;
+    let (view, downstream) = (Rc::clone(context.view()), Rc::clone(context.downstream()));
+    let listener = downstream.listener.listener(&view.policy)?;
 
     // What may not be passed on at all.
-    check_size(&head, present, listener)?;
-    check_method(&head.method)?;
-    check_framing(&head, present)?;
-    check_expectation(&mut head, present)?;
-    live.expects = present.expect && head.version >= Version::HTTP_11;
-    // Whatever asks for the cookie, be it a route or a limit, gets all of it.
-    headers::join_cookies(&mut head.headers, present);
-    headers::one_length(&mut head.headers, present);
+    request_checks::check(&mut head, scan, listener)?;
+    context.set_expects_continue(scan.expect && head.version >= Version::HTTP_11);
     let target = RequestTarget::read(&head.method, &head.uri, head.version, &head.headers)
         .map_err(|error| LocalReply::plain(LocalReplyKind::BadRequest, error.to_string()))?;
-    if present.via && live.caller.listener.via.is_loop(&head.headers) {
-        return Err(LocalReply::plain(LocalReplyKind::LoopDetected, "this listener has seen the request ten times"));
-    }
+    request_checks::check_loop(&head, scan, &downstream)?;
 
-    // Where it goes, and which rules it meets.
-    let position = choose(&view.policy, listener, &target)?;
-    let route = view.destination(position).index.find(&head.method, head.uri.path(), &head.headers);
-    live.met(position, route, listener.direction);
-    check_scheme(&head, listener, live.destination_values())?;
-    let pool = pool(live, &target)?;
-    correlation::begin(live, &mut head, present)?;
-    check_rate(live, &head.headers)?;
+    // Which route it takes, and which rules it meets.
+    routing::route(context, listener, &head, &target)?;
+    deadline::set(context, &mut head, scan)?;
+    admission::check_rate(context, &head.headers)?;
     if head.method == Method::CONNECT {
         upgrade::may_connect(listener)?;
-        return Ok(RequestPlan::Tunnel(pool, Box::new(head)));
+        return Ok(RequestPlan::Tunnel(Box::new(head)));
     }
     if let Some(reply) = response::as_final_recipient(&mut head) {
-        return Ok(RequestPlan::PipelineReply(Box::new(reply)));
+        return Ok(RequestPlan::Reply(Box::new(reply)));
     }
 
     // What it looks like on the next hop.
     // A body would have to be over before the connection can be anything else.
-    let switch = upgrade::wanted(&head, present).filter(|_| body.is_end_stream());
-    let said = headers::strip(&mut head.headers, present);
-    if said.trailers {
-        live.takes_trailers = true;
-        head.headers.insert(header::TE, HeaderValue::from_static("trailers"));
-    }
-    if present.attempt_count && live.direction == Direction::Outbound {
-        // It counts the tries of a call to the app, which has copied it into one of its own.
-        head.headers.remove(ATTEMPT_COUNT);
-    }
-    if present.hosts == 0 && head.uri.authority().is_none() {
-        name_host(&mut head, &live.view.destination(live.destination()).host);
-    }
-    encode_target(&mut head);
-    live.caller.listener.via.add(&mut head.headers, head.version);
-    headers::forget(&mut head.extensions);
-    if let Some(protocol) = &switch {
-        upgrade::ask(&mut head.headers, protocol);
-    }
-    let request = outgoing(live, head, body, said.named, switch.is_some());
-    live.request = Some(request);
-    Ok(RequestPlan::Send(pool, switch))
+    let switch = upgrade::wanted(&head, scan).filter(|_| body.is_end_stream());
+    let named = rewrite_head(context, &mut head, scan, switch.as_ref());
+    keep_outgoing(exchange, head, body, named, switch.is_some());
+    Ok(RequestPlan::Send(switch))
 }
 
-/// The request as it goes out; where the policy wants retries, with what another try needs kept aside.
-fn outgoing(
-    live: &mut RequestContext,
+/// Makes the head fit for the next hop. Returns the fields that `Connection` named.
+fn rewrite_head(
+    context: &mut RequestContext,
+    head: &mut Parts,
+    scan: &HeaderScan,
+    switch: Option<&HeaderValue>,
+) -> Vec<HeaderName> {
+    let hop_by_hop = headers::strip(&mut head.headers, scan);
+    if hop_by_hop.trailers {
+        context.set_takes_trailers();
+        head.headers.insert(header::TE, HeaderValue::from_static("trailers"));
+    }
+    if scan.attempt_count && context.direction() == Direction::Outbound {
+        // It counts the attempts of a call to the app, which has copied the field into a call of its own.
+        head.headers.remove(ATTEMPT_COUNT);
+    }
+    if scan.hosts == 0 && head.uri.authority().is_none() {
+        name_host(head, &context.destination(context.route_id().owner).host);
+    }
+    encode_target(head);
+    context.downstream().listener.via.add(&mut head.headers, head.version);
+    headers::forget(&mut head.extensions);
+    if let Some(protocol) = switch {
+        upgrade::ask(&mut head.headers, protocol);
+    }
+    hop_by_hop.named
+}
+
+/// Keeps the request as it goes out; where the policy wants retries, with what a further attempt needs beside it.
+fn keep_outgoing(
+    exchange: &mut ActiveExchange,
     head: Parts,
     body: Incoming,
     named: Vec<HeaderName>,
-    switching: bool,
-) -> Request<RequestBody> {
-    let retry = &live.route().retry;
-    let flow = Rc::clone(&live.flow);
-    if !retry.enabled.value || switching || live.view.policy.model.modes.retry.value.is_off() {
-        return Request::from_parts(head, RequestBody::caller(body, flow, named));
+    switches_protocol: bool,
+) {
+    let ActiveExchange { context, attempt, retry, .. } = exchange;
+    let rule = &context.route().retry;
+    let flow = Rc::clone(context.flow());
+    if !rule.enabled.value || switches_protocol || context.modes().retry.value.is_off() {
+        attempt.set_request(Request::from_parts(head, RequestBody::caller(body, flow, named)));
+        return;
     }
-    let limit = retry.replay_limit.value as usize;
-    let (body, replay) = RequestBody::repeatable(body, flow, named, limit);
-    live.spare = Some(Box::new(ReplayableRequest { head: head.clone(), body: replay }));
-    Request::from_parts(head, body)
+    let (body, replay) = RequestBody::repeatable(body, flow, named, rule.replay_limit.value as usize);
+    retry.keep(head.clone(), replay);
+    attempt.set_request(Request::from_parts(head, body));
 }
 
-/// The rate limit of the route.
-fn check_rate(live: &mut RequestContext, fields: &HeaderMap) -> Result<(), LocalReply> {
-    let Some(limit) = &live.route().rate_limit.value else { return Ok(()) };
-    let mode = live.view.policy.model.modes.rate_limit.value;
-    let limiter = live.view.destination(live.destination()).limiters[live.route_position()].as_ref();
-    let Some(limiter) = limiter.filter(|_| !mode.is_off()) else { return Ok(()) };
-    let key = limit.by.value.key(live.caller.peer.ip(), |name| fields.get(name).map(HeaderValue::as_bytes));
-    let Err(refused) = limiter.check(limit, key, live.patience.began) else { return Ok(()) };
-    if !mode.is_enforced() {
-        live.would(RuleName::RateLimit);
-        return Ok(());
-    }
-    let per = crate::rules::duration::format(limit.per.value);
-    let rule = RuleRef {
-        name: "rateLimit.requests",
-        value: format!("{} per {per}", limit.requests.value),
-        origin: limit.requests.origin.clone(),
-    };
-    let mut refusal =
-        LocalReply::ruled(LocalReplyKind::RateLimited, rule, format!("too many calls (counted by {})", limit.by.value));
-    refusal.retry_after = Some(refused.retry_after);
-    Err(refusal)
-}
-
-/// Does what was decided, within the rules.
-async fn act(live: &mut RequestContext, decision: RequestPlan) -> Result<PipelineReply, LocalReply> {
-    let (pool, switch) = match decision {
-        RequestPlan::Send(pool, switch) => (pool, switch),
+/// Carries the plan out, within the rules.
+async fn carry_out(exchange: &mut ActiveExchange, plan: RequestPlan) -> Result<PipelineReply, LocalReply> {
+    let switch = match plan {
+        RequestPlan::Send(switch) => switch,
         // Boxed, like everything that few requests meet.
-        RequestPlan::Tunnel(pool, head) => return Box::pin(upgrade::connect(live, &pool, head)).await,
-        RequestPlan::PipelineReply(reply) => return Ok(*reply),
+        RequestPlan::Tunnel(head) => return Box::pin(upgrade::connect(exchange, head)).await,
+        RequestPlan::Reply(reply) => return Ok(*reply),
     };
-    // A place in flight, for as long as the exchange lasts.
-    if !enter(live, &pool) {
-        Box::pin(wait_in_queue(live, &pool)).await?;
-    }
-    // As many tries as it takes and as the policy allows. The answer's body carries the exchange on.
-    let answer = retry::run(live, &pool, switch.is_some()).await?;
-    live.spare = None;
+    // A permit of the destination, and as many attempts as it takes and as the policy allows. The response's body carries
+    // the exchange on.
+    let answer = retry::run(exchange, switch.is_some()).await?;
+    exchange.retry.forget_request();
     let reply = match answer.status() {
-        StatusCode::SWITCHING_PROTOCOLS => Box::pin(upgrade::switch(live, answer, switch)).await,
-        _ => response::from_upstream(live, answer),
+        StatusCode::SWITCHING_PROTOCOLS => Box::pin(upgrade::switch(exchange, answer, switch)).await,
+        _ => {
+            let ActiveExchange { context, attempt, response, .. } = exchange;
+            response::from_upstream(context, attempt, response, answer)
+        }
     };
-    if let Err(refusal) = &reply {
-        outcome::judge_cut(live, refusal.kind, Instant::now());
+    if let Err(reply) = &reply {
+        outcome::report_broken_response(&mut exchange.context, &mut exchange.attempt, reply.kind, Instant::now());
     }
     reply
 }
 
-fn check_size(head: &Parts, present: &HeaderScan, listener: &Listener) -> Result<(), LocalReply> {
-    let limit = &listener.max_header_size;
-    if present.size <= limit.value as usize {
-        return Ok(());
-    }
-    let longest = HeaderScan::longest(&head.headers)
-        .map_or_else(String::new, |(name, size)| format!("; the longest field is {name} with {size} bytes"));
-    let detail = format!("the header section has {} bytes{longest}", present.size);
-    Err(LocalReply::counted(LocalReplyKind::HeaderTooLarge, "maxHeaderSize", limit, detail))
-}
-
-/// Longer than any registered method; longer ones are no methods.
-const LONGEST_METHOD: usize = 64;
-
-fn check_method(method: &Method) -> Result<(), LocalReply> {
-    if method.as_str().len() <= LONGEST_METHOD {
-        return Ok(());
-    }
-    Err(LocalReply::plain(LocalReplyKind::UnknownMethod, "the method is longer than 64 characters (RFC 9110, 9.1)"))
-}
-
-/// hyper has refused what it cannot frame; this refuses what it could, but the next hop might read otherwise (RFC 9112, 6).
-fn check_framing(head: &Parts, present: &HeaderScan) -> Result<(), LocalReply> {
-    if present.codings > 0 && present.lengths > 0 {
-        return Err(LocalReply::plain(
-            LocalReplyKind::BadRequest,
-            "both Content-Length and Transfer-Encoding (RFC 9112, 6.1)",
-        ));
-    }
-    if present.codings > 1 {
-        return Err(LocalReply::plain(LocalReplyKind::BadRequest, "more than one Transfer-Encoding (RFC 9112, 6.1)"));
-    }
-    if head.method == Method::CONNECT && present.codings + present.lengths > 0 {
-        return Err(LocalReply::plain(LocalReplyKind::BadRequest, "a CONNECT has no body (RFC 9110, 9.3.6)"));
-    }
-    if !headers::only_chunked(&head.headers, present) {
-        return Err(LocalReply::plain(
-            LocalReplyKind::UnknownCoding,
-            "the transfer coding is not chunked (RFC 9112, 6.1)",
-        ));
-    }
-    Ok(())
-}
-
-fn check_expectation(head: &mut Parts, present: &HeaderScan) -> Result<(), LocalReply> {
-    if !present.expect {
-        return Ok(());
-    }
-    if head.version < Version::HTTP_11 {
-        head.headers.remove(header::EXPECT);
-        return Ok(());
-    }
-    let mut all = head.headers.get_all(header::EXPECT).iter();
-    if all.all(|value| value.as_bytes().eq_ignore_ascii_case(b"100-continue")) {
-        return Ok(());
-    }
-    Err(LocalReply::plain(LocalReplyKind::UnknownExpectation, "only 100-continue can be expected (RFC 9110, 10.1.1)"))
-}
-
-/// The destination: the listener's own, or the one that the target's host belongs to.
-fn choose(
-    policy: &crate::policy::snapshot::Snapshot,
-    listener: &Listener,
-    target: &RequestTarget<'_>,
-) -> Result<usize, LocalReply> {
-    match listener.target {
-        ListenerTarget::To(position) => Ok(position),
-        ListenerTarget::Forward => policy.hosts.find(target.bare_host()).ok_or_else(|| {
-            let host = target.host;
-            LocalReply::plain(LocalReplyKind::NoDestination, format!(
-                "the policy has no destination with the host {host:?}; add it to `hosts`, or a destination with the host \"*\""
-            ))
-        }),
-    }
-}
-
-/// What a proxy is asked to fetch by `https` never goes out in plain text (RFC 9110, 4.2.2). Over HTTP/2 the scheme says
-/// nothing: there it is the one of the connection to us.
-fn check_scheme(head: &Parts, listener: &Listener, destination: &Destination) -> Result<(), LocalReply> {
-    let is_asked = head.version < Version::HTTP_2 && head.uri.scheme() == Some(&Scheme::HTTPS);
-    if !is_asked || listener.target != ListenerTarget::Forward || destination.tls.is_some() {
-        return Ok(());
-    }
-    let detail = format!(
-        "the target begins with https, and the destination {} has no `tls`: use CONNECT, or give it `tls`",
-        destination.name
-    );
-    Err(LocalReply::plain(LocalReplyKind::BadRequest, detail))
-}
-
-/// The pool of the destination, or of the place where the caller was going.
-fn pool(live: &RequestContext, target: &RequestTarget<'_>) -> Result<Rc<Pool>, LocalReply> {
-    let position = live.destination();
-    let upstreams = &live.worker.upstreams;
-    let values = live.destination_values();
-    if !values.endpoints.is_empty() {
-        return Ok(Rc::clone(live.view.pool(position, upstreams)));
-    }
-    if target.host.is_empty() {
-        return Err(LocalReply::plain(
-            LocalReplyKind::NoRoute,
-            "the destination has no endpoints and the request names no host",
-        ));
-    }
-    let port = target.port.unwrap_or(if values.tls.is_some() { 443 } else { 80 });
-    let parent = &live.view.destination(position).cluster;
-    Ok(upstreams.place(parent, target.host, port))
-}
-
-/// Takes a place in flight, if there is one at once.
-fn enter(live: &mut RequestContext, pool: &Rc<Pool>) -> bool {
-    let destination = live.view.destination(live.destination());
-    let mode = live.view.policy.model.modes.limits.value;
-    let pass = destination.concurrency.try_enter();
-    if pass.is_none() && mode.is_enforced() {
-        return false;
-    }
-    let is_over = pass.is_none();
-    live.hold(pass, Rc::clone(pool));
-    if is_over && !mode.is_off() {
-        live.would(RuleName::Limits);
-    }
-    true
-}
-
-/// Takes a place in flight after a turn in the queue.
-async fn wait_in_queue(live: &mut RequestContext, pool: &Rc<Pool>) -> Result<(), LocalReply> {
-    let view = Rc::clone(&live.view);
-    let destination = view.destination(live.destination());
-    let limits = &destination.values.limits;
-    let began = Instant::now();
-    let queue = destination.concurrency.enter(limits.queue.value);
-    let waiting = pool.metrics.queued.hold();
-    let late_at = live.patience.request_at(&live.route().timeouts);
-    let mut turn = QueueWait { record: &mut live.record, began, is_refused: false };
-    let entered = live.timer.limit((began + limits.queue_timeout.value).min(late_at), queue).await;
-    drop(waiting);
-    turn.is_refused = matches!(entered, Some(Err(QueueFull)));
-    drop(turn);
-    match entered {
-        Some(Ok(pass)) => {
-            live.hold(Some(pass), Rc::clone(pool));
-            Ok(())
-        }
-        Some(Err(QueueFull)) => Err(LocalReply::counted(
-            LocalReplyKind::QueueFull,
-            "limits.queue",
-            &limits.queue,
-            format!("{} calls are in flight and the queue is full", limits.in_flight.value),
-        )),
-        None if Instant::now() >= late_at => {
-            Err(live.patience.over_unsent(&live.route().timeouts, LocalReplyKind::RequestTimeout, "no turn in time"))
-        }
-        None => Err(LocalReply::timed(
-            LocalReplyKind::QueueTimeout,
-            "limits.queueTimeout",
-            &limits.queue_timeout,
-            format!("{} calls were in flight for too long", limits.in_flight.value),
-        )),
-    }
-}
-
-/// A turn in the queue, which is recorded when it is over: also where the caller leaves, and with it this future.
-struct QueueWait<'a> {
-    record: &'a mut Exchange,
-    began: Instant,
-    /// Who was sent away at once has not waited.
-    is_refused: bool,
-}
-
-impl Drop for QueueWait<'_> {
-    fn drop(&mut self) {
-        if !self.is_refused {
-            self.record.queued(self.began.elapsed());
-        }
-    }
-}
-
-/// The same path, in bytes that every hop reads in the same way.
+/// Writes the same path in bytes that every hop reads in the same way.
 fn encode_target(head: &mut Parts) {
     let Some(path) = head.uri.path_and_query().map(PathAndQuery::as_str) else { return };
-    // Nothing but a fragment behind the host is read as this path, but written as none.
+    // A target with nothing but a fragment behind the host is read as this path, but written as none.
     let is_absent = path == "/" && head.version < Version::HTTP_2 && head.uri.scheme().is_some();
     let encoded = if is_absent { Some("/".to_owned()) } else { target::encode(path) };
     if let Some(encoded) = encoded
@@ -414,6 +208,6 @@ mod tests {
         // It is moved several times, and held as long as the upstream takes; what few requests need is boxed.
         assert!(size_of_future(call) <= 1536, "{} bytes", size_of_future(call));
         // It is boxed once and stays where it is, so that this bounds memory, not moves.
-        assert!(size_of::<RequestContext>() <= 1200, "{} bytes", size_of::<RequestContext>());
+        assert!(size_of::<ActiveExchange>() <= 1200, "{} bytes", size_of::<ActiveExchange>());
     }
 }

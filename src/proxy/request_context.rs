@@ -1,313 +1,398 @@
-//! What one exchange holds while it is under way: its record, its place in flight, its connection, its timer.
+//! What is fixed for one exchange once its request is routed: policy view, route, deadline, correlation; and its record.
 //!
-//! It travels with the request, then with the answer's body; dropping it, at whatever point, gives
-//! everything back and writes the record.
+//! An attempt reads it and adds to the record; only `deadline`, `correlation` and `proxy_status` set their own parts. The
+//! context is dropped with the exchange, and then writes the record: one metric sample, one log line.
 
-use std::net::SocketAddr;
 use std::rc::Rc;
-use std::time::Duration;
+use std::task::{Context, Poll};
 
 use http::header::HeaderName;
 use http::{HeaderValue, Request, header};
 use tokio::time::Instant;
 
-use crate::net::body::RequestBody;
 use crate::net::flow::Flow;
-use crate::policy::model::{self, Direction};
+use crate::policy::model::{Direction, Route};
+use crate::policy::snapshot::{CompiledDestination, RouteId};
+use crate::proxy::correlation::Correlated;
 use crate::proxy::downstream::DownstreamConnection;
-use crate::proxy::headers::{self, HeaderScan};
-use crate::proxy::held::{Correlated, PendingFault, Permits, ReplayableRequest};
+use crate::proxy::headers::{ContentKind, HeaderScan};
 use crate::proxy::local_reply::{LocalReply, LocalReplyKind};
-use crate::proxy::timeouts::TimeoutState;
+use crate::proxy::timeouts::{ExternalDeadline, TimeoutState, WaitingFor, poll_expired};
 use crate::proxy::worker_context::{PolicyView, WorkerContext};
-use crate::rules::limits::ConcurrencyPermit;
-use crate::rules::mode::{Mode, RuleName};
+use crate::rules::mode::{Mode, Modes, RuleName};
 use crate::rules::proxy_status::ProxyStatus;
 use crate::rules::retry::is_idempotent;
+use crate::rules::timeouts::Timeouts;
 use crate::runtime::drain::DrainPhase;
 use crate::runtime::timer::Timer;
 use crate::runtime::waker::InlineWaker;
-use crate::telemetry::{Exchange, Protocol, RequestLine};
-use crate::upstream::cluster::{Cluster, Health};
-use crate::upstream::endpoint::Endpoint;
-use crate::upstream::pool::{Lease, Pool};
-
-/// One exchange under way.
-pub struct RequestContext {
-    /// What will be said about it.
-    pub record: Exchange,
-    /// What has passed so far.
-    pub flow: Rc<Flow>,
-    /// What it is waited for.
-    pub patience: TimeoutState,
-    /// The worker that it runs on.
-    pub worker: Rc<WorkerContext>,
-    /// The policy that it began with.
-    pub view: Rc<PolicyView>,
-    /// The connection that it came over.
-    pub caller: Rc<DownstreamConnection>,
-    /// The waker that its upstream connection is moved with.
-    pub waker: Rc<InlineWaker>,
-    /// Its timer.
-    pub timer: Timer,
-    /// The request as it goes out, until it has been handed to a connection.
-    pub request: Option<Request<RequestBody>>,
-    /// The endpoint that a connection is to be opened to.
-    pub picked: Option<Rc<Endpoint>>,
-    /// The upstream connection, from the moment there is one.
-    pub lease: Option<Lease>,
-    /// Fields that the answer's `ConnectionUse` named; they may not pass as trailers.
-    pub named: Vec<HeaderName>,
-    /// The request expects `100 Continue`.
-    pub expects: bool,
-    /// The request says that its sender takes trailers.
-    pub takes_trailers: bool,
-    /// What the upstream said about keeping its connection, in seconds.
-    pub keep_alive: Option<u32>,
-    /// When the head of the answer was there; the end of the exchange once that is known.
-    pub over_at: Instant,
-    /// Whose call it is, seen from our service.
-    pub direction: Direction,
-    /// What another try needs; `None` where there can be none.
-    pub spare: Option<Box<ReplayableRequest>>,
-    /// Which try this is.
-    pub attempt: u16,
-    /// Where the present try goes.
-    pub endpoint: Option<Rc<Endpoint>>,
-    /// Where the tries before went.
-    pub tried: Vec<SocketAddr>,
-    /// The present try is on a connection that had been used before, and nothing but its close has ended the try.
-    pub reused: bool,
-    /// The present try has ended without that anybody can have seen the request.
-    pub unsent: bool,
-    /// That was so because its connection came to its end.
-    pub leaving: bool,
-    /// Somebody may have seen the request in one of the tries before.
-    pub was_seen: bool,
-    /// The method or a key of the request says that it may be repeated.
-    pub is_safe: bool,
-    /// What the present try says about the callee is still to be judged.
-    pub trial: Permits,
-    /// What a fault of the policy has left to the present try.
-    pub fault: Option<Box<PendingFault>>,
-    /// How the exchange hangs together with others.
-    pub ties: Option<Box<Correlated>>,
-    /// What its answer tells the sidecars above; once there is one, it is decided, though it may say nothing.
-    pub mark: Option<Box<ProxyStatus>>,
-    /// The deadline that would have ended it, were the rule enforced.
-    pub late_at: Option<Instant>,
-    destination: usize,
-    route: usize,
-    place: Option<(Option<ConcurrencyPermit>, Rc<Pool>)>,
-}
+use crate::telemetry::{Exchange, Protocol, RequestLine, Telemetry};
 
 const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 
+/// The context of one exchange.
+pub(super) struct RequestContext {
+    record: Exchange,
+    flow: Rc<Flow>,
+    worker: Rc<WorkerContext>,
+    view: Rc<PolicyView>,
+    downstream: Rc<DownstreamConnection>,
+    /// Wakes the task that drives the HTTP/1.1 upstream connection.
+    waker: Rc<InlineWaker>,
+    timer: Timer,
+    times: TimeoutState,
+    direction: Direction,
+    route: Option<RouteId>,
+    /// The method or an `Idempotency-Key` allows a repeat (RFC 9110, 9.2.2).
+    is_idempotent: bool,
+    /// The caller waits for `100 Continue` before it sends the body.
+    expects_continue: bool,
+    /// The caller takes trailers (`TE: trailers`).
+    takes_trailers: bool,
+    correlation: Option<Box<Correlated>>,
+    proxy_status: Option<Box<ProxyStatus>>,
+    /// The deadline that would have ended the exchange, were the rule enforced.
+    dry_run_deadline: Option<Instant>,
+    /// When the wait in the queue of the destination began.
+    queued_since: Option<Instant>,
+    /// Host and port that the caller named; only where the destination has no endpoints.
+    dynamic_host: Option<Box<(String, u16)>>,
+    ended_at: Instant,
+}
+
 impl RequestContext {
-    /// An exchange whose head was complete when its flow began. The destination is set later, before anything asks for it.
-    pub fn begin<B>(
+    /// The context of a request whose head was complete when its flow began.
+    pub(super) fn begin<B>(
         worker: &Rc<WorkerContext>,
-        caller: &Rc<DownstreamConnection>,
+        downstream: &Rc<DownstreamConnection>,
         flow: Rc<Flow>,
         request: &Request<B>,
-        present: &HeaderScan,
-    ) -> Box<Self> {
+        scan: &HeaderScan,
+    ) -> Self {
         let now = flow.last();
         let view = worker.view();
-        let grpc = present.kind == headers::ContentKind::Grpc;
+        let is_grpc = scan.kind == ContentKind::Grpc;
         let protocol = match request.version() {
-            _ if grpc => Protocol::Grpc,
+            _ if is_grpc => Protocol::Grpc,
             http::Version::HTTP_2 => Protocol::Http2,
             _ => Protocol::Http1,
         };
-        if grpc {
+        if is_grpc {
             flow.count_messages();
         }
-        let hop = view.policy.unrouted(caller.listener.values.direction);
-        let line = request_line(caller, request, present);
-        caller.begin();
-        Box::new(Self {
+        let direction = downstream.listener.values.direction;
+        let hop = view.policy.unrouted(direction);
+        let line = request_line(downstream, request, scan);
+        downstream.begin();
+        Self {
             record: Exchange::begin(Rc::clone(&worker.shard), now, hop, protocol, line),
             flow,
-            patience: TimeoutState { began: now, try_began: now, answered: false, stream: false, grpc, until: None },
-            timer: worker.timers.at(now + crate::rules::timeouts::Timeouts::built_in().request.value),
+            times: TimeoutState { began: now, is_stream: false, is_grpc, deadline: None },
+            timer: worker.timers.at(now + Timeouts::built_in().request.value),
             worker: Rc::clone(worker),
             view,
-            caller: Rc::clone(caller),
-            request: None,
-            picked: None,
-            waker: caller.waker(),
-            lease: None,
-            named: Vec::new(),
-            expects: false,
+            downstream: Rc::clone(downstream),
+            waker: downstream.waker(),
+            direction,
+            route: None,
+            is_idempotent: scan.idempotency_key || is_idempotent(request.method().as_str()),
+            expects_continue: false,
             takes_trailers: false,
-            keep_alive: None,
-            over_at: now,
-            direction: caller.listener.values.direction,
-            spare: None,
-            attempt: 0,
-            endpoint: None,
-            tried: Vec::new(),
-            reused: false,
-            unsent: false,
-            leaving: false,
-            was_seen: false,
-            is_safe: present.idempotency_key || is_idempotent(request.method().as_str()),
-            trial: Permits::default(),
-            fault: None,
-            ties: None,
-            mark: None,
-            late_at: None,
-            destination: usize::MAX,
-            route: 0,
-            place: None,
-        })
+            correlation: None,
+            proxy_status: None,
+            dry_run_deadline: None,
+            queued_since: None,
+            dynamic_host: None,
+            ended_at: now,
+        }
     }
 
-    /// Names the destination and the route that the request meets.
-    pub fn met(&mut self, destination: usize, route: usize, direction: Direction) {
-        self.destination = destination;
-        self.route = route;
+    /// Sets the route, and with it the hop that the record counts for.
+    pub(super) fn set_route(&mut self, route: RouteId, direction: Direction) {
         self.direction = direction;
+        self.route = Some(route);
         let hops = &self.worker.shard.telemetry().hops;
-        self.record.set_hop(self.view.policy.hop(hops, destination, route, direction));
-        self.patience.stream = self.view.destination(destination).values.routes[route].stream;
+        self.record.set_hop(self.view.policy.hop(hops, route, direction));
+        self.times.is_stream = self.route().stream;
     }
 
-    /// True before a destination is known.
-    pub fn is_unrouted(&self) -> bool {
-        self.destination == usize::MAX
+    /// Notes what the caller said about `Expect` and `TE`.
+    pub(super) fn set_expects_continue(&mut self, expects: bool) {
+        self.expects_continue = expects;
     }
 
-    /// Notes that a rule in `warn` would have acted: for the log line, and for the metric. Once for each call.
-    pub fn would(&mut self, rule: RuleName) {
+    /// Notes that the caller takes trailers.
+    pub(super) fn set_takes_trailers(&mut self) {
+        self.takes_trailers = true;
+    }
+
+    /// False before a route is known.
+    pub(super) fn is_routed(&self) -> bool {
+        self.route.is_some()
+    }
+
+    /// The route's identity. Before routing, that of the first one: nothing asks for it then.
+    pub(super) fn route_id(&self) -> RouteId {
+        self.route.unwrap_or_default()
+    }
+
+    /// The values of the route.
+    pub(super) fn route(&self) -> &Route {
+        self.view.policy.route(self.route_id())
+    }
+
+    /// The time limits of the route.
+    pub(super) fn limits(&self) -> &Timeouts {
+        &self.route().timeouts
+    }
+
+    /// One destination of the policy, by its position.
+    pub(super) fn destination(&self, position: usize) -> &CompiledDestination {
+        self.view.destination(position)
+    }
+
+    /// The name of the destination that the route belongs to, as metrics and log bear it.
+    pub(super) fn route_owner(&self) -> &str {
+        &self.view.destination(self.route_id().owner).values.name
+    }
+
+    /// The mode of each rule.
+    pub(super) fn modes(&self) -> &Modes {
+        &self.view.policy.model.modes
+    }
+
+    /// The policy view with which the request began.
+    pub(super) fn view(&self) -> &Rc<PolicyView> {
+        &self.view
+    }
+
+    /// The worker that the exchange runs on.
+    pub(super) fn worker(&self) -> &Rc<WorkerContext> {
+        &self.worker
+    }
+
+    /// Counters and log of the process.
+    pub(super) fn telemetry(&self) -> &std::sync::Arc<Telemetry> {
+        self.worker.shard.telemetry()
+    }
+
+    /// The connection that the request came over.
+    pub(super) fn downstream(&self) -> &Rc<DownstreamConnection> {
+        &self.downstream
+    }
+
+    /// The bytes that have passed so far, in both directions.
+    pub(super) fn flow(&self) -> &Rc<Flow> {
+        &self.flow
+    }
+
+    /// The waker for the upstream connection.
+    pub(super) fn waker(&self) -> &Rc<InlineWaker> {
+        &self.waker
+    }
+
+    /// The exchange's own timer.
+    pub(super) fn timer(&mut self) -> &mut Timer {
+        &mut self.timer
+    }
+
+    /// Ready with the time limit that ends the response while its body is on the way; until then the timer is set to it.
+    pub(super) fn poll_body_timeout(&mut self, cx: &mut Context<'_>) -> Poll<LocalReply> {
+        let (times, flow) = (&self.times, &self.flow);
+        let limits = &self.view.policy.route(self.route.unwrap_or_default()).timeouts;
+        poll_expired(cx, &mut self.timer, |now| times.judge(WaitingFor::Body, now, limits, flow))
+    }
+
+    /// The host and port that the caller named, where the destination has no endpoints.
+    pub(super) fn dynamic_host(&self) -> Option<(&str, u16)> {
+        self.dynamic_host.as_deref().map(|(host, port)| (host.as_str(), *port))
+    }
+
+    /// Sets the host and port to go to, where the destination has no endpoints.
+    pub(super) fn set_dynamic_host(&mut self, host: &str, port: u16) {
+        self.dynamic_host = Some(Box::new((host.to_owned(), port)));
+    }
+
+    /// `inbound` or `outbound`, of the listener.
+    pub(super) fn direction(&self) -> Direction {
+        self.direction
+    }
+
+    /// When the head of the request was complete.
+    pub(super) fn began(&self) -> Instant {
+        self.times.began
+    }
+
+    /// What the time limits are judged by.
+    pub(super) fn times(&self) -> &TimeoutState {
+        &self.times
+    }
+
+    /// True for a gRPC call.
+    pub(super) fn is_grpc(&self) -> bool {
+        self.times.is_grpc
+    }
+
+    /// When a unary call ends: at the policy's `request`, or earlier where its deadline is.
+    pub(super) fn request_at(&self) -> Instant {
+        self.times.request_at(self.limits())
+    }
+
+    /// Notes that the response is a stream.
+    pub(super) fn set_stream(&mut self) {
+        self.times.is_stream = true;
+    }
+
+    /// Adopts a deadline that the policy did not set.
+    pub(super) fn set_deadline(&mut self, deadline: ExternalDeadline) {
+        self.times.deadline = Some(deadline);
+    }
+
+    /// Sets or clears the deadline that a dry run would have enforced.
+    pub(super) fn set_dry_run_deadline(&mut self, at: Option<Instant>) {
+        self.dry_run_deadline = at;
+    }
+
+    /// True if the method or a key allows a repeat.
+    pub(super) fn is_idempotent(&self) -> bool {
+        self.is_idempotent
+    }
+
+    /// True if the caller waits for `100 Continue`.
+    pub(super) fn expects_continue(&self) -> bool {
+        self.expects_continue
+    }
+
+    /// True if the caller takes trailers.
+    pub(super) fn takes_trailers(&self) -> bool {
+        self.takes_trailers
+    }
+
+    /// The record so far.
+    pub(super) fn record(&self) -> &Exchange {
+        &self.record
+    }
+
+    /// The record, to be added to.
+    pub(super) fn record_mut(&mut self) -> &mut Exchange {
+        &mut self.record
+    }
+
+    /// How the exchange is correlated with others; `None` where the policy has listeners on one side of the app only.
+    pub(super) fn correlation(&self) -> Option<&Correlated> {
+        self.correlation.as_deref()
+    }
+
+    /// Sets the correlation, or what is kept of it.
+    pub(super) fn set_correlation(&mut self, correlation: Option<Box<Correlated>>) {
+        self.correlation = correlation;
+    }
+
+    /// The correlation, to be added to.
+    pub(super) fn correlation_mut(&mut self) -> Option<&mut Correlated> {
+        self.correlation.as_deref_mut()
+    }
+
+    /// What the response tells the hops above; `None` before that is decided.
+    pub(super) fn proxy_status(&self) -> Option<&ProxyStatus> {
+        self.proxy_status.as_deref()
+    }
+
+    /// Decides what the response tells the hops above.
+    pub(super) fn set_proxy_status(&mut self, status: Option<ProxyStatus>) {
+        self.proxy_status = status.map(Box::new);
+    }
+
+    /// When the head of the response was there; the end of the exchange once that is known.
+    pub(super) fn ended_at(&self) -> Instant {
+        self.ended_at
+    }
+
+    /// Notes the head of the response, or the end of the exchange.
+    pub(super) fn set_ended_at(&mut self, now: Instant) {
+        self.ended_at = now;
+    }
+
+    /// Notes the begin of a wait in the queue.
+    pub(super) fn begin_queue(&mut self, now: Instant) {
+        self.queued_since = Some(now);
+    }
+
+    /// Ends the wait in the queue. A call that the full queue refused has not waited: `has_waited` is false.
+    pub(super) fn end_queue(&mut self, has_waited: bool) {
+        if let Some(since) = self.queued_since.take().filter(|_| has_waited) {
+            self.record.queued(since.elapsed());
+        }
+    }
+
+    /// Counts and logs, once per call, that a rule in `dryRun` would have acted.
+    pub(super) fn record_dry_run(&mut self, rule: RuleName) {
         let noted = &mut self.record.note().would;
         if noted.contains(&rule.as_str()) {
             return;
         }
         noted.push(rule.as_str());
-        let name = &self.view.destination(self.destination).values.name;
-        self.worker.shard.telemetry().dry_run(name, rule.as_str());
+        let owner = &self.view.destination(self.route_id().owner).values.name;
+        self.worker.shard.telemetry().dry_run(owner, rule.as_str());
     }
 
-    /// The position of the destination.
-    pub fn destination(&self) -> usize {
-        self.destination
-    }
-
-    /// The position of the route in its destination.
-    pub fn route_position(&self) -> usize {
-        self.route
-    }
-
-    /// The values of the destination.
-    pub fn destination_values(&self) -> &model::Destination {
-        &self.view.destination(self.destination).values
-    }
-
-    /// The values of the route.
-    pub fn route(&self) -> &model::Route {
-        &self.destination_values().routes[self.route]
-    }
-
-    /// Whether a failure that happened further down than the destination (`is_below`) is kept from counting here.
-    pub fn spares(&mut self, is_below: bool) -> bool {
-        let mode = self.view.policy.model.modes.blame_in_one_place.value;
+    /// Whether a failure further down than the upstream (`is_below`) is kept from counting against the upstream.
+    pub(super) fn spares_upstream(&mut self, is_below: bool) -> bool {
+        let mode = self.modes().blame_in_one_place.value;
         if is_below && mode == Mode::DryRun {
-            self.would(RuleName::BlameInOnePlace);
+            self.record_dry_run(RuleName::BlameInOnePlace);
         }
         is_below && mode.is_enforced()
     }
 
-    /// Whether the word of the callee's sidecar that its app never got the request (`is_said`) is taken.
-    pub fn believes_unsent(&mut self, is_said: bool) -> bool {
-        let mode = self.view.policy.model.modes.unsent.value;
+    /// Whether the upstream's sidecar is believed when it says that its app never got the request.
+    pub(super) fn believes_unsent(&mut self, is_said: bool) -> bool {
+        let mode = self.modes().unsent.value;
         if is_said && mode == Mode::DryRun {
-            self.would(RuleName::Unsent);
+            self.record_dry_run(RuleName::Unsent);
         }
         is_said && mode.is_enforced()
     }
-
-    /// When the present try went to its connection.
-    pub fn sent_at(&self) -> Instant {
-        let lost = self.fault.as_ref().map_or(Duration::ZERO, |fault| fault.lost);
-        self.patience.try_began + lost
-    }
-
-    /// What the failures of the destination have led to; `None` before the exchange has a place there.
-    pub fn health(&self) -> Option<&Health> {
-        self.cluster().map(|cluster| &cluster.health)
-    }
-
-    /// Where the exchange goes; `None` before it has a place there.
-    pub fn cluster(&self) -> Option<&Cluster> {
-        self.place.as_ref().map(|(_, pool)| &*pool.cluster)
-    }
-
-    /// Takes up the place in flight (none where `limits` is not enforced), which is given back at the end.
-    pub fn hold(&mut self, pass: Option<ConcurrencyPermit>, pool: Rc<Pool>) {
-        pool.metrics.in_flight.increment();
-        self.place = Some((pass, pool));
-    }
-
-    /// Says what the end of an inbound call means for what the app still calls.
-    fn leave(&self) {
-        let (Direction::Inbound, Some(ties)) = (self.direction, &self.ties) else { return };
-        if self.record.status().is_none() && !self.is_unrouted() {
-            ties.abandon(&self.worker.late, self.ends_at(), Instant::now());
-        } else if self.record.status().is_some() && self.record.refusal().is_none() {
-            ties.answered(&self.worker.late);
-        }
-    }
-
-    /// When an inbound call that nobody waits for would have been over.
-    fn ends_at(&self) -> Option<Instant> {
-        match self.patience.is_unary() {
-            true => Some(self.patience.request_at(&self.route().timeouts)),
-            // It may be a stream, which lives longer, unless it came with a deadline of its own.
-            false => self.patience.until.filter(|_| self.patience.grpc).map(|until| until.at),
-        }
-    }
 }
 
-fn request_line<B>(caller: &DownstreamConnection, request: &Request<B>, present: &HeaderScan) -> RequestLine {
-    let fields = request.headers();
+fn request_line<B>(downstream: &DownstreamConnection, request: &Request<B>, scan: &HeaderScan) -> RequestLine {
+    let headers = request.headers();
     RequestLine {
         method: request.method().clone(),
         uri: request.uri().clone(),
-        host: (present.hosts > 0).then(|| fields.get(header::HOST).cloned()).flatten(),
-        caller: Some(caller.peer),
-        traceparent: present.trace.then(|| fields.get(TRACEPARENT).cloned()).flatten(),
+        host: (scan.hosts > 0).then(|| headers.get(header::HOST).cloned()).flatten(),
+        caller: Some(downstream.peer),
+        traceparent: scan.trace.then(|| headers.get(TRACEPARENT).cloned()).flatten(),
     }
 }
 
-/// A request of which nothing is known but that it could not be read.
-pub fn unread(caller: &DownstreamConnection) -> RequestLine {
+/// The request line of bytes that could not be parsed as a request.
+pub(super) fn unparsed_request(downstream: &DownstreamConnection) -> RequestLine {
     RequestLine {
         method: http::Method::from_bytes(b"-").unwrap_or_default(),
         uri: http::Uri::from_static("*"),
         host: None::<HeaderValue>,
-        caller: Some(caller.peer),
+        caller: Some(downstream.peer),
         traceparent: None,
     }
 }
 
 impl Drop for RequestContext {
     fn drop(&mut self) {
-        self.record.passed(self.flow.request.bytes(), self.flow.response.bytes());
+        // A caller that leaves ends its wait in the queue as well.
+        self.end_queue(true);
+        let (sent, received) = (self.flow.request.bytes(), self.flow.response.bytes());
+        self.record.passed(sent, received);
         if self.worker.connections.phase() == DrainPhase::Over {
-            let detail = "the grace time was over before the call was";
+            let detail = "the grace time ended before the call";
             self.record.refuse(LocalReply::plain(LocalReplyKind::Draining, detail).record());
         }
-        // A caller that left before its answer was there has no other end than this.
-        if self.late_at.is_some_and(|at| Instant::now() > at) {
-            self.would(RuleName::Deadline);
+        // For a caller that left before its response there is no other point at which the deadline is compared.
+        if self.dry_run_deadline.is_some_and(|at| Instant::now() > at) {
+            self.record_dry_run(RuleName::Deadline);
         }
-        self.leave();
-        if let Some((_, pool)) = &self.place {
-            pool.metrics.in_flight.decrement();
-        }
+        super::correlation::exchange_ended(self);
         self.flow.finish();
-        self.caller.finish(self.over_at);
+        self.downstream.finish(self.ended_at);
     }
 }

@@ -1,4 +1,4 @@
-//! The head of an answer on its way back: the upstream's, made fit for the caller, or one of our own.
+//! The head of a response on its way back: the upstream's, made fit for the caller, or a local one.
 
 use std::rc::Rc;
 
@@ -11,86 +11,108 @@ use hyper_util::rt::TokioIo;
 use tokio::time::Instant;
 
 use crate::net::io::Io;
+use crate::proxy::attempt::Attempt;
+use crate::proxy::exchange::{ActiveExchange, ResponseFacts};
 use crate::proxy::grpc::{self, GrpcStatus};
 use crate::proxy::headers::{self, ContentKind, HeaderScan};
-use crate::proxy::local_reply::{self, LocalReply, LocalReplyContext, PROXY_STATUS};
+use crate::proxy::local_reply::{LocalReply, LocalReplyContext, LocalReplyKind, PROXY_STATUS};
 use crate::proxy::request_context::RequestContext;
 use crate::proxy::response_body::ResponseBody;
 use crate::proxy::tunnel::Handoff;
-use crate::proxy::{correlation, outcome};
+use crate::proxy::{outcome, proxy_status};
 use crate::rules::retry::AttemptFailure;
 use crate::runtime::tasks;
 use crate::upstream::response::UpstreamBody;
 
-/// What the pipeline comes to.
-pub enum PipelineReply {
-    /// The upstream's answer; its body is still to come.
+/// What the pipeline comes to, where that is no local reply.
+pub(super) enum PipelineReply {
+    /// The upstream's response; its body is still to come.
     Upstream(Response<UpstreamBody>),
-    /// An answer of our own that is no refusal.
+    /// A response that hopguard makes itself.
     Own(Response<ResponseBody>),
-    /// Once the answer is sent, the caller's connection is joined with this stream.
+    /// Once the response is sent, the caller's connection is joined with this stream.
     Tunnel(Response<ResponseBody>, Io),
 }
 
-/// Hands the reply to hyper; whatever the exchange still holds goes with its body.
-pub fn hand_over(
-    mut live: Box<RequestContext>,
+/// Hands the response to hyper; what the exchange still holds goes with its body.
+pub(super) fn hand_over(
+    mut exchange: Box<ActiveExchange>,
     reply: Result<PipelineReply, LocalReply>,
     version: Version,
-    connect: bool,
+    is_connect: bool,
 ) -> Response<ResponseBody> {
-    // A caller that waits for leave to send its body has not got it, or has sent it all the same; what follows a CONNECT
-    // that came to nothing is no request either.
-    let doubtful = connect || live.flow.is_held();
-    let leaving = live.worker.is_leaving() || live.caller.listener.is_closed();
-    let mut close = version <= Version::HTTP_11 && (version < Version::HTTP_11 || doubtful || leaving);
-    let mut answer = match reply {
-        Ok(PipelineReply::Upstream(answer)) => {
-            live.record.head(live.over_at, answer.status());
-            let (head, incoming) = answer.into_parts();
-            // A gRPC answer ends with its trailers, whatever it says of its length.
-            let length = if live.patience.grpc { None } else { length_of(&head, live.record.method()) };
-            if version == Version::HTTP_10 && length.is_none() {
-                live.caller.end_with_connection();
-            }
-            Response::from_parts(head, ResponseBody::upstream(incoming, length, live))
+    let mut close = closes_connection(&exchange.context, version, is_connect);
+    let mut response = match reply {
+        Ok(PipelineReply::Upstream(response)) => from_exchange(exchange, response, version),
+        Ok(PipelineReply::Own(response)) => {
+            let (context, now) = (&mut exchange.context, Instant::now());
+            context.set_ended_at(now);
+            context.record_mut().head(now, response.status());
+            context.record_mut().complete();
+            response
         }
-        Ok(PipelineReply::Own(answer)) => {
-            live.over_at = Instant::now();
-            live.record.head(live.over_at, answer.status());
-            live.record.complete();
-            answer
-        }
-        Ok(PipelineReply::Tunnel(mut answer, upstream)) => {
-            // A deadline ends no tunnel.
-            live.late_at = None;
-            live.record.head(Instant::now(), answer.status());
-            let later = answer.extensions_mut().remove::<OnUpgrade>();
-            let caller = Rc::clone(&live.caller);
-            let handoff = Handoff { upstream, live };
-            match later {
-                Some(later) => join_later(later, handoff),
-                None => caller.hand_off(Box::new(move |stream| Box::pin(handoff.join(stream)))),
-            }
-            return answer;
-        }
-        Err(refusal) => {
-            close |= version <= Version::HTTP_11 && refusal.ends_connection();
-            refuse(&mut live, &refusal)
+        Ok(PipelineReply::Tunnel(response, upstream)) => return begin_tunnel(exchange, response, upstream),
+        Err(reply) => {
+            close |= version <= Version::HTTP_11 && reply.ends_connection();
+            send_local_reply(&mut exchange, &reply)
         }
     };
     if version == Version::HTTP_10 {
-        // To an answer of a later version hyper would add what an HTTP/1.0 caller wishes: `keep-alive`.
-        *answer.version_mut() = version;
+        // To a response of a later version hyper would add what an HTTP/1.0 caller wishes: `keep-alive`.
+        *response.version_mut() = version;
     }
     if close {
-        // A proxy keeps no connection with an HTTP/1.0 caller (RFC 9112, 9.3), and none while it is leaving.
-        answer.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+        // A proxy keeps no connection with an HTTP/1.0 caller (RFC 9112, 9.3), and none while it drains.
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
-    answer
+    response
 }
 
-/// Over HTTP/2 the caller's side of a tunnel is one stream, which hyper hands out after the answer.
+fn closes_connection(context: &RequestContext, version: Version, is_connect: bool) -> bool {
+    // A caller that waits for `100 Continue` has not received it, or has sent its body all the same; what follows a CONNECT
+    // that failed is no request either.
+    let is_doubtful = is_connect || context.flow().is_held();
+    let is_draining = context.worker().is_leaving() || context.downstream().listener.is_closed();
+    version <= Version::HTTP_11 && (version < Version::HTTP_11 || is_doubtful || is_draining)
+}
+
+fn from_exchange(
+    mut exchange: Box<ActiveExchange>,
+    response: Response<UpstreamBody>,
+    version: Version,
+) -> Response<ResponseBody> {
+    let context = &mut exchange.context;
+    let ended_at = context.ended_at();
+    context.record_mut().head(ended_at, response.status());
+    let (head, incoming) = response.into_parts();
+    // A gRPC response ends with its trailers, whatever it says of its length.
+    let length = if context.is_grpc() { None } else { length_of(&head, context.record().method()) };
+    if version == Version::HTTP_10 && length.is_none() {
+        context.downstream().end_with_connection();
+    }
+    Response::from_parts(head, ResponseBody::upstream(incoming, length, exchange))
+}
+
+fn begin_tunnel(
+    mut exchange: Box<ActiveExchange>,
+    mut response: Response<ResponseBody>,
+    upstream: Io,
+) -> Response<ResponseBody> {
+    let context = &mut exchange.context;
+    // A deadline ends no tunnel.
+    context.set_dry_run_deadline(None);
+    context.record_mut().head(Instant::now(), response.status());
+    let later = response.extensions_mut().remove::<OnUpgrade>();
+    let downstream = Rc::clone(context.downstream());
+    let handoff = Handoff { upstream, exchange };
+    match later {
+        Some(later) => join_later(later, handoff),
+        None => downstream.hand_off(Box::new(move |stream| Box::pin(handoff.join(stream)))),
+    }
+    response
+}
+
+/// Over HTTP/2 the caller's side of a tunnel is one stream, which hyper hands out after the response.
 fn join_later(later: OnUpgrade, handoff: Handoff) {
     tasks::spawn(async move {
         if let Ok(stream) = later.await {
@@ -107,124 +129,140 @@ fn length_of(head: &http::response::Parts, method: &Method) -> Option<u64> {
     head.headers.get(header::CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
 }
 
-fn refuse(live: &mut RequestContext, refusal: &LocalReply) -> Response<ResponseBody> {
-    let is_grpc = live.patience.grpc;
-    live.over_at = Instant::now();
-    // A caller that left during its body has not been refused anything.
-    let has_left = refusal.kind == local_reply::LocalReplyKind::BadRequest && live.flow.request.left();
+/// Records a local reply and makes the response of it: the only place where a 503, a 504 or any other local reply is sent.
+fn send_local_reply(exchange: &mut ActiveExchange, reply: &LocalReply) -> Response<ResponseBody> {
+    let ActiveExchange { context, attempt, retry, .. } = exchange;
+    let (is_grpc, now) = (context.is_grpc(), Instant::now());
+    context.set_ended_at(now);
+    // A caller that left during its body gets no reply.
+    let has_left = reply.kind == LocalReplyKind::BadRequest && context.flow().request.left();
     if !has_left {
-        live.record.refuse(refusal.record());
+        context.record_mut().refuse(reply.record());
     }
-    correlation::refused(live, refusal.kind, live.over_at);
-    let context = LocalReplyContext {
-        attempt: live.record.tries(),
-        retry: live.record.notes().and_then(|notes| notes.retry),
-        mark: live.mark.as_deref(),
-        // Who is told when to come again may do so.
-        pushes_back: correlation::pushes_back(live) && refusal.kind != local_reply::LocalReplyKind::RateLimited,
+    proxy_status::of_local_reply(context, reply.kind, attempt.is_unsent(), retry.was_seen(), now);
+    let said = LocalReplyContext {
+        attempt: context.record().tries(),
+        retry: context.record().notes().and_then(|notes| notes.retry),
+        status: context.proxy_status(),
+        // A caller that is told when to call again may do so.
+        pushes_back: proxy_status::forbids_retry(context) && reply.kind != LocalReplyKind::RateLimited,
     };
-    let answer = refusal.answer(is_grpc, &context, ResponseBody::whole);
+    let response = reply.response(is_grpc, &said, ResponseBody::whole);
     if has_left {
-        return answer;
+        return response;
     }
     if is_grpc {
-        let message = answer.headers().get(grpc::MESSAGE).cloned();
-        live.record.grpc(refusal.grpc().0 as u32, message);
+        let message = response.headers().get(grpc::MESSAGE).cloned();
+        context.record_mut().grpc(reply.grpc().0 as u32, message);
     }
-    live.record.head(live.over_at, answer.status());
-    live.record.complete();
-    answer
+    context.record_mut().head(now, response.status());
+    context.record_mut().complete();
+    response
 }
 
-/// Makes the head of an upstream's answer fit for the caller.
+/// Makes the head of an upstream's response fit for the caller.
 ///
 /// # Errors
-/// An answer that cannot be passed on without being read in two ways.
-pub fn from_upstream(
-    live: &mut RequestContext,
-    mut answer: Response<UpstreamBody>,
+/// A response that cannot be passed on without being read in two ways.
+pub(super) fn from_upstream(
+    context: &mut RequestContext,
+    attempt: &mut Attempt,
+    facts: &mut ResponseFacts,
+    mut response: Response<UpstreamBody>,
 ) -> Result<PipelineReply, LocalReply> {
-    let present = HeaderScan::scan(answer.headers());
-    let malformed = |what: &'static str| Err(LocalReply::plain(local_reply::LocalReplyKind::UpstreamProtocol, what));
-    if present.codings > 0 && present.lengths > 0 {
-        return malformed("the answer has both Content-Length and Transfer-Encoding (RFC 9112, 6.3)");
-    }
-    if !headers::only_chunked(answer.headers(), &present) {
-        return malformed("the answer's transfer coding is not chunked (RFC 9112, 6.1)");
-    }
-    let version = answer.version();
-    let status = answer.status();
-    if status.as_u16() > 599 {
-        return malformed("the answer's status is none (RFC 9110, 15)");
-    }
+    let scan = HeaderScan::scan(response.headers());
+    check_framing(&response, &scan)?;
+    let (version, status) = (response.version(), response.status());
     // Each hop says its own version, never the one it received (RFC 9112, 2.3).
-    *answer.version_mut() = Version::HTTP_11;
-    let fields = answer.headers_mut();
-    let said = headers::strip(fields, &present);
-    live.keep_alive = said.kept_for(version);
-    live.named = said.named;
+    *response.version_mut() = Version::HTTP_11;
+    let headers = response.headers_mut();
+    let hop_by_hop = headers::strip(headers, &scan);
+    facts.keep_alive = hop_by_hop.kept_for(version);
+    facts.named_by_connection = hop_by_hop.named;
     if status == StatusCode::NO_CONTENT {
-        fields.remove(header::CONTENT_LENGTH);
+        headers.remove(header::CONTENT_LENGTH);
     } else {
-        headers::one_length(fields, &present);
+        headers::one_length(headers, &scan);
     }
-    live.caller.listener.via.add(fields, version);
-    headers::forget(answer.extensions_mut());
-    if live.route().retry.is_failure(AttemptFailure::Status(status.as_u16())) {
-        correlation::mark_answer(live, status, answer.headers_mut(), present.proxy_status);
+    context.downstream().listener.via.add(headers, version);
+    headers::forget(response.extensions_mut());
+    if context.route().retry.is_failure(AttemptFailure::Status(status.as_u16())) {
+        proxy_status::write(context, status, response.headers_mut(), scan.proxy_status);
     }
-    if live.patience.grpc {
-        return Ok(grpc_answer(live, &present, answer));
+    if context.is_grpc() {
+        return Ok(from_grpc_upstream(context, attempt, &scan, response));
     }
-    if present.kind == ContentKind::Events {
-        live.patience.stream = true;
+    if scan.kind == ContentKind::Events {
+        context.set_stream();
     }
-    if live.patience.stream {
-        outcome::streams(live, live.over_at);
+    if context.times().is_stream {
+        let now = context.ended_at();
+        outcome::became_stream(context, attempt, now);
     }
-    Ok(PipelineReply::Upstream(answer))
+    Ok(PipelineReply::Upstream(response))
 }
 
-/// A gRPC caller cannot read an answer that is not gRPC; it gets the status that the HTTP status stands for.
-fn grpc_answer(live: &mut RequestContext, present: &HeaderScan, mut answer: Response<UpstreamBody>) -> PipelineReply {
-    let fields = answer.headers_mut();
-    if let Some((code, message)) = grpc::read_status(fields) {
-        live.record.grpc(code, message);
-        if live.route().retry.is_failure(AttemptFailure::Grpc(code)) {
-            correlation::mark_answer(live, StatusCode::OK, fields, present.proxy_status);
+/// hyper has refused what it cannot frame; this refuses what it could, but the caller might read otherwise.
+fn check_framing(response: &Response<UpstreamBody>, scan: &HeaderScan) -> Result<(), LocalReply> {
+    let malformed = |what: &'static str| Err(LocalReply::plain(LocalReplyKind::UpstreamProtocol, what));
+    if scan.codings > 0 && scan.lengths > 0 {
+        return malformed("the response has both Content-Length and Transfer-Encoding (RFC 9112, 6.3)");
+    }
+    if !headers::only_chunked(response.headers(), scan) {
+        return malformed("the response's transfer coding is not chunked (RFC 9112, 6.1)");
+    }
+    if response.status().as_u16() > 599 {
+        return malformed("the response's status is not defined (RFC 9110, 15)");
+    }
+    Ok(())
+}
+
+/// A gRPC caller cannot read a response that is not gRPC; it gets the status that the HTTP status stands for.
+fn from_grpc_upstream(
+    context: &mut RequestContext,
+    attempt: &mut Attempt,
+    scan: &HeaderScan,
+    mut response: Response<UpstreamBody>,
+) -> PipelineReply {
+    let headers = response.headers_mut();
+    if let Some((code, message)) = grpc::read_status(headers) {
+        context.record_mut().grpc(code, message);
+        if context.route().retry.is_failure(AttemptFailure::Grpc(code)) {
+            proxy_status::write(context, StatusCode::OK, headers, scan.proxy_status);
         }
-        return PipelineReply::Upstream(answer);
+        return PipelineReply::Upstream(response);
     }
-    if present.kind == ContentKind::Grpc {
-        return PipelineReply::Upstream(answer);
+    if scan.kind == ContentKind::Grpc {
+        return PipelineReply::Upstream(response);
     }
-    let status = answer.status();
+    let status = response.status();
     let code = GrpcStatus::of_http(status);
-    let message = match answer.body() {
-        // A fault's text; what is left of an answer that was given up has none.
-        UpstreamBody::Own(said) if !said.is_empty() => String::from_utf8_lossy(said).trim_end().to_owned(),
+    let message = match response.body() {
+        // The text of an injected fault; a discarded response has none.
+        UpstreamBody::Own(text) if !text.is_empty() => String::from_utf8_lossy(text).trim_end().to_owned(),
         UpstreamBody::Own(_) | UpstreamBody::Http1(_) | UpstreamBody::Http2(_) => {
             format!("the upstream answered with HTTP status {} and no gRPC status", status.as_u16())
         }
     };
     let mut translated = grpc::trailers_only(code, &message, ResponseBody::empty());
-    for said in answer.headers().get_all(PROXY_STATUS) {
-        translated.headers_mut().append(PROXY_STATUS, said.clone());
+    for member in response.headers().get_all(PROXY_STATUS) {
+        translated.headers_mut().append(PROXY_STATUS, member.clone());
     }
-    correlation::push_back(live, translated.headers_mut());
-    live.record.grpc(code as u32, translated.headers().get(grpc::MESSAGE).cloned());
+    proxy_status::push_back(context, translated.headers_mut());
+    context.record_mut().grpc(code as u32, translated.headers().get(grpc::MESSAGE).cloned());
     if status.is_success() {
-        // A good answer to something else: no service of gRPC is there.
-        outcome::judge_complete(live);
+        // A good response to something else: the upstream has no such gRPC service.
+        outcome::report_complete(context, attempt);
     } else {
-        // A bad status was judged when it came; any other is somebody's answer.
-        outcome::judge_probes(live, live.over_at);
+        // A bad status was reported when it came; any other is a response of the upstream's own.
+        let now = context.ended_at();
+        outcome::report_probes(context, attempt, now);
     }
     PipelineReply::Own(translated)
 }
 
 /// Answers OPTIONS and TRACE that may go no further, else counts the hop (RFC 9110, 7.6.2).
-pub fn as_final_recipient(head: &mut Parts) -> Option<PipelineReply> {
+pub(super) fn as_final_recipient(head: &mut Parts) -> Option<PipelineReply> {
     const MAX_FORWARDS: HeaderName = header::MAX_FORWARDS;
     if head.method != Method::OPTIONS && head.method != Method::TRACE {
         return None;
@@ -235,10 +273,9 @@ pub fn as_final_recipient(head: &mut Parts) -> Option<PipelineReply> {
         return None;
     }
     let status = if head.method == Method::OPTIONS { StatusCode::OK } else { StatusCode::METHOD_NOT_ALLOWED };
-    let mut answer = Response::new(ResponseBody::whole(Bytes::new()));
-    *answer.status_mut() = status;
-    answer
-        .headers_mut()
-        .insert(header::ALLOW, HeaderValue::from_static("GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"));
-    Some(PipelineReply::Own(answer))
+    let mut response = Response::new(ResponseBody::whole(Bytes::new()));
+    *response.status_mut() = status;
+    let methods = HeaderValue::from_static("GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS");
+    response.headers_mut().insert(header::ALLOW, methods);
+    Some(PipelineReply::Own(response))
 }

@@ -1,309 +1,423 @@
-//! The tries of one request: when one fails, whether another follows, and what is told when none does.
+//! The attempts of one request: where a retry is decided, prepared and waited for, and what is told when there is none.
 //!
-//! The decision itself is `rules/retry.rs`; this file finds out what happened (status, gRPC code, a reset, the marks of
-//! sidecars further down), has the try judged, waits, and sends the request again from what was kept of it. A request that
-//! goes well passes through here without a stop.
+//! The decision itself is a pure function in `rules/retry`; this file finds out what happened (status, gRPC code, a reset, the
+//! proxy status of hops further down), has the result reported, waits, and sends the request again from what was kept of it.
+//! A request that succeeds passes through here without a stop.
 
+use std::net::SocketAddr;
 use std::ops::ControlFlow;
 use std::pin::Pin;
-use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use bytes::Bytes;
 use http::header::HeaderMap;
+use http::request::Parts;
 use http::{Request, Response, header};
 use http_body::Body;
 use jiff::Timestamp;
 use tokio::time::Instant;
 
+use crate::net::body::Replay;
 use crate::policy::model::Direction;
+use crate::proxy::attempt::{self, Attempt};
+use crate::proxy::exchange::ActiveExchange;
 use crate::proxy::headers::{self, HeaderScan};
 use crate::proxy::local_reply::{LocalReply, LocalReplyKind};
 use crate::proxy::request_context::RequestContext;
-use crate::proxy::{attempt, correlation, grpc, outcome};
+use crate::proxy::{admission, correlation, deadline, grpc, outcome, proxy_status, select};
 use crate::rules::circuit_breaker::CallResult;
 use crate::rules::mode::{Mode, RuleName};
 use crate::rules::proxy_status::ProxyStatus;
 use crate::rules::retry::{AttemptFailure, AttemptSummary, NoRetryReason, Pushback, RetryDecision};
 use crate::telemetry::RetryReason;
-use crate::upstream::pool::{Pool, Transport};
+use crate::upstream::pool::Transport;
 use crate::upstream::response::UpstreamBody;
 
-type Tried = Result<Response<UpstreamBody>, LocalReply>;
+type AttemptResult = Result<Response<UpstreamBody>, LocalReply>;
 
-/// Sends the request until there is an answer that stands: a good one, or the last bad one.
+/// What further attempts of a request need.
+#[derive(Default)]
+pub(super) struct RetryState {
+    replay: Option<Box<ReplayableRequest>>,
+    asked: Vec<SocketAddr>,
+    was_seen: bool,
+}
+
+/// What a request can be sent again from.
+struct ReplayableRequest {
+    /// The head as it goes out, but for what depends on the connection.
+    head: Parts,
+    /// The body, as far as it was kept.
+    body: Replay,
+}
+
+impl RetryState {
+    /// Keeps the request for further attempts.
+    pub(super) fn keep(&mut self, head: Parts, body: Replay) {
+        self.replay = Some(Box::new(ReplayableRequest { head, body }));
+    }
+
+    /// Drops the kept request: no further attempt follows.
+    pub(super) fn forget_request(&mut self) {
+        self.replay = None;
+    }
+
+    /// The header fields of the request before the first attempt; `None` where the request was not kept.
+    pub(super) fn original_headers(&self) -> Option<&HeaderMap> {
+        self.replay.as_ref().map(|replay| &replay.head.headers)
+    }
+
+    /// The endpoints that this call has asked, without the current one.
+    pub(super) fn asked(&self) -> &[SocketAddr] {
+        &self.asked
+    }
+
+    /// Notes an endpoint that the next pick passes over.
+    pub(super) fn add_asked(&mut self, endpoint: SocketAddr) {
+        self.asked.push(endpoint);
+    }
+
+    /// The upstream may have seen the request in one of the attempts before the current one.
+    pub(super) fn was_seen(&self) -> bool {
+        self.was_seen
+    }
+}
+
+/// Sends the request until there is a response that stands: a good one, or the last bad one.
 ///
 /// # Errors
-/// The refusal that the caller gets instead.
-pub async fn run(live: &mut RequestContext, pool: &Rc<Pool>, switching: bool) -> Tried {
-    let most = match live.spare {
-        Some(_) => 1 + u16::try_from(live.route().retry.attempts.value).unwrap_or(u16::MAX - 1),
+/// The local reply that the caller gets instead.
+pub(super) async fn run(exchange: &mut ActiveExchange, switches_protocol: bool) -> AttemptResult {
+    let ActiveExchange { permit, context, attempt, retry, .. } = exchange;
+    let most = match retry.replay {
+        Some(_) => 1 + u16::try_from(context.route().retry.attempts.value).unwrap_or(u16::MAX - 1),
         None => 1,
     };
-    live.attempt = 1;
-    let mut because = None;
+    let mut number = 1;
+    let mut reason = None;
     loop {
-        let tried = match outcome::admit(live, Instant::now()) {
+        let upstream = select::upstream(context)?;
+        if permit.as_ref().is_none_or(|permit| !permit.is_of(upstream.destination)) {
+            *permit = match admission::try_acquire(context, &upstream) {
+                Some(permit) => Some(permit),
+                // Boxed, like everything that few requests meet.
+                None => Some(Box::pin(admission::queue(context, &upstream)).await?),
+            };
+        }
+        attempt.begin(number, upstream);
+        let result = match admit(context, attempt) {
             Ok(()) => {
-                live.record.attempt(live.attempt, most);
-                if let Some(because) = because {
-                    live.worker.shard.telemetry().retried(&live.destination_values().name, because);
+                context.record_mut().attempt(number, most);
+                if let Some(reason) = reason {
+                    context.telemetry().retried(context.route_owner(), reason);
                 }
-                attempt::send(live, pool, switching).await
+                attempt::send(context, attempt, retry, switches_protocol).await
             }
-            Err(refusal) => Err(refusal),
+            Err(reply) => Err(reply),
         };
-        let next = match settle(live, tried) {
-            ControlFlow::Break(fine) => return fine,
-            // Boxed, like everything that few requests meet.
-            ControlFlow::Continue(tried) => Box::pin(again(live, pool, tried)).await,
+        let next = match settle(context, result) {
+            ControlFlow::Break(stands) => return stands,
+            ControlFlow::Continue(failed) => Box::pin(after_failure(context, attempt, retry, failed)).await,
         };
         match next {
-            ControlFlow::Continue(again) => because = Some(again),
+            ControlFlow::Continue(why) => reason = Some(why),
             ControlFlow::Break(stands) => return stands,
         }
-        live.attempt += 1;
+        number += 1;
     }
 }
 
-/// Breaks with an answer that nobody has to think about. Takes and gives the try by value: what is only lent would be
-/// kept in the future of every request.
-fn settle(live: &RequestContext, tried: Tried) -> ControlFlow<Tried, Tried> {
-    match tried {
-        Ok(answer) if is_fine(live, &answer) => ControlFlow::Break(Ok(answer)),
-        tried => ControlFlow::Continue(tried),
+/// Asks the circuit breaker of the attempt's destination.
+fn admit(context: &mut RequestContext, attempt: &mut Attempt) -> Result<(), LocalReply> {
+    let Some(upstream) = attempt.upstream() else { return Ok(()) };
+    let permit = outcome::admit(context, upstream, Instant::now())?;
+    attempt.set_breaker_permit(permit);
+    Ok(())
+}
+
+/// Breaks with a response that needs no decision. Takes and gives the result by value: a borrowed one would be kept in the
+/// future of every request.
+fn settle(context: &RequestContext, result: AttemptResult) -> ControlFlow<AttemptResult, AttemptResult> {
+    match result {
+        Ok(response) if is_fine(context, &response) => ControlFlow::Break(Ok(response)),
+        result => ControlFlow::Continue(result),
     }
 }
 
-fn is_fine(live: &RequestContext, answer: &Response<UpstreamBody>) -> bool {
-    let status = answer.status().as_u16();
-    let is_wanted = status < 400 || (status < 500 && !live.route().retry.is_on(AttemptFailure::Status(status)));
-    is_wanted && !(live.patience.grpc && answer.headers().contains_key(grpc::STATUS))
+fn is_fine(context: &RequestContext, response: &Response<UpstreamBody>) -> bool {
+    let status = response.status().as_u16();
+    let is_wanted = status < 400 || (status < 500 && !context.route().retry.is_on(AttemptFailure::Status(status)));
+    is_wanted && !(context.is_grpc() && response.headers().contains_key(grpc::STATUS))
 }
 
-/// After a try that did not go well. Continues when the request is ready for the next one; breaks with what stands.
-async fn again(live: &mut RequestContext, pool: &Rc<Pool>, tried: Tried) -> ControlFlow<Tried, RetryReason> {
+/// After an attempt that may have failed. Continues when the request is ready for the next one; breaks with what stands.
+async fn after_failure(
+    context: &mut RequestContext,
+    attempt: &mut Attempt,
+    retry: &mut RetryState,
+    result: AttemptResult,
+) -> ControlFlow<AttemptResult, RetryReason> {
     let now = Instant::now();
-    let report = AttemptReport::of(live, pool, &tried);
-    judge(live, &report, &tried, now);
-    let (stands, why) = match decide(live, &report, now) {
+    if let Some(headers) = retry.original_headers() {
+        correlation::keep_keys(context, headers);
+    }
+    let report = AttemptReport::of(context, attempt, retry, &result);
+    report_result(context, attempt, &report, &result, now);
+    let (stands, why) = match decide(context, attempt, retry, &report, now) {
         RetryDecision::RetryReason { after } => {
-            let stands = prepare(live, tried, &report);
-            pause(live, after).await;
-            if !correlation::is_abandoned(live) {
+            let stands = prepare(context, attempt, retry, result, &report);
+            back_off(context, after).await;
+            if !correlation::is_abandoned(context) {
                 let is_unsent = report.failure == Some(AttemptFailure::Unsent);
                 return ControlFlow::Continue(if is_unsent { RetryReason::Unsent } else { RetryReason::Failed });
             }
             (stands, NoRetryReason::CallerGone)
         }
-        RetryDecision::Stop(why) => (tried, why),
+        RetryDecision::Stop(why) => (result, why),
     };
-    tell(live, &report, why, Instant::now());
+    record_no_retry(context, attempt, &report, why, Instant::now());
     ControlFlow::Break(stands)
 }
 
-/// What is known of a try that did not go well.
+/// What is known of an attempt that may have failed.
 struct AttemptReport {
-    /// `None`: no failure of the callee at all.
+    /// `None`: no failure of the upstream at all.
     failure: Option<AttemptFailure>,
-    /// It speaks against the callee, or against somebody further down.
+    /// It speaks against the upstream, or against a hop further down.
     counts: bool,
-    /// The callee's sidecar has answered that it was one call too many, as a 429 does where it is not gRPC.
-    is_limited: bool,
-    /// Nobody can have seen the request.
-    unseen: bool,
-    mark: Option<ProxyStatus>,
+    /// The upstream's sidecar has refused one call too many, as a 429 does where it is not gRPC.
+    is_rate_limited: bool,
+    /// The upstream cannot have seen the request.
+    is_unseen: bool,
+    status: Option<ProxyStatus>,
     pushback: Option<Pushback>,
 }
 
 impl AttemptReport {
-    fn of(live: &mut RequestContext, pool: &Pool, tried: &Tried) -> Self {
-        let counts = outcome::speaks_against(live, tried);
-        match tried {
-            Ok(answer) => Self::of_answer(live, pool, answer, counts),
-            Err(refusal) => {
-                let failure = of_refusal(live, pool, refusal.kind);
-                let unseen = refusal.kind != LocalReplyKind::UpstreamProtocol && live.unsent;
-                Self { failure, counts, is_limited: false, unseen, mark: None, pushback: None }
-            }
+    fn of(context: &mut RequestContext, attempt: &Attempt, retry: &RetryState, result: &AttemptResult) -> Self {
+        let counts = outcome::counts_against_upstream(context, result);
+        match result {
+            Ok(response) => Self::of_response(context, attempt, retry, response, counts),
+            Err(reply) => Self {
+                failure: failure_of(context, attempt, retry, reply.kind),
+                counts,
+                is_rate_limited: false,
+                is_unseen: reply.kind != LocalReplyKind::UpstreamProtocol && attempt.is_unsent(),
+                status: None,
+                pushback: None,
+            },
         }
     }
 
-    fn of_answer(live: &mut RequestContext, pool: &Pool, answer: &Response<UpstreamBody>, counts: bool) -> Self {
-        let fields = answer.headers();
-        let present = HeaderScan::scan(fields);
-        let mark = present.proxy_status.then(|| outcome::read_mark(fields)).flatten();
-        let said = outcome::said(live, answer);
-        let mut failure = said.map_or_else(AttemptFailure::Status, AttemptFailure::Grpc);
-        let is_unsent = live.believes_unsent(mark.as_ref().is_some_and(|mark| mark.is_unsent));
-        // Where there is nobody else to send it to at once, it waits like any other failure.
-        if is_unsent && has_other(live, pool) {
+    fn of_response(
+        context: &mut RequestContext,
+        attempt: &Attempt,
+        retry: &RetryState,
+        response: &Response<UpstreamBody>,
+        counts: bool,
+    ) -> Self {
+        let headers = response.headers();
+        let scan = HeaderScan::scan(headers);
+        let status = if scan.proxy_status { proxy_status::read(headers) } else { None };
+        let code = outcome::status_of(context, response);
+        let mut failure = code.map_or_else(AttemptFailure::Status, AttemptFailure::Grpc);
+        let is_unseen = context.believes_unsent(status.as_ref().is_some_and(|status| status.is_unsent));
+        // Where no other endpoint can have it at once, it waits like any other failure.
+        if is_unseen && select::has_other_endpoint(attempt, retry) {
             failure = AttemptFailure::Unsent;
         }
-        // It speaks for its own endpoint; where another one can have the call, nobody need wait.
-        let obeys = present.pushback && failure != AttemptFailure::Unsent;
-        let pushback = obeys.then(|| pushback(fields, said.is_ok())).flatten();
-        let is_limited = outcome::is_limited(said, fields);
-        Self { failure: Some(failure), counts, is_limited, unseen: is_unsent, mark, pushback }
+        // A pushback speaks for its own endpoint; where another one can have the call, the call need not wait.
+        let obeys = scan.pushback && failure != AttemptFailure::Unsent;
+        let pushback = obeys.then(|| pushback(headers, code.is_ok())).flatten();
+        let is_rate_limited = outcome::is_rate_limited(code, headers);
+        Self { failure: Some(failure), counts, is_rate_limited, is_unseen, status, pushback }
     }
 }
 
-/// What the upstream said about another try (RFC 9110, 10.2.3; gRFC A6).
-fn pushback(fields: &HeaderMap, grpc: bool) -> Option<Pushback> {
-    if grpc {
-        let value = fields.get(grpc::PUSHBACK)?;
+/// What the upstream said about a further attempt (RFC 9110, 10.2.3; gRFC A6).
+fn pushback(headers: &HeaderMap, is_grpc: bool) -> Option<Pushback> {
+    if is_grpc {
+        let value = headers.get(grpc::PUSHBACK)?;
         let wait = value.to_str().ok().and_then(|text| text.trim().parse::<u32>().ok());
         return Some(wait.map_or(Pushback::Stop, |millis| Pushback::Wait(Duration::from_millis(millis.into()))));
     }
-    let text = fields.get(header::RETRY_AFTER)?.to_str().ok()?.trim();
+    let text = headers.get(header::RETRY_AFTER)?.to_str().ok()?.trim();
     let is_number = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
-    // A number that is too large to be held is a very long time all the same.
+    // A number that does not fit is a very long time all the same.
     let wait = if is_number { Some(Duration::from_secs(text.parse().unwrap_or(u64::MAX))) } else { until_date(text) };
     wait.map(Pushback::Wait)
 }
 
-/// The time until a date in any of the three forms of HTTP (RFC 9110, 5.6.7); nothing for one that is past.
+/// The time until a date in any of the three forms of HTTP (RFC 9110, 5.6.7); zero for a past one.
 fn until_date(text: &str) -> Option<Duration> {
     let at = Timestamp::try_from(httpdate::parse_http_date(text).ok()?).ok()?;
     Some(Duration::try_from(at.duration_since(Timestamp::now())).unwrap_or_default())
 }
 
-/// Whether the destination has an endpoint that the call has not tried.
-fn has_other(live: &RequestContext, pool: &Pool) -> bool {
-    live.endpoint.as_ref().is_some_and(|this| pool.has_other(&live.tried, this))
-}
-
-/// What a refusal of ours means for another try.
-fn of_refusal(live: &RequestContext, pool: &Pool, kind: LocalReplyKind) -> Option<AttemptFailure> {
-    // A connection that ends leaves its last requests aside, and a new one takes them; but not one after the other.
-    // Before the app, which has refused it, that is the only way: the caller's sidecar has other endpoints.
-    let is_inbound = live.direction == Direction::Inbound;
-    let can_have_it = || (!is_inbound && has_other(live, pool)) || (live.leaving && live.attempt == 1);
+/// What a local reply means for a further attempt.
+fn failure_of(
+    context: &RequestContext,
+    attempt: &Attempt,
+    retry: &RetryState,
+    kind: LocalReplyKind,
+) -> Option<AttemptFailure> {
+    // A connection that ends leaves its last requests unprocessed, and a new one takes them; but not one after the other.
+    // Before the app, which has refused the request, that is the only way: the caller's sidecar has other endpoints.
+    let is_inbound = context.direction() == Direction::Inbound;
+    let can_go_elsewhere = || {
+        (!is_inbound && select::has_other_endpoint(attempt, retry))
+            || (attempt.has_connection_ended() && attempt.number() == 1)
+    };
     match kind {
         LocalReplyKind::ConnectFailed
         | LocalReplyKind::ConnectTimeout
         | LocalReplyKind::DnsFailed
         | LocalReplyKind::TlsFailed => Some(AttemptFailure::Reset),
-        LocalReplyKind::UpstreamReset if live.unsent && can_have_it() => Some(AttemptFailure::Unsent),
-        LocalReplyKind::UpstreamReset if live.unsent => Some(AttemptFailure::Refused),
+        LocalReplyKind::UpstreamReset if attempt.is_unsent() && can_go_elsewhere() => Some(AttemptFailure::Unsent),
+        LocalReplyKind::UpstreamReset if attempt.is_unsent() => Some(AttemptFailure::Refused),
         LocalReplyKind::UpstreamReset | LocalReplyKind::UpstreamProtocol => Some(AttemptFailure::Reset),
         LocalReplyKind::PerTryTimeout => Some(AttemptFailure::Timeout),
         _ => None,
     }
 }
 
-/// A failure counts here, unless it happened further down: its mark says so, or the app has told by a call of its own.
-fn judge(live: &mut RequestContext, report: &AttemptReport, tried: &Tried, now: Instant) {
-    let is_marked = report.mark.as_ref().is_some_and(|mark| mark.at.is_some());
-    let is_elsewhere = is_marked || correlation::is_blamed_below(live);
-    if report.is_limited {
-        outcome::judge(live, CallResult::Success, now);
+/// Reports the result, unless the failure happened further down: its proxy status says so, or the app has by a call of its
+/// own.
+fn report_result(
+    context: &mut RequestContext,
+    attempt: &mut Attempt,
+    report: &AttemptReport,
+    result: &AttemptResult,
+    now: Instant,
+) {
+    let is_marked = report.status.as_ref().is_some_and(|status| status.at.is_some());
+    let is_elsewhere = is_marked || correlation::has_failed_child(context);
+    if report.is_rate_limited {
+        outcome::report(context, attempt, CallResult::Success, now);
     }
     if !report.counts {
         return;
     }
-    if !live.spares(is_elsewhere) {
-        outcome::judge(live, CallResult::Failure, now);
-    } else if tried.is_ok() {
-        outcome::judge_probes(live, now);
+    if !context.spares_upstream(is_elsewhere) {
+        outcome::report(context, attempt, CallResult::Failure, now);
+    } else if result.is_ok() {
+        outcome::report_probes(context, attempt, now);
     }
 }
 
-fn decide(live: &mut RequestContext, report: &AttemptReport, now: Instant) -> RetryDecision {
+/// Decides whether a further attempt follows, and charges the retry budget for it.
+fn decide(
+    context: &mut RequestContext,
+    attempt: &Attempt,
+    retry: &RetryState,
+    report: &AttemptReport,
+    now: Instant,
+) -> RetryDecision {
     let Some(failure) = report.failure else { return RetryDecision::Stop(NoRetryReason::NotAFailure) };
-    let modes = &live.view.policy.model.modes;
-    let (retry, in_one_place) = (modes.retry.value, modes.retry_in_one_place.value);
-    let marked = report.mark.as_ref().is_some_and(|mark| mark.is_final) || correlation::is_spent(live, now);
-    let (Some(seen), Some(health)) = (seen(live, report, failure, now), live.health()) else {
+    let (mode, in_one_place) = (context.modes().retry.value, context.modes().retry_in_one_place.value);
+    let Some(upstream) = attempt.upstream() else { return RetryDecision::Stop(NoRetryReason::Off) };
+    let was_retried_below = report.status.as_ref().is_some_and(|status| status.is_final)
+        || correlation::has_used_up_retries(context, context.destination(upstream.destination).id, now);
+    let Some(summary) = summary(context, attempt, retry, report, failure, now) else {
         return RetryDecision::Stop(NoRetryReason::Off);
     };
-    let seen = AttemptSummary { is_marked_final: marked && in_one_place.is_enforced(), ..seen };
-    let decision = match retry.is_enforced() {
-        true => live.route().retry.next(&seen, &health.budget, now),
-        false => live.route().retry.decide(&seen),
+    let summary = AttemptSummary { is_marked_final: was_retried_below && in_one_place.is_enforced(), ..summary };
+    let rule = &context.route().retry;
+    let decision = match mode.is_enforced() {
+        true => rule.next(&summary, &upstream.pool.cluster.health.budget, now),
+        false => rule.decide(&summary),
     };
     if !matches!(decision, RetryDecision::RetryReason { .. }) {
         return decision;
     }
-    // Who has seen nothing of it gets it again in spite of the mark, whatever the mode.
-    if marked && in_one_place == Mode::DryRun && failure != AttemptFailure::Unsent {
-        live.would(RuleName::RetryInOnePlace);
+    // A request that the upstream has not seen is sent again in spite of the hop below, whatever the mode.
+    if was_retried_below && in_one_place == Mode::DryRun && failure != AttemptFailure::Unsent {
+        context.record_dry_run(RuleName::RetryInOnePlace);
     }
-    if !retry.is_enforced() {
-        live.would(RuleName::Retry);
+    if !mode.is_enforced() {
+        context.record_dry_run(RuleName::Retry);
         return RetryDecision::Stop(NoRetryReason::Off);
     }
     decision
 }
 
-/// What there is to decide over, but for the mark; nothing where the request was not kept for another try.
-fn seen(
-    live: &RequestContext,
+/// What the decision needs to know, but for the hops below; `None` where the request was not kept.
+fn summary(
+    context: &RequestContext,
+    attempt: &Attempt,
+    retry: &RetryState,
     report: &AttemptReport,
     failure: AttemptFailure,
     now: Instant,
 ) -> Option<AttemptSummary> {
-    let destination = live.view.destination(live.destination());
-    let refuses = live.view.policy.model.modes.circuit_breaker.value.is_enforced() && destination.breaker.is_some();
+    let upstream = attempt.upstream()?;
+    let has_breaker = context.destination(upstream.destination).breaker.is_some();
+    let refuses = has_breaker && context.modes().circuit_breaker.value.is_enforced();
+    let left = context.request_at().saturating_duration_since(now);
     Some(AttemptSummary {
-        tries: live.attempt.into(),
+        tries: attempt.number().into(),
         failure,
-        is_inbound: live.direction == Direction::Inbound,
-        is_reused: live.reused,
-        is_circuit_open: refuses && live.health()?.breaker.is_shut(now),
-        is_safe: live.is_safe || report.unseen,
-        is_abandoned: correlation::is_abandoned(live),
+        is_inbound: context.direction() == Direction::Inbound,
+        is_reused: attempt.is_reused(),
+        is_circuit_open: refuses && upstream.pool.cluster.health.breaker.is_shut(now),
+        is_safe: context.is_idempotent() || report.is_unseen,
+        is_abandoned: correlation::is_abandoned(context),
         is_marked_final: false,
         pushback: report.pushback,
-        is_replayable: live.spare.as_ref()?.body.is_replayable(),
-        left: live
-            .patience
-            .request_at(&live.route().timeouts)
-            .saturating_duration_since(now)
-            .saturating_sub(correlation::TRY),
+        is_replayable: retry.replay.as_ref()?.body.is_replayable(),
+        left: left.saturating_sub(deadline::LEAST_FOR_ATTEMPT),
         random: fastrand::f64(),
     })
 }
 
-/// Makes the request ready for the next try. What it gives back stands if there is none after all.
-fn prepare(live: &mut RequestContext, tried: Tried, report: &AttemptReport) -> Tried {
-    live.was_seen |= !report.unseen;
-    if let Some(endpoint) = live.endpoint.take() {
-        live.tried.push(endpoint.address.socket);
+/// Makes the request ready for the next attempt. What it returns stands if there is none after all.
+fn prepare(
+    context: &mut RequestContext,
+    attempt: &mut Attempt,
+    retry: &mut RetryState,
+    result: AttemptResult,
+    report: &AttemptReport,
+) -> AttemptResult {
+    retry.was_seen |= !report.is_unseen;
+    if let Some(endpoint) = attempt.take_endpoint() {
+        retry.add_asked(endpoint.address.socket);
     }
-    correlation::keep(live);
-    if let Some(spare) = &live.spare
-        && let Some(body) = spare.body.again(&live.flow)
+    if let Some(replay) = &retry.replay
+        && let Some(body) = replay.body.again(context.flow())
     {
-        live.request = Some(Request::from_parts(spare.head.clone(), body));
+        attempt.set_request(Request::from_parts(replay.head.clone(), body));
     }
-    match tried {
-        Ok(answer) => Ok(discard(live, answer)),
-        Err(refusal) => {
-            live.lease = None;
-            Err(refusal)
+    match result {
+        Ok(response) => Ok(discard(context, attempt, response)),
+        Err(reply) => {
+            drop(attempt.take_lease());
+            Err(reply)
         }
     }
 }
 
-/// How much of a failed answer's body is read, so that its connection can be used again.
+/// How many bytes of a failed response's body are read, so that its connection can be used again.
 const DISCARDED: usize = 64 << 10;
 
-/// Lets go of an answer that nobody will get; its head alone is left.
-fn discard(live: &mut RequestContext, answer: Response<UpstreamBody>) -> Response<UpstreamBody> {
-    let (mut head, body) = answer.into_parts();
-    // On a copy: should the answer be passed on after all, its fields are looked at once more.
-    let said = headers::strip(&mut head.headers.clone(), &HeaderScan::scan(&head.headers)).kept_for(head.version);
-    empty(live, body, said);
+/// Discards the body of a response that the caller will not get; its head is left.
+fn discard(
+    context: &RequestContext,
+    attempt: &mut Attempt,
+    response: Response<UpstreamBody>,
+) -> Response<UpstreamBody> {
+    let (mut head, body) = response.into_parts();
+    // On a copy: should the response be passed on after all, its fields are read once more.
+    let hop_by_hop = headers::strip(&mut head.headers.clone(), &HeaderScan::scan(&head.headers));
+    drain_body(context, attempt, body, hop_by_hop.kept_for(head.version));
     head.headers.remove(header::CONTENT_LENGTH);
     Response::from_parts(head, UpstreamBody::Own(Bytes::new()))
 }
 
-/// Reads what has come already of a body, so that its connection lives on; nothing is waited for. `said` is how many
-/// seconds the upstream keeps it.
-fn empty(live: &mut RequestContext, mut body: UpstreamBody, said: Option<u32>) {
-    let Some(mut lease) = live.lease.take() else { return };
+/// Reads what has come already of a body, so that its connection can be used again; nothing is waited for. `keep_alive` is how
+/// many seconds the upstream keeps it.
+fn drain_body(context: &RequestContext, attempt: &mut Attempt, mut body: UpstreamBody, keep_alive: Option<u32>) {
+    let Some(mut lease) = attempt.take_lease() else { return };
     let mut cx = Context::from_waker(Waker::noop());
     let mut read = 0;
     while !body.is_end_stream() && read < DISCARDED {
@@ -316,34 +430,37 @@ fn empty(live: &mut RequestContext, mut body: UpstreamBody, said: Option<u32>) {
             Poll::Ready(Some(Err(_))) | Poll::Pending => return,
         }
     }
-    if live.flow.request.ended() {
-        let keep = &live.destination_values().connections;
-        let announced = said.map(|seconds| Duration::from_secs(seconds.into()));
-        lease.give_back(&mut cx, keep.idle.value, keep.max_idle.value as usize, announced, Instant::now());
-        live.worker.upstreams.note_idle();
+    if context.flow().request.ended() {
+        select::give_back(context, attempt, lease, &mut cx, keep_alive, Instant::now());
     }
 }
 
-/// Waits before the next try; the deadline is known to be later.
-async fn pause(live: &mut RequestContext, after: Duration) {
+/// Waits before the next attempt; the deadline is known to be later.
+async fn back_off(context: &mut RequestContext, after: Duration) {
     if !after.is_zero() {
         let begun = Instant::now();
-        live.timer.limit(begun + after, std::future::pending::<()>()).await;
-        live.record.note().paused += begun.elapsed();
+        context.timer().limit(begun + after, std::future::pending::<()>()).await;
+        context.record_mut().note().paused += begun.elapsed();
     }
 }
 
-/// Says why there is no further try: to the log, to the metrics, and to the sidecars above.
-fn tell(live: &mut RequestContext, report: &AttemptReport, why: NoRetryReason, now: Instant) {
-    let is_failure = report.failure.is_some_and(|failure| live.route().retry.is_failure(failure));
+/// Records why there is no further attempt: for the log, for the metrics, and for the hops above.
+fn record_no_retry(
+    context: &mut RequestContext,
+    attempt: &Attempt,
+    report: &AttemptReport,
+    why: NoRetryReason,
+    now: Instant,
+) {
+    let is_failure = report.failure.is_some_and(|failure| context.route().retry.is_failure(failure));
     if is_failure && why != NoRetryReason::Off && why != NoRetryReason::NotAFailure {
-        live.record.note().retry = Some(why.name());
-        live.worker.shard.telemetry().retry_withheld(&live.destination_values().name, why.name());
+        context.record_mut().note().retry = Some(why.name());
+        context.telemetry().retry_withheld(context.route_owner(), why.name());
     }
     if is_failure {
-        let is_safe = live.is_safe || report.unseen;
-        let is_final = live.route().retry.is_final(live.attempt.into(), is_safe, Some(why));
-        correlation::failed(live, report.mark.as_ref(), is_final, now);
+        let is_safe = context.is_idempotent() || report.is_unseen;
+        let is_final = context.route().retry.is_final(attempt.number().into(), is_safe, Some(why));
+        proxy_status::record_failure(context, report.status.as_ref(), is_final, now);
     }
 }
 

@@ -1,70 +1,103 @@
-//! The way to an endpoint: picks it, borrows a connection that is open already or opens one.
+//! Endpoint selection and connection checkout: which upstream an attempt goes to, which of its endpoints, over which
+//! connection.
 //!
-//! Nothing has been sent here, so an endpoint that cannot be reached costs `timeouts.connect` and not the call: up to
-//! three are tried. A name that has never been looked up is waited for as long as the call lasts.
+//! Nothing has been sent here, so an endpoint that cannot be reached costs `timeouts.connect` and not the call: up to three
+//! are asked. A name that has never been resolved is waited for as long as the call lasts.
 
 use std::future::poll_fn;
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use tokio::time::Instant;
 
 use crate::net::io::Io;
 use crate::policy::model::Direction;
+use crate::proxy::attempt::{Attempt, Upstream};
 use crate::proxy::local_reply::{LocalReply, LocalReplyKind};
-use crate::proxy::outcome;
+use crate::proxy::outcome::{self, HeldPermit};
 use crate::proxy::request_context::RequestContext;
+use crate::proxy::retry::RetryState;
 use crate::telemetry::ConnectionUse;
 use crate::upstream::connect::ConnectError;
 use crate::upstream::dial::ConnectOptions;
 use crate::upstream::endpoint::Endpoint;
 use crate::upstream::pool::{Lease, Pool, ProtocolPreference};
 
-/// Endpoints that are tried for one connection; each of them once.
-const TRIED: usize = 3;
+/// Endpoints that are asked for one connection, each of them once.
+const ASKED: usize = 3;
+
+/// The upstream of the next attempt: the destination that the route belongs to, and this worker's pool for it.
+///
+/// # Errors
+/// If the destination has no endpoints, and the request names no host.
+pub(super) fn upstream(context: &RequestContext) -> Result<Upstream, LocalReply> {
+    let destination = context.route_id().owner;
+    let compiled = context.destination(destination);
+    let pools = &context.worker().upstreams;
+    if !compiled.values.endpoints.is_empty() {
+        return Ok(Upstream { destination, pool: Rc::clone(context.view().pool(destination, pools)) });
+    }
+    let Some((host, port)) = context.dynamic_host() else {
+        let detail = "the destination has no endpoints and the request names no host";
+        return Err(LocalReply::plain(LocalReplyKind::NoRoute, detail));
+    };
+    Ok(Upstream { destination, pool: pools.place(&compiled.cluster, host, port) })
+}
 
 /// A connection that is open already, to the endpoint that is the best one now.
-pub async fn borrow(
-    live: &mut RequestContext,
-    pool: &Rc<Pool>,
-    want: ProtocolPreference,
+pub(super) async fn checkout(
+    context: &mut RequestContext,
+    attempt: &mut Attempt,
+    retry: &RetryState,
+    preference: ProtocolPreference,
     now: Instant,
 ) -> Option<Lease> {
-    let endpoint = live.picked.take().or_else(|| pick(live, pool, now))?;
-    let waker = Rc::clone(&live.waker);
-    let mut lease = with_context(|cx| waker.without_wakes(cx, |cx| pool.checkout(&endpoint, want, now, cx))).await;
-    if !live.is_safe && lease.as_ref().is_some_and(|lease| wants_fresh(live, pool, lease, now)) {
+    let endpoint = attempt.take_picked().or_else(|| pick(context, attempt, retry, now))?;
+    let pool = &attempt.upstream()?.pool;
+    let waker = context.waker();
+    let mut lease =
+        with_context(|cx| waker.without_wakes(cx, |cx| pool.checkout(&endpoint, preference, now, cx))).await;
+    if !context.is_idempotent() && lease.as_ref().is_some_and(|lease| wants_fresh(context, pool, lease, now)) {
         lease = None;
     }
-    live.picked = lease.is_none().then_some(endpoint);
+    attempt.keep_picked(lease.is_none().then_some(endpoint));
     lease
 }
 
-/// Whether a request that must not be sent twice goes over a new connection instead. One that has been idle may be
-/// closed by the app, which is going down perhaps, at this very moment, and nobody could tell then whether the request
-/// was seen. Only before the app, on the same machine, where a new one costs next to nothing; and only so often.
-fn wants_fresh(live: &RequestContext, pool: &Pool, lease: &Lease, now: Instant) -> bool {
+/// Whether a request that must not be sent twice goes over a new connection instead. An idle connection may be closed by the
+/// app at this very moment, when the app is going down, and then it is unknown whether the app saw the request. Only before
+/// the app, on the same machine, where a new connection costs next to nothing; and only so often.
+fn wants_fresh(context: &RequestContext, pool: &Pool, lease: &Lease, now: Instant) -> bool {
     let endpoint = &lease.endpoint;
-    live.direction == Direction::Inbound
-        && !live.route().retry.idempotent.value
+    context.direction() == Direction::Inbound
+        && !context.route().retry.idempotent.value
         && lease.is_http1()
         && pool.cluster.identity.tls.is_none()
         && endpoint.address.socket.ip().is_loopback()
         && endpoint.grants_fresh(now)
 }
 
-/// The best endpoint that this call has not tried, with a turn taken at it.
-pub fn pick(live: &mut RequestContext, pool: &Pool, now: Instant) -> Option<Rc<Endpoint>> {
-    live.endpoint = None;
-    let obeys = live.view.destination(live.destination()).ejects;
-    let mut endpoint = pool.pick_now(now, &live.tried, obeys)?;
-    if !outcome::enlist(live, &endpoint, now) {
-        // Somebody else is just trying it.
-        endpoint = pool.pick_now(now, &live.tried, obeys)?;
-        outcome::enlist(live, &endpoint, now);
+/// The best endpoint that this call has not asked yet, with a permit of that endpoint.
+pub(super) fn pick(
+    context: &mut RequestContext,
+    attempt: &mut Attempt,
+    retry: &RetryState,
+    now: Instant,
+) -> Option<Rc<Endpoint>> {
+    attempt.set_endpoint(None, HeldPermit::None);
+    let upstream = attempt.upstream()?;
+    let destination = upstream.destination;
+    let obeys = context.destination(destination).ejects;
+    let mut endpoint = upstream.pool.pick_now(now, retry.asked(), obeys)?;
+    let mut permit = outcome::admit_at_endpoint(context, destination, &endpoint, now);
+    if permit.is_none() {
+        // Another call is just probing it.
+        endpoint = upstream.pool.pick_now(now, retry.asked(), obeys)?;
+        permit = outcome::admit_at_endpoint(context, destination, &endpoint, now);
     }
-    live.endpoint = Some(Rc::clone(&endpoint));
+    attempt.set_endpoint(Some(Rc::clone(&endpoint)), permit.unwrap_or_default());
     Some(endpoint)
 }
 
@@ -78,146 +111,188 @@ async fn with_context<T>(work: impl FnOnce(&mut Context<'_>) -> T) -> T {
 ///
 /// # Errors
 /// Why no endpoint could be reached.
-pub async fn open(live: &mut RequestContext, pool: &Rc<Pool>, want: ProtocolPreference) -> Result<Lease, LocalReply> {
-    let terms = terms(live);
-    dial(live, pool, async |endpoint: &Rc<Endpoint>| pool.open(endpoint, want, terms).await).await
+pub(super) async fn connect(
+    context: &mut RequestContext,
+    attempt: &mut Attempt,
+    retry: &mut RetryState,
+    preference: ProtocolPreference,
+) -> Result<Lease, LocalReply> {
+    let options = options(context, attempt);
+    let pool = pool(attempt)?;
+    let open = async |endpoint: &Rc<Endpoint>| pool.open(endpoint, preference, options).await;
+    open_at_endpoint(context, attempt, retry, open).await
 }
 
 /// A stream to an endpoint of the pool with nothing sent on it yet.
 ///
 /// # Errors
 /// Why no endpoint could be reached.
-pub async fn bare_stream(live: &mut RequestContext, pool: &Rc<Pool>) -> Result<Io, LocalReply> {
-    let terms = terms(live);
-    let stream = dial(live, pool, async |endpoint: &Rc<Endpoint>| pool.bare_stream(endpoint, terms).await).await?;
-    if let Some(endpoint) = &live.endpoint {
-        live.record.via(endpoint.address.socket, ConnectionUse::New);
+pub(super) async fn bare_stream(
+    context: &mut RequestContext,
+    attempt: &mut Attempt,
+    retry: &mut RetryState,
+) -> Result<Io, LocalReply> {
+    let options = options(context, attempt);
+    let pool = pool(attempt)?;
+    let open = async |endpoint: &Rc<Endpoint>| pool.bare_stream(endpoint, options).await;
+    let stream = open_at_endpoint(context, attempt, retry, open).await?;
+    if let Some(endpoint) = attempt.endpoint() {
+        context.record_mut().via(endpoint.address.socket, ConnectionUse::New);
     }
     Ok(stream)
 }
 
-fn terms(live: &RequestContext) -> ConnectOptions {
-    let keep = &live.destination_values().connections;
-    let connect = live.route().timeouts.connect.value;
+fn pool(attempt: &Attempt) -> Result<Rc<Pool>, LocalReply> {
+    attempt.upstream().map(|upstream| Rc::clone(&upstream.pool)).ok_or_else(no_endpoint)
+}
+
+fn options(context: &RequestContext, attempt: &Attempt) -> ConnectOptions {
+    let destination = attempt.upstream().map_or(context.route_id().owner, |upstream| upstream.destination);
+    let keep = &context.destination(destination).values.connections;
+    let connect = context.limits().connect.value;
     ConnectOptions { connect, keep: keep.idle.value, most: keep.max_idle.value as usize }
 }
 
-/// Opens something at an endpoint; each one that is tried has `timeouts.connect`.
+/// Opens a connection at an endpoint; each endpoint that is asked has `timeouts.connect`.
 ///
 /// # Errors
 /// Why the last of them could not be reached.
-async fn dial<T>(
-    live: &mut RequestContext,
-    pool: &Rc<Pool>,
+async fn open_at_endpoint<T>(
+    context: &mut RequestContext,
+    attempt: &mut Attempt,
+    retry: &mut RetryState,
     open: impl AsyncFn(&Rc<Endpoint>) -> Result<T, ConnectError>,
 ) -> Result<T, LocalReply> {
-    let mut next = match live.picked.take() {
+    let mut next = match attempt.take_picked() {
         Some(endpoint) => Some(endpoint),
-        None => pick_known(live, pool).await?,
+        None => pick_resolved(context, attempt, retry).await?,
     };
-    let mut refusal = None;
-    // Nothing has been sent, so that whoever can be reached may have the call.
-    for left in (0..TRIED).rev() {
+    let mut reply = None;
+    // Nothing has been sent, so that any endpoint which can be reached may have the call.
+    for left in (0..ASKED).rev() {
         let Some(endpoint) = next.take() else { break };
-        live.endpoint = Some(Rc::clone(&endpoint));
-        live.record.towards(endpoint.address.socket);
+        let address = endpoint.address.socket;
+        attempt.keep_endpoint(&endpoint);
+        context.record_mut().towards(address);
         let began = Instant::now();
-        let opened = within_request(live, endpoint.address.socket, Box::pin(open(&endpoint))).await;
+        let opened = within_request(context, address, Box::pin(open(&endpoint))).await;
         let now = Instant::now();
-        live.record.connected(now.saturating_duration_since(began));
-        let (by, went_nowhere) = match opened {
+        context.record_mut().connected(now.saturating_duration_since(began));
+        let (failed, is_unreachable) = match opened {
             Ok(Ok(opened)) => return Ok(opened),
             Ok(Err(error)) => (
-                refused_by(live, &error, endpoint.address.socket),
+                connect_failed(context, &error, address),
                 matches!(error, ConnectError::Network(_) | ConnectError::Late),
             ),
-            // A caller in a hurry says nothing about the endpoint.
-            Err(late) if !outcome::is_callees_fault(live, late.kind) => return Err(late),
+            // A short deadline says nothing about the endpoint.
+            Err(late) if !outcome::is_upstreams_fault(context, late.kind) => return Err(late),
             Err(late) => (late, false),
         };
         endpoint.load.failed(now.saturating_duration_since(began), now);
-        if !went_nowhere || now >= live.patience.request_at(&live.route().timeouts) {
-            // Somebody was reached, or there is no time left: that is what has to be said, and not whether anybody else
+        if !is_unreachable || now >= context.request_at() {
+            // The endpoint was reached, or there is no time left: the caller is told that, and not whether another endpoint
             // is there.
-            return Err(by);
+            return Err(failed);
         }
-        refusal = Some(by);
-        // A turn is taken only at one that will be tried: what this call comes to is judged where its last turn was.
-        if left > 0 && pool.has_other(&live.tried, &endpoint) {
-            outcome::unreachable(live, &endpoint, now);
-            live.tried.push(endpoint.address.socket);
-            next = pick(live, pool, now);
+        reply = Some(failed);
+        // A permit is taken only of an endpoint that will be asked: the result is reported to the last one.
+        if left > 0 && has_other_endpoint(attempt, retry) {
+            outcome::report_unreachable(context, attempt, &endpoint, now);
+            retry.add_asked(address);
+            next = pick(context, attempt, retry, now);
         }
     }
-    Err(refusal.unwrap_or_else(nobody))
+    Err(reply.unwrap_or_else(no_endpoint))
 }
 
-/// The same as [`pick`], once the pool knows its endpoints: a name that has never been looked up is waited for as long as
-/// the call lasts.
+/// Whether the upstream has an endpoint that the call has not asked.
+pub(super) fn has_other_endpoint(attempt: &Attempt, retry: &RetryState) -> bool {
+    let (Some(upstream), Some(endpoint)) = (attempt.upstream(), attempt.endpoint()) else { return false };
+    upstream.pool.has_other(retry.asked(), endpoint)
+}
+
+/// The same as [`pick`], once the pool knows its endpoints: a name that has never been resolved is waited for as long as the
+/// call lasts.
 ///
 /// # Errors
 /// If there is no address for the name, or not in time.
-pub async fn pick_known(live: &mut RequestContext, pool: &Rc<Pool>) -> Result<Option<Rc<Endpoint>>, LocalReply> {
-    let until = live.patience.request_at(&live.route().timeouts);
+pub(super) async fn pick_resolved(
+    context: &mut RequestContext,
+    attempt: &mut Attempt,
+    retry: &RetryState,
+) -> Result<Option<Rc<Endpoint>>, LocalReply> {
+    let until = context.request_at();
     let began = Instant::now();
-    let known = live.timer.limit(until, pool.known()).await;
-    // For whoever reads where the time went, the name is a part of the way there.
-    live.record.connected(began.elapsed());
-    match known {
-        Some(known) => known.map_err(|error| refused(&error))?,
+    let pool = pool(attempt)?;
+    let resolved = context.timer().limit(until, pool.known()).await;
+    // Name resolution counts as a part of connecting.
+    context.record_mut().connected(began.elapsed());
+    match resolved {
+        Some(resolved) => resolved.map_err(|error| connect_error(&error))?,
         None => {
-            let limits = &live.route().timeouts;
-            return Err(live.patience.over_unsent(
-                limits,
-                LocalReplyKind::DnsFailed,
-                "the name was not looked up in time",
-            ));
+            let detail = "the name was not resolved in time";
+            return Err(context.times().expired_unsent(context.limits(), LocalReplyKind::DnsFailed, detail));
         }
     }
-    Ok(pick(live, pool, Instant::now()))
+    Ok(pick(context, attempt, retry, Instant::now()))
 }
 
-/// No endpoint is left to try.
-pub fn nobody() -> LocalReply {
+/// The local reply where no endpoint is left to ask.
+pub(super) fn no_endpoint() -> LocalReply {
     LocalReply::plain(LocalReplyKind::ConnectFailed, "no endpoint could be tried")
 }
 
-/// The future's output, or the refusal that no connection to `address` within the time of the call demands.
+/// The future's output, or the local reply of no connection to `address` within the time of the call.
 async fn within_request<F: Future>(
-    live: &mut RequestContext,
+    context: &mut RequestContext,
     address: SocketAddr,
     future: F,
 ) -> Result<F::Output, LocalReply> {
-    let request_at = live.patience.request_at(&live.route().timeouts);
-    live.timer
-        .limit(request_at, future)
-        .await
-        .ok_or_else(|| live.patience.over_unsent(&live.route().timeouts, LocalReplyKind::ConnectTimeout, late(address)))
+    let request_at = context.request_at();
+    let output = context.timer().limit(request_at, future).await;
+    output.ok_or_else(|| {
+        context.times().expired_unsent(context.limits(), LocalReplyKind::ConnectTimeout, not_in_time(address))
+    })
 }
 
-fn refused_by(live: &RequestContext, error: &ConnectError, address: SocketAddr) -> LocalReply {
+fn connect_failed(context: &RequestContext, error: &ConnectError, address: SocketAddr) -> LocalReply {
     if matches!(error, ConnectError::Late) {
-        let limit = &live.route().timeouts.connect;
-        return LocalReply::timed(LocalReplyKind::ConnectTimeout, "timeouts.connect", limit, late(address));
+        let limit = &context.limits().connect;
+        return LocalReply::timed(LocalReplyKind::ConnectTimeout, "timeouts.connect", limit, not_in_time(address));
     }
-    let mut refusal = refused(error);
-    refusal.detail = format!("cannot connect to {address}: {}", refusal.detail).into();
-    refusal
+    let mut reply = connect_error(error);
+    reply.detail = format!("cannot connect to {address}: {}", reply.detail).into();
+    reply
 }
 
-fn late(address: SocketAddr) -> String {
+fn not_in_time(address: SocketAddr) -> String {
     format!("no connection to {address} in time")
 }
 
-fn refused(error: &ConnectError) -> LocalReply {
+fn connect_error(error: &ConnectError) -> LocalReply {
     let kind = match error {
         ConnectError::Network(_) => LocalReplyKind::ConnectFailed,
         ConnectError::Tls(_) => LocalReplyKind::TlsFailed,
-        // A server that is just going down takes connections and closes them; nobody has seen anything of the call.
+        // A server that is just going down takes connections and closes them; it has seen nothing of the call.
         ConnectError::Handshake(error) if !error.is_malformed() => LocalReplyKind::ConnectFailed,
         ConnectError::Handshake(_) | ConnectError::NotHttp2 => LocalReplyKind::UpstreamProtocol,
         ConnectError::NoAddress(_) => LocalReplyKind::DnsFailed,
         ConnectError::Late => LocalReplyKind::ConnectTimeout,
     };
     LocalReply::plain(kind, error.to_string())
+}
+
+/// Gives a connection back to its pool. `keep_alive` is how many seconds the upstream says that it keeps the connection.
+pub(super) fn give_back(
+    context: &RequestContext,
+    attempt: &Attempt,
+    lease: Lease,
+    cx: &mut Context<'_>,
+    keep_alive: Option<u32>,
+    now: Instant,
+) {
+    let options = options(context, attempt);
+    let announced = keep_alive.map(|seconds| Duration::from_secs(seconds.into()));
+    lease.give_back(cx, options.keep, options.most, announced, now);
+    context.worker().upstreams.note_idle();
 }

@@ -1,8 +1,8 @@
-//! One caller's connection, served by hyper until it ends.
+//! One downstream connection, served by hyper until it ends.
 //!
-//! hyper speaks HTTP; this file adds what it does not do: a time limit for slow heads and for silent connections that
-//! costs nothing per request, an end for callers that stop reading, the drain, the hand-over to a tunnel,
-//! and a close that does not destroy the last answer.
+//! hyper speaks HTTP; this file adds what hyper lacks: a time limit for slow heads and for silent connections that costs
+//! nothing per request, an end for callers that stop reading, the drain, the hand-over to a tunnel, and a close that does
+//! not destroy the last response.
 
 use std::future::poll_fn;
 use std::pin::{Pin, pin};
@@ -24,24 +24,24 @@ use crate::net::io::Io;
 use crate::proxy::connection_timeouts::{ConnectionEnd, ConnectionTimeouts};
 use crate::proxy::downstream::DownstreamConnection;
 use crate::proxy::local_reply::{LocalReply, LocalReplyContext, LocalReplyKind};
-use crate::proxy::pipeline::{self, Answer};
-use crate::proxy::request_context;
+use crate::proxy::pipeline::{self, ServiceResult};
+use crate::proxy::request_context::unparsed_request;
 use crate::proxy::worker_context::WorkerContext;
 use crate::runtime::drain::DrainPhase;
 use crate::runtime::tasks;
 use crate::runtime::wake_batching::ActiveStream;
 use crate::telemetry::{Exchange, Protocol};
 
-/// How much more than a policy's `maxHeaderSize` is read, in bytes, so that most heads that are too long still get an
-/// answer that names the field; hyper itself refuses what is longer.
+/// How many bytes more than a policy's `maxHeaderSize` are read, so that most heads that are too long still get a response
+/// that names the field; hyper itself refuses what is longer.
 const MORE_THAN_ALLOWED: usize = 16 * 1024;
 
-/// A connection with streams on it is asked for a sign of life this often, and closed without one.
+/// An HTTP/2 connection with streams gets a PING this often, and is closed without an acknowledgement in time.
 const PING_EVERY: Duration = Duration::from_secs(30);
 const PING_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// How long, and for how many bytes, a closed connection is still read, so that the caller gets the last answer and
-/// not a reset (RFC 9112, 9.6).
+/// How long, and for how many bytes, a closed connection is still read, so that the caller gets the last response and not
+/// a reset (RFC 9112, 9.6).
 const LINGER: Duration = Duration::from_secs(1);
 const LINGER_BYTES: usize = 256 * 1024;
 
@@ -49,7 +49,7 @@ const LINGER_BYTES: usize = 256 * 1024;
 pub async fn http1(worker: Rc<WorkerContext>, caller: Rc<DownstreamConnection>, io: Io) {
     let member = worker.connections.track();
     let mut watch = ConnectionTimeouts::new(&worker, &caller, io.activity());
-    // Boxed, because only then hyper lets go of the stream without closing it.
+    // Boxed, because hyper gives up the stream without closing it only then.
     let service = service_fn(|request| Box::pin(begin(&worker, &caller, request)));
     let mut connection = http1::Builder::new()
         .max_buf_size(watch.max_header_size + MORE_THAN_ALLOWED)
@@ -70,10 +70,10 @@ pub async fn http1(worker: Rc<WorkerContext>, caller: Rc<DownstreamConnection>, 
     .await;
     let parts = connection.into_parts();
     let stream = parts.io.into_inner();
-    // However it ended: what is left for a tunnel holds the exchange, and that holds the caller.
+    // However it ended: a tunnel's handler holds the exchange, and the exchange holds the downstream connection.
     let handoff = caller.take_handoff();
     match end {
-        // To close would say that the answer is whole.
+        // An orderly close would say that the response is complete.
         ConnectionEnd::Over(Err(_)) | ConnectionEnd::Cut if caller.is_unframed() => stream.break_off(),
         ConnectionEnd::Over(Ok(())) => match handoff {
             Some(join) => join(stream.with_prefix(parts.read_buf)).await,
@@ -81,19 +81,19 @@ pub async fn http1(worker: Rc<WorkerContext>, caller: Rc<DownstreamConnection>, 
         },
         ConnectionEnd::Over(Err(error)) => {
             if error.is_parse() {
-                // hyper has answered already: 431 to a head that is too long, 400 to anything else.
+                // hyper has responded already: 431 to a head that is too long, 400 to anything else.
                 let kind = if error.is_parse_too_large() {
                     LocalReplyKind::HeaderTooLarge
                 } else {
                     LocalReplyKind::BadRequest
                 };
-                record_unread(&worker, &caller, &LocalReply::plain(kind, error.to_string()), Instant::now());
+                record_unparsed(&worker, &caller, &LocalReply::plain(kind, error.to_string()), Instant::now());
             }
             close(stream).await;
         }
-        ConnectionEnd::SlowHead { refusal, since } => {
-            record_unread(&worker, &caller, &refusal, since);
-            too_slow(stream, &refusal).await;
+        ConnectionEnd::SlowHead { reply, since } => {
+            record_unparsed(&worker, &caller, &reply, since);
+            too_slow(stream, &reply).await;
         }
         ConnectionEnd::Silent => close(stream).await,
         ConnectionEnd::Cut => {}
@@ -128,7 +128,7 @@ pub async fn http2(worker: Rc<WorkerContext>, caller: Rc<DownstreamConnection>, 
             if closing {
                 return watch.poll_stalled(cx, &caller);
             }
-            // An answer over HTTP/2 cannot say that its connection is to close, so a listener that closes says it at once.
+            // A response over HTTP/2 cannot announce the end of its connection, so a closing listener sends GOAWAY at once.
             closing = member.phase(cx) >= DrainPhase::Closing
                 || guest.phase(cx) >= DrainPhase::Leaving
                 || watch.poll_silence(cx, &caller).is_ready();
@@ -145,13 +145,13 @@ fn begin(
     worker: &Rc<WorkerContext>,
     caller: &Rc<DownstreamConnection>,
     request: Request<Incoming>,
-) -> impl Future<Output = Answer> + use<> {
+) -> impl Future<Output = ServiceResult> + use<> {
     let flow = Rc::new(Flow::new(Instant::now()));
     caller.keep(Rc::clone(&flow));
     pipeline::call(worker, caller, flow, request)
 }
 
-/// Runs the streams of one HTTP/2 connection, each as a task that ends when its caller does not take the answer.
+/// Runs the streams of one HTTP/2 connection, each as a task that ends when its caller does not take the response.
 #[derive(Clone)]
 struct Streams {
     worker: Rc<WorkerContext>,
@@ -182,34 +182,34 @@ where
     }
 }
 
-/// Writes the record of a request that never became one.
-fn record_unread(worker: &Rc<WorkerContext>, caller: &DownstreamConnection, refusal: &LocalReply, began: Instant) {
+/// Writes the record of bytes that could not be parsed as a request.
+fn record_unparsed(worker: &Rc<WorkerContext>, caller: &DownstreamConnection, reply: &LocalReply, began: Instant) {
     let hop = worker.view().policy.unrouted(caller.listener.values.direction);
-    let line = request_context::unread(caller);
+    let line = unparsed_request(caller);
     let mut record = Exchange::begin(Rc::clone(&worker.shard), began, hop, Protocol::Http1, line);
-    record.refuse(refusal.record());
-    record.head(Instant::now(), refusal.status());
+    record.refuse(reply.record());
+    record.head(Instant::now(), reply.status());
     record.complete();
 }
 
-/// Answers a head that did not come in time.
-async fn too_slow(mut stream: Io, refusal: &LocalReply) {
-    let answer = refusal.answer(false, &LocalReplyContext::default(), |document| document);
+/// Answers a request head that did not come in time.
+async fn too_slow(mut stream: Io, reply: &LocalReply) {
+    let response = reply.response(false, &LocalReplyContext::default(), |document| document);
     let mut text = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\n".to_vec();
-    for (name, value) in answer.headers() {
+    for (name, value) in response.headers() {
         text.extend_from_slice(name.as_str().as_bytes());
         text.extend_from_slice(b": ");
         text.extend_from_slice(value.as_bytes());
         text.extend_from_slice(b"\r\n");
     }
-    text.extend_from_slice(format!("content-length: {}\r\n\r\n", answer.body().len()).as_bytes());
-    text.extend_from_slice(answer.body());
+    text.extend_from_slice(format!("content-length: {}\r\n\r\n", response.body().len()).as_bytes());
+    text.extend_from_slice(response.body());
     if timeout(LINGER, stream.write_all(&text)).await.is_ok_and(|wrote| wrote.is_ok()) {
         close(stream).await;
     }
 }
 
-/// Says that nothing more is coming, then reads on for a moment before the stream is dropped.
+/// Closes the sending side, then reads on for a moment before the stream is dropped.
 async fn close(mut stream: Io) {
     let linger = async {
         stream.shutdown().await?;
@@ -223,6 +223,6 @@ async fn close(mut stream: Io) {
         }
         std::io::Result::Ok(())
     };
-    // Whatever goes wrong here, the connection is over.
+    // An error changes nothing: the connection is over.
     let _over = timeout(LINGER, linger).await;
 }

@@ -8,16 +8,16 @@ use http::{Method, Uri, Version, header};
 
 /// Host and port of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct RequestTarget<'a> {
+pub(super) struct RequestTarget<'a> {
     /// The host without the port, as the caller wrote it; empty where an HTTP/1.0 request names none.
-    pub host: &'a str,
+    pub(super) host: &'a str,
     /// The port, where one is written.
-    pub port: Option<u16>,
+    pub(super) port: Option<u16>,
 }
 
 /// What is wrong with a request's target.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum TargetError {
+pub(super) enum TargetError {
     /// RFC 9112 section 3.2.
     #[error("an HTTP/1.1 request needs a Host field (RFC 9112, 3.2)")]
     NoHost,
@@ -43,7 +43,12 @@ impl<'a> RequestTarget<'a> {
     ///
     /// # Errors
     /// A target that is missing, doubled, contradictory or malformed.
-    pub fn read(method: &Method, uri: &'a Uri, version: Version, fields: &'a HeaderMap) -> Result<Self, TargetError> {
+    pub(super) fn read(
+        method: &Method,
+        uri: &'a Uri,
+        version: Version,
+        fields: &'a HeaderMap,
+    ) -> Result<Self, TargetError> {
         check_form(method, uri, version)?;
         let mut hosts = fields.get_all(header::HOST).iter();
         let host = hosts.next();
@@ -80,7 +85,7 @@ impl<'a> RequestTarget<'a> {
     }
 
     /// The host without the brackets of an IPv6 address.
-    pub fn bare_host(&self) -> &'a str {
+    pub(super) fn bare_host(&self) -> &'a str {
         self.host.trim_start_matches('[').trim_end_matches(']')
     }
 }
@@ -152,7 +157,7 @@ fn is_encoded_well(host: &[u8]) -> bool {
 /// Encodes what a caller has put into a path or a query although no URI holds it (RFC 3986, 2): quotes, backslashes,
 /// bytes beyond ASCII and the like, which the next hop might read in its own way. A query without a path gets the path that
 /// it means (RFC 9110, 4.2.3). `None` if there is nothing to do.
-pub fn encode(path: &str) -> Option<String> {
+pub(super) fn encode(path: &str) -> Option<String> {
     let odd = |byte: u8| {
         !byte.is_ascii_graphic() || matches!(byte, b'"' | b'<' | b'>' | b'\\' | b'^' | b'`' | b'{' | b'|' | b'}')
     };

@@ -1,11 +1,11 @@
-//! How long one exchange is waited for: which time limit ends it, and when to look again.
+//! Which time limit ends an exchange, and when it is judged again: the place where every timeout of a call is armed.
 //!
-//! A unary call lives by `request`. A stream lives by `idle` and `maxDuration`. A route may say that it streams;
-//! Server-Sent Events say so by their content type; a gRPC call shows it when `request` is over: a unary one has
-//! sent one message and ended by then, so a call whose caller is still sending, or that has already
-//! got an answer message and no trailers, is a stream.
+//! A unary call ends at `request`. A stream ends by `idle` and `maxDuration`. A route may say that it streams; Server-Sent
+//! Events say so by their content type; a gRPC call shows it when `request` is over: by then a unary call has sent its one
+//! message and ended, so a call whose caller is still sending, or that has received a message and no trailers, is a stream.
 
 use std::borrow::Cow;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -15,179 +15,206 @@ use crate::problems::Sourced;
 use crate::proxy::local_reply::{LocalReply, LocalReplyKind};
 use crate::rules::deadline::DeadlineSource;
 use crate::rules::timeouts::Timeouts;
+use crate::runtime::timer::Timer;
 
-/// What has been seen of an exchange when it is judged.
+/// What the time limits of an exchange are judged by.
 #[derive(Debug, Clone, Copy)]
-pub struct TimeoutState {
-    /// When the request's head was complete.
-    pub began: Instant,
-    /// When the present try began; if a fault has delayed it, before that.
-    pub try_began: Instant,
-    /// The head of the answer is there.
-    pub answered: bool,
-    /// The route or the answer says that this is a stream.
-    pub stream: bool,
+pub(super) struct TimeoutState {
+    /// When the head of the request was complete.
+    pub(super) began: Instant,
+    /// The route or the response says that this is a stream.
+    pub(super) is_stream: bool,
     /// It is a gRPC call.
-    pub grpc: bool,
-    /// The deadline of somebody other than the policy; later than `timeouts.request` only for gRPC, where it ends streams.
-    pub until: Option<ExternalDeadline>,
+    pub(super) is_grpc: bool,
+    /// A deadline that the policy did not set; later than `timeouts.request` only for gRPC, where it ends streams.
+    pub(super) deadline: Option<ExternalDeadline>,
 }
 
-/// A deadline that came with the request.
+/// A deadline that came with the request, or from its parent request.
 #[derive(Debug, Clone, Copy)]
-pub struct ExternalDeadline {
-    /// From then on it is late.
-    pub at: Instant,
-    /// Who said so.
-    pub from: DeadlineSource,
+pub(super) struct ExternalDeadline {
+    /// The call is late from then on.
+    pub(super) at: Instant,
+    /// Who set it.
+    pub(super) from: DeadlineSource,
     /// How long the call had when it came.
-    pub whole: Duration,
+    pub(super) whole: Duration,
 }
 
-/// What to do.
+/// What the exchange waits for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum WaitingFor {
+    /// The head of the response.
+    Head {
+        /// When the current attempt began; earlier by as much as an injected delay took.
+        attempt_began: Instant,
+    },
+    /// The rest of the response.
+    Body,
+}
+
+/// What to do now.
 #[derive(Debug, PartialEq, Eq)]
-pub enum TimeoutVerdict {
-    /// Look again then; until then nothing can be over.
+pub(super) enum TimeoutVerdict {
+    /// Judge again then; no limit is reached earlier.
     Wait(Instant),
-    /// End it.
-    Over(LocalReply),
+    /// A limit is reached.
+    Expired(LocalReply),
+}
+
+/// Ready with the local reply of the limit that is reached; until then `timer` is set to the next one.
+pub(super) fn poll_expired(
+    cx: &mut Context<'_>,
+    timer: &mut Timer,
+    mut judge: impl FnMut(Instant) -> TimeoutVerdict,
+) -> Poll<LocalReply> {
+    loop {
+        match judge(Instant::now()) {
+            TimeoutVerdict::Expired(reply) => return Poll::Ready(reply),
+            TimeoutVerdict::Wait(at) => timer.set(at),
+        }
+        if timer.poll(cx).is_pending() {
+            return Poll::Pending;
+        }
+    }
 }
 
 impl TimeoutState {
     /// Judges the exchange at `now`.
-    pub fn judge(&self, now: Instant, limits: &Timeouts, flow: &Flow) -> TimeoutVerdict {
+    pub(super) fn judge(&self, waiting: WaitingFor, now: Instant, limits: &Timeouts, flow: &Flow) -> TimeoutVerdict {
         let request_at = self.request_at(limits);
-        if let Some(until) = self.until.filter(|until| self.grpc && now >= until.at) {
+        let grpc_deadline = self.deadline.filter(|_| self.is_grpc);
+        if let Some(deadline) = grpc_deadline.filter(|deadline| now >= deadline.at) {
             // A gRPC deadline is that of the whole call, streams included.
-            return TimeoutVerdict::Over(LocalReply::ruled(
-                LocalReplyKind::DeadlineExceeded,
-                until.rule(),
-                "the deadline is over",
-            ));
+            let reply = LocalReply::ruled(LocalReplyKind::DeadlineExceeded, deadline.rule(), "the deadline is over");
+            return TimeoutVerdict::Expired(reply);
         }
-        let streams = (self.stream && self.answered) || (now >= request_at && self.shows_a_stream(flow));
+        let is_stream =
+            (self.is_stream && waiting == WaitingFor::Body) || (now >= request_at && self.has_shown_a_stream(flow));
         let mut next = self.began + limits.max_duration.value;
-        if let Some(until) = self.until.filter(|_| self.grpc) {
-            next = next.min(until.at);
+        if let Some(deadline) = grpc_deadline {
+            next = next.min(deadline.at);
         }
-        if streams {
-            if now >= self.began + limits.max_duration.value {
-                return over(
-                    LocalReplyKind::MaxDuration,
-                    "timeouts.maxDuration",
-                    &limits.max_duration,
-                    "the stream lived too long",
-                );
-            }
-        } else {
+        if !is_stream {
             if now >= request_at {
-                return TimeoutVerdict::Over(self.too_late(limits, flow));
+                return TimeoutVerdict::Expired(self.request_expired(waiting, limits, flow));
             }
             next = request_at;
+        } else if now >= self.began + limits.max_duration.value {
+            let detail = "the stream lasted too long";
+            return expired(LocalReplyKind::MaxDuration, "timeouts.maxDuration", &limits.max_duration, detail);
         }
-        if self.answered || streams {
-            let idle_at = flow.last() + limits.idle.value;
-            if now >= idle_at {
-                return over(LocalReplyKind::IdleTimeout, "timeouts.idle", &limits.idle, "no byte in either direction");
+        match waiting {
+            WaitingFor::Head { attempt_began } if !is_stream => {
+                let Some(per_try) = &limits.per_try else { return TimeoutVerdict::Wait(next) };
+                let try_at = attempt_began + per_try.value;
+                if now >= try_at && !flow.is_starved() {
+                    let detail = "no response within one attempt";
+                    return expired(LocalReplyKind::PerTryTimeout, "timeouts.perTry", per_try, detail);
+                }
+                TimeoutVerdict::Wait(if now >= try_at { next } else { next.min(try_at) })
             }
-            next = next.min(idle_at);
-        } else if let Some(per_try) = &limits.per_try {
-            let try_at = self.try_began + per_try.value;
-            if now >= try_at && !flow.is_starved() {
-                return over(LocalReplyKind::PerTryTimeout, "timeouts.perTry", per_try, "no answer within one try");
+            WaitingFor::Head { .. } | WaitingFor::Body => {
+                let idle_at = flow.last() + limits.idle.value;
+                if now >= idle_at {
+                    let detail = "no byte in either direction";
+                    return expired(LocalReplyKind::IdleTimeout, "timeouts.idle", &limits.idle, detail);
+                }
+                TimeoutVerdict::Wait(next.min(idle_at))
             }
-            next = if now >= try_at { next } else { next.min(try_at) };
         }
-        TimeoutVerdict::Wait(next)
     }
 
-    /// How long the present try has taken at `now`.
-    pub fn took(&self, now: Instant) -> Duration {
-        now.saturating_duration_since(self.try_began)
+    /// True while nothing says that the call could be a stream.
+    pub(super) fn is_unary(&self) -> bool {
+        !self.is_stream && !self.is_grpc
     }
 
-    /// True if nothing says yet that it could be a stream.
-    pub fn is_unary(&self) -> bool {
-        !self.stream && !self.grpc
+    /// Whether a gRPC call has shown by now that it is not unary. A message that the upstream does not take shows nothing:
+    /// only a caller that the upstream waits for has not finished sending.
+    pub(super) fn has_shown_a_stream(&self, flow: &Flow) -> bool {
+        self.is_grpc && (flow.is_starved() || flow.request.messages() > 1 || flow.response.messages() > 0)
     }
 
-    /// Whether a gRPC call has shown by now that it is no unary one. A message that the upstream does not take shows
-    /// nothing: only a caller that is waited for has not finished sending.
-    pub fn shows_a_stream(&self, flow: &Flow) -> bool {
-        self.grpc && (flow.is_starved() || flow.request.messages() > 1 || flow.response.messages() > 0)
-    }
-
-    /// When the answer is cut although nobody asks for its next byte.
-    pub fn cut(&self, limits: &Timeouts) -> Cutoff {
+    /// When the response is cut although the caller does not read on.
+    pub(super) fn cutoff(&self, limits: &Timeouts) -> Cutoff {
         let at = if self.is_unary() { self.request_at(limits) } else { self.began + limits.max_duration.value };
-        let until = self.until.filter(|_| self.grpc).map_or(at, |until| at.min(until.at));
-        Cutoff { at: until, idle: limits.idle.value }
+        let at = self.deadline.filter(|_| self.is_grpc).map_or(at, |deadline| at.min(deadline.at));
+        Cutoff { at, idle: limits.idle.value }
     }
 
-    /// Why an answer was cut that nobody asked the next byte of: the caller's fault, unless it was still reading.
-    pub fn cut_off(&self, now: Instant, limits: &Timeouts, flow: &Flow) -> Option<LocalReply> {
-        let TimeoutVerdict::Over(refusal) = self.judge(now, limits, flow) else { return None };
-        Some(self.unread(refusal, now.saturating_duration_since(flow.last()), limits))
+    /// Why a response was cut while the caller did not read on: the caller's fault, unless it was still reading.
+    pub(super) fn unread_cutoff(&self, now: Instant, limits: &Timeouts, flow: &Flow) -> Option<LocalReply> {
+        let TimeoutVerdict::Expired(reply) = self.judge(WaitingFor::Body, now, limits, flow) else { return None };
+        Some(self.blame_slow_reader(reply, now.saturating_duration_since(flow.last()), limits))
     }
 
-    /// The end of an answer whose caller has taken nothing for `still`: its own fault, unless it was still reading.
-    pub fn unread(&self, refusal: LocalReply, still: Duration, limits: &Timeouts) -> LocalReply {
-        // What the kernel still takes of a caller that does not read comes in bursts, further and further apart.
+    /// The end of a response of which the caller has taken nothing for `still`: the caller's own fault, unless it was still
+    /// reading.
+    pub(super) fn blame_slow_reader(&self, reply: LocalReply, still: Duration, limits: &Timeouts) -> LocalReply {
+        // The kernel takes bytes for a caller that does not read in bursts, further and further apart.
         let whole = self.request_at(limits).saturating_duration_since(self.began);
         let has_stopped = still >= whole / 10;
-        let by_caller = match refusal.kind {
+        let by_caller = match reply.kind {
             LocalReplyKind::IdleTimeout => true,
             LocalReplyKind::RequestTimeout | LocalReplyKind::DeadlineExceeded => has_stopped,
             _ => false,
         };
         if !by_caller {
-            return refusal;
+            return reply;
         }
-        let detail = Cow::Borrowed("the caller stopped reading the answer");
-        LocalReply { kind: LocalReplyKind::CallerTimeout, detail, ..refusal }
+        let detail = Cow::Borrowed("the caller stopped reading the response");
+        LocalReply { kind: LocalReplyKind::CallerTimeout, detail, ..reply }
     }
 
-    fn too_late(&self, limits: &Timeouts, flow: &Flow) -> LocalReply {
+    fn request_expired(&self, waiting: WaitingFor, limits: &Timeouts, flow: &Flow) -> LocalReply {
         let (kind, detail) = if flow.is_starved() {
             (LocalReplyKind::CallerTimeout, "the caller's body did not come in time")
-        } else if self.answered {
-            (LocalReplyKind::RequestTimeout, "the answer did not end in time")
+        } else if waiting == WaitingFor::Body {
+            (LocalReplyKind::RequestTimeout, "the response did not end in time")
         } else {
-            (LocalReplyKind::RequestTimeout, "no answer in time")
+            (LocalReplyKind::RequestTimeout, "no response in time")
         };
-        match self.until {
-            Some(until) if until.at <= self.began + limits.request.value => {
-                let kind = if kind == LocalReplyKind::RequestTimeout { LocalReplyKind::DeadlineExceeded } else { kind };
-                LocalReply::ruled(kind, until.rule(), detail)
+        match self.deadline {
+            Some(deadline) if deadline.at <= self.began + limits.request.value => {
+                let is_request = kind == LocalReplyKind::RequestTimeout;
+                let kind = if is_request { LocalReplyKind::DeadlineExceeded } else { kind };
+                LocalReply::ruled(kind, deadline.rule(), detail)
             }
             _ => LocalReply::timed(kind, "timeouts.request", &limits.request, detail),
         }
     }
 
-    /// Why a call that has not been sent yet goes no further: its time is over.
-    pub fn over_unsent(
+    /// The local reply to a call whose time ended before it was sent. `kind` is what it waited for, where the policy's
+    /// `request` ended it.
+    pub(super) fn expired_unsent(
         &self,
         limits: &Timeouts,
         kind: LocalReplyKind,
         detail: impl Into<Cow<'static, str>>,
     ) -> LocalReply {
-        match self.until {
-            Some(until) if until.at <= self.began + limits.request.value => {
-                LocalReply::ruled(LocalReplyKind::DeadlineExceeded, until.rule(), detail)
+        match self.deadline {
+            Some(deadline) if deadline.at <= self.began + limits.request.value => {
+                LocalReply::ruled(LocalReplyKind::DeadlineExceeded, deadline.rule(), detail)
             }
             _ => LocalReply::timed(kind, "timeouts.request", &limits.request, detail),
         }
     }
 
-    /// When a unary call is over: at the policy's `request`, or earlier where its deadline is.
-    pub fn request_at(&self, limits: &Timeouts) -> Instant {
+    /// When a unary call ends: at the policy's `request`, or earlier where its deadline is.
+    pub(super) fn request_at(&self, limits: &Timeouts) -> Instant {
         let request_at = self.began + limits.request.value;
-        self.until.map_or(request_at, |until| request_at.min(until.at))
+        self.deadline.map_or(request_at, |deadline| request_at.min(deadline.at))
     }
 }
 
-fn over(kind: LocalReplyKind, name: &'static str, limit: &Sourced<Duration>, detail: &'static str) -> TimeoutVerdict {
-    TimeoutVerdict::Over(LocalReply::timed(kind, name, limit, detail))
+fn expired(
+    kind: LocalReplyKind,
+    name: &'static str,
+    limit: &Sourced<Duration>,
+    detail: &'static str,
+) -> TimeoutVerdict {
+    TimeoutVerdict::Expired(LocalReply::timed(kind, name, limit, detail))
 }
 
 #[cfg(test)]
@@ -202,14 +229,18 @@ mod tests {
         limits
     }
 
-    fn patience(now: Instant) -> TimeoutState {
-        TimeoutState { began: now, try_began: now, answered: false, stream: false, grpc: false, until: None }
+    fn state(now: Instant) -> TimeoutState {
+        TimeoutState { began: now, is_stream: false, is_grpc: false, deadline: None }
+    }
+
+    fn head(attempt_began: Instant) -> WaitingFor {
+        WaitingFor::Head { attempt_began }
     }
 
     fn kind(verdict: TimeoutVerdict) -> Option<LocalReplyKind> {
         match verdict {
             TimeoutVerdict::Wait(_) => None,
-            TimeoutVerdict::Over(refusal) => Some(refusal.kind),
+            TimeoutVerdict::Expired(reply) => Some(reply.kind),
         }
     }
 
@@ -222,10 +253,11 @@ mod tests {
         let now = Instant::now();
         let flow = Flow::new(now);
         flow.request.end();
-        for answered in [false, true] {
-            let patience = TimeoutState { answered, ..patience(now) };
-            assert_eq!(patience.judge(now + secs(1), &limits(), &flow), TimeoutVerdict::Wait(now + secs(2)));
-            assert_eq!(kind(patience.judge(now + secs(2), &limits(), &flow)), Some(LocalReplyKind::RequestTimeout));
+        let unary = state(now);
+        for waiting in [head(now), WaitingFor::Body] {
+            assert_eq!(unary.judge(waiting, now + secs(1), &limits(), &flow), TimeoutVerdict::Wait(now + secs(2)));
+            let late = unary.judge(waiting, now + secs(2), &limits(), &flow);
+            assert_eq!(kind(late), Some(LocalReplyKind::RequestTimeout));
         }
     }
 
@@ -234,13 +266,19 @@ mod tests {
         let now = Instant::now();
         let flow = Flow::new(now);
         flow.starve(true);
-        assert_eq!(kind(patience(now).judge(now + secs(2), &limits(), &flow)), Some(LocalReplyKind::CallerTimeout));
+        assert_eq!(
+            kind(state(now).judge(head(now), now + secs(2), &limits(), &flow)),
+            Some(LocalReplyKind::CallerTimeout)
+        );
         flow.starve(false);
-        assert_eq!(kind(patience(now).judge(now + secs(2), &limits(), &flow)), Some(LocalReplyKind::RequestTimeout));
+        assert_eq!(
+            kind(state(now).judge(head(now), now + secs(2), &limits(), &flow)),
+            Some(LocalReplyKind::RequestTimeout)
+        );
     }
 
     #[test]
-    fn an_answer_that_nobody_took_is_its_callers_fault_and_one_that_was_being_read_is_not() {
+    fn a_response_that_the_caller_did_not_read_is_the_callers_fault_and_one_being_read_is_not() {
         let table = [
             (LocalReplyKind::RequestTimeout, 200, LocalReplyKind::CallerTimeout),
             (LocalReplyKind::RequestTimeout, 199, LocalReplyKind::RequestTimeout),
@@ -250,24 +288,25 @@ mod tests {
             (LocalReplyKind::MaxDuration, 2000, LocalReplyKind::MaxDuration),
         ];
         for (kind, still, wanted) in table {
-            let refusal = LocalReply::timed(kind, "timeouts.request", &limits().request, "over");
-            let said = patience(Instant::now()).unread(refusal, Duration::from_millis(still), &limits());
+            let reply = LocalReply::timed(kind, "timeouts.request", &limits().request, "over");
+            let said = state(Instant::now()).blame_slow_reader(reply, Duration::from_millis(still), &limits());
             assert_eq!((said.kind, said.detail == "over"), (wanted, kind == wanted), "{kind:?} after {still} ms");
         }
     }
 
     #[test]
-    fn one_try_has_its_own_limit_until_the_answer_begins() {
+    fn one_attempt_has_its_own_limit_until_the_response_begins() {
         let now = Instant::now();
         let flow = Flow::new(now);
         flow.request.end();
         let mut limits = limits();
         limits.per_try = Some(Sourced::built_in(secs(1)));
-        let mut patience = patience(now);
-        assert_eq!(patience.judge(now, &limits, &flow), TimeoutVerdict::Wait(now + secs(1)));
-        assert_eq!(kind(patience.judge(now + secs(1), &limits, &flow)), Some(LocalReplyKind::PerTryTimeout));
-        patience.answered = true;
-        assert_eq!(patience.judge(now + secs(1), &limits, &flow), TimeoutVerdict::Wait(now + secs(2)));
+        let unary = state(now);
+        assert_eq!(unary.judge(head(now), now, &limits, &flow), TimeoutVerdict::Wait(now + secs(1)));
+        let late = unary.judge(head(now), now + secs(1), &limits, &flow);
+        assert_eq!(kind(late), Some(LocalReplyKind::PerTryTimeout));
+        let answered = unary.judge(WaitingFor::Body, now + secs(1), &limits, &flow);
+        assert_eq!(answered, TimeoutVerdict::Wait(now + secs(2)));
     }
 
     #[test]
@@ -275,14 +314,15 @@ mod tests {
         let now = Instant::now();
         let flow = Flow::new(now);
         flow.request.end();
-        let silent = TimeoutState { stream: true, ..patience(now) };
-        assert_eq!(kind(silent.judge(now + secs(2), &limits(), &flow)), Some(LocalReplyKind::RequestTimeout));
-        let open = TimeoutState { answered: true, ..silent };
-        assert_eq!(open.judge(now + secs(59), &limits(), &flow), TimeoutVerdict::Wait(now + secs(60)));
-        assert_eq!(kind(open.judge(now + secs(60), &limits(), &flow)), Some(LocalReplyKind::IdleTimeout));
+        let stream = TimeoutState { is_stream: true, ..state(now) };
+        let judge = |waiting, after| stream.judge(waiting, now + secs(after), &limits(), &flow);
+        assert_eq!(kind(judge(head(now), 2)), Some(LocalReplyKind::RequestTimeout));
+        let open = |after| judge(WaitingFor::Body, after);
+        assert_eq!(open(59), TimeoutVerdict::Wait(now + secs(60)));
+        assert_eq!(kind(open(60)), Some(LocalReplyKind::IdleTimeout));
         flow.passed(&flow.response, b"data", now + secs(3590));
-        assert_eq!(open.judge(now + secs(3599), &limits(), &flow), TimeoutVerdict::Wait(now + secs(3600)));
-        assert_eq!(kind(open.judge(now + secs(3600), &limits(), &flow)), Some(LocalReplyKind::MaxDuration));
+        assert_eq!(open(3599), TimeoutVerdict::Wait(now + secs(3600)));
+        assert_eq!(kind(open(3600)), Some(LocalReplyKind::MaxDuration));
     }
 
     #[test]
@@ -311,8 +351,10 @@ mod tests {
             } else {
                 flow.starve(true);
             }
-            let patience = TimeoutState { grpc: true, answered: received > 0, ..patience(now) };
-            assert_eq!(kind(patience.judge(now + secs(2), &limits(), &flow)), expected, "{sent} {received} {ended}");
+            let call = TimeoutState { is_grpc: true, ..state(now) };
+            let waiting = if received > 0 { WaitingFor::Body } else { head(now) };
+            let verdict = call.judge(waiting, now + secs(2), &limits(), &flow);
+            assert_eq!(kind(verdict), expected, "{sent} {received} {ended}");
         }
     }
 }

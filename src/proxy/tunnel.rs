@@ -2,44 +2,41 @@
 
 use crate::net::io::Io;
 use crate::net::tunnel::{self, TunnelEnd};
+use crate::proxy::exchange::ActiveExchange;
 use crate::proxy::local_reply::{LocalReply, LocalReplyKind};
-use crate::proxy::request_context::RequestContext;
 
-/// What it takes to go on as a tunnel.
-pub struct Handoff {
+/// The two streams of a tunnel that is about to begin, but for the caller's.
+pub(super) struct Handoff {
     /// The stream to the upstream.
-    pub upstream: Io,
+    pub(super) upstream: Io,
     /// The exchange that led here.
-    pub live: Box<RequestContext>,
+    pub(super) exchange: Box<ActiveExchange>,
 }
 
 impl Handoff {
     /// Joins the two streams until both have ended, or a time limit of the route ends them.
-    pub async fn join(self, caller: Io) {
-        let Self { upstream, mut live } = self;
-        let limits = live.route().timeouts.clone();
+    pub(super) async fn join(self, downstream: Io) {
+        let Self { upstream, mut exchange } = self;
+        let context = &mut exchange.context;
+        let limits = context.limits().clone();
         let (idle, life) = (limits.idle.value, limits.max_duration.value);
-        let report = tunnel::run(caller, upstream, idle, life).await;
-        live.flow.request.add(report.sent);
-        live.flow.response.add(report.received);
-        let refusal = match report.end {
+        let report = tunnel::run(downstream, upstream, idle, life).await;
+        context.flow().request.add(report.sent);
+        context.flow().response.add(report.received);
+        let reply = match report.end {
             TunnelEnd::Finished | TunnelEnd::Broken => None,
-            TunnelEnd::Idle => Some(LocalReply::timed(
-                LocalReplyKind::IdleTimeout,
-                "timeouts.idle",
-                &limits.idle,
-                "no byte in either direction",
-            )),
-            TunnelEnd::Expired => Some(LocalReply::timed(
-                LocalReplyKind::MaxDuration,
-                "timeouts.maxDuration",
-                &limits.max_duration,
-                "the tunnel lived too long",
-            )),
+            TunnelEnd::Idle => {
+                let detail = "no byte in either direction";
+                Some(LocalReply::timed(LocalReplyKind::IdleTimeout, "timeouts.idle", &limits.idle, detail))
+            }
+            TunnelEnd::Expired => {
+                let (limit, detail) = (&limits.max_duration, "the tunnel lasted too long");
+                Some(LocalReply::timed(LocalReplyKind::MaxDuration, "timeouts.maxDuration", limit, detail))
+            }
         };
-        if let Some(refusal) = refusal {
-            live.record.refuse(refusal.record());
+        if let Some(reply) = reply {
+            context.record_mut().refuse(reply.record());
         }
-        live.record.complete();
+        context.record_mut().complete();
     }
 }

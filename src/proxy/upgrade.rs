@@ -1,10 +1,9 @@
 //! Connections that stop being HTTP: WebSocket upgrades and CONNECT.
 //!
-//! Both ends agree on a new protocol, the answer is sent, and then `serve` gets the two bare streams and copies
-//! bytes. Only `websocket` is upgraded to; any other offer is left out, as a server may (RFC 9110, 7.8).
+//! Both ends agree on a new protocol, the response is sent, and then `serve` gets the two bare streams and copies bytes.
+//! `websocket` is the only protocol upgraded to; any other offer is left out, as a server may (RFC 9110, 7.8).
 
 use std::future::poll_fn;
-use std::rc::Rc;
 
 use http::header::HeaderMap;
 use http::request::Parts;
@@ -13,83 +12,78 @@ use hyper::upgrade::OnUpgrade;
 use tokio::time::Instant;
 
 use crate::policy::model::{Listener, ListenerTarget};
+use crate::proxy::exchange::ActiveExchange;
 use crate::proxy::headers::{self, HeaderScan};
 use crate::proxy::local_reply::{LocalReply, LocalReplyKind};
-use crate::proxy::outcome;
-use crate::proxy::request_context::RequestContext;
 use crate::proxy::response::PipelineReply;
 use crate::proxy::response_body::ResponseBody;
-use crate::proxy::select;
+use crate::proxy::{outcome, select};
 use crate::rules::circuit_breaker::CallResult;
 use crate::telemetry::Protocol;
-use crate::upstream::pool::Pool;
+use crate::upstream::pool::Lease;
 use crate::upstream::response::UpstreamBody;
 
 const WEBSOCKET: HeaderValue = HeaderValue::from_static("websocket");
 
-/// The protocol that the request wants to switch to, if it is one that we pass on.
-pub fn wanted(head: &Parts, present: &HeaderScan) -> Option<HeaderValue> {
-    let offered = present.upgrade
+/// The protocol that the request wants to switch to, if hopguard passes that protocol on.
+pub(super) fn wanted(head: &Parts, scan: &HeaderScan) -> Option<HeaderValue> {
+    let is_offered = scan.upgrade
         && head.version == Version::HTTP_11
         && head.method == Method::GET
         && headers::lists(&head.headers, &header::CONNECTION, "upgrade")
         && headers::lists(&head.headers, &header::UPGRADE, "websocket");
-    offered.then_some(WEBSOCKET)
+    is_offered.then_some(WEBSOCKET)
 }
 
-/// Says again, to the next hop, that the connection may be switched.
-pub fn ask(fields: &mut HeaderMap, protocol: &HeaderValue) {
-    fields.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
-    fields.insert(header::UPGRADE, protocol.clone());
+/// Repeats the offer for the next hop, whose connection may be switched too.
+pub(super) fn ask(headers: &mut HeaderMap, protocol: &HeaderValue) {
+    headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
+    headers.insert(header::UPGRADE, protocol.clone());
 }
 
 /// The upstream has switched: takes its stream, and prepares the caller's to follow.
 ///
 /// # Errors
-/// If nobody asked for it, or for another protocol.
-pub async fn switch(
-    live: &mut RequestContext,
-    mut answer: Response<UpstreamBody>,
+/// If the caller asked for no switch, or for another protocol.
+pub(super) async fn switch(
+    exchange: &mut ActiveExchange,
+    mut response: Response<UpstreamBody>,
     asked: Option<HeaderValue>,
 ) -> Result<PipelineReply, LocalReply> {
+    let ActiveExchange { context, attempt, .. } = exchange;
     let unasked = || {
-        LocalReply::plain(LocalReplyKind::UpstreamProtocol, "the upstream switched to a protocol that nobody asked for")
+        let detail = "the upstream switched to a protocol that the caller did not ask for";
+        LocalReply::plain(LocalReplyKind::UpstreamProtocol, detail)
     };
     let protocol = asked.ok_or_else(unasked)?;
-    if !headers::lists(answer.headers(), &header::UPGRADE, "websocket") {
+    if !headers::lists(response.headers(), &header::UPGRADE, "websocket") {
         return Err(unasked());
     }
-    let present = HeaderScan::scan(answer.headers());
-    let version = answer.version();
+    let scan = HeaderScan::scan(response.headers());
+    let version = response.version();
     if version != Version::HTTP_11 {
-        return Err(LocalReply::plain(
-            LocalReplyKind::UpstreamProtocol,
-            "only HTTP/1.1 can switch protocols (RFC 9110, 7.8)",
-        ));
+        let detail = "only HTTP/1.1 can switch protocols (RFC 9110, 7.8)";
+        return Err(LocalReply::plain(LocalReplyKind::UpstreamProtocol, detail));
     }
-    headers::strip(answer.headers_mut(), &present);
-    answer.headers_mut().remove(header::CONTENT_LENGTH);
-    live.caller.listener.via.add(answer.headers_mut(), version);
-    ask(answer.headers_mut(), &protocol);
-    headers::forget(answer.extensions_mut());
-    let connection = live.lease.take().and_then(crate::upstream::pool::Lease::into_http1);
-    let mut connection = connection.ok_or_else(unasked)?;
+    headers::strip(response.headers_mut(), &scan);
+    response.headers_mut().remove(header::CONTENT_LENGTH);
+    context.downstream().listener.via.add(response.headers_mut(), version);
+    ask(response.headers_mut(), &protocol);
+    headers::forget(response.extensions_mut());
+    let mut connection = attempt.take_lease().and_then(Lease::into_http1).ok_or_else(unasked)?;
     // hyper hands the stream out when it has seen the end of the HTTP part.
-    let until = live.patience.request_at(&live.route().timeouts);
-    if live.timer.limit(until, poll_fn(|cx| connection.drive(cx))).await.is_none() {
-        let limits = &live.route().timeouts;
-        return Err(live.patience.over_unsent(
-            limits,
-            LocalReplyKind::RequestTimeout,
-            "the upstream did not finish switching protocols",
-        ));
+    let until = context.request_at();
+    if context.timer().limit(until, poll_fn(|cx| connection.drive(cx))).await.is_none() {
+        let detail = "the upstream did not finish switching protocols";
+        return Err(context.times().expired_unsent(context.limits(), LocalReplyKind::RequestTimeout, detail));
     }
     let (upstream, early) = connection.into_stream();
-    live.record.set_protocol(Protocol::WebSocket);
-    outcome::streams(live, live.over_at);
-    // It has switched; how the tunnel ends says nothing about it.
-    outcome::judge(live, CallResult::Success, live.over_at);
-    let (head, _no_body) = answer.into_parts();
+    context.record_mut().set_protocol(Protocol::WebSocket);
+    let now = context.ended_at();
+    outcome::became_stream(context, attempt, now);
+    // How the tunnel ends says nothing about the upstream, which has switched.
+    outcome::report(context, attempt, CallResult::Success, now);
+    let (head, _no_body) = response.into_parts();
     Ok(PipelineReply::Tunnel(Response::from_parts(head, ResponseBody::empty()), upstream.with_prefix(early)))
 }
 
@@ -97,39 +91,36 @@ pub async fn switch(
 ///
 /// # Errors
 /// If it is no forward proxy.
-pub fn may_connect(listener: &Listener) -> Result<(), LocalReply> {
+pub(super) fn may_connect(listener: &Listener) -> Result<(), LocalReply> {
     if listener.target == ListenerTarget::Forward {
         return Ok(());
     }
-    Err(LocalReply::plain(
-        LocalReplyKind::ConnectDenied,
-        "this listener leads to one destination and forwards to no other",
-    ))
+    let detail = "this listener leads to one destination and forwards to no other";
+    Err(LocalReply::plain(LocalReplyKind::ConnectDenied, detail))
 }
 
 /// CONNECT: a stream to the destination, without HTTP on it.
 ///
 /// # Errors
 /// If the destination cannot be reached.
-pub async fn connect(
-    live: &mut RequestContext,
-    pool: &Rc<Pool>,
-    mut head: Box<Parts>,
-) -> Result<PipelineReply, LocalReply> {
-    live.record.set_protocol(Protocol::Tunnel);
-    live.record.attempt(1, 1);
-    let upstream = select::bare_stream(live, pool).await;
-    // What can be said of the endpoint is said now: a tunnel may last, and how it ends says nothing.
+pub(super) async fn connect(exchange: &mut ActiveExchange, mut head: Box<Parts>) -> Result<PipelineReply, LocalReply> {
+    let ActiveExchange { context, attempt, retry, .. } = exchange;
+    context.record_mut().set_protocol(Protocol::Tunnel);
+    context.record_mut().attempt(1, 1);
+    attempt.begin(1, select::upstream(context)?);
+    let upstream = select::bare_stream(context, attempt, retry).await;
+    // The result is reported at once: a tunnel may last, and how it ends says nothing about the endpoint.
+    let now = Instant::now();
     match &upstream {
-        Ok(_) => outcome::judge(live, CallResult::Success, Instant::now()),
-        Err(refusal) => outcome::judge_late(live, refusal.kind, Instant::now()),
+        Ok(_) => outcome::report(context, attempt, CallResult::Success, now),
+        Err(reply) => outcome::report_local_reply(context, attempt, reply.kind, now),
     }
     let upstream = upstream?;
-    let mut answer = Response::new(ResponseBody::empty());
+    let mut response = Response::new(ResponseBody::empty());
     if head.version == Version::HTTP_2
         && let Some(later) = head.extensions.remove::<OnUpgrade>()
     {
-        answer.extensions_mut().insert(later);
+        response.extensions_mut().insert(later);
     }
-    Ok(PipelineReply::Tunnel(answer, upstream))
+    Ok(PipelineReply::Tunnel(response, upstream))
 }

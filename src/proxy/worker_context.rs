@@ -1,4 +1,4 @@
-//! What all requests of one worker share: the policy as it is now, the pools, the timers, the metric shard.
+//! What all requests of one worker share: the policy in force, the pools, the timers, the metric shard.
 
 use std::cell::{OnceCell, RefCell};
 use std::rc::Rc;
@@ -7,7 +7,7 @@ use std::sync::Arc;
 use arc_swap::ArcSwap;
 use arc_swap::cache::Cache;
 
-use crate::policy::snapshot::{Destination, Snapshot};
+use crate::policy::snapshot::{CompiledDestination, Snapshot};
 use crate::rules::inflight::InflightRequests;
 use crate::rules::retry_history::RetryHistory;
 use crate::runtime::drain::{ConnectionTracker, DrainPhase};
@@ -16,57 +16,56 @@ use crate::telemetry::{Counter, Shard, Telemetry};
 use crate::upstream::pool::Pool;
 use crate::upstream::upstreams::Upstreams;
 
-/// One worker's own things, and beside them what it shares with other threads: the snapshot with its live states, and what
-/// the workers know together ([`SharedState`]).
+/// The state of one worker, and what it shares with the others: the snapshot with its live state, and [`SharedState`].
 pub struct WorkerContext {
     policy: RefCell<Cache<Arc<ArcSwap<Snapshot>>, Arc<Snapshot>>>,
     view: RefCell<Rc<PolicyView>>,
     /// The pools.
     pub upstreams: Rc<Upstreams>,
-    /// Timers to borrow.
+    /// Reusable timers.
     pub timers: Timers,
-    /// Where exchanges record themselves.
+    /// The metric cells that exchanges record into.
     pub shard: Rc<Shard>,
-    /// The inbound requests under way in the whole process.
-    pub inbounds: Arc<InflightRequests>,
-    /// Requests whose tries were used up here a moment ago.
-    pub spent: Arc<RetryHistory>,
-    /// Inbound requests whose deadline ended them a moment ago, while the app may still be at work.
-    pub late: Arc<RetryHistory>,
-    /// How outbound calls were joined with inbound requests.
-    pub joins: CorrelationCounters,
-    /// The open connections, and how far they are on their way down.
+    /// The inbound requests in flight in the whole process.
+    pub inflight: Arc<InflightRequests>,
+    /// Calls whose retries were used up in the last 10 s.
+    pub retry_history: Arc<RetryHistory>,
+    /// Inbound requests that ended by their deadline, while the app may work on.
+    pub abandoned: Arc<RetryHistory>,
+    /// Counts outbound calls by how they were correlated with inbound requests.
+    pub correlations: CorrelationCounters,
+    /// The open connections, and the phase of their drain.
     pub connections: ConnectionTracker,
 }
 
-/// What the workers know together about the calls through this process.
+/// What all workers share about the calls through this process.
 #[derive(Clone)]
 pub struct SharedState {
-    /// The inbound requests under way.
-    pub inbounds: Arc<InflightRequests>,
-    /// Requests whose tries were used up here a moment ago.
-    pub spent: Arc<RetryHistory>,
-    /// Inbound requests whose deadline ended them a moment ago.
-    pub late: Arc<RetryHistory>,
+    /// The inbound requests in flight.
+    pub inflight: Arc<InflightRequests>,
+    /// Calls whose retries were used up in the last 10 s.
+    pub retry_history: Arc<RetryHistory>,
+    /// Inbound requests that ended by their deadline.
+    pub abandoned: Arc<RetryHistory>,
 }
 
 impl Default for SharedState {
     fn default() -> Self {
-        Self { inbounds: InflightRequests::new(), spent: Arc::default(), late: Arc::default() }
+        Self { inflight: InflightRequests::new(), retry_history: Arc::default(), abandoned: Arc::default() }
     }
 }
 
-/// Counts how outbound calls were joined with inbound requests.
+/// Counts outbound calls by how they were correlated with inbound requests.
 pub struct CorrelationCounters {
     /// By a trace id.
     pub by_trace: Counter,
     /// By a trace id, with a request whose deadline is over.
     pub late: Counter,
-    /// Because there was only one.
+    /// By being the only inbound request in flight.
     pub only_one: Counter,
-    /// Not at all: several were under way, and no id told which.
+    /// Not at all: several were in flight, and no id told which.
     pub not_joined: Counter,
-    /// None was under way.
+    /// None was in flight.
     pub no_inbound: Counter,
 }
 
@@ -82,7 +81,7 @@ impl CorrelationCounters {
     }
 }
 
-/// One snapshot as one worker sees it: with this worker's pools. Requests keep the view with which they began.
+/// A snapshot as one worker sees it: with the pools of this worker. Requests keep the view with which they began.
 pub struct PolicyView {
     /// The policy.
     pub policy: Arc<Snapshot>,
@@ -96,7 +95,7 @@ impl PolicyView {
     }
 
     /// One destination.
-    pub fn destination(&self, position: usize) -> &Destination {
+    pub fn destination(&self, position: usize) -> &CompiledDestination {
         &self.policy.destinations[position]
     }
 
@@ -115,12 +114,12 @@ impl WorkerContext {
         chain: &SharedState,
     ) -> Rc<Self> {
         let view = PolicyView::new(policy.load_full());
-        let joins = CorrelationCounters::new(shard.telemetry());
+        let correlations = CorrelationCounters::new(shard.telemetry());
         Rc::new(Self {
-            inbounds: Arc::clone(&chain.inbounds),
-            spent: Arc::clone(&chain.spent),
-            late: Arc::clone(&chain.late),
-            joins,
+            inflight: Arc::clone(&chain.inflight),
+            retry_history: Arc::clone(&chain.retry_history),
+            abandoned: Arc::clone(&chain.abandoned),
+            correlations,
             policy: RefCell::new(Cache::new(policy)),
             view: RefCell::new(view),
             upstreams,
@@ -130,7 +129,7 @@ impl WorkerContext {
         })
     }
 
-    /// True once callers are to be sent elsewhere.
+    /// True once a drain has begun: callers are told to go elsewhere.
     pub fn is_leaving(&self) -> bool {
         self.connections.phase() >= DrainPhase::Leaving
     }

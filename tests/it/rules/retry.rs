@@ -107,8 +107,8 @@ async fn a_broken_post_says_that_it_was_not_sent_again_and_why() {
             told(&mesh, "ok", 2, "").await;
         } else {
             assert_eq!(answer.status, 502, "{answer:?}");
-            assert_eq!(answer.problem()["notTriedAgain"], "not_safe", "{answer:?}");
-            assert!(answer.header("proxy-status").contains("not tried again: not_safe"), "{answer:?}");
+            assert_eq!(answer.problem()["notRetried"], "not_safe", "{answer:?}");
+            assert!(answer.header("proxy-status").contains("not retried: not_safe"), "{answer:?}");
             told(&mesh, "upstream_reset", 1, "not_safe").await;
         }
         mesh.stop().await;

@@ -86,7 +86,7 @@ async fn a_post_that_the_upstream_may_have_seen_is_not_sent_again_and_its_error_
     assert_eq!((answer.status.as_u16(), seen), (502, 1), "{answer:?}");
     let problem = answer.problem();
     assert!(problem["detail"].as_str().unwrap().contains("kept-alive connection"), "{problem}");
-    assert_eq!(problem["notTriedAgain"], "not_safe", "{problem}");
+    assert_eq!(problem["notRetried"], "not_safe", "{problem}");
     let line = mesh.only("upstream_reset").await;
     assert_eq!((&line["retry"], &line["connection"]), (&"not_safe".into(), &"reused".into()), "{line}");
     assert_eq!(mesh.metric("hopguard_retries_withheld_total", &["why=\"not_safe\""]), 1.0);

@@ -1,0 +1,91 @@
+//! Admission of a routed request: the rate limit of its route, and the concurrency limit of the destination with its queue.
+
+use std::rc::Rc;
+
+use http::HeaderValue;
+use http::header::HeaderMap;
+use tokio::time::Instant;
+
+use crate::proxy::attempt::Upstream;
+use crate::proxy::exchange::InFlightPermit;
+use crate::proxy::local_reply::{LocalReply, LocalReplyKind, RuleRef};
+use crate::proxy::request_context::RequestContext;
+use crate::rules::duration;
+use crate::rules::limits::QueueFull;
+use crate::rules::mode::RuleName;
+
+/// Counts the request against the rate limit of its route.
+///
+/// # Errors
+/// If the limit is used up; the local reply says when to call again.
+pub(super) fn check_rate(context: &mut RequestContext, headers: &HeaderMap) -> Result<(), LocalReply> {
+    let Some(limit) = &context.route().rate_limit.value else { return Ok(()) };
+    let mode = context.modes().rate_limit.value;
+    let limiter = context.view().policy.rate_limiter(context.route_id());
+    let Some(limiter) = limiter.filter(|_| !mode.is_off()) else { return Ok(()) };
+    let caller = context.downstream().peer.ip();
+    let key = limit.by.value.key(caller, |name| headers.get(name).map(HeaderValue::as_bytes));
+    let Err(exceeded) = limiter.check(limit, key, context.began()) else { return Ok(()) };
+    if !mode.is_enforced() {
+        context.record_dry_run(RuleName::RateLimit);
+        return Ok(());
+    }
+    let per = duration::format(limit.per.value);
+    let rule = RuleRef {
+        name: "rateLimit.requests",
+        value: format!("{} per {per}", limit.requests.value),
+        origin: limit.requests.origin.clone(),
+    };
+    let detail = format!("too many calls (counted by {})", limit.by.value);
+    let reply = LocalReply::ruled(LocalReplyKind::RateLimited, rule, detail);
+    Err(LocalReply { retry_after: Some(exceeded.retry_after), ..reply })
+}
+
+/// A permit of the destination, if one is free at once. `None`: the call has to queue.
+pub(super) fn try_acquire(context: &mut RequestContext, upstream: &Upstream) -> Option<InFlightPermit> {
+    let mode = context.modes().limits.value;
+    let permit = context.destination(upstream.destination).concurrency.try_enter();
+    let is_over = permit.is_none();
+    if is_over && mode.is_enforced() {
+        return None;
+    }
+    if is_over && !mode.is_off() {
+        context.record_dry_run(RuleName::Limits);
+    }
+    Some(InFlightPermit::new(permit, Rc::clone(&upstream.pool), upstream.destination))
+}
+
+/// Waits in the queue of the destination for a permit.
+///
+/// # Errors
+/// If the queue is full, or no permit becomes free in time.
+pub(super) async fn queue(context: &mut RequestContext, upstream: &Upstream) -> Result<InFlightPermit, LocalReply> {
+    let view = Rc::clone(context.view());
+    let destination = view.destination(upstream.destination);
+    let limits = &destination.values.limits;
+    let began = Instant::now();
+    let entered = destination.concurrency.enter(limits.queue.value);
+    let request_at = context.request_at();
+    let until = (began + limits.queue_timeout.value).min(request_at);
+    context.begin_queue(began);
+    let waiting = upstream.pool.metrics.queued.hold();
+    let entered = context.timer().limit(until, entered).await;
+    drop(waiting);
+    context.end_queue(!matches!(entered, Some(Err(QueueFull))));
+    match entered {
+        Some(Ok(permit)) => Ok(InFlightPermit::new(Some(permit), Rc::clone(&upstream.pool), upstream.destination)),
+        Some(Err(QueueFull)) => {
+            let detail = format!("{} calls are in flight and the queue is full", limits.in_flight.value);
+            Err(LocalReply::counted(LocalReplyKind::QueueFull, "limits.queue", &limits.queue, detail))
+        }
+        None if Instant::now() >= request_at => {
+            let detail = "no permit of the destination in time";
+            Err(context.times().expired_unsent(context.limits(), LocalReplyKind::RequestTimeout, detail))
+        }
+        None => {
+            let detail = format!("{} calls were in flight for too long", limits.in_flight.value);
+            let limit = &limits.queue_timeout;
+            Err(LocalReply::timed(LocalReplyKind::QueueTimeout, "limits.queueTimeout", limit, detail))
+        }
+    }
+}
