@@ -3,13 +3,14 @@
 CARGO ?= cargo
 PYTHON ?= python3
 CARGO_DENY_VERSION := 0.20.2
+BINARIES ?= target/release/hopguard
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test bench advisories build release peers fmt lint unit docs licences words clean
+.PHONY: help demo test bench instructions advisories build release peers fmt lint unit docs licences words clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: ## three services behind their hopguards, on loopback: what hopguard does when one turns slow and one fails
 	$(CARGO) run --release --locked -- demo
@@ -18,6 +19,10 @@ test: peers fmt lint unit docs licences words ## everything that a change must p
 
 bench: release ## CPU, latency and memory beside nginx, HAProxy and Envoy; options in BENCH, as in BENCH="--only h1 --rounds 3"
 	$(PYTHON) benches/compare.py $(BENCH)
+
+# Builds only the binary of this checkout, and only where it is to be measured.
+instructions: $(if $(filter target/release/hopguard,$(BINARIES)),build) ## instructions per request; builds to compare in BINARIES="../base/target/release/hopguard target/release/hopguard", options in INSTRUCTIONS="--max-ratio 1.01"
+	$(PYTHON) benches/instructions.py $(INSTRUCTIONS) $(BINARIES)
 
 advisories: deny ## known security faults in dependencies; needs the network
 	$(CARGO) deny check advisories

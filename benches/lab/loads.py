@@ -57,6 +57,14 @@ def h2load(port, path, connections, streams, seconds, *more):
     return Load(done, float(seconds), 0, 0, sum(map(int, lost + wrong)))
 
 
+def h2load_exactly(requests, port, path, *flags):
+    """So many requests, with h2load's `flags`; raises unless the status of every answer is a 2xx."""
+    text = output_of(["h2load", "-t1", f"-n{requests}", *flags, f"http://127.0.0.1:{port}{path}"])
+    good = int(re.search(r"(\d+) 2xx", text)[1])
+    if good != requests:
+        raise RuntimeError(f"{good} of {requests} requests of h2load had a good answer:\n{text[-1000:]}")
+
+
 def h2load_latencies(port, path, connections, streams, folder):
     """A second of the same load, each request written down: the summary has no percentiles. In microseconds: p50, p99."""
     log = os.path.join(folder, "h2load.log")

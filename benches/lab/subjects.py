@@ -248,8 +248,9 @@ class Hopguard:
     install = "make release"
     note = ""
 
-    def __init__(self, binary):
-        self.binary = binary
+    def __init__(self, binary, under=()):
+        """`under` is the command that runs the binary, where a tool is to watch it."""
+        self.binary, self.under = binary, under
 
     def program(self):
         return shutil.which(self.binary)
@@ -262,7 +263,7 @@ class Hopguard:
         h1, h2, admin = free_ports(3)
         name = name or self.name
         policy = written(folder, f"{name}.yaml", hopguard_policy(h1, h2, upstream, routes or ["/orders/{id}"]))
-        command = [self.program(), "run", "--policy", policy, "--admin", f"127.0.0.1:{admin}"]
+        command = [*self.under, self.program(), "run", "--policy", policy, "--admin", f"127.0.0.1:{admin}"]
         command += ["--workers", "1", "--drain-delay", "0s"]
         return launch(name, folder, command, PROXY_CORES, (h1, h2, admin))
 
