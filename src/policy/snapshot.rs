@@ -46,10 +46,19 @@ pub struct Snapshot {
 /// A route of a snapshot.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct RouteId {
+    owner: u32,
+    route: u32,
+}
+
+impl RouteId {
     /// The position of the destination in whose `routes` it stands.
-    pub owner: usize,
-    /// Its position there.
-    pub route: usize,
+    pub fn owner(self) -> usize {
+        self.owner as usize
+    }
+
+    fn position(self) -> usize {
+        self.route as usize
+    }
 }
 
 /// One destination, with its live state.
@@ -139,24 +148,27 @@ impl Snapshot {
 
     /// The route of a request among those of the destination `owner`: the most specific one that matches.
     pub fn find_route(&self, owner: usize, method: &Method, path: &str, headers: &HeaderMap) -> RouteId {
-        RouteId { owner, route: self.destinations[owner].index.find(method, path, headers) }
+        let route = self.destinations[owner].index.find(method, path, headers);
+        // No file holds so many that the positions do not fit.
+        let position = |at: usize| u32::try_from(at).unwrap_or(u32::MAX);
+        RouteId { owner: position(owner), route: position(route) }
     }
 
     /// The values of a route.
     pub fn route(&self, id: RouteId) -> &model::Route {
-        &self.destinations[id.owner].values.routes[id.route]
+        &self.destinations[id.owner()].values.routes[id.position()]
     }
 
     /// The rate limiter of a route; `None` where the route has no rate limit.
     pub fn rate_limiter(&self, id: RouteId) -> Option<&Arc<RateLimiter>> {
-        self.destinations[id.owner].limiters[id.route].as_ref()
+        self.destinations[id.owner()].limiters[id.position()].as_ref()
     }
 
     /// The hop of one route's calls in one direction; registered with its first call.
     pub fn hop(&self, hops: &Hops, id: RouteId, direction: Direction) -> HopId {
-        let at = &self.destinations[id.owner];
-        *at.hops[id.route][direction as usize].get_or_init(|| {
-            let route: &str = &at.values.routes[id.route].name;
+        let at = &self.destinations[id.owner()];
+        *at.hops[id.position()][direction as usize].get_or_init(|| {
+            let route: &str = &at.values.routes[id.position()].name;
             hops.register(HopLabels::new(Arc::clone(&self.service), at.values.name.as_str(), route, label(direction)))
         })
     }

@@ -52,7 +52,7 @@ pub(super) fn try_acquire(context: &mut RequestContext, upstream: &Upstream) -> 
     if is_over && !mode.is_off() {
         context.record_dry_run(RuleName::Limits);
     }
-    Some(InFlightPermit::new(permit, Rc::clone(&upstream.pool), upstream.destination))
+    Some(InFlightPermit::new(permit, Rc::clone(&upstream.pool)))
 }
 
 /// Waits in the queue of the destination for a permit.
@@ -67,13 +67,15 @@ pub(super) async fn queue(context: &mut RequestContext, upstream: &Upstream) -> 
     let entered = destination.concurrency.enter(limits.queue.value);
     let request_at = context.request_at();
     let until = (began + limits.queue_timeout.value).min(request_at);
-    context.begin_queue(began);
     let waiting = upstream.pool.metrics.queued.hold();
-    let entered = context.timer().limit(until, entered).await;
+    let mut wait = QueueWait { context, began, has_waited: true };
+    let entered = wait.context.timer().limit(until, entered).await;
     drop(waiting);
-    context.end_queue(!matches!(entered, Some(Err(QueueFull))));
+    // A call that the full queue refuses has not waited.
+    wait.has_waited = !matches!(entered, Some(Err(QueueFull)));
+    drop(wait);
     match entered {
-        Some(Ok(permit)) => Ok(InFlightPermit::new(Some(permit), Rc::clone(&upstream.pool), upstream.destination)),
+        Some(Ok(permit)) => Ok(InFlightPermit::new(Some(permit), Rc::clone(&upstream.pool))),
         Some(Err(QueueFull)) => {
             let detail = format!("{} calls are in flight and the queue is full", limits.in_flight.value);
             Err(LocalReply::counted(LocalReplyKind::QueueFull, "limits.queue", &limits.queue, detail))
@@ -86,6 +88,21 @@ pub(super) async fn queue(context: &mut RequestContext, upstream: &Upstream) -> 
             let detail = format!("{} calls were in flight for too long", limits.in_flight.value);
             let limit = &limits.queue_timeout;
             Err(LocalReply::timed(LocalReplyKind::QueueTimeout, "limits.queueTimeout", limit, detail))
+        }
+    }
+}
+
+/// A wait in the queue, which is recorded at its end: also where the caller leaves, and this future is dropped with it.
+struct QueueWait<'a> {
+    context: &'a mut RequestContext,
+    began: Instant,
+    has_waited: bool,
+}
+
+impl Drop for QueueWait<'_> {
+    fn drop(&mut self) {
+        if self.has_waited {
+            self.context.record_mut().queued(self.began.elapsed());
         }
     }
 }

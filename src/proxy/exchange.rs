@@ -54,20 +54,18 @@ pub(super) struct InFlightPermit {
     /// `None` where `limits` is not enforced.
     _permit: Option<ConcurrencyPermit>,
     pool: Rc<Pool>,
-    /// The destination's position in the policy.
-    destination: usize,
 }
 
 impl InFlightPermit {
     /// Counts the call as in flight until the result is dropped.
-    pub(super) fn new(permit: Option<ConcurrencyPermit>, pool: Rc<Pool>, destination: usize) -> Self {
+    pub(super) fn new(permit: Option<ConcurrencyPermit>, pool: Rc<Pool>) -> Self {
         pool.metrics.in_flight.increment();
-        Self { _permit: permit, pool, destination }
+        Self { _permit: permit, pool }
     }
 
-    /// Whether the permit is one of this destination.
-    pub(super) fn is_of(&self, destination: usize) -> bool {
-        self.destination == destination
+    /// Whether the permit is one for this pool. A call that goes on to another destination needs a permit of that one.
+    pub(super) fn is_for(&self, pool: &Rc<Pool>) -> bool {
+        Rc::ptr_eq(&self.pool, pool)
     }
 }
 

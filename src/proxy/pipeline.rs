@@ -117,7 +117,7 @@ fn rewrite_head(
         head.headers.remove(ATTEMPT_COUNT);
     }
     if scan.hosts == 0 && head.uri.authority().is_none() {
-        name_host(head, &context.destination(context.route_id().owner).host);
+        name_host(head, &context.destination(context.route_id().owner()).host);
     }
     encode_target(head);
     context.downstream().listener.via.add(&mut head.headers, head.version);

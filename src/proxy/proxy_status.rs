@@ -39,7 +39,7 @@ pub(super) fn record_failure(context: &mut RequestContext, below: Option<&ProxyS
     let status = ProxyStatus { is_final, at, ..ProxyStatus::default() };
     correlation::tell_parents(context, &status);
     if status.is_final && has_used_up_retries(context) {
-        let destination = context.destination(context.route_id().owner).id;
+        let destination = context.destination(context.route_id().owner()).id;
         correlation::remember_used_up_retries(context, destination, now);
     }
     let status = enforced(context, status);

@@ -53,10 +53,6 @@ pub(super) struct RequestContext {
     proxy_status: Option<Box<ProxyStatus>>,
     /// The deadline that would have ended the exchange, were the rule enforced.
     dry_run_deadline: Option<Instant>,
-    /// When the wait in the queue of the destination began.
-    queued_since: Option<Instant>,
-    /// Host and port that the caller named; only where the destination has no endpoints.
-    dynamic_host: Option<Box<(String, u16)>>,
     ended_at: Instant,
 }
 
@@ -101,8 +97,6 @@ impl RequestContext {
             correlation: None,
             proxy_status: None,
             dry_run_deadline: None,
-            queued_since: None,
-            dynamic_host: None,
             ended_at: now,
         }
     }
@@ -153,7 +147,7 @@ impl RequestContext {
 
     /// The name of the destination that the route belongs to, as metrics and log bear it.
     pub(super) fn route_owner(&self) -> &str {
-        &self.view.destination(self.route_id().owner).values.name
+        &self.view.destination(self.route_id().owner()).values.name
     }
 
     /// The mode of each rule.
@@ -201,16 +195,6 @@ impl RequestContext {
         let (times, flow) = (&self.times, &self.flow);
         let limits = &self.view.policy.route(self.route.unwrap_or_default()).timeouts;
         poll_expired(cx, &mut self.timer, |now| times.judge(WaitingFor::Body, now, limits, flow))
-    }
-
-    /// The host and port that the caller named, where the destination has no endpoints.
-    pub(super) fn dynamic_host(&self) -> Option<(&str, u16)> {
-        self.dynamic_host.as_deref().map(|(host, port)| (host.as_str(), *port))
-    }
-
-    /// Sets the host and port to go to, where the destination has no endpoints.
-    pub(super) fn set_dynamic_host(&mut self, host: &str, port: u16) {
-        self.dynamic_host = Some(Box::new((host.to_owned(), port)));
     }
 
     /// `inbound` or `outbound`, of the listener.
@@ -313,18 +297,6 @@ impl RequestContext {
         self.ended_at = now;
     }
 
-    /// Notes the begin of a wait in the queue.
-    pub(super) fn begin_queue(&mut self, now: Instant) {
-        self.queued_since = Some(now);
-    }
-
-    /// Ends the wait in the queue. A call that the full queue refused has not waited: `has_waited` is false.
-    pub(super) fn end_queue(&mut self, has_waited: bool) {
-        if let Some(since) = self.queued_since.take().filter(|_| has_waited) {
-            self.record.queued(since.elapsed());
-        }
-    }
-
     /// Counts and logs, once per call, that a rule in `dryRun` would have acted.
     pub(super) fn record_dry_run(&mut self, rule: RuleName) {
         let noted = &mut self.record.note().would;
@@ -332,7 +304,7 @@ impl RequestContext {
             return;
         }
         noted.push(rule.as_str());
-        let owner = &self.view.destination(self.route_id().owner).values.name;
+        let owner = &self.view.destination(self.route_id().owner()).values.name;
         self.worker.shard.telemetry().dry_run(owner, rule.as_str());
     }
 
@@ -379,8 +351,6 @@ pub(super) fn unparsed_request(downstream: &DownstreamConnection) -> RequestLine
 
 impl Drop for RequestContext {
     fn drop(&mut self) {
-        // A caller that leaves ends its wait in the queue as well.
-        self.end_queue(true);
         let (sent, received) = (self.flow.request.bytes(), self.flow.response.bytes());
         self.record.passed(sent, received);
         if self.worker.connections.phase() == DrainPhase::Over {

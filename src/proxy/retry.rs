@@ -97,8 +97,8 @@ pub(super) async fn run(exchange: &mut ActiveExchange, switches_protocol: bool) 
     let mut number = 1;
     let mut reason = None;
     loop {
-        let upstream = select::upstream(context)?;
-        if permit.as_ref().is_none_or(|permit| !permit.is_of(upstream.destination)) {
+        let upstream = select::upstream(context, attempt)?;
+        if permit.as_ref().is_none_or(|permit| !permit.is_for(&upstream.pool)) {
             *permit = match admission::try_acquire(context, &upstream) {
                 Some(permit) => Some(permit),
                 // Boxed, like everything that few requests meet.

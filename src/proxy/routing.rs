@@ -22,17 +22,12 @@ pub(super) fn route(
 ) -> Result<(), LocalReply> {
     let route = find(context, listener, head, target)?;
     context.set_route(route, listener.direction);
-    let owner = &context.view().destination(route.owner).values;
+    let owner = &context.view().destination(route.owner()).values;
     check_scheme(head, listener, owner)?;
-    if !owner.endpoints.is_empty() {
-        return Ok(());
-    }
-    if target.host.is_empty() {
+    if owner.endpoints.is_empty() && target.host.is_empty() {
         let detail = "the destination has no endpoints and the request names no host";
         return Err(LocalReply::plain(LocalReplyKind::NoRoute, detail));
     }
-    let port = target.port.unwrap_or(if owner.tls.is_some() { 443 } else { 80 });
-    context.set_dynamic_host(target.host, port);
     Ok(())
 }
 

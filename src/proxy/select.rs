@@ -19,6 +19,7 @@ use crate::proxy::local_reply::{LocalReply, LocalReplyKind};
 use crate::proxy::outcome::{self, HeldPermit};
 use crate::proxy::request_context::RequestContext;
 use crate::proxy::retry::RetryState;
+use crate::proxy::target::RequestTarget;
 use crate::telemetry::ConnectionUse;
 use crate::upstream::connect::ConnectError;
 use crate::upstream::dial::ConnectOptions;
@@ -28,22 +29,27 @@ use crate::upstream::pool::{Lease, Pool, ProtocolPreference};
 /// Endpoints that are asked for one connection, each of them once.
 const ASKED: usize = 3;
 
-/// The upstream of the next attempt: the destination that the route belongs to, and this worker's pool for it.
+/// The upstream of the next attempt: the destination that the route belongs to, and this worker's pool for it. The pool of
+/// the attempt before is kept: a reload in between may have replaced it.
 ///
 /// # Errors
 /// If the destination has no endpoints, and the request names no host.
-pub(super) fn upstream(context: &RequestContext) -> Result<Upstream, LocalReply> {
-    let destination = context.route_id().owner;
+pub(super) fn upstream(context: &RequestContext, attempt: &Attempt) -> Result<Upstream, LocalReply> {
+    let destination = context.route_id().owner();
+    if let Some(before) = attempt.upstream().filter(|before| before.destination == destination) {
+        return Ok(before.clone());
+    }
     let compiled = context.destination(destination);
     let pools = &context.worker().upstreams;
     if !compiled.values.endpoints.is_empty() {
         return Ok(Upstream { destination, pool: Rc::clone(context.view().pool(destination, pools)) });
     }
-    let Some((host, port)) = context.dynamic_host() else {
+    let Some(target) = RequestTarget::parse(context.record().authority()) else {
         let detail = "the destination has no endpoints and the request names no host";
         return Err(LocalReply::plain(LocalReplyKind::NoRoute, detail));
     };
-    Ok(Upstream { destination, pool: pools.place(&compiled.cluster, host, port) })
+    let port = target.port.unwrap_or(if compiled.values.tls.is_some() { 443 } else { 80 });
+    Ok(Upstream { destination, pool: pools.place(&compiled.cluster, target.host, port) })
 }
 
 /// A connection that is open already, to the endpoint that is the best one now.
@@ -147,7 +153,7 @@ fn pool(attempt: &Attempt) -> Result<Rc<Pool>, LocalReply> {
 }
 
 fn options(context: &RequestContext, attempt: &Attempt) -> ConnectOptions {
-    let destination = attempt.upstream().map_or(context.route_id().owner, |upstream| upstream.destination);
+    let destination = attempt.upstream().map_or(context.route_id().owner(), |upstream| upstream.destination);
     let keep = &context.destination(destination).values.connections;
     let connect = context.limits().connect.value;
     ConnectOptions { connect, keep: keep.idle.value, most: keep.max_idle.value as usize }

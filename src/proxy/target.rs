@@ -55,8 +55,8 @@ impl<'a> RequestTarget<'a> {
         if hosts.next().is_some() {
             return Err(TargetError::TwoHosts);
         }
-        let host = host.map(|value| Self::parse(value.as_bytes())).transpose()?;
-        let named = uri.authority().map(|authority| Self::parse(authority.as_str().as_bytes())).transpose()?;
+        let host = host.map(|value| Self::read_authority(value.as_bytes())).transpose()?;
+        let named = uri.authority().map(|authority| Self::read_authority(authority.as_str().as_bytes())).transpose()?;
         match (named, host) {
             (Some(named), host) if version == Version::HTTP_2 => match host {
                 Some(host) if !same(&host, &named) => Err(TargetError::HostsDiffer),
@@ -71,8 +71,13 @@ impl<'a> RequestTarget<'a> {
         }
     }
 
+    /// The host and port of an authority that was checked when the request came; `None` where the request names no host.
+    pub(super) fn parse(authority: &'a [u8]) -> Option<Self> {
+        Self::read_authority(authority).ok()
+    }
+
     /// Checks `host` or `host:port` byte by byte.
-    fn parse(bytes: &'a [u8]) -> Result<Self, TargetError> {
+    fn read_authority(bytes: &'a [u8]) -> Result<Self, TargetError> {
         let host = host_length(bytes).filter(|length| *length > 0).ok_or(TargetError::BadHost)?;
         let port = match &bytes[host..] {
             [] | [b':'] => None,

@@ -107,7 +107,7 @@ pub(super) async fn connect(exchange: &mut ActiveExchange, mut head: Box<Parts>)
     let ActiveExchange { context, attempt, retry, .. } = exchange;
     context.record_mut().set_protocol(Protocol::Tunnel);
     context.record_mut().attempt(1, 1);
-    attempt.begin(1, select::upstream(context)?);
+    attempt.begin(1, select::upstream(context, attempt)?);
     let upstream = select::bare_stream(context, attempt, retry).await;
     // The result is reported at once: a tunnel may last, and how it ends says nothing about the endpoint.
     let now = Instant::now();

@@ -133,7 +133,7 @@ async fn dying_app() -> SocketAddr {
 async fn a_call_that_an_earlier_try_may_have_brought_to_the_app_is_not_called_unsent() {
     let mesh = Mesh::start(&policy(dying_app().await, "    circuitBreaker: off\n    ejection: off")).await;
     assert_eq!(get(mesh.addr("in"), "/").await.status, 200);
-    for (tries, is_unsent) in [("try 2/3", false), ("try 1/3", true)] {
+    for (tries, is_unsent) in [("attempt 2/3", false), ("attempt 1/3", true)] {
         let answer = get(mesh.addr("in"), "/").await;
         let said = answer.header("proxy-status");
         assert!(said.contains("connect_failed") && said.contains(tries), "{answer:?}");
