@@ -115,10 +115,10 @@ struct Destination {
     name: String,
     in_flight: i64,
     queued: i64,
-    open: i64,
-    idle: i64,
-    breaker: &'static str,
-    ejected: i64,
+    open_connections: i64,
+    idle_connections: i64,
+    circuit_breaker: &'static str,
+    ejected_endpoints: i64,
 }
 
 #[derive(Serialize)]
@@ -191,12 +191,20 @@ fn policy<'a>(view: &'a StatusView, telemetry: &Telemetry) -> Policy<'a> {
 
 fn destination(figures: DestinationFigures) -> Destination {
     let DestinationFigures { name, in_flight, queued, open, idle, breaker, ejected } = figures;
-    let breaker = match breaker {
+    let circuit_breaker = match breaker {
         0 => "closed",
         1 => "half-open",
         _ => "open",
     };
-    Destination { name, in_flight, queued, open, idle, breaker, ejected }
+    Destination {
+        name,
+        in_flight,
+        queued,
+        open_connections: open,
+        idle_connections: idle,
+        circuit_breaker,
+        ejected_endpoints: ejected,
+    }
 }
 
 fn hop(summary: &HopSummary) -> Hop {

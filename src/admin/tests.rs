@@ -223,7 +223,7 @@ fn the_status_document_holds_what_the_page_shows() {
     door.telemetry.shard(0).destination("payment").in_flight.add(2);
     door.telemetry.shard(0).destination("stock").open.add(1);
     door.telemetry.breaker_changed("payment", "open", 2);
-    door.telemetry.ejection_changed("payment", "out", 1);
+    door.telemetry.ejection_changed("payment", "ejected", 1);
     door.exchanges("pay", Outcome::Ok, 3);
     door.exchanges("pay", Outcome::RequestTimeout, 1);
     let (_, answer) = door.get("/status");
@@ -234,10 +234,10 @@ fn the_status_document_holds_what_the_page_shows() {
     assert_eq!(status["listeners"][0]["address"], "0.0.0.0:8080");
     let payment = &status["destinations"][0];
     assert_eq!(
-        (&payment["inFlight"], &payment["breaker"], &payment["ejected"]),
+        (&payment["inFlight"], &payment["circuitBreaker"], &payment["ejectedEndpoints"]),
         (&2.into(), &"open".into(), &1.into())
     );
-    assert_eq!(status["destinations"][1]["breaker"], "closed");
+    assert_eq!(status["destinations"][1]["circuitBreaker"], "closed");
     let hop = &status["hops"][0];
     assert_eq!((&hop["count"], &hop["failures"]), (&4.into(), &1.into()));
     assert_eq!(hop["outcomes"], serde_json::json!({"ok": 3, "request_timeout": 1}));

@@ -71,7 +71,7 @@ fn process(telemetry: &Telemetry) -> Vec<MetricFamily> {
     let version = vec![("version", env!("CARGO_PKG_VERSION").to_owned())];
     let mut families = vec![
         one_counter(names::LOG_DROPPED, Some(log::dropped() as f64)),
-        one_counter(names::TURNED_AWAY, Some(telemetry.hops.turned_away() as f64)),
+        one_counter(names::HOPS_OVERFLOWED, Some(telemetry.hops.turned_away() as f64)),
         one_counter(names::CPU, figures.cpu.map(|cpu| cpu.as_secs_f64())),
         one_gauge(names::BUILD, version, Some(1.0)),
         one_gauge(names::MEMORY, Vec::new(), figures.resident.map(|bytes| bytes as f64)),
@@ -82,7 +82,7 @@ fn process(telemetry: &Telemetry) -> Vec<MetricFamily> {
         let loaded = loaded.as_millisecond() as f64 / 1000.0;
         families.push(one_gauge(names::POLICY, vec![("hash", hash)], Some(1.0)));
         families.push(one_gauge(names::POLICY_LOADED, Vec::new(), Some(loaded)));
-        families.push(one_gauge(names::POLICY_TOOK, Vec::new(), Some(took.as_secs_f64())));
+        families.push(one_gauge(names::POLICY_LOAD_DURATION, Vec::new(), Some(took.as_secs_f64())));
     }
     families
 }

@@ -5,7 +5,7 @@
 
 use super::Telemetry;
 use super::families::{
-    BREAKER_CHANGES, BREAKER_STATE, DEADLINE_JOINS, DRY_RUN, EJECTED, EJECTIONS, FAULTS, RETRIES, RETRIES_WITHHELD,
+    BREAKER_CHANGES, BREAKER_STATE, CORRELATIONS, DRY_RUN, EJECTED, EJECTIONS, FAULTS, RETRIES, RETRIES_WITHHELD,
 };
 use super::instruments::{Counter, Family, Labels};
 
@@ -34,28 +34,28 @@ impl Telemetry {
 
     /// A request to `destination` goes out once more.
     pub fn retried(&self, destination: &str, again: RetryReason) {
-        let labels = vec![("destination", destination.to_owned()), ("because", again.as_str().to_owned())];
+        let labels = vec![("destination", destination.to_owned()), ("reason", again.as_str().to_owned())];
         self.tally(RETRIES, labels).increment();
     }
 
     /// A failed request to `destination` does not go out once more; `why` is one of a closed set.
     pub fn retry_withheld(&self, destination: &str, why: &'static str) {
-        let labels = vec![("destination", destination.to_owned()), ("why", why.to_owned())];
+        let labels = vec![("destination", destination.to_owned()), ("reason", why.to_owned())];
         self.tally(RETRIES_WITHHELD, labels).increment();
     }
 
     /// The circuit breaker of `destination` is in another state: its name, and its number for the gauge
     /// (0 closed, 1 half-open, 2 open).
     pub fn breaker_changed(&self, destination: &str, state: &'static str, number: i64) {
-        let labels = vec![("destination", destination.to_owned()), ("to", state.to_owned())];
+        let labels = vec![("destination", destination.to_owned()), ("state", state.to_owned())];
         self.tally(BREAKER_CHANGES, labels).increment();
         self.instruments.gauge(BREAKER_STATE, vec![("destination", destination.to_owned())], None).set(number);
     }
 
-    /// An endpoint of `destination` is `out`, is `tried`, is `in` again, or was `kept` although it fails; `out_now` of them
-    /// are out.
+    /// An endpoint of `destination` was `ejected`, `probed`, `returned` to load balancing, or `kept` although it fails;
+    /// `out_now` of them are ejected.
     pub fn ejection_changed(&self, destination: &str, change: &'static str, out_now: usize) {
-        let labels = vec![("destination", destination.to_owned()), ("change", change.to_owned())];
+        let labels = vec![("destination", destination.to_owned()), ("result", change.to_owned())];
         self.tally(EJECTIONS, labels).increment();
         self.endpoints_out(destination, out_now);
     }
@@ -92,6 +92,6 @@ impl Telemetry {
     /// The counter of outbound calls that were, or were not, joined with the inbound request that caused them. Resolve
     /// once and keep: calls are many.
     pub fn joins(&self, how: &'static str) -> Counter {
-        self.tally(DEADLINE_JOINS, vec![("how", how.to_owned())])
+        self.tally(CORRELATIONS, vec![("result", how.to_owned())])
     }
 }

@@ -160,7 +160,7 @@ fn json_notes(object: &mut Object<'_>, record: &Record) -> fmt::Result {
     object.milliseconds("deadline_ms", notes.deadline)?;
     for (key, value) in [
         ("deadline_from", notes.deadline_from),
-        ("retry", notes.retry),
+        ("retry_withheld", notes.retry),
         ("failed_at", notes.failed_at.as_deref()),
         ("fault", notes.fault.as_deref()),
     ] {
@@ -169,7 +169,7 @@ fn json_notes(object: &mut Object<'_>, record: &Record) -> fmt::Result {
         }
     }
     if !notes.would.is_empty() {
-        object.string("would", &notes.would.join(","))?;
+        object.string("dry_run", &notes.would.join(","))?;
     }
     Ok(())
 }
@@ -200,7 +200,7 @@ fn text(out: &mut String, entry: &Entry<'_>) -> fmt::Result {
     out.push(' ');
     short_duration(out, entry.total)?;
     if record.attempts > 0 {
-        write!(out, " try {}/{}", record.attempt, record.attempts)?;
+        write!(out, " attempt {}/{}", record.attempt, record.attempts)?;
     }
     let hop = entry.hop;
     write!(out, " {}->{}/{}", hop.source, hop.destination, hop.route)?;
@@ -244,8 +244,8 @@ fn text_notes(out: &mut String, record: &Record) -> fmt::Result {
             escape(out, value, Quoting::Bare)?;
         }
     }
-    for rule in &notes.would {
-        write!(out, " {rule} would have acted")?;
+    if !notes.would.is_empty() {
+        write!(out, " dry run: {}", notes.would.join(","))?;
     }
     Ok(())
 }

@@ -135,7 +135,7 @@ async fn a_refused_call_explains_itself_in_both_formats() {
             assert!(time.len() == 24 && time.ends_with('Z'), "{time}");
             assert_eq!(
                 rest,
-                "POST /payments/7 504 request_timeout \"no answer within 2s\" 2.001s try 1/1 order->payment/pay \
+                "POST /payments/7 504 request_timeout \"no answer within 2s\" 2.001s attempt 1/1 order->payment/pay \
                  via 10.0.0.7:8080 timeouts.request=2s (policy.yaml:12) closed by hopguard \
                  trace 4bf92f3577b34da6a3ce929d0e0e4736"
             );
@@ -170,7 +170,7 @@ async fn a_grpc_line_can_be_read() {
     let (_, rest) = lines[0].split_once(' ').unwrap();
     assert_eq!(
         rest,
-        "shop.Payment/Charge UNAVAILABLE \"bank is \\\"down\\\"\\n\\u001b[31m\" 812ms try 1/1 order->payment/pay"
+        "shop.Payment/Charge UNAVAILABLE \"bank is \\\"down\\\"\\n\\u001b[31m\" 812ms attempt 1/1 order->payment/pay"
     );
     bench.telemetry.access_log.configure(AccessLogSettings { mode: AccessLogMode::Errors, format: LineFormat::Json });
     let mut exchange = bench.exchange(Protocol::Grpc, Method::POST, "http://payment/shop.Payment/Charge");
@@ -180,6 +180,19 @@ async fn a_grpc_line_can_be_read() {
     let line: serde_json::Value = serde_json::from_str(&bench.lines()[0]).unwrap();
     assert_eq!((&line["grpc_status"], &line["grpc_message"]), (&"99".into(), &"\u{fffd}%zz".into()));
     assert_eq!(line["host"], "payment");
+}
+
+#[test]
+fn a_text_line_ends_with_what_rules_did_or_would_have_done() {
+    let bench = Bench::new(AccessLogMode::All, LineFormat::Text);
+    let mut exchange = bench.get();
+    let notes = exchange.note();
+    (notes.retry, notes.failed_at) = (Some("budget"), Some("bank".into()));
+    notes.would.extend(["rate_limit", "deadline"]);
+    done(&mut exchange, 503);
+    drop(exchange);
+    let line = &bench.lines()[0];
+    assert!(line.ends_with(" no retry: budget failed at bank dry run: rate_limit,deadline"), "{line}");
 }
 
 #[test]
@@ -322,10 +335,10 @@ fn tell_what_rules_did(telemetry: &Telemetry) {
     telemetry.retried("payment", RetryReason::Unsent);
     telemetry.retry_withheld("payment", "budget");
     telemetry.breaker_changed("payment", "open", 2);
-    telemetry.ejection_changed("payment", "out", 1);
+    telemetry.ejection_changed("payment", "ejected", 1);
     telemetry.dry_run("payment", "rate_limit");
     telemetry.fault_injected("payment", "slow \"bank\"");
-    telemetry.joins("by_trace").increment();
+    telemetry.joins("by_trace_id").increment();
 }
 
 #[test]
