@@ -1,6 +1,6 @@
-//! The names of all metrics in one place, and the typed sets of handles that the parts of the proxy hold.
+//! Names and help texts of all metrics, and the sets of handles that other modules hold.
 //!
-//! `docs/metrics.md` lists the same names; a test compares the two.
+//! `docs/metrics.md` lists the same names; a test compares both lists.
 
 use super::instruments::{Counter, Family, Gauge, Instruments};
 
@@ -78,11 +78,11 @@ const WAKE_BATCHES: Family = family(
     "Short sleeps of busy workers before they poll, to handle more events per wake-up",
 );
 const DRAINING: Family = family("hopguard_draining", "1 from the start of the drain, else 0");
-const LINES_DROPPED: Family = family(
+const ACCESS_LOG_DROPPED: Family = family(
     "hopguard_access_log_dropped_total",
     "Access log lines dropped because the reader of standard output was too slow",
 );
-const WRITE_ERRORS: Family =
+const ACCESS_LOG_WRITE_ERRORS: Family =
     family("hopguard_access_log_write_errors_total", "Access log writes that failed with a system error");
 
 pub(super) const LOG_DROPPED: Family = family(
@@ -105,7 +105,7 @@ pub(super) const OPEN_FDS: Family = family("process_open_fds", "Number of open f
 pub(super) const STARTED: Family =
     family("process_start_time_seconds", "Unix time at which the process started, in seconds");
 
-/// Every family that a page can show.
+/// All families that a metrics page can show.
 pub const ALL: &[Family] = &[
     REQUESTS,
     DURATION,
@@ -136,8 +136,8 @@ pub const ALL: &[Family] = &[
     WORKERS,
     WAKE_BATCHES,
     DRAINING,
-    LINES_DROPPED,
-    WRITE_ERRORS,
+    ACCESS_LOG_DROPPED,
+    ACCESS_LOG_WRITE_ERRORS,
     LOG_DROPPED,
     HOPS_OVERFLOWED,
     BUILD,
@@ -150,20 +150,20 @@ pub const ALL: &[Family] = &[
     STARTED,
 ];
 
-/// What is counted for one destination. Resolve once, keep, clone freely.
+/// The gauges and counters of one destination on one worker. Resolve once and keep; clones are cheap.
 #[derive(Clone, Debug)]
 pub struct DestinationMetrics {
-    /// Exchanges that have a place.
+    /// Exchanges that hold a permit.
     pub in_flight: Gauge,
-    /// Exchanges that wait for one.
+    /// Exchanges in the queue for a permit.
     pub queued: Gauge,
-    /// Open upstream connections, busy and idle.
+    /// Open upstream connections, in use and idle.
     pub open: Gauge,
-    /// Open upstream connections without an exchange.
+    /// Idle upstream connections.
     pub idle: Gauge,
     /// Upstream connections opened.
     pub connects: Counter,
-    /// Upstream connections that could not be opened.
+    /// Upstream connections that failed to open.
     pub connect_failures: Counter,
     /// Upstream connections closed, by either side.
     pub closes: Counter,
@@ -186,7 +186,7 @@ impl DestinationMetrics {
     }
 }
 
-/// What is counted for one listener of one worker.
+/// The counters and gauges of one listener on one worker.
 #[derive(Clone, Debug)]
 pub struct ListenerMetrics {
     /// Connections accepted.
@@ -205,25 +205,27 @@ impl ListenerMetrics {
     }
 }
 
-/// What is counted once for the process.
+/// Counters and gauges of the process.
 #[derive(Clone, Debug)]
 pub struct ProcessMetrics {
-    /// Policies loaded.
+    /// Policy loads that succeeded.
     pub reloads_ok: Counter,
-    /// Policies refused; the last good one stayed in force.
+    /// Policy loads that failed; the previous policy stayed in force.
     pub reloads_failed: Counter,
-    /// Changed certificates that came into use.
+    /// Reloads of changed certificate files that succeeded.
     pub certificates_ok: Counter,
-    /// Changed certificates that could not be used; the old ones stayed.
+    /// Reloads in which a changed file could not be used; the previous certificate stayed in use.
     pub certificates_failed: Counter,
     /// Worker threads.
     pub workers: Gauge,
-    /// Naps of all workers.
+    /// Sleeps for wake batching, of all workers.
     pub wake_batches: Counter,
-    /// 1 from the start of the drain on.
+    /// 1 from the start of the drain, else 0.
     pub draining: Gauge,
-    pub(super) lines_dropped: Counter,
-    pub(super) lines_failed: Counter,
+    /// Access log lines dropped.
+    pub(super) access_log_dropped: Counter,
+    /// Access log writes that failed.
+    pub(super) access_log_write_errors: Counter,
 }
 
 impl ProcessMetrics {
@@ -238,8 +240,8 @@ impl ProcessMetrics {
             workers: instruments.gauge(WORKERS, Vec::new(), None),
             wake_batches: instruments.counter(WAKE_BATCHES, Vec::new(), None),
             draining: instruments.gauge(DRAINING, Vec::new(), None),
-            lines_dropped: instruments.counter(LINES_DROPPED, Vec::new(), None),
-            lines_failed: instruments.counter(WRITE_ERRORS, Vec::new(), None),
+            access_log_dropped: instruments.counter(ACCESS_LOG_DROPPED, Vec::new(), None),
+            access_log_write_errors: instruments.counter(ACCESS_LOG_WRITE_ERRORS, Vec::new(), None),
         }
     }
 }
