@@ -1,16 +1,16 @@
-//! The admin door: what the process shows about itself, and the one thing that it can be told (`POST /drain`).
+//! The admin server: status, metrics, probes and policy of the process, and one command (`POST /drain`).
 //!
 //! | path | what |
 //! |---|---|
 //! | `/` | the status page |
-//! | `/status` | its figures, as JSON |
+//! | `/status` | the figures of the status page as JSON |
 //! | `/live`, `/ready` | probes |
 //! | `/metrics` | Prometheus text or OpenMetrics |
 //! | `/policy` | the policy in force |
-//! | `/drain` | begins the drain |
+//! | `/drain` | starts the drain |
 //!
-//! It runs on a thread of its own, so that a busy data path cannot silence the probes and a large scrape cannot delay a
-//! request. What it shows comes from [`ProcessView`], which the composition root implements, and from the telemetry.
+//! The server runs on its own thread, so that a busy data path does not block the probes and a large scrape does not
+//! delay a request. Its data comes from [`ProcessView`], which the composition root implements, and from the telemetry.
 
 mod pages;
 mod server;
@@ -19,15 +19,15 @@ mod status;
 pub use server::{AdminServer, spawn};
 pub use status::{ListenerView, PolicyError, State, StatusView};
 
-/// What the door shows and what it can set off.
+/// The process as the admin server sees it.
 pub trait ProcessView: Send + Sync + 'static {
-    /// Whether traffic may be sent here; otherwise the reasons, one sentence each.
+    /// `Ok` if the process is ready for traffic, else the reasons why not, one sentence each.
     fn ready(&self) -> Result<(), Vec<String>>;
-    /// The policy in force as a JSON document, with its hash, when it was loaded and the last error.
+    /// The policy in force as a JSON document, with its hash, load time and the last load error.
     fn policy_json(&self) -> String;
-    /// Begins the drain and returns at once; later calls change nothing.
+    /// Starts the drain and returns at once; later calls have no effect.
     fn begin_drain(&self);
-    /// What the status page shows besides the metrics.
+    /// The data of the status page that is not in the metrics.
     fn status(&self) -> StatusView;
 }
 

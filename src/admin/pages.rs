@@ -1,4 +1,4 @@
-//! The answers of the admin door: from a request's head to a response, without a socket.
+//! Responses of the admin server: from a request head to a response, without a socket.
 
 use bytes::Bytes;
 use http::header::{
@@ -16,57 +16,57 @@ use crate::telemetry::{PageFormat, Telemetry};
 const PAGE: &str = include_str!("status.html");
 const SEC_FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
 
-/// The page loads nothing but its own figures, and nobody may frame it.
-const PAGE_MAY: &str = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; \
+/// The status page may load its own figures only, and no page may frame it.
+const PAGE_CSP: &str = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; \
     img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
 const PATHS: &str = "/         status page
-/status   its figures as JSON
+/status   figures of the status page as JSON
 /live     200 while the process runs
-/ready    200 when traffic may be sent here, else 503 with the reasons
-/metrics  Prometheus text, or OpenMetrics where Accept asks for it
+/ready    200 when ready for traffic, else 503 with the reasons
+/metrics  Prometheus text, or OpenMetrics if Accept lists it
 /policy   the policy in force
-/drain    POST: finish what is in flight, take nothing new, exit
+/drain    POST: finish exchanges in flight, accept no new ones, exit
 ";
 
 const TEXT: &str = "text/plain; charset=utf-8";
 const JSON: &str = "application/json";
 const HTML: &str = "text/html; charset=utf-8";
 
-/// The answer to one request; its body is never read.
-pub(super) fn answer(request: &Parts, inside: &dyn ProcessView, telemetry: &Telemetry) -> Response<Full<Bytes>> {
+/// The response to a request with this head; the request body is never read.
+pub(super) fn respond(request: &Parts, process: &dyn ProcessView, telemetry: &Telemetry) -> Response<Full<Bytes>> {
     let path = request.uri.path();
     let allowed = if path == "/drain" { "POST" } else { "GET, HEAD" };
-    let known = matches!(path, "/" | "/status" | "/live" | "/ready" | "/metrics" | "/policy" | "/drain");
-    let method_fits = match request.method {
+    let is_known = matches!(path, "/" | "/status" | "/live" | "/ready" | "/metrics" | "/policy" | "/drain");
+    let is_allowed = match request.method {
         Method::POST => path == "/drain",
         Method::GET | Method::HEAD => path != "/drain",
         _ => false,
     };
     let mut response = match path {
-        _ if !known => page(StatusCode::NOT_FOUND, TEXT, format!("No such page. There are:\n\n{PATHS}")),
-        _ if !method_fits => {
+        _ if !is_known => page(StatusCode::NOT_FOUND, TEXT, format!("No such path. Paths:\n\n{PATHS}")),
+        _ if !is_allowed => {
             let mut response = page(StatusCode::METHOD_NOT_ALLOWED, TEXT, format!("Use {allowed}.\n"));
             response.headers_mut().insert(ALLOW, HeaderValue::from_static(allowed));
             response
         }
-        "/drain" => drain(request, inside),
+        "/drain" => drain(request, process),
         "/live" => page(StatusCode::OK, TEXT, "live\n"),
-        "/ready" => ready(inside),
+        "/ready" => ready(process),
         "/metrics" => metrics(&request.headers, telemetry),
-        "/policy" => page(StatusCode::OK, JSON, inside.policy_json()),
+        "/policy" => page(StatusCode::OK, JSON, process.policy_json()),
         "/status" => {
-            let reasons = inside.ready().err().unwrap_or_default();
-            page(StatusCode::OK, JSON, status::document(&inside.status(), reasons, telemetry))
+            let reasons = process.ready().err().unwrap_or_default();
+            page(StatusCode::OK, JSON, status::document(&process.status(), reasons, telemetry))
         }
         _ => {
             let mut response = page(StatusCode::OK, HTML, PAGE);
-            response.headers_mut().insert(CONTENT_SECURITY_POLICY, HeaderValue::from_static(PAGE_MAY));
+            response.headers_mut().insert(CONTENT_SECURITY_POLICY, HeaderValue::from_static(PAGE_CSP));
             response
         }
     };
     if request.method == Method::HEAD {
-        // hyper leaves the body out by itself on HTTP/1 only; the length stays that of the GET.
+        // hyper omits the body by itself on HTTP/1 only; `Content-Length` stays that of the GET.
         *response.body_mut() = Full::default();
     }
     response
@@ -85,8 +85,8 @@ fn page(status: StatusCode, kind: &'static str, body: impl Into<Bytes>) -> Respo
     response
 }
 
-fn ready(inside: &dyn ProcessView) -> Response<Full<Bytes>> {
-    match inside.ready() {
+fn ready(process: &dyn ProcessView) -> Response<Full<Bytes>> {
+    match process.ready() {
         Ok(()) => page(StatusCode::OK, TEXT, "ready\n"),
         Err(reasons) => page(StatusCode::SERVICE_UNAVAILABLE, TEXT, format!("not ready\n{}\n", reasons.join("\n"))),
     }
@@ -98,16 +98,16 @@ fn metrics(headers: &HeaderMap, telemetry: &Telemetry) -> Response<Full<Bytes>> 
     page(StatusCode::OK, format.content_type(), telemetry.page(format))
 }
 
-fn drain(request: &Parts, inside: &dyn ProcessView) -> Response<Full<Bytes>> {
-    if let Err(reason) = may_drain(request) {
+fn drain(request: &Parts, process: &dyn ProcessView) -> Response<Full<Bytes>> {
+    if let Err(reason) = check_origin(request) {
         return page(StatusCode::FORBIDDEN, TEXT, format!("Refused: {reason}.\n"));
     }
-    inside.begin_drain();
+    process.begin_drain();
     page(StatusCode::ACCEPTED, TEXT, "draining\n")
 }
 
-/// A browser must not be made to drain by a page of somebody else's. Command-line clients send none of these fields.
-fn may_drain(request: &Parts) -> Result<(), &'static str> {
+/// Rejects drain requests from pages of other origins (CSRF). Command-line clients send none of these fields.
+fn check_origin(request: &Parts) -> Result<(), &'static str> {
     let headers = &request.headers;
     if headers.get(SEC_FETCH_SITE).is_some_and(|site| site != "same-origin" && site != "none") {
         return Err("the request comes from a page of another origin");
@@ -126,11 +126,11 @@ fn may_drain(request: &Parts) -> Result<(), &'static str> {
     if !origin.eq_ignore_ascii_case(host.as_str()) {
         return Err("the request comes from a page of another origin");
     }
-    // Same name on both sides proves nothing where the name is the attacker's and resolves to us.
+    // Equal names prove nothing if the name belongs to an attacker and resolves to this address (DNS rebinding).
     let name = host.host();
     let address = name.trim_start_matches('[').trim_end_matches(']').parse::<std::net::IpAddr>();
     if address.is_err() && !name.eq_ignore_ascii_case("localhost") {
-        return Err("a browser may drain only by IP address or as localhost");
+        return Err("a browser may drain only under an IP address or localhost");
     }
     Ok(())
 }

@@ -1,4 +1,5 @@
-//! The thread that serves the admin door: accepting, HTTP/1 or HTTP/2 by the first bytes, bounded everywhere.
+//! The thread of the admin server: accepts connections and serves HTTP/1 or HTTP/2, chosen by the first bytes.
+//! Connections, their lifetime and request heads are bounded.
 
 use std::cell::Cell;
 use std::convert::Infallible;
@@ -22,18 +23,18 @@ use tokio::time::{sleep, timeout};
 use super::{ProcessView, pages};
 use crate::telemetry::Telemetry;
 
-/// Connections that are open at the same time; more are closed at once.
+/// Most open connections; further ones are closed at once.
 const MAX_CONNECTIONS: usize = 256;
-/// How long a request's head may take.
-const HEAD_LIMIT: Duration = Duration::from_secs(10);
-/// How long a connection lives at most: probes and scrapers connect again, forgotten ones go away.
-const CONNECTION_LIMIT: Duration = Duration::from_secs(600);
-/// Pause after an accept that failed for want of something, so that the thread does not spin.
+/// Timeout for a request head.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
+/// Longest life of a connection, so that abandoned connections end; probes and scrapers reconnect.
+const MAX_CONNECTION_AGE: Duration = Duration::from_secs(600);
+/// Pause after a failed accept (no file descriptor, no memory), so that the thread does not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
-/// What every HTTP/2 connection begins with.
+/// The first bytes of every HTTP/2 connection (RFC 9113, 3.4).
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
-/// The running door. Dropping it stops the door without waiting.
+/// The running admin server. A drop stops the server without waiting for its thread.
 #[derive(Debug)]
 pub struct AdminServer {
     address: SocketAddr,
@@ -42,26 +43,26 @@ pub struct AdminServer {
 }
 
 impl AdminServer {
-    /// Where it listens, with the port that was really taken.
+    /// The listening address, with the actual port.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// Stops it, with what is in flight, and waits for its thread.
+    /// Stops the server, requests in flight included, and waits for its thread.
     pub fn stop(mut self) {
         self.stop.take();
         if let Some(thread) = self.thread.take() {
-            // A panic there was printed there, and there is nothing left to save.
+            // A panic of the thread was printed by the thread; nothing is left to clean up.
             let _ = thread.join();
         }
     }
 }
 
-/// Serves the door on a thread of its own until the result is dropped or stopped. Fails when the listener cannot be
-/// used or no thread or runtime can be had.
+/// Starts the admin server on its own thread; it runs until the result is dropped or stopped. Fails if the listener is
+/// not usable, or a thread or a runtime cannot be created.
 pub fn spawn(
     listener: std::net::TcpListener,
-    inside: Arc<dyn ProcessView>,
+    process: Arc<dyn ProcessView>,
     telemetry: Arc<Telemetry>,
 ) -> io::Result<AdminServer> {
     listener.set_nonblocking(true)?;
@@ -69,37 +70,37 @@ pub fn spawn(
     let (stop, stopped) = oneshot::channel::<()>();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let thread = std::thread::Builder::new().name("admin".to_owned()).spawn(move || {
-        let served = LocalSet::new().block_on(&runtime, serve(listener, stopped, Door { inside, telemetry }));
+        let served = LocalSet::new().block_on(&runtime, serve(listener, stopped, PageData { process, telemetry }));
         if let Err(error) = served {
-            tracing::error!(%error, "the admin door does not open");
+            tracing::error!(%error, "the admin server cannot start");
         }
     })?;
     Ok(AdminServer { address, stop: Some(stop), thread: Some(thread) })
 }
 
-/// One of the connections that may be open; given back on drop, also when its task panics.
-struct Place(Rc<Cell<usize>>);
+/// Permit for one open connection; returned on drop, also if the connection's task panics.
+struct ConnectionPermit(Rc<Cell<usize>>);
 
-impl Place {
-    fn take(open: &Rc<Cell<usize>>) -> Self {
+impl ConnectionPermit {
+    fn acquire(open: &Rc<Cell<usize>>) -> Self {
         open.set(open.get() + 1);
         Self(Rc::clone(open))
     }
 }
 
-impl Drop for Place {
+impl Drop for ConnectionPermit {
     fn drop(&mut self) {
         self.0.set(self.0.get() - 1);
     }
 }
 
 #[derive(Clone)]
-struct Door {
-    inside: Arc<dyn ProcessView>,
+struct PageData {
+    process: Arc<dyn ProcessView>,
     telemetry: Arc<Telemetry>,
 }
 
-async fn serve(listener: std::net::TcpListener, mut stopped: oneshot::Receiver<()>, door: Door) -> io::Result<()> {
+async fn serve(listener: std::net::TcpListener, mut stopped: oneshot::Receiver<()>, data: PageData) -> io::Result<()> {
     let listener = TcpListener::from_std(listener)?;
     let open = Rc::new(Cell::new(0usize));
     loop {
@@ -109,29 +110,29 @@ async fn serve(listener: std::net::TcpListener, mut stopped: oneshot::Receiver<(
         };
         match accepted {
             Ok((stream, _)) if open.get() < MAX_CONNECTIONS => {
-                let (place, door) = (Place::take(&open), door.clone());
+                let (permit, data) = (ConnectionPermit::acquire(&open), data.clone());
                 tokio::task::spawn_local(async move {
-                    // Over the limit or broken: the connection is gone either way, and the peer knows.
-                    let _ = timeout(CONNECTION_LIMIT, connection(stream, door)).await;
-                    drop(place);
+                    // Expired or broken, the connection is closed either way, and the peer sees that.
+                    let _ = timeout(MAX_CONNECTION_AGE, connection(stream, data)).await;
+                    drop(permit);
                 });
             }
-            Ok(_) => tracing::warn!(limit = MAX_CONNECTIONS, "too many connections at the admin door"),
+            Ok(_) => tracing::warn!(limit = MAX_CONNECTIONS, "too many connections to the admin server"),
             Err(error) => {
-                tracing::warn!(%error, "cannot accept at the admin door");
+                tracing::warn!(%error, "cannot accept connections to the admin server");
                 sleep(ACCEPT_PAUSE).await;
             }
         }
     }
 }
 
-async fn connection(stream: TcpStream, door: Door) -> Result<(), hyper::Error> {
-    let Ok(Ok(http2)) = timeout(HEAD_LIMIT, speaks_http2(&stream)).await else {
+async fn connection(stream: TcpStream, data: PageData) -> Result<(), hyper::Error> {
+    let Ok(Ok(http2)) = timeout(HEAD_TIMEOUT, speaks_http2(&stream)).await else {
         return Ok(());
     };
     let service = service_fn(move |request: Request<Incoming>| {
         let (head, _body) = request.into_parts();
-        let response = pages::answer(&head, &*door.inside, &door.telemetry);
+        let response = pages::respond(&head, &*data.process, &data.telemetry);
         async move { Ok::<_, Infallible>(response) }
     });
     let stream = TokioIo::new(stream);
@@ -141,11 +142,11 @@ async fn connection(stream: TcpStream, door: Door) -> Result<(), hyper::Error> {
         return builder.serve_connection(stream, service).await;
     }
     let mut builder = http1::Builder::new();
-    builder.timer(TokioTimer::new()).header_read_timeout(HEAD_LIMIT).max_buf_size(32 * 1024);
+    builder.timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT).max_buf_size(32 * 1024);
     builder.serve_connection(stream, service).await
 }
 
-/// Looks at the first bytes without taking them. Three tell: no HTTP/1 method begins with `PRI`.
+/// Peeks at the first bytes. Three bytes decide: no HTTP/1 method begins with `PRI`.
 async fn speaks_http2(stream: &TcpStream) -> io::Result<bool> {
     let mut first = [0; 3];
     loop {
@@ -156,12 +157,12 @@ async fn speaks_http2(stream: &TcpStream) -> io::Result<bool> {
         if seen == first.len() {
             return Ok(true);
         }
-        // What was seen stays readable, so waiting for the socket would not wait.
+        // The peeked bytes stay readable, so waiting for readiness would return at once.
         sleep(Duration::from_millis(5)).await;
     }
 }
 
-/// Keeps HTTP/2's tasks on this thread.
+/// Spawns the tasks of HTTP/2 connections on this thread.
 #[derive(Clone, Copy)]
 struct LocalExecutor;
 

@@ -1,4 +1,4 @@
-//! The figures of the status page, as one JSON document.
+//! The figures of the status page as one JSON document.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -9,18 +9,18 @@ use tokio::time::Instant;
 
 use crate::telemetry::{DestinationFigures, HopSummary, LATENCY_BOUNDS, ProcessFigures, Telemetry};
 
-/// How many hops the document holds at most: the busiest ones.
+/// Most hops in the document; the busiest ones are listed.
 const MAX_HOPS_SHOWN: usize = 500;
 
-/// In which part of its life the process is.
+/// Phase of the process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
-    /// Not everything is up yet.
+    /// Not ready for traffic yet.
     Starting,
-    /// Serving.
+    /// Serving traffic.
     Ready,
-    /// Finishing what is in flight, taking nothing new.
+    /// Finishing exchanges in flight, accepting no new ones.
     Draining,
 }
 
@@ -28,39 +28,39 @@ pub enum State {
 #[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ListenerView {
-    /// Its name in the policy.
+    /// Name in the policy.
     pub name: String,
-    /// Where it listens, with the port that was really taken.
+    /// The listening address, with the actual port.
     pub address: SocketAddr,
     /// `inbound` or `outbound`.
     pub direction: &'static str,
-    /// The destination that it leads to; `None` for a forward proxy.
+    /// The destination; `None` for a forward proxy.
     pub to: Option<String>,
-    /// Whether callers speak TLS.
+    /// True if callers use TLS.
     pub tls: bool,
 }
 
-/// Why the last reload was refused.
+/// Why the last policy load failed.
 #[derive(Clone, Debug)]
 pub struct PolicyError {
     /// The problems, as `hopguard check` prints them.
     pub message: String,
-    /// When it happened.
+    /// When the load failed.
     pub at: Instant,
 }
 
-/// What only the composition root knows.
+/// The data of the status page that only the composition root has.
 #[derive(Clone, Debug)]
 pub struct StatusView {
-    /// The service that the process stands beside.
+    /// The service beside this process.
     pub service: String,
-    /// Its part of life.
+    /// Phase of the process.
     pub state: State,
-    /// The file or directory of the policy.
+    /// File or directory of the policy.
     pub policy_path: String,
-    /// The problem of the last load, if it failed.
+    /// Error of the last policy load, if it failed.
     pub last_error: Option<PolicyError>,
-    /// The listeners of the policy in force.
+    /// Listeners of the policy in force.
     pub listeners: Vec<ListenerView>,
 }
 
@@ -71,7 +71,7 @@ struct Document<'a> {
     state: State,
     reasons: Vec<String>,
     version: &'static str,
-    /// Seconds since the telemetry began, to compute rates with; no step of the clock changes it.
+    /// Seconds since the start, for rates; steps of the system clock do not change it.
     uptime_seconds: f64,
     workers: i64,
     policy: Policy<'a>,
@@ -115,10 +115,10 @@ struct Destination {
     name: String,
     in_flight: i64,
     queued: i64,
-    open: i64,
-    idle: i64,
-    breaker: &'static str,
-    ejected: i64,
+    open_connections: i64,
+    idle_connections: i64,
+    circuit_breaker: &'static str,
+    ejected_endpoints: i64,
 }
 
 #[derive(Serialize)]
@@ -136,7 +136,7 @@ struct Hop {
     p99_ms: Option<f64>,
     overhead_p50_ms: Option<f64>,
     overhead_p99_ms: Option<f64>,
-    /// Not cumulative; one more than `boundsMs` has entries.
+    /// Exchanges per bucket, not cumulative; one entry more than `boundsMs`.
     buckets: Vec<u64>,
 }
 
@@ -183,7 +183,7 @@ fn policy<'a>(view: &'a StatusView, telemetry: &Telemetry) -> Policy<'a> {
         path: &view.policy_path,
         loaded_at: info.as_ref().map(|info| format!("{:.3}", info.loaded)),
         age_seconds: info.as_ref().map(|info| now.duration_since(info.loaded).as_secs_f64()),
-        load_ms: info.as_ref().map(|info| info.took.as_secs_f64() * 1e3),
+        load_ms: info.as_ref().map(|info| info.load_duration.as_secs_f64() * 1e3),
         hash: info.map(|info| info.hash),
         last_error,
     }
@@ -191,12 +191,20 @@ fn policy<'a>(view: &'a StatusView, telemetry: &Telemetry) -> Policy<'a> {
 
 fn destination(figures: DestinationFigures) -> Destination {
     let DestinationFigures { name, in_flight, queued, open, idle, breaker, ejected } = figures;
-    let breaker = match breaker {
+    let circuit_breaker = match breaker {
         0 => "closed",
         1 => "half-open",
         _ => "open",
     };
-    Destination { name, in_flight, queued, open, idle, breaker, ejected }
+    Destination {
+        name,
+        in_flight,
+        queued,
+        open_connections: open,
+        idle_connections: idle,
+        circuit_breaker,
+        ejected_endpoints: ejected,
+    }
 }
 
 fn hop(summary: &HopSummary) -> Hop {

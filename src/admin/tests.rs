@@ -1,4 +1,4 @@
-//! The admin door over real sockets, and its page in a real browser.
+//! The admin server over real sockets, and its status page in a real browser.
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -55,41 +55,41 @@ impl ProcessView for Fake {
     }
 }
 
-struct Door {
+struct Fixture {
     server: AdminServer,
-    inside: Arc<Fake>,
+    process: Arc<Fake>,
     telemetry: Arc<Telemetry>,
 }
 
-fn door(fake: Fake) -> Door {
-    let (inside, telemetry) = (Arc::new(fake), Telemetry::new(Sink::memory().0));
+fn start(fake: Fake) -> Fixture {
+    let (process, telemetry) = (Arc::new(fake), Telemetry::new(Sink::memory().0));
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let server = spawn(listener, inside.clone(), telemetry.clone()).unwrap();
-    Door { server, inside, telemetry }
+    let server = spawn(listener, process.clone(), telemetry.clone()).unwrap();
+    Fixture { server, process, telemetry }
 }
 
-impl Door {
-    /// Sends one request as it stands and returns the whole answer.
+impl Fixture {
+    /// Sends one request verbatim and returns the whole response.
     fn send(&self, request: &str) -> String {
         let mut stream = TcpStream::connect(self.server.address()).unwrap();
         stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
         stream.write_all(request.as_bytes()).unwrap();
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).unwrap();
-        answer
+        let mut response = String::new();
+        stream.read_to_string(&mut response).unwrap();
+        response
     }
 
-    fn ask(&self, method: &str, path: &str, fields: &str) -> (u16, String) {
-        let answer =
+    fn request(&self, method: &str, path: &str, fields: &str) -> (u16, String) {
+        let response =
             self.send(&format!("{method} {path} HTTP/1.1\r\nHost: localhost:1\r\nConnection: close\r\n{fields}\r\n"));
-        (answer[9..12].parse().unwrap(), answer)
+        (response[9..12].parse().unwrap(), response)
     }
 
     fn get(&self, path: &str) -> (u16, String) {
-        self.ask("GET", path, "")
+        self.request("GET", path, "")
     }
 
-    /// Lets `count` exchanges end with `outcome`.
+    /// Records `count` exchanges that end with `outcome`.
     fn exchanges(&self, route: &str, outcome: Outcome, count: usize) {
         let shard = self.telemetry.shard(0);
         let hop = self.telemetry.hops.register(HopLabels::new("order", "payment", route, Direction::Outbound));
@@ -120,8 +120,8 @@ impl Door {
 }
 
 #[test]
-fn the_paths_answer_and_say_what_may_be_asked() {
-    let door = door(Fake::default());
+fn each_path_responds_and_names_the_allowed_methods() {
+    let admin = start(Fake::default());
     let cases = [
         ("GET", "/live", 200, "\r\n\r\nlive\n"),
         ("GET", "/ready", 200, "\r\n\r\nready\n"),
@@ -137,24 +137,24 @@ fn the_paths_answer_and_say_what_may_be_asked() {
         ("POST", "/nowhere", 404, "/drain    POST"),
     ];
     for (method, path, status, part) in cases {
-        let (got, answer) = door.ask(method, path, "");
+        let (got, response) = admin.request(method, path, "");
         assert_eq!(got, status, "{method} {path}");
-        assert!(answer.contains(part), "{method} {path}: {answer}");
-        assert!(answer.contains("cache-control: no-store\r\n"), "{method} {path}");
+        assert!(response.contains(part), "{method} {path}: {response}");
+        assert!(response.contains("cache-control: no-store\r\n"), "{method} {path}");
     }
-    assert_eq!(door.inside.drains.load(Ordering::Relaxed), 0);
+    assert_eq!(admin.process.drains.load(Ordering::Relaxed), 0);
 }
 
 #[test]
 fn head_has_the_length_of_get_and_no_body() {
-    let door = door(Fake::default());
+    let admin = start(Fake::default());
     for path in ["/", "/live", "/policy"] {
-        let length = |answer: &str| {
-            let at = answer.find("content-length: ").unwrap() + 16;
-            answer[at..].split("\r\n").next().unwrap().parse::<usize>().unwrap()
+        let length = |response: &str| {
+            let at = response.find("content-length: ").unwrap() + 16;
+            response[at..].split("\r\n").next().unwrap().parse::<usize>().unwrap()
         };
-        let (_, get) = door.get(path);
-        let (status, head) = door.ask("HEAD", path, "");
+        let (_, get) = admin.get(path);
+        let (status, head) = admin.request("HEAD", path, "");
         assert_eq!(status, 200);
         assert!(head.ends_with("\r\n\r\n"), "{head}");
         assert_eq!(length(&head), length(&get));
@@ -163,20 +163,21 @@ fn head_has_the_length_of_get_and_no_body() {
 }
 
 #[test]
-fn not_ready_says_why_and_is_still_alive() {
-    let door = door(Fake { reasons: vec!["listener legacy is not open".to_owned()], ..Fake::default() });
-    let (status, answer) = door.get("/ready");
+fn not_ready_has_reasons_and_live_stays_200() {
+    let admin = start(Fake { reasons: vec!["listener legacy is not open".to_owned()], ..Fake::default() });
+    let (status, response) = admin.get("/ready");
     assert_eq!(status, 503);
-    assert!(answer.ends_with("not ready\nlistener legacy is not open\n"), "{answer}");
-    assert_eq!(door.get("/live").0, 200);
+    assert!(response.ends_with("not ready\nlistener legacy is not open\n"), "{response}");
+    assert_eq!(admin.get("/live").0, 200);
 }
 
 #[test]
 fn a_foreign_page_cannot_drain() {
-    let door = door(Fake::default());
+    let admin = start(Fake::default());
     let request = |host: &str, fields: &str| {
-        let answer = door.send(&format!("POST /drain HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n{fields}\r\n"));
-        answer[9..12].to_owned()
+        let response =
+            admin.send(&format!("POST /drain HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n{fields}\r\n"));
+        response[9..12].to_owned()
     };
     let refused = [
         ("localhost:15000", "Origin: http://evil.example\r\n"),
@@ -190,7 +191,7 @@ fn a_foreign_page_cannot_drain() {
     for (host, fields) in refused {
         assert_eq!(request(host, fields), "403", "{host} {fields}");
     }
-    assert_eq!(door.inside.drains.load(Ordering::Relaxed), 0);
+    assert_eq!(admin.process.drains.load(Ordering::Relaxed), 0);
     let allowed = [
         ("anything", ""),
         ("localhost:15000", "Origin: http://localhost:15000\r\nSec-Fetch-Site: same-origin\r\n"),
@@ -200,44 +201,44 @@ fn a_foreign_page_cannot_drain() {
     for (host, fields) in allowed {
         assert_eq!(request(host, fields), "202", "{host} {fields}");
     }
-    assert_eq!(door.inside.drains.load(Ordering::Relaxed), 4);
+    assert_eq!(admin.process.drains.load(Ordering::Relaxed), 4);
 }
 
 #[test]
 fn a_scraper_may_ask_for_openmetrics() {
-    let door = door(Fake::default());
-    door.exchanges("pay", Outcome::Ok, 3);
-    let (_, answer) = door.ask("GET", "/metrics", "Accept: application/openmetrics-text;version=1.0.0\r\n");
-    assert!(answer.contains("content-type: application/openmetrics-text; version=1.0.0; charset=utf-8\r\n"));
-    assert!(answer.ends_with("# EOF\n"));
+    let admin = start(Fake::default());
+    admin.exchanges("pay", Outcome::Ok, 3);
+    let (_, response) = admin.request("GET", "/metrics", "Accept: application/openmetrics-text;version=1.0.0\r\n");
+    assert!(response.contains("content-type: application/openmetrics-text; version=1.0.0; charset=utf-8\r\n"));
+    assert!(response.ends_with("# EOF\n"));
     let line = "hopguard_requests_total{source=\"order\",destination=\"payment\",route=\"pay\",\
         direction=\"outbound\",protocol=\"http1\",outcome=\"ok\"} 3\n";
-    assert!(answer.contains(line), "{answer}");
-    assert!(door.get("/metrics").1.contains(line));
+    assert!(response.contains(line), "{response}");
+    assert!(admin.get("/metrics").1.contains(line));
 }
 
 #[test]
-fn the_status_document_holds_what_the_page_shows() {
-    let door = door(Fake { error: Some("policy.yaml:5:40: no unit".to_owned()), ..Fake::default() });
-    door.telemetry.policy_loaded("a1b2c3d4", Duration::from_millis(3));
-    door.telemetry.shard(0).destination("payment").in_flight.add(2);
-    door.telemetry.shard(0).destination("stock").open.add(1);
-    door.telemetry.breaker_changed("payment", "open", 2);
-    door.telemetry.ejection_changed("payment", "out", 1);
-    door.exchanges("pay", Outcome::Ok, 3);
-    door.exchanges("pay", Outcome::RequestTimeout, 1);
-    let (_, answer) = door.get("/status");
-    let status: serde_json::Value = serde_json::from_str(answer.split_once("\r\n\r\n").unwrap().1).unwrap();
+fn the_status_document_has_the_figures_of_the_page() {
+    let admin = start(Fake { error: Some("policy.yaml:5:40: no unit".to_owned()), ..Fake::default() });
+    admin.telemetry.policy_loaded("a1b2c3d4", Duration::from_millis(3));
+    admin.telemetry.shard(0).destination("payment").in_flight.add(2);
+    admin.telemetry.shard(0).destination("stock").open.add(1);
+    admin.telemetry.breaker_changed("payment", "open", 2);
+    admin.telemetry.ejection_changed("payment", "ejected", 1);
+    admin.exchanges("pay", Outcome::Ok, 3);
+    admin.exchanges("pay", Outcome::RequestTimeout, 1);
+    let (_, response) = admin.get("/status");
+    let status: serde_json::Value = serde_json::from_str(response.split_once("\r\n\r\n").unwrap().1).unwrap();
     assert_eq!(status["state"], "ready");
     assert_eq!(status["policy"]["hash"], "a1b2c3d4");
     assert_eq!(status["policy"]["lastError"]["message"], "policy.yaml:5:40: no unit");
     assert_eq!(status["listeners"][0]["address"], "0.0.0.0:8080");
     let payment = &status["destinations"][0];
     assert_eq!(
-        (&payment["inFlight"], &payment["breaker"], &payment["ejected"]),
+        (&payment["inFlight"], &payment["circuitBreaker"], &payment["ejectedEndpoints"]),
         (&2.into(), &"open".into(), &1.into())
     );
-    assert_eq!(status["destinations"][1]["breaker"], "closed");
+    assert_eq!(status["destinations"][1]["circuitBreaker"], "closed");
     let hop = &status["hops"][0];
     assert_eq!((&hop["count"], &hop["failures"]), (&4.into(), &1.into()));
     assert_eq!(hop["outcomes"], serde_json::json!({"ok": 3, "request_timeout": 1}));
@@ -247,23 +248,23 @@ fn the_status_document_holds_what_the_page_shows() {
 }
 
 #[test]
-fn more_hops_than_fit_leave_out_the_quiet_ones() {
-    let door = door(Fake::default());
+fn beyond_the_bound_hops_with_few_exchanges_are_omitted() {
+    let admin = start(Fake::default());
     for route in 0..510 {
-        door.exchanges(&route.to_string(), Outcome::Ok, 1);
+        admin.exchanges(&route.to_string(), Outcome::Ok, 1);
     }
-    door.exchanges("busy", Outcome::Ok, 5);
-    let (_, answer) = door.get("/status");
-    let status: serde_json::Value = serde_json::from_str(answer.split_once("\r\n\r\n").unwrap().1).unwrap();
+    admin.exchanges("busy", Outcome::Ok, 5);
+    let (_, response) = admin.get("/status");
+    let status: serde_json::Value = serde_json::from_str(response.split_once("\r\n\r\n").unwrap().1).unwrap();
     let hops = status["hops"].as_array().unwrap();
     assert_eq!((hops.len(), &status["hopsLeftOut"]), (500, &11.into()));
     assert!(hops.iter().any(|hop| hop["route"] == "busy"));
 }
 
 #[tokio::test]
-async fn http2_is_spoken_too_and_head_is_empty_there() {
-    let door = door(Fake::default());
-    let stream = tokio::net::TcpStream::connect(door.server.address()).await.unwrap();
+async fn http2_works_and_head_has_no_body() {
+    let admin = start(Fake::default());
+    let stream = tokio::net::TcpStream::connect(admin.server.address()).await.unwrap();
     let executor = hyper_util::rt::TokioExecutor::new();
     let (mut sender, connection) = hyper::client::conn::http2::handshake(executor, TokioIo::new(stream)).await.unwrap();
     let client = async {
@@ -284,22 +285,22 @@ async fn http2_is_spoken_too_and_head_is_empty_there() {
 }
 
 #[test]
-fn a_preface_in_pieces_and_a_method_that_begins_like_it_are_told_apart() {
-    let door = door(Fake::default());
-    let mut stream = TcpStream::connect(door.server.address()).unwrap();
+fn a_method_that_begins_like_the_http2_preface_is_http1() {
+    let admin = start(Fake::default());
+    let mut stream = TcpStream::connect(admin.server.address()).unwrap();
     stream.set_nodelay(true).unwrap();
     for piece in ["P", "OST /drain HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"] {
         stream.write_all(piece.as_bytes()).unwrap();
         std::thread::sleep(Duration::from_millis(30));
     }
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).unwrap();
-    assert!(answer.starts_with("HTTP/1.1 202 "), "{answer}");
+    let mut response = String::new();
+    stream.read_to_string(&mut response).unwrap();
+    assert!(response.starts_with("HTTP/1.1 202 "), "{response}");
 }
 
 #[test]
-fn a_stopped_door_is_closed() {
-    let Door { server, .. } = door(Fake::default());
+fn a_stopped_server_closes_its_port() {
+    let Fixture { server, .. } = start(Fake::default());
     let address = server.address();
     server.stop();
     assert!(TcpStream::connect(address).is_err());
@@ -307,13 +308,13 @@ fn a_stopped_door_is_closed() {
 
 #[test]
 fn a_browser_renders_the_page() {
-    let door = door(Fake {
+    let admin = start(Fake {
         reasons: vec!["listener legacy is not open".to_owned()],
         error: Some("policy.yaml:5:40: <b>no unit</b>".to_owned()),
         ..Fake::default()
     });
-    door.exchanges("pay", Outcome::Ok, 300);
-    door.exchanges("pay", Outcome::RequestTimeout, 100);
+    admin.exchanges("pay", Outcome::Ok, 300);
+    admin.exchanges("pay", Outcome::RequestTimeout, 100);
     let profile = tempfile::tempdir().unwrap();
     let browser = Command::new("timeout")
         .args([
@@ -327,9 +328,9 @@ fn a_browser_renders_the_page() {
         ])
         .arg(format!("--user-data-dir={}", profile.path().display()))
         .arg("--dump-dom")
-        .arg(format!("http://{}/", door.server.address()))
+        .arg(format!("http://{}/", admin.server.address()))
         .output();
-    // 127: there is nothing of that name to run.
+    // 127: no such program.
     let output = browser.ok().filter(|output| output.status.code() != Some(127));
     let Some(output) = output else {
         #[expect(clippy::disallowed_methods, reason = "where a peer is missing, only CI fails")]

@@ -72,11 +72,11 @@ pub struct CorrelationCounters {
 impl CorrelationCounters {
     fn new(telemetry: &Telemetry) -> Self {
         Self {
-            by_trace: telemetry.joins("by_trace"),
-            late: telemetry.joins("late"),
-            only_one: telemetry.joins("only_one"),
-            not_joined: telemetry.joins("not_joined"),
-            no_inbound: telemetry.joins("no_inbound"),
+            by_trace: telemetry.joins("by_trace_id"),
+            late: telemetry.joins("parent_expired"),
+            only_one: telemetry.joins("only_in_flight"),
+            not_joined: telemetry.joins("ambiguous"),
+            no_inbound: telemetry.joins("no_parent"),
         }
     }
 }

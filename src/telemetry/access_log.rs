@@ -1,7 +1,7 @@
-//! The access log: which exchanges get a line, and how the line leaves the process.
+//! The access log: which exchanges get a line, and the way of the line out of the process.
 //!
-//! A worker never waits for it: a thread of its own writes the lines, and when too many wait, because the reader of our
-//! standard output is slow, they are thrown away and counted.
+//! Workers never wait for the access log: a separate thread writes the lines. While the reader of standard output is
+//! too slow and the writer's buffer is full, lines are dropped and counted.
 
 use std::io::Write;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -12,39 +12,39 @@ use super::instruments::Counter;
 use super::outcome::Outcome;
 use super::writer::Writer;
 
-/// How many lines wait for the writer at most.
-const LINES: usize = 8192;
-/// How many lines a memory sink keeps.
-const MEMORY_LINES: usize = 65_536;
+/// Most lines that wait for the writer.
+const MAX_PENDING_LINES: usize = 8192;
+/// Most lines that a memory sink keeps.
+const MAX_MEMORY_LINES: usize = 65_536;
 
 /// Which exchanges get a line.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum AccessLogMode {
     /// None.
     Off,
-    /// Refusals, 5xx, cut bodies, and gRPC statuses that blame the callee. The default.
+    /// Refusals, 5xx, cut bodies, and gRPC statuses that report a failure of the callee. The default.
     Errors,
     /// All.
     All,
-    /// All that `Errors` writes and this share (0 to 1) of the rest.
+    /// All that `Errors` writes, and this share (0 to 1) of the other exchanges.
     Sampled(f64),
 }
 
-/// How a line looks.
+/// Format of a line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LineFormat {
-    /// One JSON object; the default.
+    /// One JSON object. The default.
     Json,
-    /// For people.
+    /// Text for people.
     Text,
 }
 
-/// What the policy says about the access log.
+/// The access log settings of the policy.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AccessLogSettings {
-    /// Which exchanges.
+    /// Which exchanges get a line.
     pub mode: AccessLogMode,
-    /// In which form.
+    /// Format of the lines.
     pub format: LineFormat,
 }
 
@@ -55,7 +55,8 @@ impl Default for AccessLogSettings {
 }
 
 impl AccessLogSettings {
-    /// One word, so that workers read it without a lock: format, mode, and the sampled share in 2^-32.
+    /// The settings in one word, so that workers read them without a lock: format, mode, and the sampled share in units
+    /// of 2^-32.
     fn pack(self) -> u64 {
         let (mode, share) = match self.mode {
             AccessLogMode::Off => (0, 0),
@@ -70,18 +71,18 @@ impl AccessLogSettings {
 /// The lines of a memory sink.
 pub type MemoryLines = Arc<Mutex<Vec<String>>>;
 
-/// Where lines go.
+/// Destination of the lines.
 pub enum Sink {
     /// Standard output.
     Stdout,
-    /// Any writer; used by the writer thread alone.
+    /// Any writer; only the writer thread uses it.
     Writer(Box<dyn Write + Send>),
-    /// A list that is complete as soon as the exchange is dropped.
+    /// A list in memory; an exchange's line is in it as soon as the exchange is dropped.
     Memory(MemoryLines),
 }
 
 impl Sink {
-    /// A memory sink and the list it fills.
+    /// A memory sink and its list.
     pub fn memory() -> (Self, MemoryLines) {
         let lines = MemoryLines::default();
         (Sink::Memory(Arc::clone(&lines)), lines)
@@ -102,7 +103,7 @@ pub struct AccessLog {
 
 impl AccessLog {
     pub(super) fn new(sink: Sink, dropped: Counter, failed: Counter) -> Self {
-        let start = |to| Output::Thread(Writer::start("access-log", to, LINES, dropped.clone(), failed));
+        let start = |to| Output::Thread(Writer::start("access-log", to, MAX_PENDING_LINES, dropped.clone(), failed));
         let output = match sink {
             Sink::Memory(lines) => Output::Memory(lines),
             Sink::Stdout => start(Box::new(std::io::stdout())),
@@ -111,41 +112,41 @@ impl AccessLog {
         Self { settings: AtomicU64::new(AccessLogSettings::default().pack()), output, dropped }
     }
 
-    /// Changes mode and format; exchanges that end later obey.
+    /// Changes mode and format, for exchanges that end from now on.
     pub fn configure(&self, settings: AccessLogSettings) {
         self.settings.store(settings.pack(), Ordering::Relaxed);
     }
 
-    /// The format of the line to write, or `None` when this exchange gets none.
+    /// The format of the line for an exchange with this outcome; `None` if the exchange gets no line.
     #[inline]
-    pub(super) fn wants(&self, outcome: Outcome, grpc_status: Option<u32>) -> Option<LineFormat> {
+    pub(super) fn line_format(&self, outcome: Outcome, grpc_status: Option<u32>) -> Option<LineFormat> {
         let settings = self.settings.load(Ordering::Relaxed);
-        let wanted = match settings >> 1 & 3 {
+        let is_logged = match settings >> 1 & 3 {
             0 => false,
             1 => is_error(outcome, grpc_status),
             2 => true,
             _ => is_error(outcome, grpc_status) || fastrand::u32(..) < (settings >> 32) as u32,
         };
-        wanted.then_some(if settings & 1 == 1 { LineFormat::Text } else { LineFormat::Json })
+        is_logged.then_some(if settings & 1 == 1 { LineFormat::Text } else { LineFormat::Json })
     }
 
-    /// Hands a line, without its line end, to the writer; never waits.
-    pub(super) fn put(&self, line: &str) {
+    /// Passes a line without line end to the writer. Never blocks; drops and counts the line if the buffer is full.
+    pub(super) fn enqueue(&self, line: &str) {
         match &self.output {
             Output::Memory(lines) => {
                 let mut lines = lines.lock().unwrap_or_else(PoisonError::into_inner);
-                if lines.len() < MEMORY_LINES {
+                if lines.len() < MAX_MEMORY_LINES {
                     lines.push(line.to_owned());
                 } else {
                     self.dropped.increment();
                 }
             }
-            Output::Thread(writer) => writer.put(line.as_bytes()),
+            Output::Thread(writer) => writer.enqueue(line.as_bytes()),
         }
     }
 
-    /// Waits until everything handed over so far is written, at most `limit`; `false` when that was not enough. It
-    /// blocks the thread: for the end of the process.
+    /// Waits up to `limit` until all lines so far are written; returns `false` if they are not. Blocks the thread: for
+    /// the end of the process.
     pub fn flush(&self, limit: Duration) -> bool {
         match &self.output {
             Output::Thread(writer) => writer.flush(limit),
@@ -160,9 +161,9 @@ impl std::fmt::Debug for AccessLog {
     }
 }
 
-/// Whether `errors` mode writes a line. Of the gRPC statuses those are left out that say something about the request
-/// and not about the callee: CANCELLED, INVALID_ARGUMENT, NOT_FOUND, ALREADY_EXISTS, PERMISSION_DENIED,
-/// FAILED_PRECONDITION, ABORTED, OUT_OF_RANGE, UNAUTHENTICATED.
+/// True if mode `errors` writes a line. gRPC statuses about the request, not the callee, get none: CANCELLED,
+/// INVALID_ARGUMENT, NOT_FOUND, ALREADY_EXISTS, PERMISSION_DENIED, FAILED_PRECONDITION, ABORTED, OUT_OF_RANGE,
+/// UNAUTHENTICATED.
 fn is_error(outcome: Outcome, grpc_status: Option<u32>) -> bool {
     match outcome {
         Outcome::Ok | Outcome::ClientError | Outcome::CallerGone => false,

@@ -1,5 +1,5 @@
-//! From cells to metric families: adds the workers up and gives each value its labels. Runs on the admin thread, at the
-//! price of whoever scrapes.
+//! Builds metric families from cells: sums over workers and attaches labels. Runs on the admin thread, so that a scrape
+//! costs the data path nothing.
 
 use prometheus::proto::{Bucket, Counter, Gauge, Histogram, LabelPair, Metric, MetricFamily, MetricType};
 
@@ -12,7 +12,7 @@ use super::log;
 use super::shard::{SeriesKey, SeriesSums};
 use super::{PolicyInfo, Telemetry};
 
-/// All families that have a value, ordered by name.
+/// All families with at least one value, ordered by name.
 pub(super) fn gather(telemetry: &Telemetry) -> Vec<MetricFamily> {
     let mut families = exchanges(telemetry);
     families.extend(telemetry.instruments.read().into_iter().map(reading));
@@ -23,8 +23,8 @@ pub(super) fn gather(telemetry: &Telemetry) -> Vec<MetricFamily> {
 }
 
 fn exchanges(telemetry: &Telemetry) -> Vec<MetricFamily> {
-    type Part = fn(&SeriesSums) -> &Buckets;
-    let histograms: [(Family, Part); 5] = [
+    type Select = fn(&SeriesSums) -> &Buckets;
+    let histograms: [(Family, Select); 5] = [
         (names::DURATION, |sums| &sums.total),
         (names::FIRST_BYTE, |sums| &sums.first_byte),
         (names::CONNECT, |sums| &sums.connect),
@@ -35,8 +35,8 @@ fn exchanges(telemetry: &Telemetry) -> Vec<MetricFamily> {
     let mut metrics: [Vec<Metric>; 5] = Default::default();
     for (key, sums) in telemetry.sums() {
         let labels = hop_labels(&telemetry.hops.labels(key.0), key);
-        for ((_, part), metrics) in histograms.iter().zip(&mut metrics) {
-            let buckets = part(&sums);
+        for ((_, select), metrics) in histograms.iter().zip(&mut metrics) {
+            let buckets = select(&sums);
             if buckets.count() > 0 {
                 metrics.push(histogram(labels.clone(), buckets));
             }
@@ -71,18 +71,18 @@ fn process(telemetry: &Telemetry) -> Vec<MetricFamily> {
     let version = vec![("version", env!("CARGO_PKG_VERSION").to_owned())];
     let mut families = vec![
         one_counter(names::LOG_DROPPED, Some(log::dropped() as f64)),
-        one_counter(names::TURNED_AWAY, Some(telemetry.hops.turned_away() as f64)),
+        one_counter(names::HOPS_OVERFLOWED, Some(telemetry.hops.overflowed() as f64)),
         one_counter(names::CPU, figures.cpu.map(|cpu| cpu.as_secs_f64())),
         one_gauge(names::BUILD, version, Some(1.0)),
         one_gauge(names::MEMORY, Vec::new(), figures.resident.map(|bytes| bytes as f64)),
         one_gauge(names::OPEN_FDS, Vec::new(), figures.open_files.map(|files| files as f64)),
         one_gauge(names::STARTED, Vec::new(), figures.started),
     ];
-    if let Some(PolicyInfo { hash, loaded, took }) = telemetry.policy() {
+    if let Some(PolicyInfo { hash, loaded, load_duration }) = telemetry.policy() {
         let loaded = loaded.as_millisecond() as f64 / 1000.0;
         families.push(one_gauge(names::POLICY, vec![("hash", hash)], Some(1.0)));
         families.push(one_gauge(names::POLICY_LOADED, Vec::new(), Some(loaded)));
-        families.push(one_gauge(names::POLICY_TOOK, Vec::new(), Some(took.as_secs_f64())));
+        families.push(one_gauge(names::POLICY_LOAD_DURATION, Vec::new(), Some(load_duration.as_secs_f64())));
     }
     families
 }

@@ -1,20 +1,20 @@
-//! What the rules did: counted when it happens, by name, because it is rare.
+//! Metrics of rule events: retries, withheld retries, state changes of circuit breakers, ejections, faults, dry runs.
 //!
-//! A retry, a refusal to retry, a change of a breaker, an ejection, a fault, a rule in `warn` that would have acted.
-//! Each is looked up by its labels at that moment; nothing here is called for an exchange that simply goes well.
+//! These events are rare, so each one looks up its counter by labels, under a lock. Correlation is not rare: its caller
+//! keeps the counters.
 
 use super::Telemetry;
 use super::families::{
-    BREAKER_CHANGES, BREAKER_STATE, DEADLINE_JOINS, DRY_RUN, EJECTED, EJECTIONS, FAULTS, RETRIES, RETRIES_WITHHELD,
+    BREAKER_CHANGES, BREAKER_STATE, CORRELATIONS, DRY_RUN, EJECTED, EJECTIONS, FAULTS, RETRIES, RETRIES_WITHHELD,
 };
 use super::instruments::{Counter, Family, Labels};
 
-/// Why a request goes out once more.
+/// Why a request is retried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RetryReason {
-    /// A try failed, and the policy has it tried again.
+    /// The attempt failed, and the policy retries such failures.
     Failed,
-    /// Nobody has seen the request: the connection or the callee's sidecar says so.
+    /// The upstream could not have seen the request: the connection or the callee's sidecar says so.
     Unsent,
 }
 
@@ -28,70 +28,73 @@ impl RetryReason {
 }
 
 impl Telemetry {
-    fn tally(&self, family: Family, labels: Labels) -> Counter {
+    /// The counter of the process with these labels.
+    fn counter(&self, family: Family, labels: Labels) -> Counter {
         self.instruments.counter(family, labels, None)
     }
 
-    /// A request to `destination` goes out once more.
-    pub fn retried(&self, destination: &str, again: RetryReason) {
-        let labels = vec![("destination", destination.to_owned()), ("because", again.as_str().to_owned())];
-        self.tally(RETRIES, labels).increment();
+    /// Counts a retry of a request to `destination`.
+    pub fn retried(&self, destination: &str, reason: RetryReason) {
+        let labels = vec![("destination", destination.to_owned()), ("reason", reason.as_str().to_owned())];
+        self.counter(RETRIES, labels).increment();
     }
 
-    /// A failed request to `destination` does not go out once more; `why` is one of a closed set.
-    pub fn retry_withheld(&self, destination: &str, why: &'static str) {
-        let labels = vec![("destination", destination.to_owned()), ("why", why.to_owned())];
-        self.tally(RETRIES_WITHHELD, labels).increment();
+    /// Counts a failed request to `destination` that is not retried; `reason` is one of a closed set.
+    pub fn retry_withheld(&self, destination: &str, reason: &'static str) {
+        let labels = vec![("destination", destination.to_owned()), ("reason", reason.to_owned())];
+        self.counter(RETRIES_WITHHELD, labels).increment();
     }
 
-    /// The circuit breaker of `destination` is in another state: its name, and its number for the gauge
-    /// (0 closed, 1 half-open, 2 open).
+    /// Counts a state change of the circuit breaker of `destination` and sets its gauge. `state` is the name of the new
+    /// state, `number` the value of the gauge: 0 closed, 1 half-open, 2 open.
     pub fn breaker_changed(&self, destination: &str, state: &'static str, number: i64) {
-        let labels = vec![("destination", destination.to_owned()), ("to", state.to_owned())];
-        self.tally(BREAKER_CHANGES, labels).increment();
+        let labels = vec![("destination", destination.to_owned()), ("state", state.to_owned())];
+        self.counter(BREAKER_CHANGES, labels).increment();
         self.instruments.gauge(BREAKER_STATE, vec![("destination", destination.to_owned())], None).set(number);
     }
 
-    /// An endpoint of `destination` is `out`, is `tried`, is `in` again, or was `kept` although it fails; `out_now` of them
-    /// are out.
-    pub fn ejection_changed(&self, destination: &str, change: &'static str, out_now: usize) {
-        let labels = vec![("destination", destination.to_owned()), ("change", change.to_owned())];
-        self.tally(EJECTIONS, labels).increment();
-        self.endpoints_out(destination, out_now);
+    /// Counts an endpoint of `destination` that was `ejected`, `probed`, `returned` to load balancing, or `kept`
+    /// although it fails, and sets the gauge to `ejected`, the number of endpoints that are ejected now.
+    pub fn ejection_changed(&self, destination: &str, result: &'static str, ejected: usize) {
+        let labels = vec![("destination", destination.to_owned()), ("result", result.to_owned())];
+        self.counter(EJECTIONS, labels).increment();
+        self.endpoints_out(destination, ejected);
     }
 
-    /// So many endpoints of `destination` are out now, though none of them has changed: some are gone.
-    pub fn endpoints_out(&self, destination: &str, out_now: usize) {
-        let count = i64::try_from(out_now).unwrap_or(i64::MAX);
+    /// Sets the number of ejected endpoints of `destination`, for a change without an event: ejected endpoints that are
+    /// no longer in the list.
+    pub fn endpoints_out(&self, destination: &str, ejected: usize) {
+        let count = i64::try_from(ejected).unwrap_or(i64::MAX);
         self.instruments.gauge(EJECTED, vec![("destination", destination.to_owned())], None).set(count);
     }
 
-    /// How it stands with `destination` after a reload, without any change of its own; what was never told stays untold.
-    pub fn breaker_and_endpoints(&self, destination: &str, breaker: i64, out_now: usize) {
+    /// Sets the gauges of circuit breaker and ejected endpoints of `destination` after a reload, without a change to
+    /// count. A gauge that does not exist yet is created only for a value other than 0.
+    pub fn breaker_and_endpoints(&self, destination: &str, breaker: i64, ejected: usize) {
         let labels = vec![("destination", destination.to_owned())];
         if breaker != 0 || self.instruments.has(BREAKER_STATE, &labels) {
             self.instruments.gauge(BREAKER_STATE, labels.clone(), None).set(breaker);
         }
-        if out_now != 0 || self.instruments.has(EJECTED, &labels) {
-            self.endpoints_out(destination, out_now);
+        if ejected != 0 || self.instruments.has(EJECTED, &labels) {
+            self.endpoints_out(destination, ejected);
         }
     }
 
-    /// A rule in `warn` would have acted on a call to `destination`.
+    /// Counts a call to `destination` on which a rule in dry run would have acted.
     pub fn dry_run(&self, destination: &str, rule: &'static str) {
         let labels = vec![("destination", destination.to_owned()), ("rule", rule.to_owned())];
-        self.tally(DRY_RUN, labels).increment();
+        self.counter(DRY_RUN, labels).increment();
     }
 
-    /// A fault of the policy was injected into a call to `destination`.
+    /// Counts a fault injected into a call to `destination`.
     pub fn fault_injected(&self, destination: &str, fault: &str) {
         let labels = vec![("destination", destination.to_owned()), ("fault", fault.to_owned())];
-        self.tally(FAULTS, labels).increment();
+        self.counter(FAULTS, labels).increment();
     }
 
-    /// The counter of outbound calls that were, or were not, joined with the inbound request that caused them. Resolve
-    /// once and keep: calls are many.
-    pub fn joins(&self, how: &'static str) -> Counter {
-        self.tally(DEADLINE_JOINS, vec![("how", how.to_owned())])
+    /// The counter of outbound calls with this result of correlation, one of a closed set. Takes a lock: resolve once
+    /// and keep the result, because it is used for every outbound call.
+    pub fn joins(&self, result: &'static str) -> Counter {
+        self.counter(CORRELATIONS, vec![("result", result.to_owned())])
     }
 }

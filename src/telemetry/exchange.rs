@@ -1,8 +1,8 @@
-//! All that is known of one exchange, from the head of the request to the last byte of the answer.
+//! The record of one exchange, from the request head to the last byte of the response.
 //!
-//! It rides along with the request, then in the body of the answer, and records itself when it is dropped: hyper drops
-//! a handler's future when the caller leaves, and an answer ends with its body, not with its head. Whatever happens,
-//! each exchange is counted exactly once.
+//! The record moves with the request, then with the response body, and reports itself on drop: hyper drops the
+//! handler's future when the caller disconnects, and a response ends with its body, not with its head. So each exchange
+//! is counted exactly once, however it ends.
 
 use std::net::SocketAddr;
 use std::rc::Rc;
@@ -24,7 +24,8 @@ enum End {
     UpstreamCut,
 }
 
-/// The record. Times are passed in, except the end, which is the moment of the drop.
+/// The record of one exchange. Times are passed in, except the end, which is the moment of the drop unless
+/// [`Exchange::complete_at`] gave it.
 #[derive(Debug)]
 pub struct Exchange {
     shard: Rc<Shard>,
@@ -36,14 +37,14 @@ pub struct Exchange {
 }
 
 impl Exchange {
-    /// Begins at `now`, the moment when the request's head was complete. `hop` may still be one of
-    /// [`super::HopLabels::unrouted`].
+    /// Begins at `now`, the moment at which the request head was complete. `hop` may be an unrouted one
+    /// ([`super::HopLabels::unrouted`]) until the route is known.
     pub fn begin(shard: Rc<Shard>, now: Instant, hop: HopId, protocol: Protocol, request: RequestLine) -> Self {
         let record = Record::new(protocol, request);
         Self { shard, began: now, ended: None, hop, end: End::Open, record }
     }
 
-    /// The hop that it counts for.
+    /// The hop that the exchange is counted for.
     pub fn hop(&self) -> HopId {
         self.hop
     }
@@ -53,140 +54,142 @@ impl Exchange {
         &self.record.request.method
     }
 
-    /// The path that was asked for.
+    /// The path of the request target.
     pub fn path(&self) -> &str {
         self.record.request.uri.path()
     }
 
-    /// Whom the request asks: the authority of its target, else its `Host`; empty where it names nobody.
+    /// The authority of the request target, else the `Host` field; empty if the request has neither.
     pub fn authority(&self) -> &[u8] {
         let request = &self.record.request;
         let target = request.uri.authority().map(|authority| authority.as_str().as_bytes());
         target.or(request.host.as_ref().map(HeaderValue::as_bytes)).unwrap_or_default()
     }
 
-    /// Names the hop once the route is known.
+    /// Sets the hop once the route is known.
     pub fn set_hop(&mut self, hop: HopId) {
         self.hop = hop;
     }
 
-    /// Corrects the protocol: an upgrade that succeeded is no longer plain HTTP.
+    /// Sets the protocol anew: after an upgrade the exchange is no longer plain HTTP.
     pub fn set_protocol(&mut self, protocol: Protocol) {
         self.record.protocol = protocol;
     }
 
-    /// Adds a wait for a place of the destination. Call it only where there was a wait.
-    pub fn queued(&mut self, waited: Duration) {
-        *self.record.queued.get_or_insert_default() += waited;
+    /// Adds time in the queue of the concurrency limit. Call it only for an exchange that was queued.
+    pub fn queued(&mut self, time: Duration) {
+        *self.record.queue.get_or_insert_default() += time;
     }
 
-    /// Begins try `number` (from 1) of at most `of`.
-    pub fn attempt(&mut self, number: u16, of: u16) {
+    /// Begins attempt `number` (from 1) of at most `limit`.
+    pub fn attempt(&mut self, number: u16, limit: u16) {
         self.record.attempt = number;
-        self.record.attempts = of;
+        self.record.attempts = limit;
     }
 
-    /// The number of the present try and how many there may be; zeroes before the first one.
+    /// The number of the current attempt and the most attempts allowed; zeros before the first attempt.
     pub fn tries(&self) -> (u16, u16) {
         (self.record.attempt, self.record.attempts)
     }
 
-    /// Notes where the present try goes and over which connection.
+    /// Sets endpoint and connection of the current attempt.
     pub fn via(&mut self, endpoint: SocketAddr, connection: ConnectionUse) {
         self.record.endpoint = Some(endpoint);
         self.record.connection = Some(connection);
     }
 
-    /// Notes where the present try goes while there is no connection yet.
+    /// Sets the endpoint of the current attempt while the attempt has no connection yet.
     pub fn towards(&mut self, endpoint: SocketAddr) {
         self.record.endpoint = Some(endpoint);
         self.record.connection = None;
     }
 
-    /// Adds the time that opening a connection took, also when it failed.
-    pub fn connected(&mut self, took: Duration) {
-        *self.record.connect.get_or_insert_default() += took;
+    /// Adds the time to open a connection, also of one that failed to open.
+    pub fn connected(&mut self, time: Duration) {
+        *self.record.connect.get_or_insert_default() += time;
     }
 
-    /// Adds the time from handing a request to a connection to the head of its answer. Without it there is no overhead
-    /// to record.
-    pub fn upstream_waited(&mut self, waited: Duration) {
-        *self.record.upstream.get_or_insert_default() += waited;
+    /// Adds the time of an attempt from sending the request to the response head. The overhead is recorded only for
+    /// exchanges with such a time.
+    pub fn upstream_waited(&mut self, time: Duration) {
+        *self.record.upstream.get_or_insert_default() += time;
     }
 
-    /// Adds the time from handing a request to a connection to the end of a try that had no answer.
-    pub fn waited_in_vain(&mut self, waited: Duration) {
-        self.note().in_vain += waited;
+    /// Adds the time of an attempt from sending the request to the attempt's end without a response head.
+    pub fn waited_in_vain(&mut self, time: Duration) {
+        self.note().failed_upstream += time;
     }
 
-    /// The head of the answer is ready for the caller: the upstream's or our own. A later one replaces it.
+    /// Sets the status of the response head for the caller (the upstream's or a local reply) and the time to first
+    /// byte. A later call replaces both.
     pub fn head(&mut self, now: Instant, status: StatusCode) {
         self.record.status = Some(status);
         self.record.first_byte = Some(now.saturating_duration_since(self.began));
     }
 
-    /// The gRPC status and the undecoded `grpc-message`, from trailers or from a head. It completes the exchange.
+    /// Sets the gRPC status and the undecoded `grpc-message`, from trailers or a head. The exchange counts as complete
+    /// from then on.
     pub fn grpc(&mut self, status: u32, message: Option<HeaderValue>) {
         self.record.grpc_status = Some(status);
         self.record.grpc_message = message;
     }
 
-    /// So many bytes of the request's and of the answer's body were passed on.
+    /// Sets the bytes of the request body and of the response body that were passed on.
     pub fn passed(&mut self, bytes_in: u64, bytes_out: u64) {
         (self.record.bytes_in, self.record.bytes_out) = (bytes_in, bytes_out);
     }
 
-    /// The HTTP status that the caller gets, once it is known.
+    /// The HTTP status for the caller; `None` before the response head.
     pub fn status(&self) -> Option<StatusCode> {
         self.record.status
     }
 
-    /// The gRPC status so far.
+    /// The gRPC status; `None` before it is known.
     pub fn grpc_code(&self) -> Option<u32> {
         self.record.grpc_status
     }
 
-    /// We answer, or cut, in the upstream's place. The first refusal stays: what follows is its consequence.
+    /// Records a local reply, or a cut by hopguard. Later ones are ignored: they follow from the first.
     pub fn refuse(&mut self, record: RefusalRecord) {
         self.record.refusal.get_or_insert_with(|| Box::new(record));
     }
 
-    /// The refusal, where there is one.
+    /// The local reply or cut, if any.
     pub fn refusal(&self) -> Option<&RefusalRecord> {
         self.record.refusal.as_deref()
     }
 
-    /// What the rules said, to be added to.
+    /// The annotations, for a rule to add to.
     pub fn note(&mut self) -> &mut Notes {
         self.record.notes.get_or_insert_default()
     }
 
-    /// What the rules said.
+    /// The annotations, if any rule added one.
     pub fn notes(&self) -> Option<&Notes> {
         self.record.notes.as_deref()
     }
 
-    /// The end of the answer was reached: call it when the body has ended, or at once when there is none.
+    /// The response is complete: call it at the end of the body, or at once for a response without a body.
     pub fn complete(&mut self) {
         if self.end == End::Open {
             self.end = End::Complete;
         }
     }
 
-    /// The same, with the moment at which it happened, which saves a look at the clock.
+    /// As [`Exchange::complete`], with the moment of the end, which saves a reading of the clock.
     pub fn complete_at(&mut self, now: Instant) {
         self.ended = Some(now);
         self.complete();
     }
 
-    /// The upstream's body broke off; nothing of it is missing only because the caller left.
+    /// The upstream's body broke off, and not because the caller disconnected.
     pub fn upstream_cut(&mut self) {
         if self.end == End::Open {
             self.end = End::UpstreamCut;
         }
     }
 
-    /// The outcome, were the exchange to end now.
+    /// The outcome if the exchange ended now.
     pub fn outcome(&self) -> Outcome {
         if let Some(refusal) = &self.record.refusal {
             return refusal.outcome;
@@ -218,8 +221,8 @@ impl Exchange {
             if let Some(connect) = self.record.connect {
                 series.connect.observe(connect);
             }
-            if let Some(queued) = self.record.queued {
-                series.queue.observe(queued);
+            if let Some(queue) = self.record.queue {
+                series.queue.observe(queue);
             }
             if let Some(overhead) = self.record.overhead() {
                 series.overhead.observe(overhead);
@@ -230,13 +233,13 @@ impl Exchange {
 
 impl Drop for Exchange {
     fn drop(&mut self) {
-        // Where nobody has said when it ended, the end is that the owner lets go: now.
+        // Without a time from `complete_at`, the exchange ends at its drop.
         let ended = self.ended.unwrap_or_else(Instant::now);
         let total = ended.saturating_duration_since(self.began);
         let outcome = self.outcome();
         self.observe(outcome, total);
         let telemetry = self.shard.telemetry();
-        let Some(format) = telemetry.access_log.wants(outcome, self.record.grpc_status) else {
+        let Some(format) = telemetry.access_log.line_format(outcome, self.record.grpc_status) else {
             return;
         };
         let labels = self.shard.labels(self.hop);
@@ -244,7 +247,7 @@ impl Drop for Exchange {
             log_line::Entry { record: &self.record, outcome, total, began: telemetry.wall(self.began), hop: &labels };
         self.shard.with_line(|text| {
             log_line::write(text, &entry, format);
-            telemetry.access_log.put(text);
+            telemetry.access_log.enqueue(text);
         });
     }
 }

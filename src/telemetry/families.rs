@@ -1,6 +1,6 @@
-//! The names of all metrics in one place, and the typed sets of handles that the parts of the proxy hold.
+//! Names and help texts of all metrics, and the sets of handles that other modules hold.
 //!
-//! `docs/metrics.md` lists the same names; a test compares the two.
+//! `docs/metrics.md` lists the same names; a test compares both lists.
 
 use super::instruments::{Counter, Family, Gauge, Instruments};
 
@@ -9,80 +9,103 @@ const fn family(name: &'static str, help: &'static str) -> Family {
 }
 
 pub(super) const REQUESTS: Family = family("hopguard_requests_total", "Exchanges that ended, by outcome");
-pub(super) const DURATION: Family =
-    family("hopguard_request_duration_seconds", "From the head of the request to the last byte of the answer");
-pub(super) const FIRST_BYTE: Family =
-    family("hopguard_time_to_first_byte_seconds", "From the head of the request to the head of the answer");
-pub(super) const CONNECT: Family =
-    family("hopguard_connect_duration_seconds", "Opening a connection to the upstream, where one was opened");
-pub(super) const QUEUE: Family =
-    family("hopguard_queue_duration_seconds", "Waiting for a free place of the destination, where there was a wait");
-pub(super) const OVERHEAD: Family =
-    family("hopguard_overhead_seconds", "Time to first byte without queue, connect and the wait for the upstream");
-
-pub(super) const IN_FLIGHT: Family =
-    family("hopguard_in_flight_requests", "Exchanges that have a place of the destination");
-pub(super) const QUEUED: Family =
-    family("hopguard_queued_requests", "Exchanges that wait for a place of the destination");
-pub(super) const POOL_OPEN: Family =
-    family("hopguard_pool_open_connections", "Open connections to the upstream, busy and idle");
-pub(super) const POOL_IDLE: Family =
-    family("hopguard_pool_idle_connections", "Open connections to the upstream that wait for use");
-const CONNECTS: Family = family("hopguard_pool_connects_total", "Connections to the upstream that were opened");
-const CONNECT_FAILURES: Family =
-    family("hopguard_pool_connect_failures_total", "Connections to the upstream that could not be opened");
-const CLOSES: Family =
-    family("hopguard_pool_closes_total", "Connections to the upstream that were closed, by either side");
-
-pub(super) const RETRIES: Family =
-    family("hopguard_retries_total", "Requests that went out once more, and because of what");
-pub(super) const RETRIES_WITHHELD: Family =
-    family("hopguard_retries_withheld_total", "Failed requests that did not go out once more, and why");
-pub(super) const BREAKER_STATE: Family =
-    family("hopguard_circuit_breaker_state", "0 closed, 1 half-open, 2 open; absent until the first change");
-pub(super) const BREAKER_CHANGES: Family =
-    family("hopguard_circuit_breaker_changes_total", "Changes of the circuit breaker's state, by the new state");
-pub(super) const EJECTED: Family = family("hopguard_ejected_endpoints", "Endpoints that are out now");
-pub(super) const EJECTIONS: Family =
-    family("hopguard_ejections_total", "Endpoints taken out, brought back, or kept only because they were the last");
-pub(super) const DRY_RUN: Family = family("hopguard_would_act_total", "Calls on which a rule in warn would have acted");
-pub(super) const FAULTS: Family = family("hopguard_faults_total", "Faults that were injected");
-pub(super) const DEADLINE_JOINS: Family = family(
-    "hopguard_deadline_joins_total",
-    "Outbound calls, by how they were joined with the inbound request behind them",
+pub(super) const DURATION: Family = family(
+    "hopguard_request_duration_seconds",
+    "Time from the end of the request head to the last byte of the response",
+);
+pub(super) const FIRST_BYTE: Family = family(
+    "hopguard_time_to_first_byte_seconds",
+    "Time from the end of the request head to the end of the response head",
+);
+pub(super) const CONNECT: Family = family(
+    "hopguard_connect_duration_seconds",
+    "Time to open an upstream connection, for exchanges that opened one or failed to",
+);
+pub(super) const QUEUE: Family = family(
+    "hopguard_queue_duration_seconds",
+    "Time in the queue of the concurrency limit, for exchanges that were queued",
+);
+pub(super) const OVERHEAD: Family = family(
+    "hopguard_overhead_seconds",
+    "Time to first byte without queue, connect, upstream and retry backoff: the time that hopguard itself took",
 );
 
-const ACCEPTED: Family = family("hopguard_listener_connections_total", "Connections that callers opened");
-const OPEN: Family = family("hopguard_listener_open_connections", "Connections of callers that are open");
+pub(super) const IN_FLIGHT: Family =
+    family("hopguard_in_flight_requests", "Exchanges that hold a permit of the destination's concurrency limit");
+pub(super) const QUEUED: Family =
+    family("hopguard_queued_requests", "Exchanges in the queue of the destination's concurrency limit");
+pub(super) const POOL_OPEN: Family =
+    family("hopguard_pool_open_connections", "Open upstream connections, in use and idle");
+pub(super) const POOL_IDLE: Family = family("hopguard_pool_idle_connections", "Idle upstream connections in the pool");
+const CONNECTS: Family = family("hopguard_pool_connects_total", "Upstream connections opened");
+const CONNECT_FAILURES: Family =
+    family("hopguard_pool_connect_failures_total", "Attempts to open an upstream connection that failed");
+const CLOSES: Family = family("hopguard_pool_closes_total", "Upstream connections closed, by either side");
 
-const RELOADS: Family = family("hopguard_policy_reloads_total", "Attempts to load the policy, the first one included");
+pub(super) const RETRIES: Family = family("hopguard_retries_total", "Retries, by the reason for the retry");
+pub(super) const RETRIES_WITHHELD: Family =
+    family("hopguard_retries_withheld_total", "Failed requests that were not retried, by the reason");
+pub(super) const BREAKER_STATE: Family = family(
+    "hopguard_circuit_breaker_state",
+    "State of the circuit breaker: 0 closed, 1 half-open, 2 open; absent until its first change",
+);
+pub(super) const BREAKER_CHANGES: Family =
+    family("hopguard_circuit_breaker_changes_total", "State changes of the circuit breaker, by the new state");
+pub(super) const EJECTED: Family =
+    family("hopguard_ejected_endpoints", "Endpoints that are ejected from load balancing now");
+pub(super) const EJECTIONS: Family = family(
+    "hopguard_ejections_total",
+    "Endpoints ejected, probed, returned to load balancing, or kept although they fail because they are the last",
+);
+pub(super) const DRY_RUN: Family =
+    family("hopguard_dry_run_total", "Calls on which a rule in dry run would have acted, by rule");
+pub(super) const FAULTS: Family = family("hopguard_faults_total", "Faults injected, by the name of the fault");
+pub(super) const CORRELATIONS: Family = family(
+    "hopguard_correlations_total",
+    "Outbound calls, by the result of the search for the inbound request that caused them",
+);
+
+const LISTENER_CONNECTIONS: Family = family("hopguard_listener_connections_total", "Downstream connections accepted");
+const LISTENER_OPEN: Family = family("hopguard_listener_open_connections", "Open downstream connections");
+
+const RELOADS: Family =
+    family("hopguard_policy_reloads_total", "Policy loads, the one at the start included, by result");
 const CERTIFICATES: Family =
-    family("hopguard_certificate_reloads_total", "Times that changed certificates and authorities were read again");
+    family("hopguard_certificate_reloads_total", "Reloads of changed certificate, key and CA files, by result");
 const WORKERS: Family = family("hopguard_workers", "Worker threads");
-const WAKE_BATCHES: Family =
-    family("hopguard_worker_naps_total", "Naps that workers took to do more at once when they woke up");
-const DRAINING: Family = family("hopguard_draining", "1 from the start of the drain on, else 0");
-const LINES_DROPPED: Family =
-    family("hopguard_access_log_dropped_total", "Access log lines thrown away because the reader was too slow");
-const LINES_FAILED: Family =
-    family("hopguard_access_log_write_errors_total", "Access log writes that the system refused");
+const WAKE_BATCHES: Family = family(
+    "hopguard_worker_wake_batches_total",
+    "Short sleeps of busy workers before they poll, to handle more events per wake-up",
+);
+const DRAINING: Family = family("hopguard_draining", "1 from the start of the drain, else 0");
+const ACCESS_LOG_DROPPED: Family = family(
+    "hopguard_access_log_dropped_total",
+    "Access log lines dropped because the reader of standard output was too slow",
+);
+const ACCESS_LOG_WRITE_ERRORS: Family =
+    family("hopguard_access_log_write_errors_total", "Access log writes that failed with a system error");
 
-pub(super) const LOG_DROPPED: Family =
-    family("hopguard_log_dropped_total", "Lines of the program's own log thrown away because the reader was too slow");
-pub(super) const TURNED_AWAY: Family =
-    family("hopguard_hops_turned_away_total", "Hops counted under the label value other because the table is full");
-pub(super) const BUILD: Family = family("hopguard_build_info", "Always 1; the labels say what is running");
-pub(super) const POLICY: Family = family("hopguard_policy_info", "Always 1; the hash of the policy in force");
+pub(super) const LOG_DROPPED: Family = family(
+    "hopguard_log_dropped_total",
+    "Lines of the program's own log dropped because the reader of standard error was too slow",
+);
+pub(super) const HOPS_OVERFLOWED: Family = family(
+    "hopguard_hops_overflowed_total",
+    "Registrations of hops beyond the table's bound, which count under the label value other",
+);
+pub(super) const BUILD: Family = family("hopguard_build_info", "Version of hopguard; always 1");
+pub(super) const POLICY: Family = family("hopguard_policy_info", "Hash of the policy in force; always 1");
 pub(super) const POLICY_LOADED: Family =
-    family("hopguard_policy_loaded_timestamp_seconds", "When the policy in force was loaded");
-pub(super) const POLICY_TOOK: Family =
-    family("hopguard_policy_load_duration_seconds", "How long reading and compiling the policy in force took");
-pub(super) const MEMORY: Family = family("process_resident_memory_bytes", "Resident memory");
-pub(super) const CPU: Family = family("process_cpu_seconds_total", "User and system CPU time");
-pub(super) const OPEN_FDS: Family = family("process_open_fds", "Open file descriptors");
-pub(super) const STARTED: Family = family("process_start_time_seconds", "When the process started");
+    family("hopguard_policy_loaded_timestamp_seconds", "Unix time at which the policy in force was loaded");
+pub(super) const POLICY_LOAD_DURATION: Family =
+    family("hopguard_policy_load_duration_seconds", "Time to read and compile the policy in force");
+pub(super) const MEMORY: Family = family("process_resident_memory_bytes", "Resident memory size in bytes");
+pub(super) const CPU: Family = family("process_cpu_seconds_total", "User and system CPU time spent in seconds");
+pub(super) const OPEN_FDS: Family = family("process_open_fds", "Number of open file descriptors");
+pub(super) const STARTED: Family =
+    family("process_start_time_seconds", "Unix time at which the process started, in seconds");
 
-/// Every family that a page can show.
+/// All families that a metrics page can show.
 pub const ALL: &[Family] = &[
     REQUESTS,
     DURATION,
@@ -105,42 +128,42 @@ pub const ALL: &[Family] = &[
     EJECTIONS,
     DRY_RUN,
     FAULTS,
-    DEADLINE_JOINS,
-    ACCEPTED,
-    OPEN,
+    CORRELATIONS,
+    LISTENER_CONNECTIONS,
+    LISTENER_OPEN,
     RELOADS,
     CERTIFICATES,
     WORKERS,
     WAKE_BATCHES,
     DRAINING,
-    LINES_DROPPED,
-    LINES_FAILED,
+    ACCESS_LOG_DROPPED,
+    ACCESS_LOG_WRITE_ERRORS,
     LOG_DROPPED,
-    TURNED_AWAY,
+    HOPS_OVERFLOWED,
     BUILD,
     POLICY,
     POLICY_LOADED,
-    POLICY_TOOK,
+    POLICY_LOAD_DURATION,
     MEMORY,
     CPU,
     OPEN_FDS,
     STARTED,
 ];
 
-/// What is counted for one destination. Resolve once, keep, clone freely.
+/// The gauges and counters of one destination on one worker. Resolve once and keep; clones are cheap.
 #[derive(Clone, Debug)]
 pub struct DestinationMetrics {
-    /// Exchanges that have a place.
+    /// Exchanges that hold a permit.
     pub in_flight: Gauge,
-    /// Exchanges that wait for one.
+    /// Exchanges in the queue for a permit.
     pub queued: Gauge,
-    /// Open upstream connections, busy and idle.
+    /// Open upstream connections, in use and idle.
     pub open: Gauge,
-    /// Open upstream connections without an exchange.
+    /// Idle upstream connections.
     pub idle: Gauge,
     /// Upstream connections opened.
     pub connects: Counter,
-    /// Upstream connections that could not be opened.
+    /// Upstream connections that failed to open.
     pub connect_failures: Counter,
     /// Upstream connections closed, by either side.
     pub closes: Counter,
@@ -163,7 +186,7 @@ impl DestinationMetrics {
     }
 }
 
-/// What is counted for one listener of one worker.
+/// The counters and gauges of one listener on one worker.
 #[derive(Clone, Debug)]
 pub struct ListenerMetrics {
     /// Connections accepted.
@@ -176,31 +199,33 @@ impl ListenerMetrics {
     pub(super) fn of_worker(instruments: &Instruments, listener: &str, worker: u32) -> Self {
         let labels = || vec![("listener", listener.to_owned())];
         Self {
-            accepted: instruments.counter(ACCEPTED, labels(), Some(worker)),
-            open: instruments.gauge(OPEN, labels(), Some(worker)),
+            accepted: instruments.counter(LISTENER_CONNECTIONS, labels(), Some(worker)),
+            open: instruments.gauge(LISTENER_OPEN, labels(), Some(worker)),
         }
     }
 }
 
-/// What is counted once for the process.
+/// Counters and gauges of the process.
 #[derive(Clone, Debug)]
 pub struct ProcessMetrics {
-    /// Policies loaded.
+    /// Policy loads that succeeded.
     pub reloads_ok: Counter,
-    /// Policies refused; the last good one stayed in force.
+    /// Policy loads that failed; the previous policy stayed in force.
     pub reloads_failed: Counter,
-    /// Changed certificates that came into use.
+    /// Reloads of changed certificate files that succeeded.
     pub certificates_ok: Counter,
-    /// Changed certificates that could not be used; the old ones stayed.
+    /// Reloads in which a changed file could not be used; the previous certificate stayed in use.
     pub certificates_failed: Counter,
     /// Worker threads.
     pub workers: Gauge,
-    /// Naps of all workers.
+    /// Sleeps for wake batching, of all workers.
     pub wake_batches: Counter,
-    /// 1 from the start of the drain on.
+    /// 1 from the start of the drain, else 0.
     pub draining: Gauge,
-    pub(super) lines_dropped: Counter,
-    pub(super) lines_failed: Counter,
+    /// Access log lines dropped.
+    pub(super) access_log_dropped: Counter,
+    /// Access log writes that failed.
+    pub(super) access_log_write_errors: Counter,
 }
 
 impl ProcessMetrics {
@@ -215,8 +240,8 @@ impl ProcessMetrics {
             workers: instruments.gauge(WORKERS, Vec::new(), None),
             wake_batches: instruments.counter(WAKE_BATCHES, Vec::new(), None),
             draining: instruments.gauge(DRAINING, Vec::new(), None),
-            lines_dropped: instruments.counter(LINES_DROPPED, Vec::new(), None),
-            lines_failed: instruments.counter(LINES_FAILED, Vec::new(), None),
+            access_log_dropped: instruments.counter(ACCESS_LOG_DROPPED, Vec::new(), None),
+            access_log_write_errors: instruments.counter(ACCESS_LOG_WRITE_ERRORS, Vec::new(), None),
         }
     }
 }

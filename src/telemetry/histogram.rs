@@ -1,7 +1,7 @@
-//! A histogram with fixed buckets that one thread writes and any thread may read.
+//! A histogram with fixed buckets: written by one thread, read by any.
 //!
-//! The writer uses a relaxed load and store instead of an atomic addition, which is only right because it is the
-//! only writer. The count is the sum of the buckets, so a reader never sees a count that differs from `+Inf`.
+//! The writer uses a relaxed load and store instead of an atomic addition, which is correct only with a single writer.
+//! The count is the sum of the buckets, so a reader never sees a count that differs from `+Inf`.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -38,7 +38,7 @@ pub(super) fn add(cell: &AtomicU64, amount: u64) {
     cell.store(cell.load(Ordering::Relaxed).wrapping_add(amount), Ordering::Relaxed);
 }
 
-/// Buckets with the given upper bounds and one more for everything above the last.
+/// Buckets with the given upper bounds, and one for values above the last bound.
 #[derive(Debug)]
 pub struct Histogram<const N: usize> {
     bounds: &'static [u64; N],
@@ -47,9 +47,9 @@ pub struct Histogram<const N: usize> {
     sum: AtomicU64,
 }
 
-/// The latency histogram of every duration but the overhead.
+/// Histogram of every duration except the overhead.
 pub type LatencyHistogram = Histogram<16>;
-/// The histogram of what the proxy itself takes.
+/// Histogram of the overhead: the time that hopguard itself takes.
 pub type OverheadHistogram = Histogram<12>;
 
 impl LatencyHistogram {
@@ -71,7 +71,7 @@ impl<const N: usize> Histogram<N> {
         Self { bounds, buckets: [const { AtomicU64::new(0) }; N], above: AtomicU64::new(0), sum: AtomicU64::new(0) }
     }
 
-    /// Adds one value. Only ever called by the thread that owns the shard; a value on a bound belongs to that bound.
+    /// Adds one value; a value on a bound belongs to that bound. To be called by the thread that owns the shard only.
     #[inline]
     pub fn observe(&self, value: Duration) {
         let nanos = u64::try_from(value.as_nanos()).unwrap_or(u64::MAX);
@@ -80,7 +80,7 @@ impl<const N: usize> Histogram<N> {
         add(&self.sum, nanos);
     }
 
-    /// Adds what was observed so far to `sums`.
+    /// Adds the observed values to `sums`.
     pub fn add_to(&self, sums: &mut Buckets) {
         sums.bounds = self.bounds;
         sums.counts.resize(N + 1, 0);
@@ -92,24 +92,24 @@ impl<const N: usize> Histogram<N> {
     }
 }
 
-/// The sum of several histograms with the same bounds; a plain value.
+/// Sum of histograms with equal bounds, as a plain value.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Buckets {
     /// Upper bounds in nanoseconds, ascending.
     pub bounds: &'static [u64],
-    /// How many values fell into each bucket (not cumulative); one more than there are bounds.
+    /// Values per bucket, not cumulative; one entry more than `bounds`.
     pub counts: Vec<u64>,
-    /// The sum of all values, in nanoseconds.
+    /// Sum of all values, in nanoseconds.
     pub sum_nanos: u64,
 }
 
 impl Buckets {
-    /// How many values there are.
+    /// Number of values.
     pub fn count(&self) -> u64 {
         self.counts.iter().sum()
     }
 
-    /// Adds the values of another histogram with the same bounds.
+    /// Adds the values of another histogram with equal bounds.
     pub fn merge(&mut self, other: &Buckets) {
         if !other.bounds.is_empty() {
             self.bounds = other.bounds;
@@ -121,7 +121,7 @@ impl Buckets {
         self.sum_nanos = self.sum_nanos.wrapping_add(other.sum_nanos);
     }
 
-    /// What was added since `earlier` was read from the same histograms.
+    /// The values added since `earlier`, an earlier reading of the same histograms.
     pub fn since(&self, earlier: &Buckets) -> Buckets {
         let before = earlier.counts.iter().copied().chain(std::iter::repeat(0));
         Buckets {
@@ -131,8 +131,8 @@ impl Buckets {
         }
     }
 
-    /// The value below which the share `q` (0 to 1) of all values lies, interpolated within its bucket; `None` while
-    /// there are no values. Values above the last bound are reported as that bound.
+    /// The `q`-quantile (0 to 1), interpolated linearly within its bucket; `None` without values. Values above the last
+    /// bound are reported as that bound.
     pub fn quantile(&self, q: f64) -> Option<Duration> {
         let total = self.count();
         if total == 0 {

@@ -1,24 +1,24 @@
-//! Hops: who calls whom on which route. A hop is registered when a policy is compiled and is a small number afterwards,
-//! so that the request path never handles a label.
+//! Hops: source, destination, route and direction of calls. A hop is registered when a policy is compiled and is a
+//! small number from then on, so that the path of a request handles no labels.
 //!
-//! Ids are never given back: a counter that vanished with a reload would come back as a reset. What bounds the table is
-//! [`MAX_HOPS`]; beyond it every new hop is the one whose labels are all `other`.
+//! Ids are never reused: a counter that disappeared in a reload and returned later would read as a reset. The table is
+//! bounded by [`MAX_HOPS`]; beyond the bound every new hop maps to the one whose labels are all `other`.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// How many different hops a process keeps apart.
+/// Most hops of one process, the one named `other` included.
 pub const MAX_HOPS: usize = 16_384;
 
-/// Which way the calls of a hop go, seen from our service.
+/// Direction of calls, seen from the service beside hopguard.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Direction {
-    /// Towards the service that we stand in front of.
+    /// Calls to the service beside hopguard.
     Inbound,
-    /// Away from it.
+    /// Calls that this service makes.
     Outbound,
-    /// Only of the overflow hop.
+    /// Of the overflow hop only.
     Other,
 }
 
@@ -36,18 +36,18 @@ impl Direction {
 /// The labels that all metrics and log lines of a hop carry.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct HopLabels {
-    /// The service that this process stands beside.
+    /// The service beside this process (`service` in the policy).
     pub source: Arc<str>,
-    /// The destination's name in the policy.
+    /// Name of the destination in the policy.
     pub destination: Arc<str>,
-    /// The route's name in the policy; never a path.
+    /// Name of the route in the policy; never a path.
     pub route: Arc<str>,
-    /// Which way the calls go.
+    /// Direction of the calls.
     pub direction: Direction,
 }
 
 impl HopLabels {
-    /// From their four values.
+    /// Labels from their four values.
     pub fn new(
         source: impl Into<Arc<str>>,
         destination: impl Into<Arc<str>>,
@@ -57,18 +57,18 @@ impl HopLabels {
         Self { source: source.into(), destination: destination.into(), route: route.into(), direction }
     }
 
-    /// For exchanges that end before a destination is known: destination and route are `none`.
+    /// Labels for exchanges that end before their destination is known: destination and route are `none`.
     pub fn unrouted(source: impl Into<Arc<str>>, direction: Direction) -> Self {
         Self::new(source, "none", "none", direction)
     }
 }
 
-/// The number of a registered hop; valid for the life of the process.
+/// Number of a registered hop; valid for the life of the process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct HopId(u32);
 
 impl HopId {
-    /// The hop whose labels are all `other`.
+    /// The overflow hop, whose labels are all `other`.
     pub const OTHER: HopId = HopId(0);
 
     pub(super) const fn index(self) -> usize {
@@ -82,12 +82,12 @@ struct Table {
     labels: Vec<Arc<HopLabels>>,
 }
 
-/// All hops of the process. Locked when a policy is compiled, when a worker meets a hop for the first time, and when
-/// somebody reads the metrics; never per exchange.
+/// All hops of the process. The lock is taken when a policy is compiled, when a worker uses a hop for the first time
+/// and when metrics are read; never per exchange.
 #[derive(Debug)]
 pub struct Hops {
     table: Mutex<Table>,
-    turned_away: AtomicU64,
+    overflowed: AtomicU64,
 }
 
 impl Default for Hops {
@@ -95,7 +95,7 @@ impl Default for Hops {
         let other = HopLabels::new("other", "other", "other", Direction::Other);
         Self {
             table: Mutex::new(Table { ids: HashMap::default(), labels: vec![Arc::new(other)] }),
-            turned_away: AtomicU64::new(0),
+            overflowed: AtomicU64::new(0),
         }
     }
 }
@@ -105,8 +105,8 @@ impl Hops {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The id of these labels: the same one for the same labels, also after a reload. [`HopId::OTHER`] when the table is
-    /// full, which is counted.
+    /// The id of these labels; equal labels have the same id, also after a reload. If the table is full, counts an
+    /// overflow and returns [`HopId::OTHER`].
     pub fn register(&self, labels: HopLabels) -> HopId {
         let mut table = self.table();
         if let Some(id) = table.ids.get(&labels) {
@@ -114,7 +114,7 @@ impl Hops {
         }
         let next = u32::try_from(table.labels.len()).unwrap_or(u32::MAX);
         if table.labels.len() >= MAX_HOPS {
-            self.turned_away.fetch_add(1, Ordering::Relaxed);
+            self.overflowed.fetch_add(1, Ordering::Relaxed);
             return HopId::OTHER;
         }
         let labels = Arc::new(labels);
@@ -123,15 +123,15 @@ impl Hops {
         HopId(next)
     }
 
-    /// The labels of a hop.
+    /// Labels of a hop.
     pub fn labels(&self, id: HopId) -> Arc<HopLabels> {
         let table = self.table();
         Arc::clone(table.labels.get(id.index()).unwrap_or(&table.labels[0]))
     }
 
-    /// How often a hop was turned away because the table was full.
-    pub fn turned_away(&self) -> u64 {
-        self.turned_away.load(Ordering::Relaxed)
+    /// Registrations that found the table full.
+    pub fn overflowed(&self) -> u64 {
+        self.overflowed.load(Ordering::Relaxed)
     }
 }
 
@@ -149,7 +149,7 @@ mod tests {
         for route in 0..MAX_HOPS {
             hops.register(HopLabels::new("order", "payment", route.to_string(), Direction::Outbound));
         }
-        assert_eq!(hops.turned_away(), 3, "two named hops and the overflow itself had been there");
+        assert_eq!(hops.overflowed(), 3, "two named hops and the overflow itself had been there");
         let late = hops.register(HopLabels::new("order", "late", "late", Direction::Outbound));
         assert_eq!(late, HopId::OTHER);
         assert_eq!(&*hops.labels(late).route, "other");

@@ -1,25 +1,25 @@
-//! What the system says about this process, read from `/proc/self` when somebody asks.
+//! Figures of this process, read from `/proc/self` on request.
 
 use std::time::Duration;
 
-/// Ticks per second of the times in `/proc`: a constant of the Linux ABI, whatever the kernel's own clock does.
+/// Ticks per second of the times in `/proc`: a constant of the Linux ABI, independent of the kernel's own tick rate.
 const TICKS: u64 = 100;
 
-/// Figures of this process; each is `None` where the system does not tell.
+/// Figures of this process; a figure is `None` if the system does not provide it.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct ProcessFigures {
     /// Resident memory in bytes.
     pub resident: Option<u64>,
-    /// User and system CPU time so far.
+    /// User and system CPU time since the start.
     pub cpu: Option<Duration>,
     /// Open file descriptors.
     pub open_files: Option<u64>,
-    /// When the process started, in seconds since 1970.
+    /// Start of the process, in seconds since 1970.
     pub started: Option<f64>,
 }
 
 impl ProcessFigures {
-    /// Reads them now.
+    /// Reads the current figures.
     pub fn read() -> Self {
         let read = |path: &str| std::fs::read_to_string(path).ok();
         let stat = read("/proc/self/stat");
@@ -28,7 +28,7 @@ impl ProcessFigures {
         Self {
             resident: read("/proc/self/status").and_then(|text| field(&text, "VmRSS:")).map(|kib| kib * 1024),
             cpu: stat.as_deref().and_then(cpu),
-            // The listing itself holds one.
+            // The directory listing itself holds one descriptor.
             open_files: std::fs::read_dir("/proc/self/fd").ok().map(|entries| entries.count().saturating_sub(1) as u64),
             started: boot.zip(start).map(|(boot, ticks)| boot as f64 + ticks as f64 / TICKS as f64),
         }
@@ -40,14 +40,14 @@ fn cpu(stat: &str) -> Option<Duration> {
     Some(Duration::from_millis(ticks * 1000 / TICKS))
 }
 
-/// The number after `name` at the beginning of a line.
+/// The number after `name` at the start of a line.
 fn field(text: &str, name: &str) -> Option<u64> {
     let line = text.lines().find_map(|line| line.strip_prefix(name))?;
     line.split_ascii_whitespace().next()?.parse().ok()
 }
 
-/// Field `number` of `/proc/self/stat`, counted from 1 as in proc(5). The second, the program's name, may hold anything,
-/// so counting begins behind its last parenthesis.
+/// Field `number` of `/proc/self/stat`, counted from 1 as in proc(5). The second field, the program's name, may contain
+/// any character, so counting starts after the last parenthesis.
 fn stat_field(stat: &str, number: usize) -> Option<u64> {
     let (_, rest) = stat.rsplit_once(')')?;
     rest.split_ascii_whitespace().nth(number.checked_sub(3)?)?.parse().ok()

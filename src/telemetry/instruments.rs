@@ -1,16 +1,16 @@
-//! Counters and gauges that are not per exchange: registered by name and labels once, changed by handle.
+//! Counters and gauges outside exchanges: registered once by name and labels, changed through a handle.
 //!
-//! A handle belongs to the whole process or to one worker; the cells of all workers are added up when somebody reads.
-//! A family holds at most [`MAX_CELLS`] label sets; what comes later shares one whose label values are all `other`.
+//! A handle belongs to the process or to one worker; a reading sums the cells of all workers. A family holds at most
+//! [`MAX_CELLS`] label sets; later ones share one label set whose values are all `other`.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// How many label sets a family keeps apart.
+/// Most label sets of one family.
 pub(super) const MAX_CELLS: usize = 4096;
 
-/// A number that only grows. Cheap to clone; all clones are the same cell.
+/// A number that only grows. Cheap to clone; all clones share one cell.
 #[derive(Clone, Debug, Default)]
 pub struct Counter(Arc<AtomicU64>);
 
@@ -33,7 +33,7 @@ impl Counter {
     }
 }
 
-/// A number that goes up and down. Cheap to clone; all clones are the same cell.
+/// A number that goes up and down. Cheap to clone; all clones share one cell.
 #[derive(Clone, Debug, Default)]
 pub struct Gauge(Arc<AtomicI64>);
 
@@ -44,7 +44,7 @@ impl Gauge {
         self.add(1);
     }
 
-    /// Takes one away.
+    /// Subtracts one.
     #[inline]
     pub fn decrement(&self) {
         self.add(-1);
@@ -66,14 +66,14 @@ impl Gauge {
         self.0.load(Ordering::Relaxed)
     }
 
-    /// Adds one now and takes it away again when the guard is dropped.
+    /// Adds one now and subtracts it when the guard is dropped.
     pub fn hold(&self) -> GaugeGuard {
         self.increment();
         GaugeGuard(self.clone())
     }
 }
 
-/// One unit of a gauge, given back on drop.
+/// One unit of a gauge, subtracted on drop.
 #[derive(Debug)]
 pub struct GaugeGuard(Gauge);
 
@@ -83,10 +83,10 @@ impl Drop for GaugeGuard {
     }
 }
 
-/// The name of a family and what it means; constants in `families.rs`.
+/// Name and help text of a metric family; the families are constants in `families.rs`.
 #[derive(Clone, Copy, Debug)]
 pub struct Family {
-    /// Full name; a counter's ends in `_total`.
+    /// Full name; the name of a counter ends in `_total`.
     pub name: &'static str,
     /// One sentence, without a full stop.
     pub help: &'static str,
@@ -101,7 +101,7 @@ enum Cell {
     Gauge(Gauge),
 }
 
-/// `None` is the process itself.
+/// Cells by worker; `None` is the cell of the process.
 type ByWorker = BTreeMap<Option<u32>, Cell>;
 
 #[derive(Debug)]
@@ -110,14 +110,14 @@ struct Cells {
     by_labels: BTreeMap<Labels, ByWorker>,
 }
 
-/// A family with its values, added up over workers.
+/// A family with its values, summed over workers.
 #[derive(Debug)]
 pub(super) struct Reading {
-    /// Which family.
+    /// The family.
     pub(super) family: Family,
-    /// Whether it is a counter; else a gauge.
+    /// True for a counter, false for a gauge.
     pub(super) counter: bool,
-    /// Each label set with its value.
+    /// Label sets with their values.
     pub(super) values: Vec<(Labels, f64)>,
 }
 
@@ -126,18 +126,18 @@ pub(super) struct Reading {
 pub(super) struct Instruments(Mutex<BTreeMap<&'static str, Cells>>);
 
 impl Instruments {
-    /// The counter with these labels; the same arguments give the same cell. Cold path.
+    /// The counter with these labels; equal arguments give the same cell. Takes a lock: not for the path of a request.
     pub(super) fn counter(&self, family: Family, labels: Labels, worker: Option<u32>) -> Counter {
         self.with_cell(family, labels, worker, |cell| {
             match cell.get_or_insert_with(|| Cell::Counter(Counter::default())) {
                 Cell::Counter(counter) => counter.clone(),
-                // A family is declared once, as a constant; a second kind under its name would be a typing error of ours.
+                // Unreachable: each family is one constant and is used as one kind.
                 Cell::Gauge(_) => Counter::default(),
             }
         })
     }
 
-    /// The gauge with these labels; the same arguments give the same cell. Cold path.
+    /// The gauge with these labels; equal arguments give the same cell. Takes a lock: not for the path of a request.
     pub(super) fn gauge(&self, family: Family, labels: Labels, worker: Option<u32>) -> Gauge {
         self.with_cell(family, labels, worker, |cell| match cell.get_or_insert_with(|| Cell::Gauge(Gauge::default())) {
             Cell::Gauge(gauge) => gauge.clone(),
@@ -145,7 +145,7 @@ impl Instruments {
         })
     }
 
-    /// Whether there is a series with these labels.
+    /// True if a series with these labels exists.
     pub(super) fn has(&self, family: Family, labels: &Labels) -> bool {
         let families = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         families.get(family.name).is_some_and(|cells| cells.by_labels.contains_key(labels))
@@ -171,7 +171,7 @@ impl Instruments {
         result
     }
 
-    /// All families with their present values, by name.
+    /// All families with their current values, ordered by name.
     pub(super) fn read(&self) -> Vec<Reading> {
         let families = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         families.values().map(Cells::read).collect()

@@ -1,8 +1,7 @@
-//! The diagnostics of the process itself: what hopguard says about hopguard, on standard error. What callers did is the
-//! access log's business.
+//! The program's own log on standard error: starts, reloads, state changes, errors. Exchanges are in the access log.
 //!
-//! Whoever says something does not wait for the reader of our standard error: a thread of its own writes the lines, and
-//! when too many wait, they are thrown away and counted.
+//! A thread that logs never waits for the reader of standard error: a separate thread writes the lines. While the
+//! buffer is full, lines are dropped and counted.
 
 use std::io;
 use std::sync::OnceLock;
@@ -17,57 +16,57 @@ use tracing_subscriber::util::SubscriberInitExt;
 use super::instruments::Counter;
 use super::writer::Writer;
 
-/// How many lines wait for the writer at most.
-const LINES: usize = 1024;
-/// How long the end of the process waits for a reader.
-const FLUSH: Duration = Duration::from_secs(1);
+/// Most lines that wait for the writer.
+const MAX_PENDING_LINES: usize = 1024;
+/// Longest wait for the last lines to be written at the end of the process.
+const FLUSH_LIMIT: Duration = Duration::from_secs(1);
 
 /// The log of the process, once it is set up.
 static LOG: OnceLock<Writer> = OnceLock::new();
 
-/// How a line looks.
+/// Format of a line.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum ProgramLogFormat {
-    /// For people.
+    /// Text for people.
     #[default]
     Text,
     /// One JSON object per line.
     Json,
 }
 
-/// Why the log could not be set up.
+/// Errors of [`init`].
 #[derive(Debug, thiserror::Error)]
 pub enum LogError {
-    /// The filter is not a list like `info,hopguard=debug`.
+    /// The filter is not a valid list like `info,hopguard=debug`.
     #[error("log filter {filter:?}: {reason}")]
     Filter {
-        /// What was given.
+        /// The filter as given.
         filter: String,
-        /// What is wrong with it.
+        /// The error in the filter.
         reason: String,
     },
-    /// The process has a log already.
+    /// The log is set up already.
     #[error("the log is set up already")]
     Twice,
 }
 
-/// The log of the process. Dropping it, at the very end, waits until its lines are written, for a second at most.
+/// The log of the process. The drop, at the end of the process, waits up to 1 s until the last lines are written.
 #[derive(Debug)]
 pub struct Log(Writer);
 
 impl Drop for Log {
     fn drop(&mut self) {
-        self.0.flush(FLUSH);
+        self.0.flush(FLUSH_LIMIT);
     }
 }
 
-/// Sets the log of the process up, once. `filter` is a list of levels and `target=level`: `info`, `warn,hopguard=debug`;
-/// the longest matching target wins. A release build has no lines of the level `trace`. Fails when the filter cannot be
-/// read or there is a log already.
+/// Sets up the log of the process. `filter` is a list of levels and `target=level`: `info`, `warn,hopguard=debug`; the
+/// longest matching target wins. Release builds have no lines of level `trace`. Fails if the filter is invalid or the
+/// log is set up already.
 pub fn init(format: ProgramLogFormat, filter: &str) -> Result<Log, LogError> {
     let targets = targets(filter)?;
     let stderr = Box::new(io::stderr());
-    let writer = Writer::start("log", stderr, LINES, Counter::default(), Counter::default());
+    let writer = Writer::start("log", stderr, MAX_PENDING_LINES, Counter::default(), Counter::default());
     let to = writer.clone();
     let lines = layer().with_writer(move || Lines(to.clone()));
     let lines = match format {
@@ -78,17 +77,17 @@ pub fn init(format: ProgramLogFormat, filter: &str) -> Result<Log, LogError> {
     Ok(Log(LOG.get_or_init(|| writer).clone()))
 }
 
-/// How many lines of the log were thrown away.
+/// Lines of the log dropped so far.
 pub(super) fn dropped() -> u64 {
     LOG.get().map_or(0, Writer::dropped)
 }
 
-/// Takes each line in one piece, as it comes.
+/// Passes each line to the writer; `tracing_subscriber` writes a line in one call.
 struct Lines(Writer);
 
 impl io::Write for Lines {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        self.0.put(line.strip_suffix(b"\n").unwrap_or(line));
+        self.0.enqueue(line.strip_suffix(b"\n").unwrap_or(line));
         Ok(line.len())
     }
 
@@ -99,10 +98,10 @@ impl io::Write for Lines {
 
 fn targets(filter: &str) -> Result<Targets, LogError> {
     let error = |reason: String| LogError::Filter { filter: filter.to_owned(), reason };
-    // `Targets` reads a word that is no level as a target at its most talkative level: `inof` would switch all on.
+    // `Targets` takes a word that is not a level for a target at level `trace`: `inof` would enable all lines.
     for part in filter.split(',').map(str::trim).filter(|part| !part.contains('=')) {
         if part.is_empty() || part.parse::<LevelFilter>().is_err() {
-            return Err(error(format!("{part:?} is no level: off, error, warn, info, debug or trace")));
+            return Err(error(format!("{part:?} is not a level: use off, error, warn, info, debug or trace")));
         }
     }
     filter.parse().map_err(|parse: ParseError| error(parse.to_string()))

@@ -1,8 +1,8 @@
-//! The line that the access log writes for one exchange: JSON for machines, text for people.
+//! Writes the access log line of one exchange, as JSON or text.
 //!
-//! Both are written by hand into a buffer that the worker keeps (a general serializer or formatter costs several times
-//! as much). What callers and upstreams sent is escaped, so that no byte of theirs ends a line or reaches a terminal as
-//! a control. `docs/access-log.md` lists the fields.
+//! Both formats are written by hand into a buffer that the worker keeps, because a general serializer or formatter
+//! costs several times as much. Values from callers and upstreams are escaped, so that no byte of theirs ends a line or
+//! reaches a terminal as a control character. `docs/access-log.md` lists the fields.
 
 use std::fmt::{self, Write};
 use std::time::Duration;
@@ -15,7 +15,7 @@ use super::hop::HopLabels;
 use super::outcome::{Outcome, Protocol};
 use super::record::{ConnectionUse, Record, RefusalRecord};
 
-/// What a line is made from.
+/// The values that a line is written from.
 pub(super) struct Entry<'a> {
     pub(super) record: &'a Record,
     pub(super) outcome: Outcome,
@@ -24,7 +24,7 @@ pub(super) struct Entry<'a> {
     pub(super) hop: &'a HopLabels,
 }
 
-/// Appends the line, without a line end.
+/// Appends the line to `out`, without a line end.
 pub(super) fn write(out: &mut String, entry: &Entry<'_>, format: LineFormat) {
     let written = match format {
         LineFormat::Json => json(out, entry),
@@ -33,7 +33,7 @@ pub(super) fn write(out: &mut String, entry: &Entry<'_>, format: LineFormat) {
     debug_assert!(written.is_ok(), "writing to a string cannot fail");
 }
 
-/// Writes the members of one JSON object; absent values are left out.
+/// Writes the members of one JSON object; absent values are omitted.
 struct Object<'a> {
     out: &'a mut String,
     separator: &'static str,
@@ -71,10 +71,10 @@ fn json(out: &mut String, entry: &Entry<'_>) -> fmt::Result {
     object.display("time", format_args!("\"{:.3}\"", entry.began))?;
     object.string("outcome", entry.outcome.as_str())?;
     json_request(&mut object, entry)?;
-    json_answer(&mut object, entry.record)?;
+    json_response(&mut object, entry.record)?;
     json_times(&mut object, entry)?;
     json_connection(&mut object, entry.record)?;
-    json_notes(&mut object, entry.record)?;
+    json_annotations(&mut object, entry.record)?;
     if let Some(refusal) = entry.record.refusal.as_deref() {
         object.key("refusal");
         json_refusal(object.out, refusal)?;
@@ -105,7 +105,7 @@ fn json_request(object: &mut Object<'_>, entry: &Entry<'_>) -> fmt::Result {
     Ok(())
 }
 
-fn json_answer(object: &mut Object<'_>, record: &Record) -> fmt::Result {
+fn json_response(object: &mut Object<'_>, record: &Record) -> fmt::Result {
     if let Some(status) = record.status {
         object.display("status", status.as_u16())?;
     }
@@ -125,7 +125,7 @@ fn json_times(object: &mut Object<'_>, entry: &Entry<'_>) -> fmt::Result {
     let record = entry.record;
     object.milliseconds("duration_ms", Some(entry.total))?;
     object.milliseconds("first_byte_ms", record.first_byte)?;
-    object.milliseconds("queue_ms", record.queued)?;
+    object.milliseconds("queue_ms", record.queue)?;
     object.milliseconds("connect_ms", record.connect)?;
     object.milliseconds("upstream_ms", record.upstream)?;
     object.milliseconds("overhead_ms", record.overhead())
@@ -155,12 +155,12 @@ fn json_connection(object: &mut Object<'_>, record: &Record) -> fmt::Result {
     Ok(())
 }
 
-fn json_notes(object: &mut Object<'_>, record: &Record) -> fmt::Result {
+fn json_annotations(object: &mut Object<'_>, record: &Record) -> fmt::Result {
     let Some(notes) = record.notes.as_deref() else { return Ok(()) };
     object.milliseconds("deadline_ms", notes.deadline)?;
     for (key, value) in [
         ("deadline_from", notes.deadline_from),
-        ("retry", notes.retry),
+        ("retry_withheld", notes.retry),
         ("failed_at", notes.failed_at.as_deref()),
         ("fault", notes.fault.as_deref()),
     ] {
@@ -169,7 +169,7 @@ fn json_notes(object: &mut Object<'_>, record: &Record) -> fmt::Result {
         }
     }
     if !notes.would.is_empty() {
-        object.string("would", &notes.would.join(","))?;
+        object.string("dry_run", &notes.would.join(","))?;
     }
     Ok(())
 }
@@ -196,11 +196,11 @@ fn text(out: &mut String, entry: &Entry<'_>) -> fmt::Result {
     let record = entry.record;
     write!(out, "{:.3} ", entry.began)?;
     text_request(out, record)?;
-    text_answer(out, entry)?;
+    text_status(out, entry)?;
     out.push(' ');
     short_duration(out, entry.total)?;
     if record.attempts > 0 {
-        write!(out, " try {}/{}", record.attempt, record.attempts)?;
+        write!(out, " attempt {}/{}", record.attempt, record.attempts)?;
     }
     let hop = entry.hop;
     write!(out, " {}->{}/{}", hop.source, hop.destination, hop.route)?;
@@ -222,14 +222,14 @@ fn text(out: &mut String, entry: &Entry<'_>) -> fmt::Result {
         }
         write!(out, " closed by {}", refusal.closed_by.as_str())?;
     }
-    text_notes(out, record)?;
+    text_annotations(out, record)?;
     if let Some(id) = trace_id(record.request.traceparent.as_ref()) {
         write!(out, " trace {id}")?;
     }
     Ok(())
 }
 
-fn text_notes(out: &mut String, record: &Record) -> fmt::Result {
+fn text_annotations(out: &mut String, record: &Record) -> fmt::Result {
     let Some(notes) = record.notes.as_deref() else { return Ok(()) };
     if let (Some(deadline), Some(from)) = (notes.deadline, notes.deadline_from) {
         out.push_str(" deadline ");
@@ -244,8 +244,8 @@ fn text_notes(out: &mut String, record: &Record) -> fmt::Result {
             escape(out, value, Quoting::Bare)?;
         }
     }
-    for rule in &notes.would {
-        write!(out, " {rule} would have acted")?;
+    if !notes.would.is_empty() {
+        write!(out, " dry run: {}", notes.would.join(","))?;
     }
     Ok(())
 }
@@ -262,8 +262,8 @@ fn text_request(out: &mut String, record: &Record) -> fmt::Result {
     }
 }
 
-/// Status, the outcome where the status does not say it already, and the sentence that belongs to it.
-fn text_answer(out: &mut String, entry: &Entry<'_>) -> fmt::Result {
+/// Status, the outcome unless the status implies it, and the explanation.
+fn text_status(out: &mut String, entry: &Entry<'_>) -> fmt::Result {
     let record = entry.record;
     match (record.grpc_status, record.status) {
         (Some(code), _) => match grpc_name(code) {
@@ -287,7 +287,7 @@ fn text_answer(out: &mut String, entry: &Entry<'_>) -> fmt::Result {
     Ok(())
 }
 
-/// Three significant places or so: `340us`, `8.12ms`, `812ms`, `2.001s`.
+/// About three significant digits: `340us`, `8.12ms`, `812ms`, `2.001s`.
 fn short_duration(out: &mut String, value: Duration) -> fmt::Result {
     let micros = value.as_micros();
     match micros {
@@ -300,11 +300,11 @@ fn short_duration(out: &mut String, value: Duration) -> fmt::Result {
 
 #[derive(Clone, Copy, PartialEq)]
 enum Quoting {
-    /// Between quotation marks, as JSON.
+    /// A JSON string between quotation marks.
     Json,
-    /// A word of a text line: white space is escaped too.
+    /// One word of a text line: white space is escaped too.
     Bare,
-    /// Words of a text line.
+    /// Several words of a text line.
     Text,
 }
 
@@ -333,7 +333,7 @@ fn escape(out: &mut String, value: &str, quoting: Quoting) -> fmt::Result {
             '\r' => out.push_str("\\r"),
             '\t' => out.push_str("\\t"),
             ' ' if quoting == Quoting::Bare => out.push_str("\\u0020"),
-            // C1 controls and the line separators act on some terminals and line readers as C0 controls do.
+            // Some terminals and line readers treat C1 controls and line separators like C0 controls.
             _ if character.is_control() || matches!(character, '\u{2028}' | '\u{2029}') => {
                 write!(out, "\\u{:04x}", u32::from(character))?;
             }
@@ -343,7 +343,7 @@ fn escape(out: &mut String, value: &str, quoting: Quoting) -> fmt::Result {
     Ok(())
 }
 
-/// Undoes the encoding of `grpc-message`. What is not a valid sequence stays as it is; decoding never fails.
+/// Decodes the percent-encoding of `grpc-message`. Invalid sequences stay as they are; decoding never fails.
 fn percent_decode(value: &[u8]) -> String {
     let digit = |at: usize| value.get(at).and_then(|byte| char::from(*byte).to_digit(16));
     let mut bytes = Vec::with_capacity(value.len());
@@ -362,7 +362,7 @@ fn percent_decode(value: &[u8]) -> String {
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
-/// The trace id of a W3C `traceparent`, of any version; `None` when it is malformed.
+/// The trace id of a W3C `traceparent`, of any version; `None` if the field is malformed.
 fn trace_id(traceparent: Option<&HeaderValue>) -> Option<&str> {
     let value = traceparent?.to_str().ok()?;
     let (version, rest) = value.split_once('-')?;
@@ -416,7 +416,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_foreign_ends_a_line_or_reaches_a_terminal_as_a_control() {
+    fn foreign_bytes_never_end_a_line_or_act_as_terminal_controls() {
         let mut out = String::new();
         quote(&mut out, "a\"b\\c\n\u{1b}[31m\u{9b}\u{7f}\u{2028}\u{e9} \0").unwrap();
         assert_eq!(out, r#""a\"b\\c\n\u001b[31m\u009b\u007f\u2028é \u0000""#);

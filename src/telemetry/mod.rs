@@ -2,17 +2,18 @@
 //!
 //! | file | what |
 //! |---|---|
-//! | `exchange` | one call; records itself when it is dropped |
-//! | `record` | all that is known of one call, as plain values |
-//! | `outcome` | the closed sets of ends and protocols |
-//! | `hop` | labels, registered once and numbers afterwards |
+//! | `exchange` | the record of one exchange; on drop it becomes a metric and a log line |
+//! | `record` | the values of one exchange, as plain data |
+//! | `outcome` | the closed sets of outcomes and protocols |
+//! | `hop` | label sets, registered once and referred to by number |
 //! | `shard`, `histogram` | the metrics of one worker: one writer, no lock |
-//! | `instruments`, `families` | other counters and gauges, and the names of all metrics |
-//! | `collect`, `openmetrics`, `host_process` | from cells to a page |
-//! | `summary` | hops as people want to see them |
+//! | `events` | counters and gauges of rule events: retries, state changes, faults, dry runs |
+//! | `instruments`, `families` | counters and gauges outside exchanges, and the names of all metrics |
+//! | `collect`, `openmetrics`, `host_process` | the metrics page |
+//! | `summary` | figures per hop and per destination for the status page and the demo |
 //! | `access_log`, `log_line` | one line per exchange |
-//! | `log` | the diagnostics of the process itself |
-//! | `writer` | the thread that writes the lines of either |
+//! | `log` | the program's own log |
+//! | `writer` | the thread that writes log lines |
 //!
 //! Level 1: it takes plain values and knows no policy, no connection and no rule. On the path of a request it takes no
 //! lock, looks up no label, formats nothing unless a line is written, and allocates nothing.
@@ -60,25 +61,25 @@ pub use summary::{DestinationFigures, HopSummary};
 use instruments::Instruments;
 use shard::SharedSeries;
 
-/// The policy in force, as far as the metrics show it.
+/// The policy in force, as the metrics show it.
 #[derive(Clone, Debug)]
 pub struct PolicyInfo {
-    /// The hash of its content.
+    /// Hash of the policy's content.
     pub hash: String,
-    /// When it came into force.
+    /// When the policy came into force.
     pub loaded: Timestamp,
-    /// How long reading and compiling it took.
-    pub took: Duration,
+    /// Time to read and compile the policy.
+    pub load_duration: Duration,
 }
 
-/// Everything of a process that is counted or logged. One per process (or per test), shared by all threads.
+/// All metrics and the access log of a process. One per process (or per test), shared by all threads.
 #[derive(Debug)]
 pub struct Telemetry {
-    /// The hops; register them when a policy is compiled.
+    /// The hops, registered when a policy is compiled.
     pub hops: Hops,
-    /// What is counted once for the process.
+    /// Counters and gauges without labels of a hop, destination or listener.
     pub process: ProcessMetrics,
-    /// One line per exchange.
+    /// The access log: one line per exchange.
     pub access_log: AccessLog,
     instruments: Instruments,
     shards: Mutex<Vec<Arc<SharedSeries>>>,
@@ -87,11 +88,12 @@ pub struct Telemetry {
 }
 
 impl Telemetry {
-    /// Empty; access log lines go to `sink`, in the default mode (`errors`, JSON).
+    /// Empty metrics, and an access log that writes to `sink` in the default mode (`errors`, JSON).
     pub fn new(sink: Sink) -> Arc<Self> {
         let instruments = Instruments::default();
         let process = ProcessMetrics::new(&instruments);
-        let access_log = AccessLog::new(sink, process.lines_dropped.clone(), process.lines_failed.clone());
+        let access_log =
+            AccessLog::new(sink, process.access_log_dropped.clone(), process.access_log_write_errors.clone());
         Arc::new(Self {
             hops: Hops::default(),
             process,
@@ -103,38 +105,40 @@ impl Telemetry {
         })
     }
 
-    /// A worker's own end; call it once per worker, on the worker's thread. `worker` tells the cells of workers apart.
+    /// The shard of one worker. Call it once per worker, on the worker's thread; `worker` is the worker's number and
+    /// keeps its cells apart from those of other workers.
     pub fn shard(self: &Arc<Self>, worker: u32) -> Rc<Shard> {
         let shared = Arc::new(SharedSeries::default());
         self.shards.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(&shared));
         Shard::new(Arc::clone(self), worker, shared)
     }
 
-    /// Notes that a policy came into force, and how long reading and compiling it took.
-    pub fn policy_loaded(&self, hash: &str, took: Duration) {
+    /// Counts a policy load that succeeded; the policy is in force from now on. `load_duration` is the time to read and
+    /// compile it.
+    pub fn policy_loaded(&self, hash: &str, load_duration: Duration) {
         self.process.reloads_ok.increment();
-        let info = PolicyInfo { hash: hash.to_owned(), loaded: self.wall(Instant::now()), took };
+        let info = PolicyInfo { hash: hash.to_owned(), loaded: self.wall(Instant::now()), load_duration };
         *self.policy.lock().unwrap_or_else(PoisonError::into_inner) = Some(info);
     }
 
-    /// The policy in force; `None` before the first.
+    /// The policy in force; `None` before the first load.
     pub fn policy(&self) -> Option<PolicyInfo> {
         self.policy.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Notes that a policy was refused and the last good one stays.
+    /// Counts a policy load that failed; the previous policy stays in force.
     pub fn policy_refused(&self) {
         self.process.reloads_failed.increment();
     }
 
-    /// Notes that changed certificates were read, and whether all of them can be used.
+    /// Counts a reload of changed certificate files; `usable` is false if any of the files cannot be used.
     pub fn certificates_read(&self, usable: bool) {
         let counter = if usable { &self.process.certificates_ok } else { &self.process.certificates_failed };
         counter.increment();
     }
 
-    /// The wall time of an instant, from one anchor taken at the start: instants order exchanges even where somebody
-    /// steps the clock.
+    /// The wall-clock time of an instant, computed from one pair of readings at the start, so that a step of the system
+    /// clock does not reorder exchanges.
     pub fn wall(&self, at: Instant) -> Timestamp {
         let (instant, wall) = self.anchor;
         let after = jiff::SignedDuration::try_from(at.saturating_duration_since(instant)).unwrap_or_default();
@@ -142,12 +146,12 @@ impl Telemetry {
         wall.checked_add(after).and_then(|time| time.checked_sub(before)).unwrap_or(wall)
     }
 
-    /// How long ago this was made.
+    /// Time since this telemetry was created.
     pub fn uptime(&self) -> Duration {
         self.anchor.0.elapsed()
     }
 
-    /// All series, added up over the workers.
+    /// All series, summed over the workers.
     pub fn sums(&self) -> BTreeMap<SeriesKey, SeriesSums> {
         let shards = self.shards.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let mut sums = BTreeMap::new();
@@ -157,12 +161,12 @@ impl Telemetry {
         sums
     }
 
-    /// One summary per hop that has had an exchange, ordered by its labels.
+    /// One summary per hop with at least one exchange, ordered by labels.
     pub fn summaries(&self) -> Vec<HopSummary> {
-        summary::of(self)
+        summary::hops(self)
     }
 
-    /// The gauges of each destination, by name.
+    /// The gauges of each destination, ordered by name.
     pub fn destinations(&self) -> Vec<DestinationFigures> {
         summary::destinations(self)
     }

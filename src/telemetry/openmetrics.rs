@@ -1,11 +1,11 @@
-//! The metrics page in the format that the scraper asks for: Prometheus text 0.0.4 by the prometheus crate, and
-//! OpenMetrics 1.0 by hand, because that crate has no writer for it.
+//! The metrics page in the format that the scraper accepts: Prometheus text 0.0.4, written by the prometheus crate, or
+//! OpenMetrics 1.0, written here because that crate has no writer for OpenMetrics.
 
 use std::fmt::{self, Write};
 
 use prometheus::proto::{LabelPair, MetricFamily, MetricType};
 
-/// In which format the page is written.
+/// Format of the metrics page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PageFormat {
     /// Prometheus text 0.0.4.
@@ -15,8 +15,8 @@ pub enum PageFormat {
 }
 
 impl PageFormat {
-    /// The best format for an `Accept` field: OpenMetrics where it is asked for at least as much as plain text, else
-    /// plain text, also where the field asks for neither.
+    /// The format for an `Accept` field: OpenMetrics if its quality is at least that of plain text, else plain text.
+    /// Plain text also if the field lists neither.
     pub fn accepted(accept: &str) -> Self {
         let (mut open, mut text) = (0.0, 0.0);
         for range in accept.split(',') {
@@ -41,7 +41,7 @@ impl PageFormat {
         if open > 0.0 && open >= text { PageFormat::OpenMetrics } else { PageFormat::Text }
     }
 
-    /// The page's `Content-Type`.
+    /// `Content-Type` of the page.
     pub const fn content_type(self) -> &'static str {
         match self {
             PageFormat::Text => "text/plain; version=0.0.4; charset=utf-8",
@@ -84,7 +84,7 @@ fn openmetrics(out: &mut String, families: &[MetricFamily]) -> fmt::Result {
     Ok(())
 }
 
-/// In OpenMetrics the family's name lacks the suffix that its samples carry.
+/// Name and type of a family. In OpenMetrics the family name lacks the suffix of its samples.
 fn name_and_kind(family: &MetricFamily) -> (&str, &'static str) {
     let name = family.name();
     match family.get_field_type() {
@@ -129,7 +129,7 @@ fn sample(
         separator = ',';
     }
     match bound {
-        // Bounds are floating point numbers here, so that `1` and `1.0` are never two series.
+        // OpenMetrics wants floats as bounds, so that `1` and `1.0` are not two series.
         Some(bound) if bound.is_finite() => {
             let point = if bound.fract() == 0.0 { ".0" } else { "" };
             write!(out, "{separator}le=\"{bound}{point}\"}}")?;
@@ -160,7 +160,7 @@ mod tests {
     use crate::telemetry::tests::full_page;
 
     #[test]
-    fn the_scraper_gets_what_it_prefers() {
+    fn the_accept_field_decides_the_format() {
         let prometheus = "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.5,\
             application/openmetrics-text;version=0.0.1;q=0.4,text/plain;version=1.0.0;q=0.3,\
             text/plain;version=0.0.4;q=0.2,*/*;q=0.1";
@@ -231,7 +231,8 @@ mod tests {
         assert!(samples > 100, "{samples}");
     }
 
-    /// Takes a sample line apart, walking its label values so that nothing in them can pass for structure.
+    /// Splits a sample line into name, labels and value; walks the label values, so that no character in them is taken
+    /// for structure.
     fn sample(line: &str) -> (&str, &str, f64) {
         let end = line.find(['{', ' ']).unwrap();
         let (name, mut rest) = line.split_at(end);

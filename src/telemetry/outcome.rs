@@ -1,8 +1,8 @@
-//! How an exchange ended, and what it spoke: two closed sets, so that the label sets of the metrics are bounded.
+//! Outcome and protocol of an exchange: two closed sets, so that the label sets of the metrics are bounded.
 //!
-//! The names are part of the interface: dashboards and alerts are written against them.
+//! The names are part of the public interface: dashboards and alerts use them.
 
-/// Declares a closed enum whose variants have a stable name.
+/// Declares an enum whose variants have stable names.
 macro_rules! named {
     ($(#[$outer:meta])* $name:ident { $($(#[$inner:meta])* $variant:ident = $text:literal,)+ }) => {
         $(#[$outer])*
@@ -11,10 +11,10 @@ macro_rules! named {
         pub enum $name { $($(#[$inner])* $variant,)+ }
 
         impl $name {
-            /// Every value, in declaration order.
+            /// All values, in declaration order.
             pub const ALL: &'static [$name] = &[$($name::$variant,)+];
 
-            /// The stable name: label value, log value, name of the refusal.
+            /// The stable name, used as label value and in log lines.
             pub const fn as_str(self) -> &'static str {
                 match self { $($name::$variant => $text,)+ }
             }
@@ -29,15 +29,15 @@ macro_rules! named {
 }
 
 named! {
-    /// What the caller spoke with us.
+    /// The protocol that the caller used.
     Protocol {
         /// HTTP/1.0 and HTTP/1.1.
         Http1 = "http1",
         /// HTTP/2 that is not gRPC.
         Http2 = "http2",
-        /// gRPC, told by its content type.
+        /// gRPC, recognised by its content type.
         Grpc = "grpc",
-        /// An upgraded HTTP/1.1 connection, whatever it was upgraded to.
+        /// An HTTP/1.1 connection after an upgrade to any protocol.
         WebSocket = "websocket",
         /// A CONNECT tunnel.
         Tunnel = "tunnel",
@@ -45,8 +45,8 @@ named! {
 }
 
 named! {
-    /// How an exchange ended. Everything from `request_timeout` on is a refusal: we answered, or cut, in the
-    /// upstream's place.
+    /// How an exchange ended. Every outcome from `request_timeout` on is a refusal: hopguard sent a local reply or cut
+    /// the exchange.
     Outcome {
         /// A status from 100 to 399, or gRPC status OK, and a complete body.
         Ok = "ok",
@@ -54,15 +54,15 @@ named! {
         ClientError = "client_error",
         /// A 5xx from the upstream.
         ServerError = "server_error",
-        /// A gRPC status other than OK from the upstream, or none at all.
+        /// A gRPC status other than OK from the upstream, or no gRPC status.
         GrpcError = "grpc_error",
-        /// The caller went away before the exchange was complete.
+        /// The caller disconnected before the exchange was complete.
         CallerGone = "caller_gone",
-        /// The upstream's body broke off after its head had been passed on.
+        /// The upstream's body broke off after its head had been sent to the caller.
         UpstreamCut = "upstream_cut",
         /// The whole request took longer than `timeouts.request`.
         RequestTimeout = "request_timeout",
-        /// One try took longer than `timeouts.perTry`.
+        /// One attempt took longer than `timeouts.perTry`.
         PerTryTimeout = "per_try_timeout",
         /// No connection within `timeouts.connect`.
         ConnectTimeout = "connect_timeout",
@@ -70,9 +70,9 @@ named! {
         IdleTimeout = "idle_timeout",
         /// A stream lived longer than `timeouts.maxDuration`.
         MaxDuration = "max_duration",
-        /// `limits.inFlight` reached and `limits.queue` full.
+        /// `limits.inFlight` was reached and the queue (`limits.queue`) was full.
         QueueFull = "queue_full",
-        /// Waited longer than `limits.queueTimeout`.
+        /// The exchange was queued longer than `limits.queueTimeout`.
         QueueTimeout = "queue_timeout",
         /// No destination has this host.
         NoDestination = "no_destination",
@@ -86,34 +86,34 @@ named! {
         TlsFailed = "tls_failed",
         /// The upstream reset the connection or stream before its head was complete.
         UpstreamReset = "upstream_reset",
-        /// The upstream sent something that is not HTTP.
+        /// The upstream sent bytes that are not valid HTTP.
         UpstreamProtocol = "upstream_protocol",
-        /// The caller sent something that is not HTTP, or is ambiguous.
+        /// The caller sent bytes that are not valid HTTP, or HTTP that is ambiguous.
         BadRequest = "bad_request",
         /// The caller's header section is longer than `maxHeaderSize`.
         HeaderTooLarge = "header_too_large",
-        /// The caller's head or body came too slowly.
+        /// The caller's head or body arrived too slowly.
         CallerTimeout = "caller_timeout",
-        /// The request has been here before.
+        /// The request has passed this hopguard before.
         LoopDetected = "loop_detected",
-        /// A CONNECT that the policy does not allow.
+        /// The policy does not allow this CONNECT.
         ConnectDenied = "connect_denied",
-        /// We are shutting down.
+        /// Hopguard is shutting down.
         Draining = "draining",
-        /// The caller's deadline, or that of the request that caused the call, was over before the answer was.
+        /// The deadline of the caller, or of the parent request, passed before the response was complete.
         DeadlineExceeded = "deadline_exceeded",
-        /// The deadline was over, or as good as over, when the call came.
+        /// The deadline had passed, or was too close, when the call arrived.
         DeadlineSpent = "deadline_spent",
         /// The destination's circuit breaker is open.
         CircuitOpen = "circuit_open",
-        /// More calls than `rateLimit` allows.
+        /// The call exceeds `rateLimit`.
         RateLimited = "rate_limited",
     }
 }
 
 impl Outcome {
-    /// Whether it counts against the success rate: every refusal, 5xx, gRPC error and cut body. A 4xx is an answer, and
-    /// a caller that went away is not a failure of the hop.
+    /// True if the outcome counts against the success rate: every refusal, 5xx, gRPC error and cut body. A 4xx is a
+    /// valid response, and a caller that disconnects is not a failure of the hop.
     pub const fn is_failure(self) -> bool {
         !matches!(self, Outcome::Ok | Outcome::ClientError | Outcome::CallerGone)
     }

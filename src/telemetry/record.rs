@@ -1,4 +1,4 @@
-//! What is known of one exchange, as plain values: `exchange` fills it in, `log_line` writes it down.
+//! The values of one exchange, as plain data: `exchange` sets them, `log_line` writes them.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -7,46 +7,46 @@ use http::{HeaderValue, Method, StatusCode, Uri};
 
 use super::outcome::{Outcome, Protocol};
 
-/// What a request says about itself; cheap clones of parts of its head.
+/// Parts of the request head, cheaply cloned.
 #[derive(Clone, Debug)]
 pub struct RequestLine {
     /// The method.
     pub method: Method,
-    /// The target in whatever form it came.
+    /// The request target, in any of its forms (RFC 9112, 3.2).
     pub uri: Uri,
-    /// The `Host` field, where the target names no host.
+    /// The `Host` field, if the target names no host.
     pub host: Option<HeaderValue>,
-    /// The caller's address.
+    /// Address of the caller.
     pub caller: Option<SocketAddr>,
-    /// The `traceparent` field, unread: the trace id is taken out of it only when a line is written.
+    /// The `traceparent` field, not parsed: the trace id is read from it only when a log line is written.
     pub traceparent: Option<HeaderValue>,
 }
 
-/// The upstream connection that carried the last try.
+/// The upstream connection of the last attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ConnectionUse {
-    /// Opened for this try.
+    /// Opened for this attempt.
     New,
     /// Taken from the pool.
     Reused {
-        /// How long ago it was opened.
+        /// Time since the connection was opened.
         age: Duration,
     },
 }
 
-/// Who ended the exchange.
+/// The side that ended the exchange.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ClosedBy {
     /// The caller.
     Caller,
-    /// This process.
+    /// Hopguard itself.
     Hopguard,
     /// The upstream.
     Upstream,
 }
 
 impl ClosedBy {
-    /// The value in logs.
+    /// The value in log lines.
     pub const fn as_str(self) -> &'static str {
         match self {
             ClosedBy::Caller => "caller",
@@ -56,45 +56,45 @@ impl ClosedBy {
     }
 }
 
-/// Why we answered, or cut, in the upstream's place.
+/// Why hopguard sent a local reply or cut the exchange.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RefusalRecord {
-    /// Which refusal; its name is the outcome's name.
+    /// The outcome.
     pub outcome: Outcome,
     /// The rule, as a path of the policy: `timeouts.request`.
     pub rule: &'static str,
-    /// The rule's value as the policy writes it: `800ms`. Empty when there is none.
+    /// Value of the rule as the policy writes it: `800ms`. Empty for a rule without value.
     pub value: String,
-    /// Where the value comes from: `policy.yaml:12` or `built in`. Empty when unknown.
+    /// Origin of the value: `policy.yaml:12` or `built in`. Empty if unknown.
     pub origin: String,
-    /// One sentence for the reader of the log.
+    /// One sentence of explanation.
     pub detail: String,
-    /// Who ended it.
+    /// The side that ended the exchange.
     pub closed_by: ClosedBy,
 }
 
-/// What the rules had to say about an exchange; most have nothing to say.
+/// What rules add to the record of an exchange. Boxed and made on first use, because most exchanges have none.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Notes {
-    /// Why there was no further try after one that failed.
+    /// Why a failed attempt was not retried.
     pub retry: Option<&'static str>,
-    /// Where the failure happened, if that was further down than the destination.
+    /// The destination at which the failure happened, if that is further down than this exchange's own.
     pub failed_at: Option<Box<str>>,
-    /// What limited the call's time, where that was not the policy: `caller` or `inbound`.
+    /// Source of the deadline, if not the policy: `caller` or `inbound`.
     pub deadline_from: Option<&'static str>,
-    /// How long the call had when it came, if the policy did not say so.
+    /// Time to the deadline when the call arrived, if the deadline is not the policy's.
     pub deadline: Option<Duration>,
-    /// The fault of the policy that was injected.
+    /// Name of the injected fault.
     pub fault: Option<Box<str>>,
-    /// Rules in `warn` that would have acted.
+    /// Rules in dry run that would have acted.
     pub would: Vec<&'static str>,
-    /// How long it waited between tries.
+    /// Time between attempts: backoff and pushback.
     pub paused: Duration,
-    /// How long tries waited for the upstream and had no answer.
-    pub in_vain: Duration,
+    /// Time of attempts that ended without a response head, from sending the request on.
+    pub failed_upstream: Duration,
 }
 
-/// Everything that a line of the access log says of the exchange itself.
+/// All values of an exchange that its log line shows.
 #[derive(Debug)]
 pub(super) struct Record {
     pub(super) protocol: Protocol,
@@ -105,7 +105,7 @@ pub(super) struct Record {
     pub(super) refusal: Option<Box<RefusalRecord>>,
     pub(super) endpoint: Option<SocketAddr>,
     pub(super) connection: Option<ConnectionUse>,
-    pub(super) queued: Option<Duration>,
+    pub(super) queue: Option<Duration>,
     pub(super) connect: Option<Duration>,
     pub(super) upstream: Option<Duration>,
     pub(super) first_byte: Option<Duration>,
@@ -127,7 +127,7 @@ impl Record {
             refusal: None,
             endpoint: None,
             connection: None,
-            queued: None,
+            queue: None,
             connect: None,
             upstream: None,
             first_byte: None,
@@ -139,11 +139,11 @@ impl Record {
         }
     }
 
-    /// What we took of the time to the first byte: all of it but the waits for a place, a connection, the upstream, be
-    /// it in vain, and the next try.
+    /// The time that hopguard itself took: time to first byte without queue, connect, upstream (also of attempts
+    /// without a response) and the waits between attempts. `None` without a response from the upstream.
     pub(super) fn overhead(&self) -> Option<Duration> {
-        let tries = self.notes.as_ref().map_or(Duration::ZERO, |notes| notes.paused + notes.in_vain);
-        let waits = self.upstream? + self.connect.unwrap_or_default() + self.queued.unwrap_or_default() + tries;
+        let failed = self.notes.as_ref().map_or(Duration::ZERO, |notes| notes.paused + notes.failed_upstream);
+        let waits = self.upstream? + self.connect.unwrap_or_default() + self.queue.unwrap_or_default() + failed;
         Some(self.first_byte?.saturating_sub(waits))
     }
 }

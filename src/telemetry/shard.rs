@@ -1,7 +1,7 @@
-//! The metrics of one worker: written by its thread alone, read by whoever scrapes.
+//! The metrics of one worker: written by the worker's thread only, read by scrapes.
 //!
-//! A series (hop x protocol x outcome) is made when it is first met, so ten thousand routes without traffic cost three
-//! words each. Finding one is an index and a search among the two or three kinds of end that the hop has had.
+//! A series (hop x protocol x outcome) is created on first use, so ten thousand routes without traffic cost three words
+//! each. A look-up is an index and a search among the two or three series that the hop has.
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -14,19 +14,19 @@ use super::histogram::{Buckets, LatencyHistogram, OverheadHistogram, add};
 use super::hop::{HopId, HopLabels};
 use super::outcome::{Outcome, Protocol};
 
-/// What is kept of all exchanges of one hop, protocol and outcome on one worker.
+/// Count and histograms of the exchanges with one hop, protocol and outcome on one worker.
 #[derive(Debug)]
 pub struct Series {
     count: AtomicU64,
-    /// From the request's head to the last byte of the answer.
+    /// Time from the request head to the last byte of the response.
     pub total: LatencyHistogram,
-    /// From the request's head to the answer's head.
+    /// Time from the request head to the response head.
     pub first_byte: LatencyHistogram,
-    /// Opening the connection, where one was opened.
+    /// Time to open an upstream connection, for exchanges that opened one.
     pub connect: LatencyHistogram,
-    /// Waiting for a free place, where there was a wait.
+    /// Time in the queue of the concurrency limit, for exchanges that were queued.
     pub queue: LatencyHistogram,
-    /// What we ourselves took.
+    /// Time that hopguard itself took.
     pub overhead: OverheadHistogram,
 }
 
@@ -42,13 +42,13 @@ impl Series {
         }
     }
 
-    /// Counts one exchange. Only the worker that owns the series may call it.
+    /// Counts one exchange. To be called by the worker that owns the series only.
     #[inline]
     pub fn count(&self) {
         add(&self.count, 1);
     }
 
-    /// Adds what was recorded so far to `sums`.
+    /// Adds the recorded values to `sums`.
     pub fn add_to(&self, sums: &mut SeriesSums) {
         sums.count += self.count.load(Ordering::Relaxed);
         self.total.add_to(&mut sums.total);
@@ -59,10 +59,10 @@ impl Series {
     }
 }
 
-/// The sum of one series over all workers.
+/// One series, summed over all workers.
 #[derive(Clone, Debug, Default)]
 pub struct SeriesSums {
-    /// How many exchanges ended.
+    /// Exchanges that ended.
     pub count: u64,
     /// See [`Series::total`].
     pub total: Buckets,
@@ -76,11 +76,11 @@ pub struct SeriesSums {
     pub overhead: Buckets,
 }
 
-/// Which series it is.
+/// Key of a series.
 pub type SeriesKey = (HopId, Protocol, Outcome);
 
 type KeyedSeries = (SeriesKey, Arc<Series>);
-/// With protocol and outcome as one small number, which is quick to compare.
+/// A series with protocol and outcome as one byte, which is quick to compare.
 type NumberedSeries = (u8, Arc<Series>);
 
 /// The series of one worker, as readers see them: a list that only grows.
@@ -105,7 +105,7 @@ struct HopCells {
     labels: Option<Arc<HopLabels>>,
 }
 
-/// One worker's own end of the telemetry; it stays on the thread that made it.
+/// The telemetry of one worker; it stays on the thread that made it.
 pub struct Shard {
     telemetry: Arc<Telemetry>,
     worker: u32,
@@ -119,13 +119,13 @@ impl Shard {
         Rc::new(Self { telemetry, worker, shared, hops: RefCell::default(), line: RefCell::default() })
     }
 
-    /// What this shard is a part of.
+    /// The telemetry of the process.
     pub fn telemetry(&self) -> &Arc<Telemetry> {
         &self.telemetry
     }
 
-    /// The gauges and counters of one destination on this worker. Cold: resolve once per destination and keep it. The
-    /// same name gives the same cells again, so a reload loses nothing.
+    /// The gauges and counters of one destination on this worker. Takes a lock: resolve once per destination and keep
+    /// the result. The same name gives the same cells, so a reload loses nothing.
     pub fn destination(&self, name: &str) -> DestinationMetrics {
         DestinationMetrics::of_worker(&self.telemetry.instruments, name, self.worker)
     }
@@ -135,7 +135,7 @@ impl Shard {
         ListenerMetrics::of_worker(&self.telemetry.instruments, name, self.worker)
     }
 
-    /// The series of a hop, made at its first use.
+    /// The series with this key, created on first use.
     pub fn series(&self, hop: HopId, protocol: Protocol, outcome: Outcome) -> Arc<Series> {
         self.with_series((hop, protocol, outcome), Arc::clone)
     }
@@ -143,22 +143,22 @@ impl Shard {
     #[inline]
     pub(super) fn with_series<T>(&self, key: SeriesKey, visit: impl FnOnce(&Arc<Series>) -> T) -> T {
         let (hop, protocol, outcome) = key;
-        let slot = protocol as u8 * Outcome::ALL.len() as u8 + outcome as u8;
+        let number = protocol as u8 * Outcome::ALL.len() as u8 + outcome as u8;
         let mut hops = self.hops.borrow_mut();
         if hops.len() <= hop.index() {
             hops.resize_with(hop.index() + 1, HopCells::default);
         }
         let cells = &mut hops[hop.index()];
-        if let Some((_, series)) = cells.series.iter().find(|(known, _)| *known == slot) {
+        if let Some((_, series)) = cells.series.iter().find(|(known, _)| *known == number) {
             return visit(series);
         }
         let series = Arc::new(Series::new());
         self.shared.push(key, Arc::clone(&series));
-        cells.series.push((slot, Arc::clone(&series)));
+        cells.series.push((number, Arc::clone(&series)));
         visit(&series)
     }
 
-    /// The labels of a hop, fetched from the registry at their first use.
+    /// Labels of a hop, read from the registry on first use.
     pub(super) fn labels(&self, hop: HopId) -> Arc<HopLabels> {
         let mut hops = self.hops.borrow_mut();
         if hops.len() <= hop.index() {
@@ -168,7 +168,7 @@ impl Shard {
         Arc::clone(labels)
     }
 
-    /// The buffer that lines are written into, empty.
+    /// Calls `write` with the worker's line buffer, emptied.
     pub(super) fn with_line<T>(&self, write: impl FnOnce(&mut String) -> T) -> T {
         let mut line = self.line.borrow_mut();
         line.clear();

@@ -1,4 +1,4 @@
-//! Hops as people want to see them: for the status page, the demo and `top`.
+//! Figures per hop and per destination, summed over workers: for the status page and the demo.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -10,20 +10,20 @@ use super::histogram::Buckets;
 use super::hop::HopLabels;
 use super::outcome::Outcome;
 
-/// One hop over all workers, protocols and outcomes, since the start of the process or since another summary.
+/// One hop, summed over workers, protocols and outcomes, since the start of the process or since another summary.
 #[derive(Clone, Debug)]
 pub struct HopSummary {
-    /// Which hop.
+    /// Labels of the hop.
     pub labels: Arc<HopLabels>,
-    /// How many exchanges ended.
+    /// Exchanges that ended.
     pub count: u64,
-    /// How many of them were failures of the hop; see [`Outcome::is_failure`].
+    /// Failures among them; see [`Outcome::is_failure`].
     pub failures: u64,
-    /// How many ended in which way; only those that happened.
+    /// Exchanges per outcome; outcomes without exchanges are absent.
     pub outcomes: BTreeMap<Outcome, u64>,
-    /// The total durations.
+    /// Durations from the request head to the last byte of the response.
     pub total: Buckets,
-    /// The proxy's own share.
+    /// Overhead: the time that hopguard itself took.
     pub overhead: Buckets,
 }
 
@@ -39,17 +39,17 @@ impl HopSummary {
         }
     }
 
-    /// The share of exchanges that were no failures, 0 to 1; `None` without exchanges.
+    /// Share of exchanges without failure, 0 to 1; `None` without exchanges.
     pub fn success(&self) -> Option<f64> {
         (self.count > 0).then(|| 1.0 - self.failures as f64 / self.count as f64)
     }
 
-    /// The duration that the share `q` of exchanges stayed below; `None` without exchanges.
+    /// The `q`-quantile (0 to 1) of the total duration; `None` without exchanges.
     pub fn quantile(&self, q: f64) -> Option<Duration> {
         self.total.quantile(q)
     }
 
-    /// What happened since `earlier`, a summary of the same hop.
+    /// The exchanges since `earlier`, a summary of the same hop.
     pub fn since(&self, earlier: &HopSummary) -> HopSummary {
         let mut outcomes = BTreeMap::new();
         for (outcome, count) in &self.outcomes {
@@ -69,7 +69,8 @@ impl HopSummary {
     }
 }
 
-pub(super) fn of(telemetry: &Telemetry) -> Vec<HopSummary> {
+/// See [`Telemetry::summaries`].
+pub(super) fn hops(telemetry: &Telemetry) -> Vec<HopSummary> {
     let mut hops = BTreeMap::new();
     for ((hop, _, outcome), sums) in telemetry.sums() {
         let summary = hops.entry(hop).or_insert_with(|| HopSummary::empty(telemetry.hops.labels(hop)));
@@ -86,25 +87,26 @@ pub(super) fn of(telemetry: &Telemetry) -> Vec<HopSummary> {
     summaries
 }
 
-/// The gauges of one destination over all workers.
+/// The gauges of one destination, summed over workers.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DestinationFigures {
-    /// The destination's name.
+    /// Name of the destination.
     pub name: String,
-    /// Exchanges that have a place.
+    /// Exchanges that hold a permit.
     pub in_flight: i64,
-    /// Exchanges that wait for one.
+    /// Exchanges in the queue for a permit.
     pub queued: i64,
-    /// Open upstream connections.
+    /// Open upstream connections, in use and idle.
     pub open: i64,
-    /// Open upstream connections without an exchange.
+    /// Idle upstream connections.
     pub idle: i64,
-    /// The circuit breaker: 0 closed (also before its first change), 1 half-open, 2 open.
+    /// State of the circuit breaker: 0 closed (also before its first change), 1 half-open, 2 open.
     pub breaker: i64,
-    /// Endpoints that were out after the last change.
+    /// Ejected endpoints as of the last change.
     pub ejected: i64,
 }
 
+/// See [`Telemetry::destinations`].
 pub(super) fn destinations(telemetry: &Telemetry) -> Vec<DestinationFigures> {
     let mut figures = BTreeMap::<String, DestinationFigures>::new();
     for reading in telemetry.instruments.read() {

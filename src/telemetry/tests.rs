@@ -1,4 +1,4 @@
-//! Exchanges from begin to drop, with the line and the page that they leave.
+//! Exchanges from begin to drop, with their log lines and metrics.
 
 use std::io::Write;
 use std::net::SocketAddr;
@@ -112,7 +112,7 @@ fn done(exchange: &mut Exchange, status: u16) {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_refused_call_explains_itself_in_both_formats() {
+async fn a_refused_call_is_explained_in_both_formats() {
     for format in [LineFormat::Json, LineFormat::Text] {
         let bench = Bench::new(AccessLogMode::Errors, format);
         let mut exchange = bench.exchange(Protocol::Http1, Method::POST, "/payments/7?card=1234");
@@ -135,7 +135,7 @@ async fn a_refused_call_explains_itself_in_both_formats() {
             assert!(time.len() == 24 && time.ends_with('Z'), "{time}");
             assert_eq!(
                 rest,
-                "POST /payments/7 504 request_timeout \"no answer within 2s\" 2.001s try 1/1 order->payment/pay \
+                "POST /payments/7 504 request_timeout \"no answer within 2s\" 2.001s attempt 1/1 order->payment/pay \
                  via 10.0.0.7:8080 timeouts.request=2s (policy.yaml:12) closed by hopguard \
                  trace 4bf92f3577b34da6a3ce929d0e0e4736"
             );
@@ -158,7 +158,7 @@ async fn a_refused_call_explains_itself_in_both_formats() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_grpc_line_can_be_read() {
+async fn a_grpc_line_has_the_status_name_and_the_decoded_message() {
     let bench = Bench::new(AccessLogMode::Errors, LineFormat::Text);
     let mut exchange = bench.exchange(Protocol::Grpc, Method::POST, "http://payment/shop.Payment/Charge");
     exchange.attempt(1, 1);
@@ -170,7 +170,7 @@ async fn a_grpc_line_can_be_read() {
     let (_, rest) = lines[0].split_once(' ').unwrap();
     assert_eq!(
         rest,
-        "shop.Payment/Charge UNAVAILABLE \"bank is \\\"down\\\"\\n\\u001b[31m\" 812ms try 1/1 order->payment/pay"
+        "shop.Payment/Charge UNAVAILABLE \"bank is \\\"down\\\"\\n\\u001b[31m\" 812ms attempt 1/1 order->payment/pay"
     );
     bench.telemetry.access_log.configure(AccessLogSettings { mode: AccessLogMode::Errors, format: LineFormat::Json });
     let mut exchange = bench.exchange(Protocol::Grpc, Method::POST, "http://payment/shop.Payment/Charge");
@@ -180,6 +180,19 @@ async fn a_grpc_line_can_be_read() {
     let line: serde_json::Value = serde_json::from_str(&bench.lines()[0]).unwrap();
     assert_eq!((&line["grpc_status"], &line["grpc_message"]), (&"99".into(), &"\u{fffd}%zz".into()));
     assert_eq!(line["host"], "payment");
+}
+
+#[test]
+fn a_text_line_ends_with_what_rules_did_or_would_have_done() {
+    let bench = Bench::new(AccessLogMode::All, LineFormat::Text);
+    let mut exchange = bench.get();
+    let notes = exchange.note();
+    (notes.retry, notes.failed_at) = (Some("budget"), Some("bank".into()));
+    notes.would.extend(["rate_limit", "deadline"]);
+    done(&mut exchange, 503);
+    drop(exchange);
+    let line = &bench.lines()[0];
+    assert!(line.ends_with(" no retry: budget failed at bank dry run: rate_limit,deadline"), "{line}");
 }
 
 #[test]
@@ -210,7 +223,7 @@ fn every_field_is_in_the_documents() {
 }
 
 #[test]
-fn the_mode_decides_who_gets_a_line() {
+fn the_mode_decides_which_exchanges_get_a_line() {
     let count = |mode| {
         let bench = Bench::new(mode, LineFormat::Json);
         let mut counts = Vec::new();
@@ -266,34 +279,34 @@ impl Write for Stuck {
 }
 
 #[test]
-fn a_reader_that_does_not_read_costs_lines_and_never_time() {
+fn a_stuck_reader_loses_lines_and_blocks_no_thread() {
     let (release, stuck) = std::sync::mpsc::channel();
     let telemetry = Telemetry::new(Sink::Writer(Box::new(Stuck(stuck))));
     for _ in 0..60_000 {
-        telemetry.access_log.put("a line");
+        telemetry.access_log.enqueue("a line");
     }
-    let dropped = telemetry.process.lines_dropped.value();
+    let dropped = telemetry.process.access_log_dropped.value();
     assert!(dropped > 5_000, "{dropped}");
     assert!(!telemetry.access_log.flush(ms(50)));
     drop(release);
     let deadline = Instant::now() + Duration::from_secs(5);
     while !telemetry.access_log.flush(ms(500)) {
-        assert!(Instant::now() < deadline, "the writer goes on when the reader does");
+        assert!(Instant::now() < deadline, "the writer continues once the reader reads");
     }
-    assert_eq!(telemetry.process.lines_failed.value(), 0);
+    assert_eq!(telemetry.process.access_log_write_errors.value(), 0);
 }
 
 #[test]
-fn what_waits_for_a_reader_is_bounded_in_bytes_too() {
+fn pending_lines_are_bounded_in_bytes_too() {
     let (_release, stuck) = std::sync::mpsc::channel();
     let telemetry = Telemetry::new(Sink::Writer(Box::new(Stuck(stuck))));
     let line = "x".repeat(64 << 10);
-    (0..200).for_each(|_| telemetry.access_log.put(&line));
-    assert_eq!(telemetry.process.lines_dropped.value(), 200 - (8 << 20) / (line.len() as u64 + 1));
+    (0..200).for_each(|_| telemetry.access_log.enqueue(&line));
+    assert_eq!(telemetry.process.access_log_dropped.value(), 200 - (8 << 20) / (line.len() as u64 + 1));
 }
 
 #[test]
-fn an_exchange_is_small_enough_to_ride_along() {
+fn an_exchange_fits_in_512_bytes() {
     assert!(size_of::<Exchange>() <= 512, "{} bytes", size_of::<Exchange>());
 }
 
@@ -306,7 +319,7 @@ pub(super) fn full_page(format: PageFormat) -> String {
     bench.shard.destination("a \"quoted\" \\ name\nin two lines").in_flight.set(3);
     bench.shard.destination("payment").connects.increment();
     bench.shard.listener("legacy").accepted.increment();
-    tell_what_rules_did(&bench.telemetry);
+    record_rule_events(&bench.telemetry);
     let mut exchange = bench.get();
     exchange.queued(ms(1));
     exchange.connected(ms(1));
@@ -317,15 +330,15 @@ pub(super) fn full_page(format: PageFormat) -> String {
     bench.telemetry.page(format)
 }
 
-fn tell_what_rules_did(telemetry: &Telemetry) {
+fn record_rule_events(telemetry: &Telemetry) {
     telemetry.retried("payment", RetryReason::Failed);
     telemetry.retried("payment", RetryReason::Unsent);
     telemetry.retry_withheld("payment", "budget");
     telemetry.breaker_changed("payment", "open", 2);
-    telemetry.ejection_changed("payment", "out", 1);
+    telemetry.ejection_changed("payment", "ejected", 1);
     telemetry.dry_run("payment", "rate_limit");
     telemetry.fault_injected("payment", "slow \"bank\"");
-    telemetry.joins("by_trace").increment();
+    telemetry.joins("by_trace_id").increment();
 }
 
 #[test]
@@ -343,7 +356,7 @@ fn every_family_is_on_the_page_and_in_the_documents() {
 }
 
 #[test]
-fn histograms_that_never_happened_are_left_out() {
+fn empty_histograms_are_omitted() {
     let bench = Bench::new(AccessLogMode::Off, LineFormat::Json);
     drop(bench.get());
     let page = bench.telemetry.page(PageFormat::Text);
@@ -354,7 +367,7 @@ fn histograms_that_never_happened_are_left_out() {
 }
 
 #[test]
-fn overhead_is_what_no_wait_explains() {
+fn overhead_is_the_time_to_first_byte_without_the_waits() {
     let bench = Bench::new(AccessLogMode::Off, LineFormat::Json);
     let mut exchange = bench.get();
     exchange.queued(ms(10));
@@ -368,7 +381,7 @@ fn overhead_is_what_no_wait_explains() {
 }
 
 #[test]
-fn promtool_is_silent_about_the_text_page() {
+fn promtool_accepts_the_text_page() {
     let promtool = Command::new("promtool")
         .args(["check", "metrics"])
         .stdin(Stdio::piped())

@@ -1,7 +1,7 @@
-//! Writes lines on a thread of its own, so that nobody who has something to say waits for whoever reads it.
+//! Writes log lines on a separate thread, so that a slow reader never blocks the thread that logs.
 //!
-//! What waits is bounded, in lines and in bytes. Beyond that, because the reader is slow or reads nothing, lines are
-//! thrown away and counted.
+//! The buffer is bounded in lines and in bytes. While it is full, because the reader is slow or stuck, lines are
+//! dropped and counted.
 
 use std::io::Write;
 use std::sync::Arc;
@@ -13,86 +13,86 @@ use tokio::time::Instant;
 
 use super::instruments::Counter;
 
-/// How many bytes wait to be written at most.
-const WAITING: usize = 8 << 20;
-/// The writer gathers lines for this long before it writes, so that a busy worker rarely has to wake it.
-const GATHER: Duration = Duration::from_millis(5);
-/// The writer writes at the latest when it has gathered this many bytes.
-const BATCH: usize = 256 * 1024;
+/// Most bytes that wait to be written.
+const MAX_PENDING_BYTES: usize = 8 << 20;
+/// Time in which the writer collects lines before it writes, so that a busy worker rarely has to wake it.
+const BATCH_DELAY: Duration = Duration::from_millis(5);
+/// Size in bytes at which a batch is written.
+const BATCH_BYTES: usize = 256 * 1024;
 
 enum Message {
     Line(Box<[u8]>),
     Flush(SyncSender<()>),
 }
 
-/// The way to the thread. Cheap to clone; the thread ends when the last one is gone.
+/// Handle of the writer thread. Cheap to clone; the thread ends when the last clone is dropped.
 #[derive(Clone, Debug)]
 pub(super) struct Writer {
     sender: SyncSender<Message>,
-    /// Bytes that were handed over and are not written yet.
-    waiting: Arc<AtomicUsize>,
+    /// Bytes that are enqueued and not written yet.
+    pending_bytes: Arc<AtomicUsize>,
     dropped: Counter,
 }
 
 impl Writer {
-    /// Starts the thread, called `name`, for which at most so many `lines` wait. `dropped` counts lines that were thrown
-    /// away, `failed` writes that the system refused. Where no thread can be had, all lines are thrown away.
+    /// Starts a thread called `name` with a buffer of `max_lines`. `dropped` counts dropped lines, `write_errors`
+    /// writes that failed. If the thread cannot be started, logs an error; all lines are then dropped.
     pub(super) fn start(
         name: &str,
         output: Box<dyn Write + Send>,
-        lines: usize,
+        max_lines: usize,
         dropped: Counter,
-        failed: Counter,
+        write_errors: Counter,
     ) -> Self {
-        let (sender, receiver) = sync_channel(lines);
-        let waiting = Arc::new(AtomicUsize::new(0));
-        let written = Arc::clone(&waiting);
+        let (sender, receiver) = sync_channel(max_lines);
+        let pending_bytes = Arc::new(AtomicUsize::new(0));
+        let pending = Arc::clone(&pending_bytes);
         let thread = std::thread::Builder::new().name(name.to_owned());
-        if let Err(error) = thread.spawn(move || write_lines(output, &receiver, &written, &failed)) {
-            tracing::error!(%error, "no thread for the {name}: its lines are dropped");
+        if let Err(error) = thread.spawn(move || write_lines(output, &receiver, &pending, &write_errors)) {
+            tracing::error!(%error, "cannot start the thread of the {name}: all its lines are dropped");
         }
-        Self { sender, waiting, dropped }
+        Self { sender, pending_bytes, dropped }
     }
 
-    /// Hands a line, without its line end, to the thread; never waits.
-    pub(super) fn put(&self, line: &[u8]) {
+    /// Passes a line without line end to the thread. Never blocks; drops and counts the line if the buffer is full.
+    pub(super) fn enqueue(&self, line: &[u8]) {
         let bytes = line.len() + 1;
-        let has_room = self.waiting.fetch_add(bytes, Ordering::Relaxed) + bytes <= WAITING;
+        let has_room = self.pending_bytes.fetch_add(bytes, Ordering::Relaxed) + bytes <= MAX_PENDING_BYTES;
         if !has_room || self.sender.try_send(Message::Line(line.into())).is_err() {
-            self.waiting.fetch_sub(bytes, Ordering::Relaxed);
+            self.pending_bytes.fetch_sub(bytes, Ordering::Relaxed);
             self.dropped.increment();
         }
     }
 
-    /// Lines that were thrown away.
+    /// Lines dropped so far.
     pub(super) fn dropped(&self) -> u64 {
         self.dropped.value()
     }
 
-    /// Waits until everything handed over so far is written, at most `limit`; `false` when that was not enough. It
-    /// blocks the thread: for the end of the process.
+    /// Waits up to `limit` until all lines so far are written; returns `false` if they are not. Blocks the thread: for
+    /// the end of the process.
     pub(super) fn flush(&self, limit: Duration) -> bool {
         let (done, written) = sync_channel(1);
         let deadline = Instant::now() + limit;
         let mut message = Message::Flush(done);
-        // The channel may be full behind a stuck reader, and a plain send would wait for it without a limit.
+        // With a stuck reader the channel may be full, and `send` would then block without a limit.
         while let Err(TrySendError::Full(back)) = self.sender.try_send(message) {
             if Instant::now() >= deadline {
                 return false;
             }
             message = back;
-            std::thread::sleep(GATHER);
+            std::thread::sleep(BATCH_DELAY);
         }
         written.recv_timeout(deadline.saturating_duration_since(Instant::now())).is_ok()
     }
 }
 
-/// Until the last sender is gone: gather what is there, write it, tell whoever waits for a flush.
+/// Collects pending lines, writes them and confirms flushes, until the last sender is dropped.
 fn write_lines(
     mut output: Box<dyn Write + Send>,
     receiver: &Receiver<Message>,
-    written: &AtomicUsize,
-    failed: &Counter,
+    pending_bytes: &AtomicUsize,
+    write_errors: &Counter,
 ) {
     let mut batch = Vec::with_capacity(16 * 1024);
     while let Ok(first) = receiver.recv() {
@@ -106,18 +106,18 @@ fn write_lines(
                 }
                 Message::Flush(done) => flushes.push(done),
             }
-            next = if batch.len() < BATCH { receiver.try_recv().ok() } else { None };
+            next = if batch.len() < BATCH_BYTES { receiver.try_recv().ok() } else { None };
         }
         if output.write_all(&batch).and_then(|()| output.flush()).is_err() {
-            failed.increment();
+            write_errors.increment();
         }
-        written.fetch_sub(batch.len(), Ordering::Relaxed);
+        pending_bytes.fetch_sub(batch.len(), Ordering::Relaxed);
         batch.clear();
         if flushes.is_empty() {
-            std::thread::sleep(GATHER);
+            std::thread::sleep(BATCH_DELAY);
         }
         for done in flushes {
-            // Whoever waited may have given up.
+            // The caller of the flush may have timed out.
             let _ = done.try_send(());
         }
     }

@@ -305,22 +305,22 @@ impl Cluster {
 
     /// Tells that an endpoint is out, is being tried, or is in again: a log line and a metric.
     pub fn ejection_changed(&self, telemetry: &Telemetry, member: &EjectionMember, change: &StateChange, now: Instant) {
-        let word = match change.to {
-            BreakerState::Open => "out",
-            BreakerState::HalfOpen => "tried",
-            BreakerState::Closed => "in",
+        let result = match change.to {
+            BreakerState::Open => "ejected",
+            BreakerState::HalfOpen => "probed",
+            BreakerState::Closed => "returned",
         };
-        telemetry.ejection_changed(&self.identity.name, word, self.health.out_now(now));
+        telemetry.ejection_changed(&self.identity.name, result, self.health.out_now(now));
         // A number of 128 bits would be written as a string.
         let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
         tracing::warn!(
             destination = &*self.identity.name,
             place = self.place,
             endpoint = %member.address(),
-            change = word,
+            result,
             cause = change.cause.as_str(),
             consecutive = change.consecutive,
-            out_for_ms = change.open_for.map(millis),
+            ejected_for_ms = change.open_for.map(millis),
             "an endpoint changed its state"
         );
     }
@@ -455,10 +455,10 @@ mod tests {
             cluster.publish(vec![address(1)], None, true);
         });
         assert_eq!(said.len(), 1, "{said:?}");
-        for part in ["destination=\"shop\"", "endpoint=10.0.0.1:80", "change=\"in\"", "cause=\"no_other_left\""] {
+        for part in ["destination=\"shop\"", "endpoint=10.0.0.1:80", "result=\"returned\"", "cause=\"no_other_left\""] {
             assert!(said[0].contains(part), "{part}: {said:?}");
         }
-        let back = "hopguard_ejections_total{destination=\"shop\",change=\"in\"}";
+        let back = "hopguard_ejections_total{destination=\"shop\",result=\"returned\"}";
         assert_eq!((metric(&telemetry, back), metric(&telemetry, out)), (Some(1.0), Some(0.0)));
     }
 

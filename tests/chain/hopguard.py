@@ -52,7 +52,7 @@ def reload_counts(spec):
 
 def evidence(spec):
     """hopguard's own counters of what the lab measures from outside; only those that are not zero."""
-    names = ("hopguard_requests_total", "hopguard_retries", "hopguard_circuit_breaker", "hopguard_ejection", "hopguard_deadline_joins")
+    names = ("hopguard_requests_total", "hopguard_retries", "hopguard_circuit_breaker", "hopguard_ejection", "hopguard_correlations")
     return {name: value for prefix in names for name, value in metrics(spec, prefix).items() if value}
 
 

@@ -62,7 +62,7 @@ impl Reading {
 
 /// How often a hopguard's breaker for payment has opened, as its metrics page says.
 fn openings(member: &Member) -> u64 {
-    let series = "hopguard_circuit_breaker_changes_total{destination=\"payment\",to=\"open\"} ";
+    let series = "hopguard_circuit_breaker_changes_total{destination=\"payment\",state=\"open\"} ";
     let page = member.app.telemetry().page(PageFormat::Text);
     page.lines().find_map(|line| line.strip_prefix(series)?.parse().ok()).unwrap_or(0)
 }

@@ -231,9 +231,13 @@ async fn the_access_log_can_be_text() {
     let answer = crate::support::http::grpc(to, "/shop.v1.Payment/Charge").await;
     assert_eq!(answer.status, 200);
     let lines = crate::support::eventually(|| Some(program.access_text()).filter(|lines| lines.len() == 2)).await;
-    for wanted in
-        ["GET /slow 504 request_timeout", "try 1/3", "shop->app/default", "timeouts.request=150ms", "policy.yaml:10"]
-    {
+    for wanted in [
+        "GET /slow 504 request_timeout",
+        "attempt 1/3",
+        "shop->app/default",
+        "timeouts.request=150ms",
+        "policy.yaml:10",
+    ] {
         assert!(lines[0].contains(wanted), "{wanted} is not in {}", lines[0]);
     }
     assert!(!lines[0].contains("secret"), "{}", lines[0]);

@@ -82,8 +82,8 @@ impl Service {
         Self { app, mesh }
     }
 
-    fn joined(&self, how: &str) -> f64 {
-        self.mesh.metric("hopguard_deadline_joins_total", &[&format!("how=\"{how}\"")])
+    fn correlations(&self, result: &str) -> f64 {
+        self.mesh.metric("hopguard_correlations_total", &[&format!("result=\"{result}\"")])
     }
 
     /// The access log line of the last call to `destination`, once there are so many.
@@ -200,8 +200,8 @@ async fn a_deadline_goes_through_apps_of_two_languages_whatever_they_forward() {
         for forward in FORWARDS {
             let case = format!("{order:?} {forward}");
             chain.warm_up(forward).await;
-            let how = if forward == "nothing" { "only_one" } else { "by_trace" };
-            let before: Vec<f64> = chain.0[..2].iter().map(|service| service.joined(how)).collect();
+            let result = if forward == "nothing" { "only_in_flight" } else { "by_trace_id" };
+            let before: Vec<f64> = chain.0[..2].iter().map(|service| service.correlations(result)).collect();
             chain.does(forward, [25, 25, LONG_WORK]).await;
 
             let begun = Instant::now();
@@ -223,7 +223,7 @@ async fn a_deadline_goes_through_apps_of_two_languages_whatever_they_forward() {
             assert_eq!(trace, (forward != "nothing").then_some(TRACEPARENT), "{case}");
 
             for (at, service) in chain.0[..2].iter().enumerate() {
-                assert_eq!(service.joined(how), before[at] + 1.0, "{case}");
+                assert_eq!(service.correlations(result), before[at] + 1.0, "{case}");
                 let line = service.line("next", calls[at].len()).await;
                 assert_eq!((&line["status"], &line["deadline_from"]), (&504.into(), &"inbound".into()), "{line}");
                 assert!(line["deadline_ms"].as_f64().is_some_and(|left| left < 1000.0), "{line}");
@@ -277,7 +277,11 @@ async fn two_calls_at_once_through_apps_that_forward_nothing_keep_their_own_time
         assert_eq!(first.await.unwrap().status, 200, "{order:?}: it has more time than the second one");
         let calls = chain.calls_at_rest().await;
         for service in &chain.0[..2] {
-            assert_eq!((service.joined("only_one"), service.joined("not_joined")), (1.0, 1.0), "{order:?}");
+            assert_eq!(
+                (service.correlations("only_in_flight"), service.correlations("ambiguous")),
+                (1.0, 1.0),
+                "{order:?}"
+            );
         }
         for calls in &calls[1..] {
             let heard = [told(&calls[0]), told(&calls[1])];
@@ -304,12 +308,12 @@ async fn an_app_that_calls_on_after_the_deadline_reaches_nobody() {
             let service = &chain.0[1];
             if forward == "nothing" {
                 // Nothing tells that somebody had asked for it.
-                assert_eq!((&b["status"], reached, service.joined("no_inbound")), (&200.into(), 1, 1.0), "{case}");
+                assert_eq!((&b["status"], reached, service.correlations("no_parent")), (&200.into(), 1, 1.0), "{case}");
                 continue;
             }
             assert_eq!((&b["status"], reached), (&504.into(), 0), "{case}");
             service.mesh.ended("deadline_spent", late + 1).await;
-            assert_eq!(service.joined("late"), late as f64 + 1.0, "{case}");
+            assert_eq!(service.correlations("parent_expired"), late as f64 + 1.0, "{case}");
         }
         let spent: Vec<f64> = chain.0.iter().map(|service| service.mesh.count("deadline_spent")).collect();
         assert_eq!(spent, [0.0, 2.0, 0.0], "{order:?}");

@@ -477,7 +477,7 @@ async fn what_a_call_of_an_older_policy_still_brings_about_is_not_shown() {
     gate.release(1);
     assert_eq!(asked.await.unwrap().status, 500);
     mesh.ended("server_error", 1).await;
-    assert_eq!(mesh.metric("hopguard_circuit_breaker_changes_total", &["to=\"open\""]), 1.0);
+    assert_eq!(mesh.metric("hopguard_circuit_breaker_changes_total", &["state=\"open\""]), 1.0);
     assert_eq!(mesh.metric("hopguard_circuit_breaker_state", &[]), 0.0);
     mesh.stop().await;
 }

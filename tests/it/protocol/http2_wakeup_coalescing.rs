@@ -1,4 +1,4 @@
-//! Wakeup coalescing: a worker with many HTTP/2 streams under way naps, and does more each time it wakes up.
+//! Wake batching: a worker with many HTTP/2 streams in flight sleeps briefly before it polls, and handles more events per wake-up.
 
 use hyper::Request;
 
@@ -6,7 +6,7 @@ use crate::support::http::{Answer, Body, empty, get, http2, request};
 use crate::support::upstream::{Gate, Upstream, policy};
 use crate::support::{Mesh, eventually};
 
-/// Calls under way at once; a worker naps from 32 on.
+/// Calls in flight at once; wake batching begins at 32 streams per worker.
 const CALLS: usize = 48;
 
 fn slow() -> Request<Body> {
@@ -21,7 +21,7 @@ async fn open() -> (Gate, Upstream, Mesh) {
 }
 
 #[tokio::test]
-async fn a_worker_with_many_http2_streams_naps_and_every_call_is_answered() {
+async fn a_worker_with_many_http2_streams_batches_wakes_and_every_call_is_answered() {
     let (gate, upstream, mesh) = open().await;
     let connection = http2(mesh.addr("in")).await;
     let calls: Vec<_> = (0..CALLS)
@@ -31,7 +31,7 @@ async fn a_worker_with_many_http2_streams_naps_and_every_call_is_answered() {
         })
         .collect();
     eventually(|| (upstream.requests() == CALLS).then_some(())).await;
-    eventually(|| (mesh.metric("hopguard_worker_naps_total", &[]) > 0.0).then_some(())).await;
+    eventually(|| (mesh.metric("hopguard_worker_wake_batches_total", &[]) > 0.0).then_some(())).await;
     gate.release(CALLS);
     for call in calls {
         assert_eq!(call.await.unwrap().status, 200);
@@ -40,7 +40,7 @@ async fn a_worker_with_many_http2_streams_naps_and_every_call_is_answered() {
 }
 
 #[tokio::test]
-async fn over_http1_no_worker_naps() {
+async fn over_http1_no_worker_batches_wakes() {
     let (gate, upstream, mesh) = open().await;
     let to = mesh.addr("in");
     let calls: Vec<_> = (0..CALLS).map(|_| tokio::spawn(get(to, "/slow"))).collect();
@@ -50,5 +50,5 @@ async fn over_http1_no_worker_naps() {
         assert_eq!(call.await.unwrap().status, 200);
     }
     mesh.ended("ok", CALLS).await;
-    assert_eq!(mesh.metric("hopguard_worker_naps_total", &[]), 0.0);
+    assert_eq!(mesh.metric("hopguard_worker_wake_batches_total", &[]), 0.0);
 }

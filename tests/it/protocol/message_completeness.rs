@@ -129,7 +129,7 @@ async fn limits_hold_while_the_caller_reads_on_and_on() {
             let line = mesh.only(outcome).await;
             assert_eq!(line["refusal"]["rule"], rule, "{line}");
             // The upstream had more to give all the time.
-            assert_eq!(mesh.metric("hopguard_circuit_breaker_changes_total", &["to=\"open\""]), 0.0);
+            assert_eq!(mesh.metric("hopguard_circuit_breaker_changes_total", &["state=\"open\""]), 0.0);
             mesh.stop().await;
         }
     }
@@ -502,7 +502,7 @@ async fn before_the_app_only_a_connection_that_closes_is_a_reason_to_send_again(
         seen.store(0, SeqCst);
         assert_eq!(get(mesh.addr("in"), "/refuse").await.status, 502);
         assert_eq!(seen.load(SeqCst), 1, "the app has refused a stream: the caller's hopguard has other endpoints");
-        assert_eq!(mesh.only("upstream_reset").await["retry"], "at_the_caller");
+        assert_eq!(mesh.only("upstream_reset").await["retry_withheld"], "at_the_caller");
         assert_eq!(mesh.metric("hopguard_retries_total", &["app"]), 0.0);
         mesh.stop().await;
     }

@@ -53,7 +53,7 @@ impl Shop {
 }
 
 pub(crate) fn changes(mesh: &Mesh, to: &str) -> f64 {
-    mesh.metric("hopguard_circuit_breaker_changes_total", &["app", &format!("to=\"{to}\"")])
+    mesh.metric("hopguard_circuit_breaker_changes_total", &["app", &format!("state=\"{to}\"")])
 }
 
 pub(crate) fn state(mesh: &Mesh) -> f64 {
@@ -121,10 +121,10 @@ async fn in_warn_every_call_goes_through_and_those_that_would_not_are_counted() 
     fail(&mesh, 8, 500).await;
     assert_eq!(shop.upstream.requests(), 8);
     assert_eq!(mesh.count("circuit_open"), 0.0);
-    assert_eq!(mesh.metric("hopguard_would_act_total", &["rule=\"circuit_breaker\"", "app"]), 3.0);
+    assert_eq!(mesh.metric("hopguard_dry_run_total", &["rule=\"circuit_breaker\"", "app"]), 3.0);
     mesh.ended("server_error", 8).await;
     eventually(|| (mesh.log().len() == 8).then_some(())).await;
-    let would = mesh.log().iter().filter(|line| line.contains("\"would\":\"circuit_breaker\"")).count();
+    let would = mesh.log().iter().filter(|line| line.contains("\"dry_run\":\"circuit_breaker\"")).count();
     assert_eq!(would, 3, "{:#?}", mesh.log());
     assert_eq!((state(&mesh), changes(&mesh, "open")), (2.0, 1.0), "in warn its state is shown as well");
     mesh.stop().await;
@@ -552,7 +552,7 @@ async fn each_change_of_state_is_told_once_with_its_cause_and_counts() {
     // Twice as long, less the time that the probe was waited for.
     assert!((25..=200).contains(&number(2, "open_for_ms")), "{}", told[2]);
     for (to, times) in [("open", 2.0), ("half_open", 2.0), ("closed", 1.0)] {
-        let label = format!("to=\"{to}\"");
+        let label = format!("state=\"{to}\"");
         assert_eq!(program.metric("hopguard_circuit_breaker_changes_total", &[&label]).await, times, "{to}");
     }
     assert_eq!(program.metric("hopguard_circuit_breaker_state", &["app"]).await, 0.0);

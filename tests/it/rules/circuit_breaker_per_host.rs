@@ -75,7 +75,7 @@ async fn the_worst_place_is_shown() {
         assert!(begun.elapsed() < SOON, "it stays open");
         sleep(Duration::from_millis(10)).await;
     }
-    let closed = mesh.metric("hopguard_circuit_breaker_changes_total", &["others", "to=\"closed\""]);
+    let closed = mesh.metric("hopguard_circuit_breaker_changes_total", &["others", "state=\"closed\""]);
     assert_eq!((closed, state(&mesh)), (1.0, 2.0), "the first one is still open");
     assert_eq!(call(to, first.addr).await.problem()["refusal"], "circuit_open");
     assert_eq!(first.requests(), 2);

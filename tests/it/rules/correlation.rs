@@ -92,8 +92,8 @@ impl Service {
         tokio::spawn(async move { ask(to, asked).await })
     }
 
-    fn joined(&self, how: &str) -> f64 {
-        self.mesh.metric("hopguard_deadline_joins_total", &[&format!("how=\"{how}\"")])
+    fn correlations(&self, result: &str) -> f64 {
+        self.mesh.metric("hopguard_correlations_total", &[&format!("result=\"{result}\"")])
     }
 
     async fn line(&self, destination: &str) -> Value {
@@ -144,7 +144,7 @@ async fn an_app_that_forwards_nothing_but_a_trace_id_carries_its_deadline_on() {
         );
         assert_eq!(line["refusal"]["origin"], "asked by the inbound request", "{line}");
         assert!(line["deadline_ms"].as_f64().is_some_and(|left| left < 400.0), "{line}");
-        assert!(service.joined("by_trace") >= 1.0, "{name}");
+        assert!(service.correlations("by_trace_id") >= 1.0, "{name}");
         other.abort();
     }
 }
@@ -182,19 +182,19 @@ async fn an_app_that_forwards_nothing_is_joined_while_it_has_only_one_request() 
     assert_eq!(answer.status, 504);
     let line = service.line("bank").await;
     assert_eq!((&line["outcome"], &line["deadline_from"]), (&"deadline_exceeded".into(), &"inbound".into()), "{line}");
-    assert_eq!((service.joined("only_one"), service.joined("not_joined")), (1.0, 0.0));
+    assert_eq!((service.correlations("only_in_flight"), service.correlations("ambiguous")), (1.0, 0.0));
     service.mesh.stop().await;
 }
 
 #[tokio::test]
-async fn an_app_that_forwards_nothing_and_has_two_requests_is_counted_as_not_joined() {
+async fn an_app_that_forwards_nothing_and_has_two_requests_is_counted_as_ambiguous() {
     let service = Service::open(&[], Duration::from_millis(300), "").await;
     let both = [service.call("/a", "1000", None), service.call("/b", "1000", None)];
     for call in both {
         assert_eq!(call.await.unwrap().status, 200);
     }
     // The second may have come when the first was answered already.
-    let (alone, not) = (service.joined("only_one"), service.joined("not_joined"));
+    let (alone, not) = (service.correlations("only_in_flight"), service.correlations("ambiguous"));
     assert!(not >= 1.0 && alone + not == 2.0, "{alone} and {not}");
     let told: Vec<u64> = {
         let asked = service.bank.asked.lock().unwrap();
@@ -211,7 +211,7 @@ async fn an_app_that_forwards_nothing_and_has_two_requests_is_counted_as_not_joi
 async fn a_call_that_no_request_has_caused_has_the_policys_time() {
     let service = Service::open(&[], Duration::ZERO, "").await;
     assert_eq!(get(service.mesh.addr("out"), "/").await.status, 200);
-    assert_eq!(service.joined("no_inbound"), 1.0);
+    assert_eq!(service.correlations("no_parent"), 1.0);
     let told: u64 = service.bank.told(EXPECTED).parse().unwrap();
     assert!((2000..3000).contains(&told), "{told}");
     service.mesh.stop().await;
@@ -253,7 +253,7 @@ async fn a_request_that_came_again_and_was_answered_is_late_no_more() {
         service.mesh.ended("ok", 2).await;
         let after = request("GET", "/").header(name, value).body(empty()).unwrap();
         assert_eq!(ask(service.mesh.addr("out"), after).await.status, 200, "{name}");
-        assert_eq!((service.joined("late"), service.joined("no_inbound")), (1.0, 1.0), "{name}");
+        assert_eq!((service.correlations("parent_expired"), service.correlations("no_parent")), (1.0, 1.0), "{name}");
         assert_eq!((service.bank.upstream.requests(), service.mesh.count("deadline_spent")), (2, 1.0), "{name}");
         service.mesh.stop().await;
     }
@@ -281,7 +281,7 @@ async fn an_inbound_request_without_any_id_gets_one_and_others_keep_theirs() {
     let given = id(0, &service.asked);
     assert_eq!((given.len(), given.matches('-').count()), (36, 4), "{given:?}");
     assert_eq!(id(0, &service.bank.asked), given, "forwarded by the app");
-    assert_eq!(service.joined("by_trace"), 1.0);
+    assert_eq!(service.correlations("by_trace_id"), 1.0);
     for (at, (name, value)) in TRACES.into_iter().enumerate() {
         assert_eq!(service.call("/", "1000", Some((name, value))).await.unwrap().status, 200);
         let wanted = if name == "x-request-id" { value } else { "" };
@@ -311,7 +311,11 @@ async fn an_inbound_request_whose_ids_cannot_be_read_gets_one_too() {
         if name != "x-request-id" {
             assert_eq!(fields[name], value, "it passes as it came");
         }
-        assert_eq!((service.joined("by_trace"), service.joined("not_joined")), (2.0 * at as f64 + 2.0, 0.0), "{name}");
+        assert_eq!(
+            (service.correlations("by_trace_id"), service.correlations("ambiguous")),
+            (2.0 * at as f64 + 2.0, 0.0),
+            "{name}"
+        );
         other.abort();
     }
 }
@@ -353,10 +357,10 @@ async fn nothing_is_tried_again_for_an_inbound_request_that_nobody_waits_for() {
             assert_eq!(asked.await.unwrap().status, 504);
         }
         let line = mesh.only(outcome).await;
-        assert_eq!((&line["destination"], &line["retry"]), (&"bank".into(), &"caller_gone".into()), "{line}");
+        assert_eq!((&line["destination"], &line["retry_withheld"]), (&"bank".into(), &"caller_gone".into()), "{line}");
         assert_eq!((&line["attempt"], bank.tries()), (&1.into(), 1), "{line}");
         assert_eq!(mesh.metric("hopguard_retries_total", &[]), 0.0);
-        assert_eq!(mesh.metric("hopguard_retries_withheld_total", &["bank", "why=\"caller_gone\""]), 1.0);
+        assert_eq!(mesh.metric("hopguard_retries_withheld_total", &["bank", "reason=\"caller_gone\""]), 1.0);
         mesh.stop().await;
     }
 }
@@ -378,10 +382,10 @@ async fn an_app_whose_caller_has_left_has_no_more_time_than_before_and_no_retrie
         mesh.only("caller_gone").await;
         let line = mesh.only(outcome).await;
         assert_eq!((&line["destination"], &line["deadline_from"]), (&"bank".into(), &"inbound".into()), "{line}");
-        assert_eq!((&line["attempt"], &line["retry"], bank.tries()), (&1.into(), &why, 1), "{line}");
+        assert_eq!((&line["attempt"], &line["retry_withheld"], bank.tries()), (&1.into(), &why, 1), "{line}");
         let told: u64 = bank.seen()[0].header(EXPECTED).parse().unwrap();
         assert!((200..720).contains(&told), "{told}");
-        assert_eq!(mesh.metric("hopguard_deadline_joins_total", &["how=\"by_trace\""]), 1.0);
+        assert_eq!(mesh.metric("hopguard_correlations_total", &["result=\"by_trace_id\""]), 1.0);
         mesh.stop().await;
     }
 }
@@ -560,5 +564,5 @@ async fn an_app_that_calls_on_after_its_stream_was_ended_is_refused() {
     let line = mesh.only("deadline_spent").await;
     assert_eq!((&line["destination"], &line["deadline_from"]), (&"bank".into(), &"inbound".into()), "{line}");
     assert_eq!(bank.upstream.requests(), 0);
-    assert_eq!(mesh.metric("hopguard_deadline_joins_total", &["how=\"late\""]), 1.0);
+    assert_eq!(mesh.metric("hopguard_correlations_total", &["result=\"parent_expired\""]), 1.0);
 }

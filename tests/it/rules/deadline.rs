@@ -132,11 +132,11 @@ async fn in_warn_the_call_goes_on_and_is_counted_as_late() {
     let mesh = Mesh::start(&policy(bank.upstream.addr, more)).await;
     let answer = expecting(mesh.addr("in"), "/slow", "100").await;
     let line = mesh.refused(&answer, "request_timeout", "timeouts.request", "500ms").await;
-    assert_eq!((&line["would"], &line["deadline_ms"]), (&"deadline".into(), &100.0.into()), "{line}");
-    assert_eq!(mesh.metric("hopguard_would_act_total", &["rule=\"deadline\"", "app"]), 1.0);
+    assert_eq!((&line["dry_run"], &line["deadline_ms"]), (&"deadline".into(), &100.0.into()), "{line}");
+    assert_eq!(mesh.metric("hopguard_dry_run_total", &["rule=\"deadline\"", "app"]), 1.0);
     assert_eq!(expecting(mesh.addr("in"), "/", "400").await.status, 200);
     mesh.ended("ok", 1).await;
-    assert_eq!(mesh.metric("hopguard_would_act_total", &["rule=\"deadline\"", "app"]), 1.0, "in time");
+    assert_eq!(mesh.metric("hopguard_dry_run_total", &["rule=\"deadline\"", "app"]), 1.0, "in time");
     mesh.stop().await;
 }
 
@@ -303,7 +303,7 @@ async fn a_malformed_grpc_timeout_is_not_taken_for_no_timeout() {
         let mesh = Mesh::start(&policy(bank.upstream.addr, &more)).await;
         let answer = grpc_within(mesh.addr("in"), CHARGE, "soon").await;
         assert_eq!(answer.grpc_status(), "0", "{mode} {answer:?}");
-        assert_eq!(mesh.metric("hopguard_would_act_total", &["rule=\"deadline\"", "app"]), noted, "{mode}");
+        assert_eq!(mesh.metric("hopguard_dry_run_total", &["rule=\"deadline\"", "app"]), noted, "{mode}");
         mesh.stop().await;
     }
 }
@@ -319,7 +319,7 @@ async fn callers_in_a_hurry_do_not_open_the_breaker_and_patient_ones_do() {
         for _ in 0..6 {
             expecting(mesh.addr("in"), "/slow", wait).await;
         }
-        let opened = mesh.metric("hopguard_circuit_breaker_changes_total", &["to=\"open\""]);
+        let opened = mesh.metric("hopguard_circuit_breaker_changes_total", &["state=\"open\""]);
         assert_eq!(opened > 0.0, opens, "{wait}");
         assert_eq!(get(mesh.addr("in"), "/").await.status.as_u16(), if opens { 503 } else { 200 }, "{wait}");
         mesh.stop().await;
@@ -350,7 +350,7 @@ async fn an_answer_that_the_next_hop_cuts_for_a_caller_in_a_hurry_opens_no_break
         }
         let ended = || upper.count("upstream_cut") + upper.count("deadline_exceeded");
         eventually(|| (ended() == 6.0).then_some(())).await;
-        let opened = upper.metric("hopguard_circuit_breaker_changes_total", &["to=\"open\""]);
+        let opened = upper.metric("hopguard_circuit_breaker_changes_total", &["state=\"open\""]);
         assert_eq!(opened, 0.0, "{protocol} {:#?}", upper.log());
         upper.stop().await;
         lower.stop().await;

@@ -458,7 +458,11 @@ async fn an_abort_is_tried_again_and_each_try_is_counted() {
     assert!(answer.header("proxy-status").contains("hopguard-final"), "{answer:?}");
     eventually(|| (!mesh.log().is_empty()).then_some(())).await;
     let line: serde_json::Value = serde_json::from_str(&mesh.log()[0]).unwrap();
-    assert_eq!((tries(&line), &line["fault"], &line["retry"]), (3, &"test".into(), &"tries_used_up".into()), "{line}");
+    assert_eq!(
+        (tries(&line), &line["fault"], &line["retry_withheld"]),
+        (3, &"test".into(), &"tries_used_up".into()),
+        "{line}"
+    );
     assert_eq!((injected(&mesh), mesh.metric("hopguard_retries_total", &["app"])), (3.0, 2.0));
     assert_eq!(upstream.requests(), 0);
     mesh.stop().await;
@@ -490,8 +494,10 @@ async fn aborts_open_the_breaker() {
             let response = send(Speaks::Http1, &mesh, get_request()).await;
             let _cut = Answer::read(response).await;
         }
-        eventually(|| (mesh.metric("hopguard_circuit_breaker_changes_total", &["to=\"open\""]) == 1.0).then_some(()))
-            .await;
+        eventually(|| {
+            (mesh.metric("hopguard_circuit_breaker_changes_total", &["state=\"open\""]) == 1.0).then_some(())
+        })
+        .await;
         let answer = get(mesh.addr("in"), "/").await;
         assert_eq!(answer.status, 503, "{fault}");
         mesh.refused(&answer, "circuit_open", "circuitBreaker.consecutiveFailures", "3").await;
@@ -510,9 +516,9 @@ async fn a_rule_that_is_off_injects_nothing_and_one_in_warn_only_says_so() {
         let answer = get(mesh.addr("in"), "/").await;
         assert_eq!((answer.status.as_u16(), &answer.body[..]), (200, &b"fine"[..]), "{mode}");
         let line = mesh.only("ok").await;
-        assert_eq!((line["fault"].as_str(), line["would"].as_str()), (fault, would), "{line}");
+        assert_eq!((line["fault"].as_str(), line["dry_run"].as_str()), (fault, would), "{line}");
         assert_eq!(injected(&mesh), 0.0);
-        assert_eq!(mesh.metric("hopguard_would_act_total", &["rule=\"faults\""]), f64::from(u8::from(would.is_some())));
+        assert_eq!(mesh.metric("hopguard_dry_run_total", &["rule=\"faults\""]), f64::from(u8::from(would.is_some())));
         mesh.stop().await;
     }
 }

@@ -182,16 +182,26 @@ async fn a_failure_at_the_end_of_the_chain_is_retried_there_and_nowhere_else() {
         assert!(failed(speaks, &answer), "{answer:?}");
         assert_eq!(chain.bank.tries(), 3, "{speaks:?}");
         assert_eq!(chain.metric("hopguard_retries_total", &[]), [0.0, 0.0, 2.0, 0.0], "{speaks:?}");
-        assert_eq!(chain.metric("hopguard_retries_withheld_total", &["why=\"tries_used_up\""]), [0.0, 0.0, 1.0, 0.0]);
-        assert_eq!(chain.metric("hopguard_retries_withheld_total", &["why=\"retried_below\""]), [1.0, 1.0, 0.0, 0.0]);
+        assert_eq!(
+            chain.metric("hopguard_retries_withheld_total", &["reason=\"tries_used_up\""]),
+            [0.0, 0.0, 1.0, 0.0]
+        );
+        assert_eq!(
+            chain.metric("hopguard_retries_withheld_total", &["reason=\"retried_below\""]),
+            [1.0, 1.0, 0.0, 0.0]
+        );
         let line = &chain.lines("c", "d", 1).await[0];
-        assert_eq!((&line["attempt"], &line["retry"]), (&3.into(), &"tries_used_up".into()), "{line}");
+        assert_eq!((&line["attempt"], &line["retry_withheld"]), (&3.into(), &"tries_used_up".into()), "{line}");
         for (service, destination) in [("b", "c"), ("a", "b")] {
             let line = &chain.lines(service, destination, 1).await[0];
-            assert_eq!((&line["attempt"], &line["retry"]), (&1.into(), &"retried_below".into()), "{line}");
+            assert_eq!((&line["attempt"], &line["retry_withheld"]), (&1.into(), &"retried_below".into()), "{line}");
             assert_eq!(line["failed_at"], "d", "{line}");
             let inbound = &chain.lines(service, service, 1).await[0];
-            assert_eq!((&inbound["failed_at"], &inbound["retry"]), (&"d".into(), &"at_the_caller".into()), "{inbound}");
+            assert_eq!(
+                (&inbound["failed_at"], &inbound["retry_withheld"]),
+                (&"d".into(), &"at_the_caller".into()),
+                "{inbound}"
+            );
         }
         let said = answer.header("proxy-status");
         assert!(said.contains("hopguard-final") && said.contains("hopguard-at=\"d\""), "{answer:?}");
@@ -217,11 +227,17 @@ async fn whatever_retry_on_names_is_tried_in_one_place() {
         let chain = Chain::start(speaks, script, "", &defaults).await;
         let answer = chain.call("GET", 1).await;
         assert_eq!(chain.bank.tries(), 3, "{script:?} {answer:?}");
-        assert_eq!(chain.metric("hopguard_retries_withheld_total", &["why=\"tries_used_up\""]), [0.0, 0.0, 1.0, 0.0]);
-        assert_eq!(chain.metric("hopguard_retries_withheld_total", &["why=\"retried_below\""]), [1.0, 1.0, 0.0, 0.0]);
+        assert_eq!(
+            chain.metric("hopguard_retries_withheld_total", &["reason=\"tries_used_up\""]),
+            [0.0, 0.0, 1.0, 0.0]
+        );
+        assert_eq!(
+            chain.metric("hopguard_retries_withheld_total", &["reason=\"retried_below\""]),
+            [1.0, 1.0, 0.0, 0.0]
+        );
         for (service, destination, tries, why) in [("c", "d", 3, "tries_used_up"), ("a", "b", 1, "retried_below")] {
             let line = &chain.lines(service, destination, 1).await[0];
-            assert_eq!((&line["attempt"], &line["retry"]), (&tries.into(), &why.into()), "{line}");
+            assert_eq!((&line["attempt"], &line["retry_withheld"]), (&tries.into(), &why.into()), "{line}");
         }
         let said = answer.header("proxy-status");
         assert!(said.contains("hopguard-final") && said.contains("hopguard-at=\"d\""), "{answer:?}");
@@ -241,7 +257,7 @@ async fn what_retry_on_does_not_name_below_500_is_an_answer_and_bears_no_mark() 
         assert_eq!((chain.bank.tries(), answer.header("proxy-status")), (1, ""), "{answer:?}");
         assert_eq!(answer.header("grpc-retry-pushback-ms"), "", "{answer:?}");
         assert_eq!(chain.metric("hopguard_retries_withheld_total", &[]), [0.0; 4]);
-        assert_eq!(chain.lines("c", "d", 1).await[0]["retry"], serde_json::Value::Null);
+        assert_eq!(chain.lines("c", "d", 1).await[0]["retry_withheld"], serde_json::Value::Null);
         chain.stop().await;
     }
 }
@@ -268,7 +284,7 @@ async fn no_hop_tries_again_once_the_head_of_an_answer_has_come() {
     for mesh in [outer, inner] {
         eventually(|| (!mesh.log().is_empty()).then_some(())).await;
         let line: serde_json::Value = serde_json::from_str(&mesh.log()[0]).unwrap();
-        assert_eq!((&line["attempt"], &line["retry"]), (&1.into(), &serde_json::Value::Null), "{line}");
+        assert_eq!((&line["attempt"], &line["retry_withheld"]), (&1.into(), &serde_json::Value::Null), "{line}");
         assert_eq!(mesh.metric("hopguard_retries_total", &[]), 0.0);
         mesh.stop().await;
     }
@@ -286,7 +302,7 @@ async fn an_app_that_fails_because_of_trailers_is_not_called_again_for_what_may_
         assert_eq!((answer.grpc_status(), bank.tries()), ("14", tries), "{script:?} {answer:?}");
         if tries == 1 {
             assert!(answer.header("proxy-status").contains("hopguard-final; hopguard-at=\"d\""), "{answer:?}");
-            assert_eq!(b.metric("hopguard_retries_withheld_total", &["why=\"retried_below\""]), 1.0);
+            assert_eq!(b.metric("hopguard_retries_withheld_total", &["reason=\"retried_below\""]), 1.0);
         }
         b.stop().await;
         c.mesh.stop().await;
@@ -301,7 +317,7 @@ async fn with_the_rule_off_every_hop_multiplies_the_tries() {
         assert_eq!(chain.bank.tries(), 27, "{speaks:?}");
         assert_eq!(chain.metric("hopguard_retries_total", &[]), [2.0, 6.0, 18.0, 0.0], "{speaks:?}");
         let line = &chain.lines("a", "b", 1).await[0];
-        assert_eq!((&line["attempt"], &line["retry"]), (&3.into(), &"tries_used_up".into()), "{line}");
+        assert_eq!((&line["attempt"], &line["retry_withheld"]), (&3.into(), &"tries_used_up".into()), "{line}");
         chain.stop().await;
     }
 }
@@ -316,11 +332,11 @@ async fn in_warn_every_hop_retries_and_says_that_it_would_not_have() {
         assert!(!answer.header("proxy-status").contains("hopguard-final"), "{speaks:?} {answer:?}");
         assert_eq!(answer.header("grpc-retry-pushback-ms"), "", "{speaks:?}");
         // Nobody writes a mark that A could have obeyed; B and C have tried for A and for B already.
-        let would = chain.metric("hopguard_would_act_total", &["rule=\"retry_in_one_place\""]);
+        let would = chain.metric("hopguard_dry_run_total", &["rule=\"retry_in_one_place\""]);
         assert!(would[0] == 0.0 && would[1] >= 1.0 && would[2] >= 1.0 && would[3] == 0.0, "{speaks:?} {would:?}");
         let lines = chain.lines("b", "c", 3).await;
         let says =
-            |line: &serde_json::Value| line["would"].as_str().is_some_and(|it| it.contains("retry_in_one_place"));
+            |line: &serde_json::Value| line["dry_run"].as_str().is_some_and(|it| it.contains("retry_in_one_place"));
         assert!(lines.iter().any(says), "{lines:#?}");
         chain.stop().await;
     }
@@ -368,7 +384,7 @@ async fn a_failure_opens_the_breaker_where_it_happened_and_no_other() {
             let answer = chain.call("GET", 1).await;
             assert!(failed(speaks, &answer), "{answer:?}");
             let opened = |service: usize, destination: &str| {
-                let labels = [&format!("destination=\"{destination}\"")[..], "to=\"open\""];
+                let labels = [&format!("destination=\"{destination}\"")[..], "state=\"open\""];
                 chain.services[service].mesh.metric("hopguard_circuit_breaker_changes_total", &labels)
             };
             assert_eq!([opened(0, "b"), opened(1, "c"), opened(2, "d")], breakers, "{speaks:?} {rules}");
@@ -420,7 +436,7 @@ async fn a_body_that_breaks_off_further_down_opens_no_breaker_here() {
         eventually(|| (mesh.log().len() == 2).then_some(())).await;
         assert_eq!(mesh.count("upstream_cut"), if hangs { 1.0 } else { 2.0 }, "{:#?}", mesh.log());
         let opened = |name: &str| {
-            let labels = [&format!("destination=\"{name}\"")[..], "to=\"open\""];
+            let labels = [&format!("destination=\"{name}\"")[..], "state=\"open\""];
             mesh.metric("hopguard_circuit_breaker_changes_total", &labels)
         };
         assert_eq!([opened("c"), opened("d")], breakers, "{hangs} {rules} {:#?}", mesh.log());
@@ -434,12 +450,12 @@ async fn blame_in_warn_says_so_and_opens_all_the_same() {
     let answer = chain.call("GET", 1).await;
     assert_eq!(answer.status, 503);
     assert!(!answer.header("proxy-status").contains("hopguard-at"), "{answer:?}");
-    let opened = chain.metric("hopguard_circuit_breaker_changes_total", &["destination=\"b\"", "to=\"open\""]);
+    let opened = chain.metric("hopguard_circuit_breaker_changes_total", &["destination=\"b\"", "state=\"open\""]);
     assert_eq!(opened[0], 1.0);
     // Nobody writes a name; but beside its app, each hop has seen the app's own call fail.
     for (service, app) in ["a", "b", "c"].into_iter().enumerate() {
         let labels = ["rule=\"blame_in_one_place\"", &format!("destination=\"{app}\"")];
-        assert_eq!(chain.metric("hopguard_would_act_total", &labels)[service], 1.0, "{app}");
+        assert_eq!(chain.metric("hopguard_dry_run_total", &labels)[service], 1.0, "{app}");
     }
     chain.stop().await;
 }
@@ -474,7 +490,7 @@ async fn a_post_that_never_reached_its_app_goes_to_another_endpoint() {
     let (bank, answers, mesh) = half_down("", "").await;
     assert!(answers.iter().all(|answer| answer.status == 200), "{answers:?}");
     assert_eq!(bank.tries(), answers.len(), "each once");
-    let again = mesh.metric("hopguard_retries_total", &["because=\"unsent\""]);
+    let again = mesh.metric("hopguard_retries_total", &["reason=\"unsent\""]);
     let twice = mesh.log().iter().filter(|line| line.contains("\"attempt\":2,")).count();
     assert!(again >= 1.0 && twice as f64 == again, "{again} {:#?}", mesh.log());
     mesh.stop().await;
@@ -499,8 +515,8 @@ async fn in_warn_a_post_that_never_reached_its_app_is_only_counted() {
     let (_bank, answers, mesh) = half_down("unsent: warn", "").await;
     let bad = answers.iter().filter(|answer| answer.status == 502).count();
     assert!(bad >= 1, "{answers:?}");
-    assert_eq!(mesh.metric("hopguard_would_act_total", &["app", "rule=\"unsent\""]), bad as f64);
-    let lines = mesh.log().iter().filter(|line| line.contains("\"would\":\"unsent\"")).count();
+    assert_eq!(mesh.metric("hopguard_dry_run_total", &["app", "rule=\"unsent\""]), bad as f64);
+    let lines = mesh.log().iter().filter(|line| line.contains("\"dry_run\":\"unsent\"")).count();
     assert_eq!(lines, bad);
     mesh.stop().await;
 }
@@ -519,7 +535,7 @@ async fn a_reset_after_the_app_had_the_request_is_no_unsent_request() {
         answers += 1;
     }
     let line = mesh.only("server_error").await;
-    assert_eq!((&line["status"], &line["retry"]), (&502.into(), &"not_safe".into()), "{line}");
+    assert_eq!((&line["status"], &line["retry_withheld"]), (&502.into(), &"not_safe".into()), "{line}");
     assert_eq!((bank.tries(), other.tries()), (1, answers - 1));
     mesh.stop().await;
     sidecar.stop().await;

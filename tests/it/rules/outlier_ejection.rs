@@ -135,7 +135,7 @@ impl Site {
     async fn eject(&self) {
         self.bad().turn(Does::Fail);
         let load = Load::begin(self.mesh.addr("in"));
-        eventually(|| (ejections(&self.mesh, "out") == 1.0).then_some(())).await;
+        eventually(|| (ejections(&self.mesh, "ejected") == 1.0).then_some(())).await;
         load.end().await;
         eventually(|| (self.mesh.metric("hopguard_in_flight_requests", &["app"]) == 0.0).then_some(())).await;
     }
@@ -145,8 +145,8 @@ fn addresses(endpoints: &[Endpoint]) -> Vec<SocketAddr> {
     endpoints.iter().map(|one| one.upstream.addr).collect()
 }
 
-fn ejections(mesh: &Mesh, change: &str) -> f64 {
-    mesh.metric("hopguard_ejections_total", &["app", &format!("change=\"{change}\"")])
+fn ejections(mesh: &Mesh, result: &str) -> f64 {
+    mesh.metric("hopguard_ejections_total", &["app", &format!("result=\"{result}\"")])
 }
 
 fn out_now(mesh: &Mesh) -> f64 {
@@ -200,7 +200,7 @@ async fn turns_bad(does: Does, more: &str) -> usize {
     eventually(|| site.endpoints.iter().all(|one| one.calls() >= 10).then_some(())).await;
     assert_eq!(load.failed(), 0);
     site.bad().turn(does);
-    eventually(|| (ejections(&site.mesh, "out") == 1.0).then_some(())).await;
+    eventually(|| (ejections(&site.mesh, "ejected") == 1.0).then_some(())).await;
     let (out, lost) = (Instant::now(), load.failed());
     assert_eq!(out_now(&site.mesh), 1.0);
     // Those under way there at that moment still end.
@@ -211,7 +211,7 @@ async fn turns_bad(does: Does, more: &str) -> usize {
     let failed = load.end().await;
     let late = failed.iter().filter(|at| at.duration_since(out) > Duration::from_millis(500)).count();
     assert_eq!(late, 0, "calls failed after it was out");
-    assert_eq!((ejections(&site.mesh, "out"), ejections(&site.mesh, "kept")), (1.0, 0.0));
+    assert_eq!((ejections(&site.mesh, "ejected"), ejections(&site.mesh, "kept")), (1.0, 0.0));
     site.mesh.stop().await;
 
     let site = Site::open(&format!("{more}\n{LONG}\nrules: {{ ejection: off }}")).await;
@@ -224,7 +224,7 @@ async fn turns_bad(does: Does, more: &str) -> usize {
     let failed = load.end().await;
     let late = failed.iter().filter(|at| **at > bad_since).count();
     assert!(late > 0, "without the rule calls go on failing");
-    assert_eq!((ejections(&site.mesh, "out"), out_now(&site.mesh)), (0.0, 0.0));
+    assert_eq!((ejections(&site.mesh, "ejected"), out_now(&site.mesh)), (0.0, 0.0));
     site.mesh.stop().await;
     lost
 }
@@ -254,7 +254,7 @@ async fn an_endpoint_that_refuses_is_out_and_no_call_is_lost() {
     all.push(nobody());
     let mesh = Mesh::start(&policy(&all, LONG)).await;
     let load = Load::begin(mesh.addr("in"));
-    eventually(|| (ejections(&mesh, "out") == 1.0).then_some(())).await;
+    eventually(|| (ejections(&mesh, "ejected") == 1.0).then_some(())).await;
     let failures = mesh.metric("hopguard_pool_connect_failures_total", &["app"]);
     assert!(failures >= 5.0, "{failures}");
     sleep(Duration::from_millis(300)).await;
@@ -272,8 +272,8 @@ async fn in_warn_it_stays_in_and_what_would_have_been_is_counted() {
     let load = Load::begin(site.mesh.addr("in"));
     eventually(|| (site.bad().calls() > 30).then_some(())).await;
     assert!(load.end().await.len() >= 30);
-    assert!(site.mesh.metric("hopguard_would_act_total", &["rule=\"ejection\"", "app"]) >= 1.0);
-    eventually(|| site.mesh.log().iter().any(|line| line.contains("\"would\":\"ejection\"")).then_some(())).await;
+    assert!(site.mesh.metric("hopguard_dry_run_total", &["rule=\"ejection\"", "app"]) >= 1.0);
+    eventually(|| site.mesh.log().iter().any(|line| line.contains("\"dry_run\":\"ejection\"")).then_some(())).await;
     site.mesh.stop().await;
 }
 
@@ -289,11 +289,11 @@ async fn it_comes_back_with_one_call_that_tries_it() {
     let failed = load.end().await.len();
     let tried = site.bad().calls() - before;
     assert!((4..=11).contains(&tried), "{tried} calls in two seconds, of which it was out for 200 to 400 ms each time");
-    assert_eq!(ejections(&site.mesh, "in"), 0.0);
+    assert_eq!(ejections(&site.mesh, "returned"), 0.0);
     assert_eq!(failed, tried, "nobody else has noticed");
     site.bad().turn(Does::Answer);
     let load = Load::begin(site.mesh.addr("in"));
-    eventually(|| (ejections(&site.mesh, "in") == 1.0).then_some(())).await;
+    eventually(|| (ejections(&site.mesh, "returned") == 1.0).then_some(())).await;
     assert_eq!(out_now(&site.mesh), 0.0);
     let (back, lost) = (site.bad().calls(), load.failed());
     eventually(|| (site.bad().calls() > back + 20).then_some(())).await;
@@ -308,7 +308,7 @@ async fn the_last_one_is_never_ejected() {
     for _ in 0..60 {
         assert_eq!(get(site.mesh.addr("in"), "/").await.status, 500);
     }
-    assert_eq!((ejections(&site.mesh, "out"), ejections(&site.mesh, "kept")), (2.0, 1.0));
+    assert_eq!((ejections(&site.mesh, "ejected"), ejections(&site.mesh, "kept")), (2.0, 1.0));
     assert_eq!(out_now(&site.mesh), 2.0);
     let calls: Vec<_> = site.endpoints.iter().map(Endpoint::calls).collect();
     assert_eq!(calls.iter().filter(|calls| **calls == 5).count(), 2, "{calls:?}");
@@ -331,7 +331,7 @@ async fn an_endpoint_that_a_call_did_not_get_to_is_not_blamed_for_it() {
     assert_eq!(get(mesh.addr("in"), "/").await.status, 502);
     mesh.ended("connect_failed", 1).await;
     // A connection is asked of three endpoints; the fourth has nothing to do with it.
-    assert_eq!((ejections(&mesh, "out"), ejections(&mesh, "kept")), (3.0, 0.0));
+    assert_eq!((ejections(&mesh, "ejected"), ejections(&mesh, "kept")), (3.0, 0.0));
     assert_eq!(mesh.metric("hopguard_pool_connect_failures_total", &[]), 3.0);
     mesh.stop().await;
 }
@@ -344,7 +344,7 @@ async fn a_destination_with_one_endpoint_goes_on_getting_calls() {
     for _ in 0..20 {
         assert_eq!(get(mesh.addr("in"), "/").await.status, 500);
     }
-    assert_eq!((only.calls(), ejections(&mesh, "out"), ejections(&mesh, "kept")), (20, 0.0, 1.0));
+    assert_eq!((only.calls(), ejections(&mesh, "ejected"), ejections(&mesh, "kept")), (20, 0.0, 1.0));
     mesh.stop().await;
 }
 
@@ -401,8 +401,8 @@ async fn a_shorter_ejection_holds_for_who_is_out_already() {
     site.bad().turn(Does::Answer);
     site.mesh.reload(&site.policy("    ejection: { openFor: 100ms, openForMax: 200ms }")).await;
     let load = Load::begin(site.mesh.addr("in"));
-    eventually(|| (ejections(&site.mesh, "in") == 1.0).then_some(())).await;
-    assert_eq!((ejections(&site.mesh, "tried"), out_now(&site.mesh)), (1.0, 0.0));
+    eventually(|| (ejections(&site.mesh, "returned") == 1.0).then_some(())).await;
+    assert_eq!((ejections(&site.mesh, "probed"), out_now(&site.mesh)), (1.0, 0.0));
     assert!(load.end().await.is_empty());
     site.mesh.stop().await;
 }
@@ -416,7 +416,7 @@ async fn failures_before_a_reload_count_after_it() {
         let more = format!("    timeouts: {{ request: {}ms }}", 1000 + site.endpoints[0].calls());
         site.mesh.reload(&site.policy(&format!("{LONG}\n{more}"))).await;
     }
-    assert_eq!((ejections(&site.mesh, "out"), ejections(&site.mesh, "kept")), (2.0, 1.0));
+    assert_eq!((ejections(&site.mesh, "ejected"), ejections(&site.mesh, "kept")), (2.0, 1.0));
     site.mesh.stop().await;
 }
 
@@ -436,23 +436,23 @@ async fn each_change_is_told_once_with_its_endpoint_and_its_cause() {
         let lines = log.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
         lines.filter(|line| line["message"] == "an endpoint changed its state").collect()
     };
-    eventually(|| (told().iter().filter(|line| line["change"] == "out").count() == 2).then_some(())).await;
+    eventually(|| (told().iter().filter(|line| line["result"] == "ejected").count() == 2).then_some(())).await;
     endpoints[0].turn(Does::Answer);
-    eventually(|| told().iter().any(|line| line["change"] == "in").then_some(())).await;
+    eventually(|| told().iter().any(|line| line["result"] == "returned").then_some(())).await;
     load.end().await;
     let told = told();
     let texts: Vec<_> = told
         .iter()
-        .map(|line| ["change", "cause"].map(|key| line[key].as_str().unwrap().to_owned()).join(" "))
+        .map(|line| ["result", "cause"].map(|key| line[key].as_str().unwrap().to_owned()).join(" "))
         .collect();
     assert_eq!(
         texts,
         [
-            "out consecutive_failures",
-            "tried open_time_over",
-            "out probe_failed",
-            "tried open_time_over",
-            "in probe_succeeded"
+            "ejected consecutive_failures",
+            "probed open_time_over",
+            "ejected probe_failed",
+            "probed open_time_over",
+            "returned probe_succeeded"
         ]
     );
     for line in &told {
@@ -462,15 +462,15 @@ async fn each_change_is_told_once_with_its_endpoint_and_its_cause() {
         );
     }
     assert_eq!(told[0]["consecutive"], 5, "{}", told[0]);
-    assert!(told[0]["out_for_ms"].as_u64().is_some_and(|millis| (100..=200).contains(&millis)), "{}", told[0]);
+    assert!(told[0]["ejected_for_ms"].as_u64().is_some_and(|millis| (100..=200).contains(&millis)), "{}", told[0]);
     // What the call that tried it had to wait is taken off.
     let at = |line: &Value| line["timestamp"].as_str().unwrap().parse::<Timestamp>().unwrap();
     let waited = (at(&told[2]) - at(&told[1])).total(Unit::Millisecond).unwrap().ceil() as u64;
-    let out_for = told[2]["out_for_ms"].as_u64().unwrap();
-    assert!(out_for <= 400 && out_for + waited >= 200, "{waited} ms {}", told[2]);
-    for (change, times) in [("out", 2.0), ("tried", 2.0), ("in", 1.0)] {
-        let label = format!("change=\"{change}\"");
-        assert_eq!(program.metric("hopguard_ejections_total", &[&label]).await, times, "{change}");
+    let ejected_for = told[2]["ejected_for_ms"].as_u64().unwrap();
+    assert!(ejected_for <= 400 && ejected_for + waited >= 200, "{waited} ms {}", told[2]);
+    for (result, times) in [("ejected", 2.0), ("probed", 2.0), ("returned", 1.0)] {
+        let label = format!("result=\"{result}\"");
+        assert_eq!(program.metric("hopguard_ejections_total", &[&label]).await, times, "{result}");
     }
     assert_eq!(program.metric("hopguard_ejected_endpoints", &["app"]).await, 0.0);
 }
@@ -512,12 +512,12 @@ async fn a_destination_whose_last_endpoint_goes_on_failing_is_back_as_soon_as_ot
     for (endpoint, out, kept) in [(first, 1.0, 0.0), (second, 2.0, 0.0), (last, 2.0, 1.0)] {
         endpoint.turn(Does::Fail);
         let begun = Instant::now();
-        while (ejections(&mesh, "out"), ejections(&mesh, "kept")) != (out, kept) {
+        while (ejections(&mesh, "ejected"), ejections(&mesh, "kept")) != (out, kept) {
             assert!(begun.elapsed() < SOON, "{out} {kept}");
             get(to, "/").await;
         }
     }
-    let opened = || mesh.metric("hopguard_circuit_breaker_changes_total", &["app", "to=\"open\""]);
+    let opened = || mesh.metric("hopguard_circuit_breaker_changes_total", &["app", "state=\"open\""]);
     while opened() == 0.0 {
         assert_eq!(get(to, "/").await.status, 500);
     }
@@ -530,6 +530,6 @@ async fn a_destination_whose_last_endpoint_goes_on_failing_is_back_as_soon_as_ot
     }
     // It is out now, and the endpoint that answered is in.
     eventually(|| (mesh.metric("hopguard_circuit_breaker_state", &["app"]) == 0.0).then_some(())).await;
-    assert!(ejections(&mesh, "in") >= 1.0);
+    assert!(ejections(&mesh, "returned") >= 1.0);
     mesh.stop().await;
 }

@@ -50,7 +50,7 @@ async fn what_was_tried_again_is_tried_by_nobody_above() {
         let answer = get(upper.addr("in"), "/").await;
         assert_eq!((answer.status.as_u16(), bank.tries().min(tries)), (502, tries), "{answer:?}");
         let line = upper.only("server_error").await;
-        assert_eq!((&line["attempt"], &line["retry"]), (&1.into(), &"retried_below".into()), "{line}");
+        assert_eq!((&line["attempt"], &line["retry_withheld"]), (&1.into(), &"retried_below".into()), "{line}");
         upper.stop().await;
         lower.stop().await;
     }
@@ -105,7 +105,7 @@ async fn in_warn_and_when_off_nothing_is_written_and_nothing_obeyed() {
         let reader = Mesh::start(&behind_a_caller(&[marked.addr()], &all(mode), QUICK)).await;
         get(reader.addr("in"), "/").await;
         assert_eq!(marked.tries(), tries, "{mode}");
-        let would = |rule: &str| reader.metric("hopguard_would_act_total", &[&format!("rule=\"{rule}\"")]);
+        let would = |rule: &str| reader.metric("hopguard_dry_run_total", &[&format!("rule=\"{rule}\"")]);
         let counted = if mode == "warn" { 1.0 } else { 0.0 };
         assert_eq!((would("retry_in_one_place"), would("blame_in_one_place")), (counted, counted), "{mode}");
         for mesh in [mesh, refused, before, reader] {
@@ -193,7 +193,7 @@ async fn tries_of(mesh: &Mesh, bank: &Bank, method: &str, path: &str) -> (u16, u
 
 fn withheld(mesh: &Mesh) -> [f64; 3] {
     ["not_safe", "tries_used_up", "retried_below"]
-        .map(|why| mesh.metric("hopguard_retries_withheld_total", &[&format!("why=\"{why}\"")]))
+        .map(|why| mesh.metric("hopguard_retries_withheld_total", &[&format!("reason=\"{why}\"")]))
 }
 
 #[tokio::test]
@@ -208,7 +208,7 @@ async fn what_was_tried_once_because_it_is_not_safe_leaves_their_tries_to_the_ot
     }
     mesh.ended("server_error", 4).await;
     assert_eq!(withheld(&mesh), [1.0, 2.0, 1.0]);
-    let why = |line: &String| serde_json::from_str::<serde_json::Value>(line).unwrap()["retry"].clone();
+    let why = |line: &String| serde_json::from_str::<serde_json::Value>(line).unwrap()["retry_withheld"].clone();
     let whys: Vec<_> = mesh.log().iter().map(why).collect();
     assert_eq!(whys, ["not_safe", "tries_used_up", "tries_used_up", "retried_below"]);
     mesh.stop().await;
@@ -275,9 +275,9 @@ async fn that_nobody_has_seen_a_call_is_believed_of_the_nearest_proxy_and_in_spi
         let arrived = banks[0].tries() + banks[1].tries();
         assert_eq!((answer.status.as_u16(), arrived), (503, tries), "{script:?} {rules}");
         let line = mesh.only("server_error").await;
-        assert_eq!((&line["attempt"], line["would"].is_null()), (&tries.into(), would == 0.0), "{line}");
+        assert_eq!((&line["attempt"], line["dry_run"].is_null()), (&tries.into(), would == 0.0), "{line}");
         assert_eq!(mesh.metric("hopguard_retries_total", &[]), tries as f64 - 1.0, "{script:?}");
-        assert_eq!(mesh.metric("hopguard_would_act_total", &[]), would, "{script:?} {rules}");
+        assert_eq!(mesh.metric("hopguard_dry_run_total", &[]), would, "{script:?} {rules}");
         mesh.stop().await;
     }
 }

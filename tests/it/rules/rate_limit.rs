@@ -93,10 +93,10 @@ async fn in_warn_every_call_passes_and_those_beyond_the_limit_are_counted() {
     let mesh = Mesh::start(&policy(upstream.addr, &format!("{ONE}\nrules: {{ rateLimit: warn }}"))).await;
     assert_eq!(statuses(mesh.addr("in"), &["/"; 5]).await, [200; 5]);
     assert_eq!((upstream.requests(), mesh.count("rate_limited")), (5, 0.0));
-    assert_eq!(mesh.metric("hopguard_would_act_total", &["rule=\"rate_limit\"", "app"]), 4.0);
+    assert_eq!(mesh.metric("hopguard_dry_run_total", &["rule=\"rate_limit\"", "app"]), 4.0);
     mesh.ended("ok", 5).await;
     eventually(|| (mesh.log().len() == 5).then_some(())).await;
-    let would = mesh.log().iter().filter(|line| line.contains("\"would\":\"rate_limit\"")).count();
+    let would = mesh.log().iter().filter(|line| line.contains("\"dry_run\":\"rate_limit\"")).count();
     assert_eq!(would, 4, "{:#?}", mesh.log());
     mesh.stop().await;
 }
@@ -273,7 +273,7 @@ async fn a_limit_of_the_callees_sidecar_is_no_failure_of_the_callee_for_grpc_eit
         assert_eq!(answer.grpc_status(), "8", "{answer:?}");
         let line = upper.only("grpc_error").await;
         assert_eq!(line["grpc_status"], "RESOURCE_EXHAUSTED", "{line}");
-        let changes = upper.metric("hopguard_circuit_breaker_changes_total", &["to=\"open\""]);
+        let changes = upper.metric("hopguard_circuit_breaker_changes_total", &["state=\"open\""]);
         assert_eq!(changes, opened, "{limit}");
         gate.release(1);
         assert_eq!(first.await.unwrap().grpc_status(), "0");

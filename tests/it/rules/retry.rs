@@ -26,11 +26,11 @@ const DECLARED: &str = "    routes: [{ name: pay, retry: { idempotent: true } }]
 /// One call ended so, after so many tries; the log line and the metrics say so, and why there was no other try.
 async fn told(mesh: &Mesh, outcome: &str, tries: usize, withheld: &str) -> Value {
     let line = mesh.only(outcome).await;
-    assert_eq!((&line["attempt"], line["retry"].as_str().unwrap_or("")), (&tries.into(), withheld), "{line}");
+    assert_eq!((&line["attempt"], line["retry_withheld"].as_str().unwrap_or("")), (&tries.into(), withheld), "{line}");
     let retries = (mesh.metric("hopguard_retries_total", &["app"]), tries as f64 - 1.0);
     assert_eq!(retries.0, retries.1, "{line}");
     let all = mesh.metric("hopguard_retries_withheld_total", &["app"]);
-    let this = mesh.metric("hopguard_retries_withheld_total", &["app", &format!("why=\"{withheld}\"")]);
+    let this = mesh.metric("hopguard_retries_withheld_total", &["app", &format!("reason=\"{withheld}\"")]);
     let expected = if withheld.is_empty() { 0.0 } else { 1.0 };
     assert_eq!((all, this), (expected, expected), "{withheld}: {line}");
     line
@@ -282,9 +282,9 @@ async fn a_destination_that_fails_gets_no_more_retries_than_its_budget() {
         assert_eq!(bank.tries(), tries, "{more}");
         mesh.ended("server_error", 30).await;
         eventually(|| (mesh.log().len() == 30).then_some(())).await;
-        let without = mesh.log().iter().filter(|line| line.contains("\"retry\":\"budget\"")).count();
-        assert_eq!(mesh.metric("hopguard_retries_total", &["app", "because=\"failed\""]), tries as f64 - 30.0);
-        assert_eq!(mesh.metric("hopguard_retries_withheld_total", &["why=\"budget\""]), without as f64);
+        let without = mesh.log().iter().filter(|line| line.contains("\"retry_withheld\":\"budget\"")).count();
+        assert_eq!(mesh.metric("hopguard_retries_total", &["app", "reason=\"failed\""]), tries as f64 - 30.0);
+        assert_eq!(mesh.metric("hopguard_retries_withheld_total", &["reason=\"budget\""]), without as f64);
         assert_eq!(without, if tries == 40 { 25 } else { 0 });
         mesh.stop().await;
     }
@@ -418,7 +418,11 @@ async fn a_wait_that_would_outlast_the_deadline_is_not_begun() {
     }
     mesh.ended("server_error", 10).await;
     assert_eq!(mesh.count("request_timeout"), 0.0);
-    assert!(mesh.metric("hopguard_retries_withheld_total", &["why=\"deadline\""]) >= 8.0, "{}", mesh.metrics().await);
+    assert!(
+        mesh.metric("hopguard_retries_withheld_total", &["reason=\"deadline\""]) >= 8.0,
+        "{}",
+        mesh.metrics().await
+    );
     mesh.stop().await;
 }
 
@@ -468,8 +472,8 @@ async fn in_warn_it_says_what_it_would_have_done_and_does_nothing() {
         let answer = ask(mesh.addr("in"), call(method, None)).await;
         assert_eq!((answer.status.as_u16(), bank.tries()), (503, 1), "{answer:?}");
         let line = mesh.only("server_error").await;
-        assert_eq!((line["would"].as_str().unwrap_or(""), &line["attempt"]), (would, &1.into()), "{line}");
-        let counted = mesh.metric("hopguard_would_act_total", &["app", "rule=\"retry\""]);
+        assert_eq!((line["dry_run"].as_str().unwrap_or(""), &line["attempt"]), (would, &1.into()), "{line}");
+        let counted = mesh.metric("hopguard_dry_run_total", &["app", "rule=\"retry\""]);
         assert_eq!(counted, if would.is_empty() { 0.0 } else { 1.0 });
         assert_eq!(mesh.metric("hopguard_retries_total", &[]), 0.0);
         mesh.stop().await;
@@ -508,7 +512,7 @@ async fn a_caller_that_goes_away_counts_against_nobody() {
     assert_eq!(get(mesh.addr("in"), "/").await.status, 504);
     assert_eq!(get(mesh.addr("in"), "/").await.status, 503);
     mesh.only("circuit_open").await;
-    assert_eq!(mesh.metric("hopguard_circuit_breaker_changes_total", &["to=\"open\""]), 1.0);
+    assert_eq!(mesh.metric("hopguard_circuit_breaker_changes_total", &["state=\"open\""]), 1.0);
     mesh.stop().await;
 }
 

@@ -111,13 +111,13 @@ async fn a_body_beyond_the_replay_limit_is_not_sent_again() {
         assert!(bank.seen().iter().all(|seen| seen.body.len() == kib << 10), "a body was cut");
         if tries == 2 {
             assert_eq!(answer.status, 200);
-            assert!(mesh.only("ok").await["retry"].is_null());
+            assert!(mesh.only("ok").await["retry_withheld"].is_null());
         } else {
             assert_eq!(answer.status, 503);
             let line = mesh.only("server_error").await;
-            assert_eq!(line["retry"], "body_too_long", "{line}");
+            assert_eq!(line["retry_withheld"], "body_too_long", "{line}");
         }
-        let withheld = mesh.metric("hopguard_retries_withheld_total", &["why=\"body_too_long\""]);
+        let withheld = mesh.metric("hopguard_retries_withheld_total", &["reason=\"body_too_long\""]);
         assert_eq!(withheld, f64::from(2 - i32::try_from(tries).unwrap()));
         mesh.stop().await;
     }

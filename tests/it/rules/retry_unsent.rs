@@ -88,8 +88,8 @@ async fn a_post_that_the_upstream_may_have_seen_is_not_sent_again_and_its_error_
     assert!(problem["detail"].as_str().unwrap().contains("kept-alive connection"), "{problem}");
     assert_eq!(problem["notRetried"], "not_safe", "{problem}");
     let line = mesh.only("upstream_reset").await;
-    assert_eq!((&line["retry"], &line["connection"]), (&"not_safe".into(), &"reused".into()), "{line}");
-    assert_eq!(mesh.metric("hopguard_retries_withheld_total", &["why=\"not_safe\""]), 1.0);
+    assert_eq!((&line["retry_withheld"], &line["connection"]), (&"not_safe".into(), &"reused".into()), "{line}");
+    assert_eq!(mesh.metric("hopguard_retries_withheld_total", &["reason=\"not_safe\""]), 1.0);
     assert_eq!(mesh.metric("hopguard_retries_total", &["app"]), 0.0);
     mesh.stop().await;
     // With a key, the same POST may be seen twice.
@@ -177,8 +177,8 @@ async fn a_stream_that_was_refused_is_sent_again_whatever_its_method() {
                 assert_eq!(answer.status, 200, "{answer:?}");
                 assert_eq!(mesh.only("ok").await["attempt"], 2);
                 // At once only over a new connection; a stream that was refused waits where there is nobody else.
-                let because = if goaway { "because=\"unsent\"" } else { "because=\"failed\"" };
-                assert_eq!(mesh.metric("hopguard_retries_total", &[because]), 1.0);
+                let reason = if goaway { "reason=\"unsent\"" } else { "reason=\"failed\"" };
+                assert_eq!(mesh.metric("hopguard_retries_total", &[reason]), 1.0);
             } else {
                 assert_eq!(answer.status, 502, "{answer:?}");
                 mesh.only("upstream_reset").await;
@@ -209,7 +209,7 @@ async fn streams_that_are_always_refused_cost_no_more_than_the_budget() {
         let at_once = if goaway { calls } else { calls * (endpoints - 1) };
         let streams: usize = upstreams.iter().map(Upstream::connections).sum();
         assert_eq!(streams, calls + at_once + 10, "goaway {goaway}, {endpoints} endpoints");
-        assert!(mesh.metric("hopguard_retries_withheld_total", &["why=\"budget\""]) >= 10.0);
+        assert!(mesh.metric("hopguard_retries_withheld_total", &["reason=\"budget\""]) >= 10.0);
         mesh.stop().await;
     }
 }
@@ -249,6 +249,6 @@ async fn a_post_to_an_endpoint_that_is_down_goes_to_one_that_is_up() {
     let mesh = Mesh::start(&behind_a_caller(&[nobody()], "", "")).await;
     let answer = get(mesh.addr("in"), "/").await;
     assert_eq!(answer.status, 502, "{answer:?}");
-    assert_eq!(mesh.only("connect_failed").await["retry"], "tries_used_up");
+    assert_eq!(mesh.only("connect_failed").await["retry_withheld"], "tries_used_up");
     mesh.stop().await;
 }

@@ -177,7 +177,7 @@ async fn grpc_can_be_read() {
             assert_eq!(line["grpc_message"], "bank is down\nand out \"now\"", "{line}");
         } else {
             assert!(line.contains(" shop.Payment/Charge UNAVAILABLE \"bank is down"), "{line}");
-            assert!(line.contains("try 1/3") && line.contains("->app/default"), "{line}");
+            assert!(line.contains("attempt 1/3") && line.contains("->app/default"), "{line}");
         }
         mesh.stop().await;
     }

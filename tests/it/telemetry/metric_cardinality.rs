@@ -71,7 +71,7 @@ async fn hops_beyond_the_bound_count_together_as_other() {
     for number in 0..MAX_HOPS {
         hops.register(HopLabels::new("shop", "app", format!("was{number}"), Direction::Inbound));
     }
-    let turned_away = mesh.metric("hopguard_hops_turned_away_total", &[]);
+    let overflowed = mesh.metric("hopguard_hops_overflowed_total", &[]);
     let ask = async |path: &str, times: usize| {
         for _ in 0..times {
             assert_eq!(get(mesh.addr("in"), path).await.status, 200);
@@ -87,7 +87,7 @@ async fn hops_beyond_the_bound_count_together_as_other() {
     assert_eq!(mesh.metric("hopguard_requests_total", &other), 7.0);
     assert_eq!(mesh.metric("hopguard_requests_total", &["route=\"early\"", "\"ok\""]), 3.0);
     assert_eq!(mesh.metric("hopguard_requests_total", &["route=\"late\""]), 0.0);
-    assert_eq!(mesh.metric("hopguard_hops_turned_away_total", &[]), turned_away + 2.0, "one for each route");
+    assert_eq!(mesh.metric("hopguard_hops_overflowed_total", &[]), overflowed + 2.0, "one for each route");
     assert_eq!(series(&mesh).await, before);
     mesh.stop().await;
 }
@@ -104,7 +104,7 @@ async fn names_of_a_family_beyond_the_bound_count_together_as_other() {
     for calls in 1..=2 {
         assert_eq!(get(mesh.addr("in"), "/").await.status, 200);
         mesh.ended("ok", calls).await;
-        let other = ["destination=\"other\"", "because=\"other\""];
+        let other = ["destination=\"other\"", "reason=\"other\""];
         assert_eq!(mesh.metric("hopguard_retries_total", &other), calls as f64);
         assert_eq!(size().await, NAMES + 1);
     }

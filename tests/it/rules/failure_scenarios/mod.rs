@@ -188,7 +188,7 @@ async fn a_callee_that_hangs_ties_up_few_and_is_over_soon_after_it_is_back() {
     assert!(calls.iter().any(|call| call.begun > well + millis(1500)), "nobody called when it was over");
     let opened = |service: usize, labels: &[&str]| {
         let mesh = &chain.services[service].mesh;
-        mesh.metric("hopguard_circuit_breaker_changes_total", &[labels, &["to=\"open\""]].concat())
+        mesh.metric("hopguard_circuit_breaker_changes_total", &[labels, &["state=\"open\""]].concat())
     };
     assert!(opened(2, &["destination=\"d\""]) >= 1.0);
     let elsewhere = [opened(0, &[]), opened(1, &[]), opened(2, &["destination=\"c\""])];
@@ -304,7 +304,7 @@ async fn twenty_changes_of_the_rules_under_load_lose_no_call_and_bring_nobody_ba
     put(&first);
     let followed = Followed { path: path.clone(), fingerprint: fingerprint(&path) };
     let mesh = Mesh::with(&first, |settings| settings.policy = Some(followed)).await;
-    let out = || mesh.metric("hopguard_ejections_total", &["change=\"out\""]);
+    let out = || mesh.metric("hopguard_ejections_total", &["result=\"ejected\""]);
     while out() == 0.0 {
         // Many at once, so that the bad one gets its share.
         steady(mesh.addr("in"), 60, Duration::from_micros(1)).await;
