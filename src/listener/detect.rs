@@ -1,4 +1,7 @@
-//! HTTP/1 or HTTP/2, by the first bytes (RFC 9113, 3.4): HTTP/2 begins with a preface that is no HTTP/1 request.
+//! Protocol detection: HTTP/1 or HTTP/2, by the first bytes of a connection (RFC 9113, 3.4).
+//!
+//! Runs between accept and `proxy::serve` where TLS has not agreed on a protocol by ALPN. HTTP/2 begins with a preface that
+//! is no HTTP/1 request. Invariant: every byte read here is read again by the server that follows.
 
 use std::io;
 
@@ -7,24 +10,27 @@ use tokio::io::AsyncReadExt;
 
 use crate::net::io::Io;
 
-/// What an HTTP/2 connection begins with.
+/// The client's connection preface (RFC 9113, 3.4).
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
-/// Read at once; most first requests fit, so that they are not read in two pieces.
+/// Bytes of the first read; most first requests fit, so that they are not read in two pieces.
 const FIRST_READ: usize = 1024;
 
-/// What a caller speaks.
+/// The protocol of a downstream connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DetectedProtocol {
-    /// HTTP/1.0 or HTTP/1.1, or nothing that can be understood.
+    /// HTTP/1.0 or HTTP/1.1, or bytes of no known protocol, which the HTTP/1 server rejects.
     Http1,
     /// HTTP/2.
     Http2,
 }
 
-/// Reads until it is clear what the caller speaks, and hands the stream back with all its bytes.
+/// Reads until the protocol is known, and returns the stream with all its bytes.
 ///
-/// `None` if the caller left before it said anything. Sets no time limit.
+/// `None` if the caller closed the connection before its first byte. Has no time limit.
+///
+/// # Errors
+/// If the stream cannot be read.
 pub async fn detect(mut io: Io) -> io::Result<Option<(DetectedProtocol, Io)>> {
     let mut seen = BytesMut::with_capacity(FIRST_READ);
     loop {
@@ -32,15 +38,15 @@ pub async fn detect(mut io: Io) -> io::Result<Option<(DetectedProtocol, Io)>> {
         if count == 0 && seen.is_empty() {
             return Ok(None);
         }
-        let spoken = judge(&seen).or((count == 0).then_some(DetectedProtocol::Http1));
-        if let Some(spoken) = spoken {
-            return Ok(Some((spoken, io.with_prefix(seen.freeze()))));
+        let protocol = classify(&seen).or((count == 0).then_some(DetectedProtocol::Http1));
+        if let Some(protocol) = protocol {
+            return Ok(Some((protocol, io.with_prefix(seen.freeze()))));
         }
     }
 }
 
-/// What the first bytes say, once they say it.
-pub fn judge(seen: &[u8]) -> Option<DetectedProtocol> {
+/// The protocol that the first bytes belong to; `None` while more bytes are needed.
+pub fn classify(seen: &[u8]) -> Option<DetectedProtocol> {
     let compared = seen.len().min(PREFACE.len());
     if seen[..compared] != PREFACE[..compared] {
         return Some(DetectedProtocol::Http1);
@@ -55,17 +61,17 @@ mod tests {
 
     #[test]
     fn only_the_whole_preface_is_http2() {
-        assert_eq!(judge(PREFACE), Some(DetectedProtocol::Http2));
-        assert_eq!(judge(b"PRI * HTTP/1.1\r\n"), Some(DetectedProtocol::Http1));
-        assert_eq!(judge(b"GET / HTTP/1.1\r\n"), Some(DetectedProtocol::Http1));
-        assert_eq!(judge(b"POST"), Some(DetectedProtocol::Http1));
+        assert_eq!(classify(PREFACE), Some(DetectedProtocol::Http2));
+        assert_eq!(classify(b"PRI * HTTP/1.1\r\n"), Some(DetectedProtocol::Http1));
+        assert_eq!(classify(b"GET / HTTP/1.1\r\n"), Some(DetectedProtocol::Http1));
+        assert_eq!(classify(b"POST"), Some(DetectedProtocol::Http1));
         for length in 0..PREFACE.len() {
-            assert_eq!(judge(&PREFACE[..length]), None, "{length}");
+            assert_eq!(classify(&PREFACE[..length]), None, "{length}");
         }
     }
 
     #[tokio::test]
-    async fn no_byte_is_lost_however_slowly_they_come() {
+    async fn no_byte_is_lost_in_small_reads() {
         let (ours, mut theirs) = tokio::io::duplex(4);
         let sent = [PREFACE, b"more"].concat();
         let writing = async {
@@ -73,12 +79,12 @@ mod tests {
             drop(theirs);
         };
         let reading = async {
-            let (spoken, mut io) = detect(Io::boxed(ours)).await.unwrap().unwrap();
+            let (protocol, mut io) = detect(Io::boxed(ours)).await.unwrap().unwrap();
             let mut all = Vec::new();
             io.read_to_end(&mut all).await.unwrap();
-            (spoken, all)
+            (protocol, all)
         };
-        let ((), (spoken, all)) = tokio::join!(writing, reading);
-        assert_eq!((spoken, all), (DetectedProtocol::Http2, sent));
+        let ((), (protocol, all)) = tokio::join!(writing, reading);
+        assert_eq!((protocol, all), (DetectedProtocol::Http2, sent));
     }
 }

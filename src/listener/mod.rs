@@ -1,7 +1,7 @@
-//! Level 6: the doors through which callers come.
+//! Level 6: the listeners that accept downstream connections.
 //!
-//! `accept` takes connections, `detect` finds out by the first bytes whether a caller speaks HTTP/1 or HTTP/2, `tls`
-//! holds a listener's certificates. Every worker has a listener of its own on the same address.
+//! `accept` takes connections, `tls` holds a listener's certificates, `detect` tells HTTP/1 from HTTP/2 by the first bytes.
+//! Every worker has its own socket on the listener's address; the connection stays on the worker that accepted it.
 
 pub mod accept;
 pub mod detect;

@@ -1,4 +1,6 @@
-//! A listener's certificates: shared by all workers, swapped when the files change.
+//! A listener's certificates: shared by all workers, replaced when the files change.
+//!
+//! Second step of a connection on a listener with `tls`. A connection keeps the certificate of its handshake.
 
 use std::io;
 use std::sync::Arc;
@@ -20,40 +22,41 @@ pub struct Certificates {
 }
 
 impl Certificates {
-    /// Reads the files.
+    /// Reads the certificate chain and the key.
     ///
     /// # Errors
-    /// If they cannot be used.
+    /// If a file cannot be read, or key and certificate cannot be used together.
     pub fn load(files: &ListenerTls) -> Result<Arc<Self>, CertificateError> {
         let config = certificates::server(&files.certificate, &files.key)?;
         Ok(Arc::new(Self { files: files.clone(), config: ArcSwap::new(config) }))
     }
 
-    /// Reads the files again; connections that exist keep what they have.
+    /// Reads the files again; open connections keep their certificate.
     ///
     /// # Errors
-    /// If they cannot be used; the old ones stay then.
+    /// If the new files cannot be used; the previous certificates stay in use.
     pub fn reload(&self) -> Result<(), CertificateError> {
         self.config.store(certificates::server(&self.files.certificate, &self.files.key)?);
         Ok(())
     }
 
-    /// The files.
+    /// Paths of the files.
     pub fn files(&self) -> &ListenerTls {
         &self.files
     }
 
-    /// Agrees on TLS with a caller. `None` in the second place if the caller offered no protocol.
+    /// Does the TLS handshake; returns the protocol agreed by ALPN, `None` if the caller offered neither `h2` nor
+    /// `http/1.1`. Has no time limit.
     ///
     /// # Errors
-    /// If the caller cannot.
+    /// If the handshake fails.
     pub async fn accept(&self, stream: TcpStream) -> io::Result<(Io, Option<DetectedProtocol>)> {
         let stream = TlsAcceptor::from(self.config.load_full()).accept(stream).await?;
-        let spoken = match stream.get_ref().1.alpn_protocol() {
+        let protocol = match stream.get_ref().1.alpn_protocol() {
             Some(b"h2") => Some(DetectedProtocol::Http2),
             Some(b"http/1.1") => Some(DetectedProtocol::Http1),
             _ => None,
         };
-        Ok((Io::boxed(stream), spoken))
+        Ok((Io::boxed(stream), protocol))
     }
 }

@@ -1,6 +1,7 @@
-//! Certificates, keys and roots from PEM files, made into rustls settings.
+//! TLS settings (rustls) from certificates, keys and roots in PEM files.
 //!
-//! Every error names the file. Settings are built anew when files change; connections keep what they began with.
+//! `listener::tls` uses the server settings, `upstream::cluster` the client settings. Invariants: every error names the
+//! file; settings are never changed, only replaced, so an open connection keeps those of its handshake.
 
 use std::cell::OnceCell;
 use std::path::{Path, PathBuf};
@@ -10,39 +11,42 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::{ClientConfig, RootCertStore, ServerConfig};
 
-/// The protocols offered over TLS, the better one first.
+/// The protocols offered by ALPN, the preferred one first.
 const ALPN: [&[u8]; 2] = [b"h2", b"http/1.1"];
 
-/// Why certificates could not be used.
+/// Why TLS settings could not be built.
 #[derive(Debug, thiserror::Error)]
 pub enum CertificateError {
-    /// A file could not be read, or holds no such thing.
+    /// A file could not be read, or holds no PEM section of the wanted kind.
     #[error("cannot read {what} from {path}: {source}", path = path.display())]
     Read {
-        /// What was looked for.
+        /// `certificates` or `a private key`.
         what: &'static str,
-        /// Where.
+        /// The file.
         path: PathBuf,
-        /// Why not.
+        /// The error of the PEM reader.
         source: rustls::pki_types::pem::Error,
     },
     /// The file holds no certificate.
     #[error("{path} holds no certificate", path = .0.display())]
     Empty(PathBuf),
-    /// Key and certificate do not belong together, or a certificate is malformed.
+    /// Key and certificate do not match, or a certificate is malformed.
     #[error("{path} cannot be used: {source}", path = path.display())]
     Unusable {
-        /// The certificate's file.
+        /// The file of the certificate.
         path: PathBuf,
-        /// What rustls says.
+        /// The error of rustls.
         source: rustls::Error,
     },
-    /// The system has no roots.
+    /// The system has no root certificates.
     #[error("the system has no root certificates; give `tls.ca` in the policy")]
     NoRoots,
 }
 
-/// Settings for a listener: the certificate chain with its key, `h2` and `http/1.1` offered.
+/// Settings for a listener: the certificate chain with its key; ALPN offers `h2` and `http/1.1`.
+///
+/// # Errors
+/// If a file cannot be read, holds no certificate or key, or if key and certificate do not match.
 pub fn server(certificate: &Path, key: &Path) -> Result<Arc<ServerConfig>, CertificateError> {
     let chain = chain(certificate)?;
     let key_der = PrivateKeyDer::from_pem_file(key).map_err(|source| CertificateError::Read {
@@ -61,8 +65,8 @@ pub fn server(certificate: &Path, key: &Path) -> Result<Arc<ServerConfig>, Certi
     Ok(Arc::new(config))
 }
 
-/// The system's roots, which are read when they are first asked for. Make one for each load: they may have changed since
-/// the last.
+/// The system's root certificates, read on first use. Make one per load: the system's files may have changed since the
+/// last load.
 #[derive(Debug, Default)]
 pub struct SystemRoots(OnceCell<Arc<RootCertStore>>);
 
@@ -77,7 +81,11 @@ impl SystemRoots {
     }
 }
 
-/// Settings for calls to an upstream: roots from `ca`, else the `system`'s; `h2` is offered when `http2` is wanted.
+/// Settings for connections to an upstream: roots from the PEM file `ca`, else those of the `system`; ALPN offers `h2` if
+/// `http2`, and `http/1.1` if `http1`. No client certificate.
+///
+/// # Errors
+/// If `ca` cannot be read or holds no usable certificate, or the system has no roots.
 pub fn client(
     ca: Option<&Path>,
     system: &SystemRoots,
@@ -100,11 +108,11 @@ pub fn client(
         .with_root_certificates(roots)
         .with_no_client_auth();
     config.alpn_protocols =
-        ALPN.iter().zip([http2, http1]).filter(|(_, wanted)| *wanted).map(|(name, _)| name.to_vec()).collect();
+        ALPN.iter().zip([http2, http1]).filter(|(_, is_offered)| *is_offered).map(|(name, _)| name.to_vec()).collect();
     Ok(Arc::new(config))
 }
 
-/// The same settings for a connection that has to be HTTP/1.1.
+/// The same settings with ALPN limited to `http/1.1`, for a connection that has to be HTTP/1.1.
 pub fn http1_only(config: &ClientConfig) -> Arc<ClientConfig> {
     let mut config = config.clone();
     config.alpn_protocols = vec![ALPN[1].to_vec()];

@@ -1,8 +1,8 @@
-//! What has passed through one exchange so far, in both directions.
+//! The body bytes of one exchange so far, in both directions.
 //!
-//! One `Flow` per exchange, shared on one thread by the caller's body, the answer's body and the timer
-//! that judges them: it says when a byte last moved, whether the caller has finished sending, how many
-//! gRPC messages went each way, and by when the exchange has to be over.
+//! One [`Flow`] per exchange, shared on one thread by the request body, the response body and the timeouts: when a byte last
+//! passed, whether the caller has finished sending, how many gRPC messages went each way, and when the response has to be
+//! cut off. Invariant: each byte and each message is counted once, however many attempts send it.
 
 use std::cell::{Cell, RefCell};
 use std::task::{Context, Waker};
@@ -10,27 +10,31 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// Where a gRPC message stream stands: bytes of the five-byte prefix seen, and payload bytes still to come.
+/// Counts gRPC messages (length-prefixed: one byte of flags, four of length, the payload) in chunks of any size.
 #[derive(Clone, Copy, Default)]
-struct Framing {
+struct MessageCounter {
+    /// Bytes of the current five-byte prefix that have been read.
     prefix: u8,
+    /// The length read so far from the prefix.
     length: u32,
-    rest: u32,
+    /// Bytes of the current payload still to come.
+    remaining: u32,
+    /// Complete messages.
     messages: u32,
 }
 
-impl Framing {
+impl MessageCounter {
     /// Counts the messages that end in `chunk`.
-    fn take(&mut self, mut chunk: &[u8]) {
+    fn count(&mut self, mut chunk: &[u8]) {
         while !chunk.is_empty() {
-            if self.rest > 0 {
-                let take = chunk.len().min(self.rest as usize);
-                self.rest -= u32::try_from(take).unwrap_or(self.rest);
-                chunk = &chunk[take..];
-                self.messages += u32::from(self.rest == 0);
+            if self.remaining > 0 {
+                let taken = chunk.len().min(self.remaining as usize);
+                self.remaining -= u32::try_from(taken).unwrap_or(self.remaining);
+                chunk = &chunk[taken..];
+                self.messages += u32::from(self.remaining == 0);
                 continue;
             }
-            // One byte that says whether the message is compressed, then four of its length.
+            // The compressed flag, one byte, then the length, four bytes.
             if self.prefix > 0 {
                 self.length = (self.length << 8) | u32::from(chunk[0]);
             }
@@ -38,7 +42,7 @@ impl Framing {
             chunk = &chunk[1..];
             if self.prefix == 5 {
                 let messages = self.messages + u32::from(self.length == 0);
-                *self = Self { rest: self.length, messages, ..Self::default() };
+                *self = Self { remaining: self.length, messages, ..Self::default() };
             }
         }
     }
@@ -48,10 +52,10 @@ impl Framing {
 #[derive(Default)]
 pub struct FlowDirection {
     bytes: Cell<u64>,
-    framing: Cell<Framing>,
+    message_counter: Cell<MessageCounter>,
     ended: Cell<bool>,
     failed: Cell<bool>,
-    left: Cell<bool>,
+    disconnected: Cell<bool>,
 }
 
 impl FlowDirection {
@@ -60,14 +64,14 @@ impl FlowDirection {
         self.bytes.get()
     }
 
-    /// Adds bytes that passed outside of a body, in a tunnel.
+    /// Adds bytes that passed through a tunnel, outside of a body.
     pub fn add(&self, bytes: u64) {
         self.bytes.set(self.bytes.get() + bytes);
     }
 
-    /// gRPC messages that have passed whole; zero for anything that is not gRPC.
+    /// Complete gRPC messages that have passed; 0 for an exchange that is not gRPC.
     pub fn messages(&self) -> u32 {
-        self.framing.get().messages
+        self.message_counter.get().messages
     }
 
     /// True once the last byte and the trailers have passed.
@@ -75,52 +79,53 @@ impl FlowDirection {
         self.ended.get()
     }
 
-    /// True if the sender broke off.
+    /// True if the body failed before its end.
     pub fn failed(&self) -> bool {
         self.failed.get()
     }
 
-    /// Notes the end of the body.
+    /// Records the end of the body.
     pub fn end(&self) {
         self.ended.set(true);
     }
 
-    /// True if it broke off because the sender went away, and not because of what it sent.
+    /// True if the body failed because the sender disconnected, and not because the body was malformed.
     pub fn left(&self) -> bool {
-        self.left.get()
+        self.disconnected.get()
     }
 
-    /// Notes that the sender broke off; `left` if it went away.
-    pub fn fail(&self, left: bool) {
+    /// Records that the body failed; `disconnected` if the sender closed its connection or cancelled its stream.
+    pub fn fail(&self, disconnected: bool) {
         self.failed.set(true);
-        self.left.set(left);
+        self.disconnected.set(disconnected);
     }
 }
 
-/// When an answer is cut whoever waits for whom.
+/// When a response is cut off, whether caller or upstream is the slow side.
 #[derive(Debug, Clone, Copy)]
 pub struct Cutoff {
-    /// At the latest.
+    /// The latest instant.
     pub at: Instant,
-    /// Earlier, if no byte has moved in either direction for so long.
+    /// Earlier, after this time without a byte in either direction.
     pub idle: Duration,
 }
 
-/// One exchange, both directions.
+/// Both directions of one exchange.
 pub struct Flow {
     /// From the caller to the upstream.
     pub request: FlowDirection,
     /// From the upstream to the caller.
     pub response: FlowDirection,
-    grpc: Cell<bool>,
-    last: Cell<Instant>,
-    cut: Cell<Option<Cutoff>>,
+    counts_messages: Cell<bool>,
+    last_activity: Cell<Instant>,
+    cutoff: Cell<Option<Cutoff>>,
     was_cut: Cell<bool>,
-    starved: Cell<bool>,
+    awaits_body: Cell<bool>,
     over: Cell<bool>,
     held: Cell<bool>,
-    holder: RefCell<Option<Waker>>,
-    streams: RefCell<Option<Box<dyn FnOnce()>>>,
+    /// The task that reads the request body.
+    body_waker: RefCell<Option<Waker>>,
+    on_second_message: RefCell<Option<Box<dyn FnOnce()>>>,
 }
 
 impl Flow {
@@ -129,77 +134,77 @@ impl Flow {
         Self {
             request: FlowDirection::default(),
             response: FlowDirection::default(),
-            grpc: Cell::new(false),
-            last: Cell::new(now),
-            cut: Cell::new(None),
+            counts_messages: Cell::new(false),
+            last_activity: Cell::new(now),
+            cutoff: Cell::new(None),
             was_cut: Cell::new(false),
-            starved: Cell::new(false),
+            awaits_body: Cell::new(false),
             over: Cell::new(false),
             held: Cell::new(false),
-            holder: RefCell::new(None),
-            streams: RefCell::new(None),
+            body_waker: RefCell::new(None),
+            on_second_message: RefCell::new(None),
         }
     }
 
-    /// From here on the bodies are read as gRPC messages.
+    /// Counts gRPC messages in the bodies from now on.
     pub fn count_messages(&self) {
-        self.grpc.set(true);
+        self.counts_messages.set(true);
     }
 
-    /// Notes body bytes that passed in one direction at `now`.
+    /// Records body bytes that passed in one direction at `now`.
     pub fn passed(&self, direction: &FlowDirection, chunk: &[u8], now: Instant) {
         direction.bytes.set(direction.bytes.get() + chunk.len() as u64);
-        self.last.set(now);
-        if self.grpc.get() {
-            let mut framing = direction.framing.get();
-            framing.take(chunk);
-            direction.framing.set(framing);
+        self.last_activity.set(now);
+        if self.counts_messages.get() {
+            let mut counter = direction.message_counter.get();
+            counter.count(chunk);
+            direction.message_counter.set(counter);
             if self.request.messages() > 1
-                && let Some(then) = self.streams.take()
+                && let Some(callback) = self.on_second_message.take()
             {
-                then();
+                callback();
             }
         }
     }
 
-    /// Does something once the caller has sent a second message.
-    pub fn when_it_streams(&self, then: Box<dyn FnOnce()>) {
-        *self.streams.borrow_mut() = Some(then);
+    /// Sets the callback for the caller's second gRPC message, which shows that the call is a stream. Called once.
+    pub fn when_it_streams(&self, callback: Box<dyn FnOnce()>) {
+        *self.on_second_message.borrow_mut() = Some(callback);
     }
 
-    /// When a body byte last moved in either direction; at first, when the exchange began.
+    /// When a body byte last passed in either direction; the begin of the exchange before the first.
     pub fn last(&self) -> Instant {
-        self.last.get()
+        self.last_activity.get()
     }
 
-    /// Notes whether the upstream could take more of the caller's body than the caller has sent.
-    pub fn starve(&self, starved: bool) {
-        self.starved.set(starved);
+    /// Sets whether the upstream has room for more of the request body than the caller has sent.
+    pub fn starve(&self, awaits_body: bool) {
+        self.awaits_body.set(awaits_body);
     }
 
-    /// True if the upstream waits for the rest of the caller's body.
+    /// True if the upstream waits for the rest of the request body.
     pub fn is_starved(&self) -> bool {
-        self.starved.get() && !self.request.ended()
+        self.awaits_body.get() && !self.request.ended()
     }
 
-    /// Holds the caller's body back (it waits for `100 Continue`) until [`Flow::release`].
+    /// Holds the request body back until [`Flow::release`], while the upstream has not sent `100 Continue`.
     pub fn hold(&self) {
         self.held.set(true);
     }
 
-    /// True while the caller's body is held back.
+    /// True while the request body is held back.
     pub fn is_held(&self) -> bool {
         self.held.get()
     }
 
-    /// Lets a held body go.
+    /// Lets a held request body pass.
     pub fn release(&self) {
         if self.held.replace(false) {
             self.wake();
         }
     }
 
-    /// Notes that the exchange is over; what is left of the caller's body has nowhere to go.
+    /// Records that the exchange is over; the rest of the request body is not read.
     pub fn finish(&self) {
         self.over.set(true);
         self.wake();
@@ -210,38 +215,38 @@ impl Flow {
         self.over.get()
     }
 
-    /// Wakes whoever reads the caller's body, to look again.
+    /// Wakes the task that reads the request body.
     pub fn wake(&self) {
-        if let Some(waker) = self.holder.borrow_mut().take() {
+        if let Some(waker) = self.body_waker.borrow_mut().take() {
             waker.wake();
         }
     }
 
-    /// The caller's body waits; it is woken by [`Flow::release`] and [`Flow::finish`].
+    /// Registers the task that reads the request body; [`Flow::release`], [`Flow::finish`] and [`Flow::wake`] wake it.
     pub fn wait(&self, cx: &Context<'_>) {
-        *self.holder.borrow_mut() = Some(cx.waker().clone());
+        *self.body_waker.borrow_mut() = Some(cx.waker().clone());
     }
 
-    /// Sets or clears when the answer has to be cut although nobody asks for its next byte.
+    /// Sets or clears the cutoff that the downstream connection enforces.
     ///
-    /// Set while an answer's body is on its way: a caller that stops reading also stops
-    /// polling the body and with it the body's own timer.
-    pub fn cut_by(&self, cut: Option<Cutoff>) {
-        self.cut.set(cut);
+    /// Set while a response body is in progress: a caller that stops reading also stops the polls of the response body, and
+    /// with them the body's own timer.
+    pub fn cut_by(&self, cutoff: Option<Cutoff>) {
+        self.cutoff.set(cutoff);
     }
 
-    /// When the answer has to be cut; `None` while no answer is under way.
+    /// When the response has to be cut off; `None` while no response body is in progress.
     pub fn cut_time(&self) -> Option<Instant> {
-        let Cutoff { at, idle } = self.cut.get()?;
+        let Cutoff { at, idle } = self.cutoff.get()?;
         Some(at.min(self.last() + idle))
     }
 
-    /// Notes that the answer was cut while nobody asked for its next byte.
+    /// Records that the downstream connection has cut the response off.
     pub fn cut(&self) {
         self.was_cut.set(true);
     }
 
-    /// True if the answer was cut while nobody asked for its next byte.
+    /// True if the downstream connection has cut the response off, while the response body was not polled.
     pub fn was_cut(&self) -> bool {
         self.was_cut.get()
     }
@@ -252,15 +257,15 @@ mod tests {
     use super::*;
 
     fn messages(chunks: &[&[u8]]) -> u32 {
-        let mut framing = Framing::default();
+        let mut counter = MessageCounter::default();
         for chunk in chunks {
-            framing.take(chunk);
+            counter.count(chunk);
         }
-        framing.messages
+        counter.messages
     }
 
     #[test]
-    fn grpc_messages_are_counted_however_they_are_cut() {
+    fn grpc_messages_are_counted_in_chunks_of_any_size() {
         let one: &[u8] = &[0, 0, 0, 0, 3, b'a', b'b', b'c'];
         let two = [one, one].concat();
         assert_eq!(messages(&[one]), 1);

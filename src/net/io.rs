@@ -1,7 +1,8 @@
-//! One byte stream: a TCP socket, or anything else that reads and writes (TLS, a pipe in a test).
+//! The byte stream of one connection: a TCP socket, or another stream that reads and writes (TLS, memory in a test).
 //!
-//! Bytes that were read too early (protocol detection, an upgrade) are handed out again first.
-//! It counts reads and writes, so that whoever serves the connection can tell a silent peer from a busy one.
+//! Everything above reads and writes through [`Io`]. Bytes that were read early (protocol detection, an upgrade) are
+//! returned first. Reads and writes are counted, so that the connection's server or client can tell an idle peer from a busy
+//! one.
 
 use std::cell::RefCell;
 use std::io;
@@ -16,25 +17,25 @@ use tokio::net::TcpStream;
 
 use crate::net::socket;
 
-/// Any stream that is not a bare TCP socket.
+/// A stream that is not a TCP socket.
 pub trait Stream: AsyncRead + AsyncWrite + Unpin + Send {}
 impl<T: AsyncRead + AsyncWrite + Unpin + Send> Stream for T {}
 
-/// Pieces of so many bytes in all are written as one.
-const SMALL: usize = 4096;
+/// Vectored writes up to this many bytes are copied together and written as one.
+const MAX_JOINED: usize = 4096;
 
 thread_local! {
-    /// Where small pieces are joined; one for each worker, so that idle connections need none.
-    static JOINED: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+    /// Buffer in which small pieces are joined; one per worker, so that idle connections need none.
+    static JOIN_BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
 }
 
 enum Kind {
-    /// The common case, without a virtual call.
+    /// The common case, without dynamic dispatch.
     Tcp(TcpStream),
     Boxed(Box<dyn Stream>),
 }
 
-/// How often a stream was read from and written to with success; shared with whoever watches it.
+/// Counters of the successful reads and writes of a stream, shared with the connection's timeouts.
 #[derive(Default)]
 pub struct Activity {
     reads: AtomicU64,
@@ -42,7 +43,7 @@ pub struct Activity {
 }
 
 impl Activity {
-    /// Reads that brought at least one byte, since the stream was made.
+    /// Reads that returned at least one byte, since the stream was made.
     pub fn reads(&self) -> u64 {
         self.reads.load(Relaxed)
     }
@@ -82,15 +83,15 @@ impl Io {
         self
     }
 
-    /// Drops the stream so that the peer cannot take what has come for all there is: with a reset, or without the end
-    /// that TLS has.
+    /// Drops the stream so that the peer cannot mistake a truncated message for a complete one: a TCP socket is reset, TLS
+    /// ends without `close_notify`.
     pub fn break_off(self) {
         if let Kind::Tcp(stream) = &self.kind {
             socket::reset_on_drop(stream);
         }
     }
 
-    /// The counters of this stream; they live on after it.
+    /// The counters of this stream; valid after the stream is dropped.
     pub fn activity(&self) -> Arc<Activity> {
         Arc::clone(&self.activity)
     }
@@ -100,9 +101,9 @@ impl AsyncRead for Io {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = &mut *self;
         if this.prefix.has_remaining() {
-            let take = this.prefix.len().min(buf.remaining());
-            buf.put_slice(&this.prefix.split_to(take));
-            bump(&this.activity.reads);
+            let count = this.prefix.len().min(buf.remaining());
+            buf.put_slice(&this.prefix.split_to(count));
+            increment(&this.activity.reads);
             return Poll::Ready(Ok(()));
         }
         let before = buf.filled().len();
@@ -111,7 +112,7 @@ impl AsyncRead for Io {
             Kind::Boxed(stream) => Pin::new(stream).poll_read(cx, buf),
         };
         if buf.filled().len() > before {
-            bump(&this.activity.reads);
+            increment(&this.activity.reads);
         }
         polled
     }
@@ -124,7 +125,7 @@ impl AsyncWrite for Io {
             Kind::Tcp(stream) => Pin::new(stream).poll_write(cx, buf),
             Kind::Boxed(stream) => Pin::new(stream).poll_write(cx, buf),
         };
-        this.wrote(polled)
+        this.count_write(polled)
     }
 
     fn poll_write_vectored(
@@ -134,10 +135,10 @@ impl AsyncWrite for Io {
     ) -> Poll<io::Result<usize>> {
         let this = &mut *self;
         let polled = match &mut this.kind {
-            Kind::Tcp(stream) => write_small(Pin::new(stream), cx, bufs),
+            Kind::Tcp(stream) => write_joined(Pin::new(stream), cx, bufs),
             Kind::Boxed(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
         };
-        this.wrote(polled)
+        this.count_write(polled)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -162,16 +163,19 @@ impl AsyncWrite for Io {
     }
 }
 
-/// Writes pieces that are small together as one: a plain send costs the kernel less than a vectored write, and more
-/// than the copy.
-fn write_small(stream: Pin<&mut TcpStream>, cx: &mut Context<'_>, bufs: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
+/// Writes small pieces as one: in the kernel a plain send costs less than a vectored write, by more than the copy costs.
+fn write_joined(
+    stream: Pin<&mut TcpStream>,
+    cx: &mut Context<'_>,
+    bufs: &[io::IoSlice<'_>],
+) -> Poll<io::Result<usize>> {
     if let [only] = bufs {
         return stream.poll_write(cx, only);
     }
-    if bufs.iter().map(|buf| buf.len()).sum::<usize>() > SMALL {
+    if bufs.iter().map(|buf| buf.len()).sum::<usize>() > MAX_JOINED {
         return stream.poll_write_vectored(cx, bufs);
     }
-    JOINED.with_borrow_mut(|joined| {
+    JOIN_BUFFER.with_borrow_mut(|joined| {
         joined.clear();
         bufs.iter().for_each(|buf| joined.extend_from_slice(buf));
         stream.poll_write(cx, joined)
@@ -179,16 +183,16 @@ fn write_small(stream: Pin<&mut TcpStream>, cx: &mut Context<'_>, bufs: &[io::Io
 }
 
 impl Io {
-    fn wrote(&self, polled: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+    fn count_write(&self, polled: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
         if matches!(polled, Poll::Ready(Ok(n)) if n > 0) {
-            bump(&self.activity.writes);
+            increment(&self.activity.writes);
         }
         polled
     }
 }
 
-/// One thread writes, so that a load and a store are enough.
-fn bump(counter: &AtomicU64) {
+/// Only one thread writes a counter, so that a load and a store are enough.
+fn increment(counter: &AtomicU64) {
     counter.store(counter.load(Relaxed).wrapping_add(1), Relaxed);
 }
 
@@ -198,7 +202,7 @@ mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     #[tokio::test]
-    async fn a_prefix_is_read_again_before_the_stream_itself() {
+    async fn a_prefix_is_read_before_the_stream() {
         let (ours, mut theirs) = tokio::io::duplex(64);
         let mut io = Io::boxed(ours).with_prefix(Bytes::from_static(b"GET "));
         theirs.write_all(b"/ HTTP/1.1").await.unwrap();

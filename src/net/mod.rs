@@ -1,9 +1,9 @@
 //! Level 0: bytes on sockets. Knows nothing of HTTP routes, policies or metrics.
 //!
-//! `socket` opens listeners and connections, `io` is the byte stream that everything else reads and writes,
-//! `flow` is what has passed through one exchange so far, `body` the caller's body on its way to the upstream,
-//! `trailers` is what may come behind it, `http2` what one connection of HTTP/2 may hold, `certificates` reads PEM files,
-//! `tunnel` copies bytes both ways.
+//! `socket` opens listeners and connections, `io` is the byte stream of a connection, `certificates` reads PEM files into
+//! TLS settings, `http2` holds the limits of an HTTP/2 connection. Per exchange: `flow` counts what has passed in both
+//! directions, `body` is the request body on its way to the upstream, `trailers` are what may follow a body. `tunnel` copies
+//! bytes both ways after CONNECT or an upgrade.
 
 pub mod body;
 pub mod certificates;

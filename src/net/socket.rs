@@ -1,4 +1,6 @@
-//! Sockets: listeners that several workers share, and connections with the options that a proxy wants.
+//! TCP sockets: listeners with one socket per worker, and connections with the options of the proxy.
+//!
+//! Every connection, accepted or opened, gets the same options ([`tune`]).
 
 use std::io;
 use std::net::{SocketAddr, TcpListener};
@@ -7,17 +9,22 @@ use std::time::Duration;
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use tokio::net::{TcpSocket, TcpStream};
 
-/// Connections that wait to be accepted, per listener and worker; the kernel's own ceiling is `net.core.somaxconn`.
+/// Connections that wait to be accepted, per listener and worker; the kernel caps it at `net.core.somaxconn`.
 const BACKLOG: i32 = 1024;
 
-/// When the kernel asks a silent peer whether it is still there, and how long unanswered bytes may wait.
+/// Silence after which the kernel sends keep-alive probes, and the time between two probes.
 const KEEPALIVE: Duration = Duration::from_secs(30);
+
+/// How long sent bytes may stay unacknowledged before the kernel ends the connection (TCP_USER_TIMEOUT, RFC 5482).
 const USER_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Opens `count` listeners on one address, one for each worker; the kernel spreads connections over them.
+/// Opens `count` sockets on one address (SO_REUSEPORT), one per worker; the kernel spreads connections over them.
 ///
-/// Port 0 is chosen once and then shared. Fails if anybody holds the address, even if they would share it, because two
-/// proxies on one port would each get half of the calls.
+/// For port 0 the kernel chooses one port for all.
+///
+/// # Errors
+/// If a socket cannot be opened. Also if another process listens on the address with SO_REUSEPORT: two proxies on one port
+/// would each get half of the calls.
 pub fn listen(address: SocketAddr, count: usize) -> io::Result<Vec<TcpListener>> {
     let address = open(address, false)?.local_addr()?;
     (0..count).map(|_| open(address, true)).collect()
@@ -37,12 +44,18 @@ fn open(address: SocketAddr, shared: bool) -> io::Result<TcpListener> {
     Ok(socket.into())
 }
 
-/// Opens one listener that nobody shares (the admin door).
+/// Opens one socket on an address without SO_REUSEPORT, for the admin server.
+///
+/// # Errors
+/// If the socket cannot be opened, or the address is in use.
 pub fn listen_alone(address: SocketAddr) -> io::Result<TcpListener> {
     open(address, false)
 }
 
-/// Connects, without a time limit of its own.
+/// Opens a TCP connection. Has no time limit.
+///
+/// # Errors
+/// If the kernel cannot connect.
 pub async fn connect(address: SocketAddr) -> io::Result<TcpStream> {
     let socket = match address {
         SocketAddr::V4(_) => TcpSocket::new_v4()?,
@@ -53,7 +66,11 @@ pub async fn connect(address: SocketAddr) -> io::Result<TcpStream> {
     Ok(stream)
 }
 
-/// Sets what every connection of the proxy's wants: no delay for small writes, and an end for peers that vanished.
+/// Sets the options of every connection: TCP_NODELAY, keep-alive probes after 30 s of silence, and the end of a connection
+/// with bytes unacknowledged for 60 s.
+///
+/// # Errors
+/// If the kernel rejects an option.
 pub fn tune(stream: &TcpStream) -> io::Result<()> {
     stream.set_nodelay(true)?;
     let socket = SockRef::from(stream);
@@ -61,10 +78,10 @@ pub fn tune(stream: &TcpStream) -> io::Result<()> {
     socket.set_tcp_user_timeout(Some(USER_TIMEOUT))
 }
 
-/// Has the connection reset, not closed, when it is dropped.
+/// Makes dropping the stream send RST instead of FIN (SO_LINGER 0).
 pub fn reset_on_drop(stream: &TcpStream) {
-    // Fails only if the connection is over already.
-    let _over = SockRef::from(stream).set_linger(Some(Duration::ZERO));
+    // Fails only if the connection is closed already.
+    let _closed = SockRef::from(stream).set_linger(Some(Duration::ZERO));
 }
 
 #[cfg(test)]
@@ -72,7 +89,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn workers_share_one_port_and_a_second_owner_is_refused() {
+    fn workers_share_one_port_and_a_second_process_cannot_bind_it() {
         let listeners = listen("127.0.0.1:0".parse().unwrap(), 3).unwrap();
         let address = listeners[0].local_addr().unwrap();
         assert!(listeners.iter().all(|l| l.local_addr().unwrap() == address));

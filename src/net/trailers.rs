@@ -1,12 +1,12 @@
-//! Trailers: which of them may pass to the next hop.
+//! Trailers: the fields that may pass to the next hop after a body.
 //!
-//! Fields that frame, route, authorise or describe the body mean nothing, or something dangerous, after it
-//! (RFC 9110, 6.5.1); connection-level ones end with the connection that they came over (RFC 9110, 7.6.1).
+//! Applied to request and response trailers. Fields that frame, route, authorise or describe the body have no meaning or a
+//! dangerous one after it (RFC 9110, 6.5.1); hop-by-hop fields end with their connection (RFC 9110, 7.6.1).
 
 use http::header::{self, HeaderMap, HeaderName};
 
-/// Names that never pass in trailers.
-const BANNED: [HeaderName; 20] = [
+/// Field names that never pass in trailers.
+const FORBIDDEN: [HeaderName; 20] = [
     header::AUTHORIZATION,
     header::CACHE_CONTROL,
     header::CONNECTION,
@@ -29,9 +29,9 @@ const BANNED: [HeaderName; 20] = [
     header::WWW_AUTHENTICATE,
 ];
 
-/// Takes out what may not pass: the banned names, and `named`, the ones that the message's `Connection` field lists.
+/// Removes the forbidden fields, and those in `named`: the names that the message's `Connection` field lists.
 pub fn clean(trailers: &mut HeaderMap, named: &[HeaderName]) {
-    for name in BANNED.iter().chain(named) {
+    for name in FORBIDDEN.iter().chain(named) {
         trailers.remove(name);
     }
 }
@@ -41,7 +41,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn framing_and_named_fields_go_and_the_rest_stays() {
+    fn forbidden_and_named_fields_are_removed_and_the_rest_stays() {
         let mut trailers = HeaderMap::new();
         for name in ["grpc-status", "x-sum", "content-length", "host", "x-hop"] {
             trailers.insert(HeaderName::from_static(name), "1".parse().unwrap());

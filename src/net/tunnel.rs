@@ -1,4 +1,7 @@
-//! Bytes both ways between two streams, until both have ended or nothing has moved for too long.
+//! A tunnel: copies bytes both ways between two streams after CONNECT or an upgrade.
+//!
+//! Ends when both directions have ended, when a side breaks off, after an idle time without a byte, or at the end of its
+//! longest life. The end of one direction passes to the other side after its last byte.
 
 use std::io;
 use std::time::Duration;
@@ -8,23 +11,23 @@ use tokio::time::{Instant, sleep_until};
 
 use crate::net::io::{Activity, Io};
 
-/// How much one direction carries at once.
-const CHUNK: usize = 16 * 1024;
+/// Buffer of one direction, in bytes.
+const BUFFER: usize = 16 * 1024;
 
 /// How a tunnel ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TunnelEnd {
-    /// Both sides said that they were done.
+    /// Both directions ended.
     Finished,
-    /// A side broke off.
+    /// Reading from or writing to a side failed.
     Broken,
-    /// No byte in either direction for the idle time.
+    /// No byte passed in either direction for the idle time.
     Idle,
-    /// The tunnel reached its longest life.
+    /// The longest life was over.
     Expired,
 }
 
-/// What a tunnel carried, and how it ended.
+/// The bytes that a tunnel copied, and how it ended.
 #[derive(Debug, Clone, Copy)]
 pub struct TunnelReport {
     /// How it ended.
@@ -35,9 +38,9 @@ pub struct TunnelReport {
     pub received: u64,
 }
 
-/// Carries bytes until both sides have ended; a side's end is passed on after its last byte.
+/// Copies bytes until both directions have ended.
 ///
-/// `idle` without a byte in either direction ends it, and `life` ends it in any case.
+/// `idle` without a byte in either direction ends the tunnel, up to a quarter of `idle` late; `life` ends it in any case.
 pub async fn run(caller: Io, upstream: Io, idle: Duration, life: Duration) -> TunnelReport {
     let activity = [caller.activity(), upstream.activity()];
     let (caller_read, caller_write) = tokio::io::split(caller);
@@ -47,21 +50,21 @@ pub async fn run(caller: Io, upstream: Io, idle: Duration, life: Duration) -> Tu
     let end = {
         let both = async {
             tokio::try_join!(
-                one_way(caller_read, upstream_write, &mut sent),
-                one_way(upstream_read, caller_write, &mut received),
+                copy(caller_read, upstream_write, &mut sent),
+                copy(upstream_read, caller_write, &mut received),
             )
         };
         tokio::select! {
             done = both => if done.is_ok() { TunnelEnd::Finished } else { TunnelEnd::Broken },
-            () = silence([&activity[0], &activity[1]], idle) => TunnelEnd::Idle,
+            () = wait_idle([&activity[0], &activity[1]], idle) => TunnelEnd::Idle,
             () = tokio::time::sleep(life) => TunnelEnd::Expired,
         }
     };
     TunnelReport { end, sent, received }
 }
 
-async fn one_way(mut from: ReadHalf<Io>, mut to: WriteHalf<Io>, total: &mut u64) -> io::Result<()> {
-    let mut buffer = vec![0; CHUNK];
+async fn copy(mut from: ReadHalf<Io>, mut to: WriteHalf<Io>, total: &mut u64) -> io::Result<()> {
+    let mut buffer = vec![0; BUFFER];
     loop {
         let count = from.read(&mut buffer).await?;
         if count == 0 {
@@ -74,17 +77,17 @@ async fn one_way(mut from: ReadHalf<Io>, mut to: WriteHalf<Io>, total: &mut u64)
 }
 
 /// Returns when neither stream has moved a byte for `idle`.
-async fn silence(streams: [&Activity; 2], idle: Duration) {
+async fn wait_idle(streams: [&Activity; 2], idle: Duration) {
     let total = || streams[0].total() + streams[1].total();
-    // Looks four times per idle time, so that it ends at most a quarter late.
-    let step = idle / 4;
-    let mut seen = total();
+    // Four checks per idle time: the end is at most a quarter late.
+    let interval = idle / 4;
+    let mut last_total = total();
     let mut since = Instant::now();
     loop {
-        sleep_until(Instant::now() + step).await;
-        let now = total();
-        if now != seen {
-            seen = now;
+        sleep_until(Instant::now() + interval).await;
+        let now_total = total();
+        if now_total != last_total {
+            last_total = now_total;
             since = Instant::now();
         } else if since.elapsed() >= idle {
             return;
@@ -120,7 +123,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_silent_tunnel_ends_after_its_idle_time() {
+    async fn an_idle_tunnel_ends_after_its_idle_time() {
         let (caller, _there) = tokio::io::duplex(64);
         let (upstream, _back) = tokio::io::duplex(64);
         let begun = Instant::now();

@@ -1,4 +1,8 @@
-//! Going down without cutting anybody off: the phases, and who is still busy.
+//! Graceful shutdown: the phases of the drain, and the open connections that it waits for.
+//!
+//! `app` moves the [`Drain`] forward on SIGTERM or SIGINT; each worker follows it through a [`DrainSignal`] and passes the
+//! phase on to its [`ConnectionTracker`], which wakes the connections. Invariants: a phase is never left for an earlier
+//! one, and a worker ends only when its tracker is empty or the phase is [`DrainPhase::Over`].
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
@@ -7,20 +11,20 @@ use std::task::{Context, Waker};
 
 use tokio::sync::{Notify, watch};
 
-/// How far the process is on its way down.
+/// The phase of shutdown, in order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum DrainPhase {
-    /// Business as usual.
+    /// Normal operation.
     Serving,
-    /// Not ready any more; still accepts, and tells HTTP/1.1 callers to close after the next answer.
+    /// Not ready any more; still accepts, and tells HTTP/1.1 callers to close after the next response.
     Leaving,
-    /// Accepts nothing new; what is in flight may finish.
+    /// Accepts nothing new; exchanges in flight may finish.
     Closing,
-    /// The grace time is over: what is still in flight is cut off.
+    /// The grace time is over: exchanges that are still in flight are cut off.
     Over,
 }
 
-/// The switch of the process. Dropping it counts as [`DrainPhase::Closing`].
+/// Sets the drain phase of the process. Dropping it counts as [`DrainPhase::Closing`].
 pub struct Drain {
     phase: watch::Sender<DrainPhase>,
 }
@@ -32,116 +36,120 @@ impl Default for Drain {
 }
 
 impl Drain {
-    /// Moves on to `phase`; never goes back. Returns true if that was a step.
+    /// Moves forward to `phase`; an earlier phase is ignored. Returns true if the phase changed.
     pub fn advance(&self, phase: DrainPhase) -> bool {
-        self.phase.send_if_modified(|now| {
-            let later = phase > *now;
-            *now = phase.max(*now);
-            later
+        self.phase.send_if_modified(|current| {
+            let is_later = phase > *current;
+            *current = phase.max(*current);
+            is_later
         })
     }
 
-    /// The present phase.
+    /// The current phase.
     pub fn phase(&self) -> DrainPhase {
         *self.phase.borrow()
     }
 
-    /// A view for another thread.
+    /// A receiver of the phase for another thread.
     pub fn signal(&self) -> DrainSignal {
         DrainSignal(self.phase.subscribe())
     }
 }
 
-/// What other threads see of the [`Drain`].
+/// Follows the [`Drain`] from another thread.
 #[derive(Clone)]
 pub struct DrainSignal(watch::Receiver<DrainPhase>);
 
 impl DrainSignal {
-    /// Returns when `phase` has begun.
+    /// Returns when `phase` or a later one has begun, or the [`Drain`] is dropped.
     pub async fn reached(&self, phase: DrainPhase) {
-        // An error means that the switch is gone, which is the end too.
         let mut phases = self.0.clone();
-        let _ended = phases.wait_for(|now| *now >= phase).await;
+        // An error means that the `Drain` was dropped, which counts as reached.
+        let _ended = phases.wait_for(|current| *current >= phase).await;
     }
 }
 
-/// The open connections of one worker, and the phase as they see it.
+/// The open connections of one worker, and the drain phase that they see.
 ///
-/// Asking for the phase costs a look at a cell, because every connection asks each time it is woken.
+/// Reading the phase costs one read of a cell, because every connection reads it each time it is woken.
 #[derive(Clone)]
-pub struct ConnectionTracker(Rc<Inner>);
+pub struct ConnectionTracker(Rc<TrackerState>);
 
-struct Inner {
+struct TrackerState {
     phase: Cell<DrainPhase>,
-    next: Cell<u64>,
-    members: RefCell<HashMap<u64, Option<Waker>>>,
-    none: Notify,
+    next_id: Cell<u64>,
+    /// Open connections by id; the waker is there once the connection has read the phase.
+    wakers: RefCell<HashMap<u64, Option<Waker>>>,
+    /// Notified when the last connection closes.
+    empty: Notify,
 }
 
 impl Default for ConnectionTracker {
     fn default() -> Self {
-        Self(Rc::new(Inner {
+        Self(Rc::new(TrackerState {
             phase: Cell::new(DrainPhase::Serving),
-            next: Cell::new(0),
-            members: RefCell::default(),
-            none: Notify::new(),
+            next_id: Cell::new(0),
+            wakers: RefCell::default(),
+            empty: Notify::new(),
         }))
     }
 }
 
 impl ConnectionTracker {
-    /// The present phase.
+    /// The current phase.
     pub fn phase(&self) -> DrainPhase {
         self.0.phase.get()
     }
 
-    /// Moves on to `phase` and wakes every member.
+    /// Moves forward to `phase` and wakes every tracked connection.
     pub fn advance(&self, phase: DrainPhase) {
         self.0.phase.set(phase.max(self.0.phase.get()));
-        for waker in self.0.members.borrow().values().flatten() {
+        for waker in self.0.wakers.borrow().values().flatten() {
             waker.wake_by_ref();
         }
     }
 
-    /// One member more, until the result is dropped.
+    /// Counts one open connection until the result is dropped.
     pub fn track(&self) -> TrackedConnection {
-        let number = self.0.next.get();
-        self.0.next.set(number + 1);
-        self.0.members.borrow_mut().insert(number, None);
-        TrackedConnection { connections: self.clone(), number, listening: Cell::new(false) }
+        let id = self.0.next_id.get();
+        self.0.next_id.set(id + 1);
+        self.0.wakers.borrow_mut().insert(id, None);
+        TrackedConnection { tracker: self.clone(), id, has_waker: Cell::new(false) }
     }
 
-    /// Returns when there is no member left.
+    /// Returns when no tracked connection is open.
     pub async fn all_closed(&self) {
-        while !self.0.members.borrow().is_empty() {
-            self.0.none.notified().await;
+        while !self.0.wakers.borrow().is_empty() {
+            self.0.empty.notified().await;
         }
     }
 }
 
-/// One open connection.
+/// One open connection; dropping it reports the connection closed.
 pub struct TrackedConnection {
-    connections: ConnectionTracker,
-    number: u64,
-    listening: Cell<bool>,
+    tracker: ConnectionTracker,
+    id: u64,
+    has_waker: Cell<bool>,
 }
 
 impl TrackedConnection {
-    /// The present phase; the task that asks is woken when it changes. A member stays in one task for its life.
+    /// The current phase; the calling task is woken when the phase changes.
+    ///
+    /// Registers the waker of the first call only: a connection stays in one task for its life.
     pub fn phase(&self, cx: &Context<'_>) -> DrainPhase {
-        if !self.listening.replace(true) {
-            self.connections.0.members.borrow_mut().insert(self.number, Some(cx.waker().clone()));
+        if !self.has_waker.replace(true) {
+            self.tracker.0.wakers.borrow_mut().insert(self.id, Some(cx.waker().clone()));
         }
-        self.connections.phase()
+        self.tracker.phase()
     }
 }
 
 impl Drop for TrackedConnection {
     fn drop(&mut self) {
-        let mut members = self.connections.0.members.borrow_mut();
-        members.remove(&self.number);
-        if members.is_empty() {
-            self.connections.0.none.notify_one();
+        let mut wakers = self.tracker.0.wakers.borrow_mut();
+        wakers.remove(&self.id);
+        if wakers.is_empty() {
+            self.tracker.0.empty.notify_one();
         }
     }
 }
@@ -153,21 +161,21 @@ mod tests {
     use std::task::Poll;
 
     #[tokio::test]
-    async fn members_are_woken_and_the_last_one_ends_the_wait() {
-        let connections = ConnectionTracker::default();
-        let member = connections.track();
-        let closing = poll_fn(|cx| match member.phase(cx) {
+    async fn a_phase_change_wakes_connections_and_the_last_close_ends_the_wait() {
+        let tracker = ConnectionTracker::default();
+        let connection = tracker.track();
+        let closing = poll_fn(|cx| match connection.phase(cx) {
             DrainPhase::Closing | DrainPhase::Over => Poll::Ready(()),
             DrainPhase::Serving | DrainPhase::Leaving => Poll::Pending,
         });
-        let advance = async { connections.advance(DrainPhase::Closing) };
+        let advance = async { tracker.advance(DrainPhase::Closing) };
         tokio::join!(closing, advance);
-        drop(member);
-        connections.all_closed().await;
+        drop(connection);
+        tracker.all_closed().await;
     }
 
     #[tokio::test]
-    async fn the_switch_never_goes_back() {
+    async fn the_phase_never_goes_back() {
         let drain = Drain::default();
         let signal = drain.signal();
         assert!(drain.advance(DrainPhase::Closing));

@@ -1,7 +1,9 @@
 //! Level 0: threads, tasks, timers, drain and signals. Knows nothing of what runs on them.
 //!
-//! Every worker is one thread with a single-threaded runtime of its own: tasks never move, so nothing on the
-//! data path is locked or sent between threads.
+//! `thread` starts a thread with a single-threaded runtime, `tasks` spawns on it, `timer` lends timers that are reused,
+//! `waker` and `wake_batching` save wake-ups within a poll and between polls, `drain` counts connections down at shutdown,
+//! `signals` receives SIGTERM, SIGINT and SIGHUP. Tasks never move to another thread, so nothing on the data path is locked
+//! or sent between threads.
 
 pub mod drain;
 pub mod signals;

@@ -1,46 +1,55 @@
-//! The signals that a container runtime or a person at a terminal sends.
+//! Unix signals that end the process (SIGTERM, SIGINT) or make it read its files again (SIGHUP).
+//!
+//! `cli::run` listens for them on the main thread. From the call of `listen` on, a signal does not end the process by
+//! itself.
 
 use std::io;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-/// Which signal came.
+/// The signal that was received.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ended {
-    /// SIGTERM: an orchestrator asks; callers may still be on their way here.
+    /// SIGTERM, from an orchestrator: new calls may still arrive for a while.
     Terminate,
-    /// SIGINT, Ctrl-C: a person asks; nobody else is coming.
+    /// SIGINT, Ctrl-C at a terminal: no new calls are expected.
     Interrupt,
 }
 
-/// Those that end the process. Listens from its making on, so that no signal is missed.
+/// Receives SIGTERM and SIGINT.
 pub struct Signals {
     terminate: Signal,
     interrupt: Signal,
 }
 
-/// SIGHUP, by which many servers are told to read their files again. From its making on it does not end the process.
+/// Receives SIGHUP, the usual request to read configuration files again.
 pub struct Hangup(Signal);
 
 impl Hangup {
-    /// Begins to listen. Fails if the system does not allow it.
+    /// Begins to listen; a signal sent from now on is not missed.
+    ///
+    /// # Errors
+    /// If the system refuses to install the signal handler.
     pub fn listen() -> io::Result<Self> {
         Ok(Self(signal(SignalKind::hangup())?))
     }
 
-    /// Returns at the next one.
+    /// Returns at the next SIGHUP.
     pub async fn next(&mut self) {
         self.0.recv().await;
     }
 }
 
 impl Signals {
-    /// Begins to listen. Fails if the system does not allow it.
+    /// Begins to listen; a signal sent from now on is not missed.
+    ///
+    /// # Errors
+    /// If the system refuses to install a signal handler.
     pub fn listen() -> io::Result<Self> {
         Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
     }
 
-    /// Returns at the next signal.
+    /// Returns at the next SIGTERM or SIGINT.
     pub async fn next(&mut self) -> Ended {
         tokio::select! {
             _ = self.terminate.recv() => Ended::Terminate,

@@ -1,8 +1,8 @@
-//! Tasks of one worker: they stay on their thread and need not be `Send`.
+//! Tasks of one thread: they stay on the thread that spawned them and need not be `Send`.
 
 use tokio::task::JoinHandle;
 
-/// Starts a task on this worker.
+/// Spawns a task on the current thread. Dropping the handle detaches the task.
 pub fn spawn<F>(task: F) -> JoinHandle<F::Output>
 where
     F: Future + 'static,

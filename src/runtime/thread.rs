@@ -1,4 +1,4 @@
-//! One OS thread with a single-threaded runtime.
+//! One OS thread with a single-threaded runtime: a worker, or the control thread.
 
 use std::io;
 use std::thread::JoinHandle;
@@ -7,13 +7,15 @@ use tokio::runtime::{Builder, LocalOptions};
 
 use crate::runtime::wake_batching;
 
-/// Starts a thread called `name` that runs `main` to its end; tasks that are left then are dropped.
-/// `napped` is called for each nap that the thread takes to [coalesce its wakes](coalescing).
+/// Starts a thread called `name` that runs `main` to its end; tasks still running then are dropped.
 ///
-/// Fails if the system gives no thread. A runtime that cannot be built ends the thread with that error.
+/// `on_batch` is called each time the thread delays its next poll: see [`wake_batching`].
+///
+/// # Errors
+/// If the system cannot start a thread. A runtime that cannot be built ends the thread with that error.
 pub fn spawn<M, F>(
     name: &str,
-    napped: impl Fn() + Send + Sync + 'static,
+    on_batch: impl Fn() + Send + Sync + 'static,
     main: M,
 ) -> io::Result<JoinHandle<io::Result<()>>>
 where
@@ -22,7 +24,7 @@ where
 {
     std::thread::Builder::new().name(name.to_owned()).spawn(move || {
         let mut runtime = Builder::new_current_thread();
-        wake_batching::install(&mut runtime, napped);
+        wake_batching::install(&mut runtime, on_batch);
         let runtime = runtime.enable_all().build_local(LocalOptions::default())?;
         runtime.block_on(main());
         Ok(())

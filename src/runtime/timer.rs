@@ -1,7 +1,7 @@
-//! Timers that are used again.
+//! A pool of timers for one worker.
 //!
-//! Registering a timer with the runtime costs more than moving one that is registered already to a later
-//! time, which is what almost every exchange does: it borrows a timer that the exchange before it has left.
+//! Registering a timer with the runtime costs more than resetting a registered one to a later time, and almost every
+//! exchange needs a timer: it takes one that an earlier exchange has returned. A [`Timer`] returns to its pool on drop.
 
 use std::cell::RefCell;
 use std::future::poll_fn;
@@ -11,8 +11,8 @@ use std::task::{Context, Poll};
 
 use tokio::time::{Instant, Sleep, sleep_until};
 
-/// Timers kept for later on one worker; more than these are dropped.
-const KEPT: usize = 1024;
+/// Unused timers kept per worker; a timer returned beyond that is dropped.
+const MAX_FREE: usize = 1024;
 
 /// The timers of one worker.
 #[derive(Clone, Default)]
@@ -21,29 +21,29 @@ pub struct Timers {
 }
 
 impl Timers {
-    /// A timer set to `at`.
+    /// A timer that fires at `at`.
     pub fn at(&self, at: Instant) -> Timer {
-        let kept = self.free.borrow_mut().pop();
-        let sleep = match kept {
+        let free = self.free.borrow_mut().pop();
+        let sleep = match free {
             Some(mut sleep) => {
                 sleep.as_mut().reset(at);
                 sleep
             }
             None => Box::pin(sleep_until(at)),
         };
-        Timer { sleep: Some(sleep), home: self.clone() }
+        Timer { sleep: Some(sleep), pool: self.clone() }
     }
 }
 
-/// One timer; goes back to its worker's store when dropped.
+/// One timer; returns to its worker's pool on drop.
 pub struct Timer {
     /// Present until drop.
     sleep: Option<Pin<Box<Sleep>>>,
-    home: Timers,
+    pool: Timers,
 }
 
 impl Timer {
-    /// Moves the timer; it rings at `at`, also if it rang before.
+    /// Resets the timer: it fires at `at`, even if it has fired before.
     pub fn set(&mut self, at: Instant) {
         if let Some(sleep) = &mut self.sleep
             && sleep.deadline() != at
@@ -52,16 +52,16 @@ impl Timer {
         }
     }
 
-    /// The future's output, or `None` if it is not there at `until`. Touches the timer only if the future has to wait.
+    /// The future's output, or `None` if `until` passes first. Resets the timer only if the future is not ready at once.
     pub async fn limit<F: Future>(&mut self, until: Instant, future: F) -> Option<F::Output> {
         let mut future = pin!(future);
-        let mut set = false;
+        let mut is_set = false;
         poll_fn(|cx| {
             if let Poll::Ready(output) = future.as_mut().poll(cx) {
                 return Poll::Ready(Some(output));
             }
-            if !set {
-                set = true;
+            if !is_set {
+                is_set = true;
                 self.set(until);
             }
             self.poll(cx).map(|()| None)
@@ -69,7 +69,7 @@ impl Timer {
         .await
     }
 
-    /// Ready when the time has come.
+    /// Ready once the time has passed.
     pub fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         match &mut self.sleep {
             Some(sleep) => sleep.as_mut().poll(cx),
@@ -80,8 +80,8 @@ impl Timer {
 
 impl Drop for Timer {
     fn drop(&mut self) {
-        let mut free = self.home.free.borrow_mut();
-        if free.len() < KEPT
+        let mut free = self.pool.free.borrow_mut();
+        if free.len() < MAX_FREE
             && let Some(sleep) = self.sleep.take()
         {
             free.push(sleep);
@@ -95,7 +95,7 @@ mod tests {
     use std::time::Duration;
 
     #[tokio::test(start_paused = true)]
-    async fn a_timer_used_again_rings_at_its_new_time() {
+    async fn a_reused_timer_fires_at_its_new_time() {
         let timers = Timers::default();
         for seconds in [5, 1, 9] {
             let begun = Instant::now();

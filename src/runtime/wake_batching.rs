@@ -1,17 +1,16 @@
-//! Waking up less often when much is under way over few connections.
+//! Wake batching: a busy thread waits a moment before it polls, and handles more events per wake-up.
 //!
-//! A worker that has nothing to do sleeps until the kernel has something for it. Under HTTP/2, where many calls share a
-//! connection, that is after every frame or two, and a third of its CPU goes into falling asleep, waking up, and reading
-//! and writing a little at a time. Network cards have the same trouble with interrupts, and the same cure, *interrupt
-//! coalescing*: wait a moment, then do at once all that has come.
+//! An idle worker sleeps in epoll until the kernel has an event. Under HTTP/2, where many calls share a connection, it wakes
+//! for every frame or two, and a third of its CPU goes into falling asleep, waking up, and reading and writing a little at a
+//! time. Network cards solve the same problem with *interrupt coalescing*: wait a moment, then handle all events at once.
 //!
-//! What it promises:
-//! - A worker naps before it looks for work only while it has 32 HTTP/2 streams or more. Over HTTP/1.1 every call
-//!   is read and written on its own, so there is nothing to save.
-//! - It naps on only while there is as much work after a nap as the nap takes. Otherwise it does not try again for
-//!   50 ms, so many silent streams beside one busy caller cost that caller a hundredth of its speed.
-//! - A nap takes 20 us and the timer slack of the thread, which is 50 us unless the system says otherwise. A call meets
-//!   one on its way and one on the way back.
+//! Invariants:
+//! - A thread delays its poll only while it has 32 HTTP/2 streams or more. Over HTTP/1.1 every call is read and written on
+//!   its own, so there is nothing to batch.
+//! - It goes on only while a batch brings as much work as the delay takes. Otherwise it pauses batching for 50 ms, so many
+//!   silent streams beside one busy caller cost that caller 1 % of its speed.
+//! - A delay takes 20 us plus the timer slack of the thread, 50 us unless the system sets another value. A call meets one
+//!   delay as a request and one as a response.
 
 use std::cell::{Cell, RefCell};
 use std::thread;
@@ -20,42 +19,42 @@ use std::time::Duration;
 use tokio::runtime::Builder;
 use tokio::time::Instant;
 
-/// How long a nap takes, without the timer slack.
-const NAP: Duration = Duration::from_micros(20);
+/// How long a thread waits before it polls, without the timer slack.
+const DELAY: Duration = Duration::from_micros(20);
 
-/// HTTP/2 streams under way on one thread from which on it may nap.
-const MANY: u32 = 32;
+/// Active HTTP/2 streams on one thread from which on it batches.
+const MIN_STREAMS: u32 = 32;
 
-/// Naps after which it is judged whether they gather enough.
+/// Batches after which their work is compared with [`MIN_WORK`].
 const SAMPLE: u32 = 8;
 
-/// Work between two naps that makes them worth their time, on average.
-const WORTH: Duration = Duration::from_micros(50);
+/// Average work per batch that pays for the delay.
+const MIN_WORK: Duration = Duration::from_micros(50);
 
-/// How long a thread does not nap after naps gathered too little.
-const REST: Duration = Duration::from_millis(50);
+/// How long a thread does not batch after a sample with too little work.
+const PAUSE: Duration = Duration::from_millis(50);
 
 thread_local! {
     static STREAMS: Cell<u32> = const { Cell::new(0) };
-    static PACE: RefCell<Pace> = const { RefCell::new(Pace::new()) };
+    static BATCHING: RefCell<Batching> = const { RefCell::new(Batching::new()) };
 }
 
-/// Has threads of this runtime nap; `napped` is called for each nap.
-pub fn install(runtime: &mut Builder, napped: impl Fn() + Send + Sync + 'static) {
+/// Lets the threads of this runtime batch their wake-ups; `on_batch` is called before each delay.
+pub fn install(runtime: &mut Builder, on_batch: impl Fn() + Send + Sync + 'static) {
     runtime.on_thread_park(move || {
-        if STREAMS.get() >= MANY && PACE.with_borrow_mut(|pace| pace.is_to_nap(Instant::now())) {
-            napped();
-            thread::sleep(NAP);
+        if STREAMS.get() >= MIN_STREAMS && BATCHING.with_borrow_mut(|batching| batching.is_worthwhile(Instant::now())) {
+            on_batch();
+            thread::sleep(DELAY);
         }
     });
-    runtime.on_thread_unpark(|| PACE.with_borrow_mut(|pace| pace.woke = Some(Instant::now())));
+    runtime.on_thread_unpark(|| BATCHING.with_borrow_mut(|batching| batching.woke_at = Some(Instant::now())));
 }
 
-/// One HTTP/2 stream that is under way on this thread, until it is dropped there.
+/// One active HTTP/2 stream of this thread, until it is dropped on the same thread.
 pub struct ActiveStream(());
 
 impl ActiveStream {
-    /// A stream that begins.
+    /// Counts a stream that begins.
     pub fn begin() -> Self {
         STREAMS.set(STREAMS.get().saturating_add(1));
         Self(())
@@ -68,38 +67,39 @@ impl Drop for ActiveStream {
     }
 }
 
-/// What one thread knows of its naps.
-struct Pace {
-    /// When it woke up; unknown before the first time.
-    woke: Option<Instant>,
-    /// No nap before this.
-    rests_until: Option<Instant>,
-    /// Of the present sample: naps, and the work before each.
-    naps: u32,
-    worked: Duration,
+/// The batches of one thread, and the work that they brought.
+struct Batching {
+    /// When the thread woke up; `None` before the first time.
+    woke_at: Option<Instant>,
+    /// No batch before this instant.
+    paused_until: Option<Instant>,
+    /// Batches of the current sample.
+    batches: u32,
+    /// Time worked between the batches of the current sample.
+    work: Duration,
 }
 
-impl Pace {
+impl Batching {
     const fn new() -> Self {
-        Self { woke: None, rests_until: None, naps: 0, worked: Duration::ZERO }
+        Self { woke_at: None, paused_until: None, batches: 0, work: Duration::ZERO }
     }
 
-    /// The thread has many streams, and nothing left to do at `now`.
-    fn is_to_nap(&mut self, now: Instant) -> bool {
-        if self.rests_until.is_some_and(|until| now < until) {
+    /// Whether to delay the next poll; called when the thread has many streams and nothing left to do at `now`.
+    fn is_worthwhile(&mut self, now: Instant) -> bool {
+        if self.paused_until.is_some_and(|until| now < until) {
             return false;
         }
-        self.naps += 1;
-        self.worked += self.woke.map_or(Duration::ZERO, |woke| now.saturating_duration_since(woke));
-        if self.naps < SAMPLE {
+        self.batches += 1;
+        self.work += self.woke_at.map_or(Duration::ZERO, |woke_at| now.saturating_duration_since(woke_at));
+        if self.batches < SAMPLE {
             return true;
         }
-        let is_worth = self.worked >= WORTH * SAMPLE;
-        (self.naps, self.worked) = (0, Duration::ZERO);
-        if !is_worth {
-            self.rests_until = Some(now + REST);
+        let is_worthwhile = self.work >= MIN_WORK * SAMPLE;
+        (self.batches, self.work) = (0, Duration::ZERO);
+        if !is_worthwhile {
+            self.paused_until = Some(now + PAUSE);
         }
-        is_worth
+        is_worthwhile
     }
 }
 
@@ -107,38 +107,38 @@ impl Pace {
 mod tests {
     use super::*;
 
-    /// A thread with many streams that wakes up `turns` times and works for `work` each time: how often it naps.
-    fn naps(pace: &mut Pace, now: &mut Instant, turns: u32, work: Duration) -> u32 {
-        let mut naps = 0;
+    /// A thread with many streams that wakes up `turns` times and works for `work` each time: how many batches it makes.
+    fn batches(batching: &mut Batching, now: &mut Instant, turns: u32, work: Duration) -> u32 {
+        let mut batches = 0;
         for _ in 0..turns {
-            pace.woke = Some(*now);
+            batching.woke_at = Some(*now);
             *now += work;
-            naps += u32::from(pace.is_to_nap(*now));
+            batches += u32::from(batching.is_worthwhile(*now));
         }
-        naps
+        batches
     }
 
     #[test]
-    fn naps_go_on_while_they_gather_work() {
-        let (mut now, mut pace) = (Instant::now(), Pace::new());
-        assert_eq!(naps(&mut pace, &mut now, 1000, WORTH), 1000);
+    fn batching_goes_on_while_batches_bring_work() {
+        let (mut now, mut batching) = (Instant::now(), Batching::new());
+        assert_eq!(batches(&mut batching, &mut now, 1000, MIN_WORK), 1000);
     }
 
     #[test]
-    fn naps_that_gather_little_are_tried_again_only_after_a_rest() {
-        let (mut now, mut pace) = (Instant::now(), Pace::new());
-        let little = WORTH / 5;
-        // 10 us of work a turn: one sample of naps, the last of which is left out, and then 5,000 turns of rest.
-        assert_eq!(naps(&mut pace, &mut now, SAMPLE + 4_999, little), SAMPLE - 1);
-        assert_eq!(naps(&mut pace, &mut now, SAMPLE, little), SAMPLE - 1);
+    fn batching_pauses_after_batches_with_little_work() {
+        let (mut now, mut batching) = (Instant::now(), Batching::new());
+        let little = MIN_WORK / 5;
+        // 10 us of work a turn: one sample of batches, the last of which is left out, and then 5,000 turns of pause.
+        assert_eq!(batches(&mut batching, &mut now, SAMPLE + 4_999, little), SAMPLE - 1);
+        assert_eq!(batches(&mut batching, &mut now, SAMPLE, little), SAMPLE - 1);
     }
 
     #[test]
     fn a_thread_that_never_woke_up_has_done_no_work() {
-        let (now, mut pace) = (Instant::now(), Pace::new());
-        let naps = (0..SAMPLE).filter(|_| pace.is_to_nap(now)).count();
-        assert_eq!(naps, SAMPLE as usize - 1);
-        assert!(!pace.is_to_nap(now), "it rests");
+        let (now, mut batching) = (Instant::now(), Batching::new());
+        let batches = (0..SAMPLE).filter(|_| batching.is_worthwhile(now)).count();
+        assert_eq!(batches, SAMPLE as usize - 1);
+        assert!(!batching.is_worthwhile(now), "batching pauses");
     }
 
     #[test]

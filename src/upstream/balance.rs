@@ -1,67 +1,72 @@
-//! Which endpoint gets the next request: power of two choices on peak EWMA.
+//! Load balancing: power of two choices on peak EWMA.
 //!
-//! Two endpoints are drawn at random; the one with the smaller product of latency and calls in flight wins.
-//! The latency is an exponentially decaying average that jumps up at once when an answer was slower (peak),
-//! so a stalling endpoint is avoided after one slow answer and trusted again slowly. A failure counts as a slower
-//! answer than those before: an endpoint that refuses quickly must not look like an idle one. One failure may be the
-//! request's fault and is soon forgotten; with the second one in a row the endpoint is left alone for most of a minute.
+//! `pool` calls it for every request. Two endpoints are drawn at random; the one with the smaller product of latency and
+//! calls in flight wins. The latency is an exponentially decaying average that rises at once to a slower sample (peak), so a
+//! stalling endpoint is avoided after one slow response and gets its calls back slowly. A failure counts as a slower response
+//! than those before: an endpoint that fails quickly must not look fast. One failure may be the request's fault and is soon
+//! forgotten; after a second one in a row the endpoint gets hardly any calls for most of a minute.
 
 use std::cell::Cell;
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// How long an old latency weighs: after this time it has lost 63 % of its weight.
+/// Time constant of the average: a sample of this age has lost 63 % of its weight.
 const DECAY: Duration = Duration::from_secs(10);
 
-/// What an endpoint without any answer yet is taken for. Small, so that new endpoints are tried soon.
-const UNKNOWN_NANOS: f64 = 1_000_000.0;
+/// Latency assumed before the first response, 1 ms. Small, so that a new endpoint gets calls soon.
+const INITIAL_NANOS: f64 = 1_000_000.0;
 
-/// A single failure makes an endpoint look so many times as slow. Where the others stay as they are, that is forgotten
-/// in about as long as an old latency weighs.
-const WORSE: f64 = 3.0;
+/// Factor by which a single failure raises the latency. Against endpoints whose latency stays the same, the effect is gone
+/// after about [`DECAY`].
+const FAILURE_FACTOR: f64 = 3.0;
 
-/// What a failure counts as, at least, behind another one.
-const BAD_NANOS: f64 = 1_000_000_000.0;
+/// Latency, at least, after two failures in a row, 1 s.
+const REPEATED_FAILURE_NANOS: f64 = 1_000_000_000.0;
 
-/// What the first failure of an endpoint without any answer yet counts as: nothing says how fast it would be.
+/// Latency after a failure before the first response, 10 ms: the usual latency is unknown.
 const FIRST_FAILURE_NANOS: f64 = 10_000_000.0;
 
 /// The load of one endpoint as one worker sees it.
 pub struct EndpointLoad {
     in_flight: Cell<u32>,
-    /// `None`: there was no answer yet, nor a failure.
+    /// Latency in nanoseconds; `None` before the first response or failure.
     nanos: Cell<Option<f64>>,
-    at: Cell<Instant>,
-    /// There was no answer since the last failure.
+    updated_at: Cell<Instant>,
+    /// True from a failure until the next response.
     is_failing: Cell<bool>,
 }
 
 impl EndpointLoad {
-    /// An endpoint that nobody has called yet.
+    /// An endpoint without calls.
     pub fn new(now: Instant) -> Self {
-        Self { in_flight: Cell::new(0), nanos: Cell::new(None), at: Cell::new(now), is_failing: Cell::new(false) }
+        Self {
+            in_flight: Cell::new(0),
+            nanos: Cell::new(None),
+            updated_at: Cell::new(now),
+            is_failing: Cell::new(false),
+        }
     }
 
-    /// Calls of this worker that are under way there.
+    /// Calls of this worker in flight to the endpoint.
     pub fn in_flight(&self) -> u32 {
         self.in_flight.get()
     }
 
-    /// Notes that a call begins.
+    /// Counts a call that begins.
     pub fn begin(&self) {
         self.in_flight.set(self.in_flight.get() + 1);
     }
 
-    /// Notes that a call is over.
+    /// Counts a call that is over.
     pub fn finish(&self) {
         self.in_flight.set(self.in_flight.get().saturating_sub(1));
     }
 
-    /// Notes how long the answer took to begin.
+    /// Records a response whose head came after `took`.
     pub fn answered(&self, took: Duration, now: Instant) {
         let sample = took.as_nanos() as f64;
-        let old = self.nanos.get().unwrap_or(UNKNOWN_NANOS);
+        let old = self.nanos.get().unwrap_or(INITIAL_NANOS);
         let new = if sample >= old {
             sample
         } else {
@@ -72,35 +77,36 @@ impl EndpointLoad {
         self.set(new, now);
     }
 
-    /// Notes that there was no answer, or one that says that the endpoint failed.
+    /// Records a failure after `took`: no response, or one that counts as a failure of the endpoint.
     pub fn failed(&self, took: Duration, now: Instant) {
-        let worse = match self.nanos.get() {
-            Some(old) if self.is_failing.get() => old.max(BAD_NANOS),
-            Some(old) => (old * WORSE).min(BAD_NANOS).max(old),
+        let raised = match self.nanos.get() {
+            Some(old) if self.is_failing.get() => old.max(REPEATED_FAILURE_NANOS),
+            Some(old) => (old * FAILURE_FACTOR).min(REPEATED_FAILURE_NANOS).max(old),
             None => FIRST_FAILURE_NANOS,
         };
         self.is_failing.set(true);
-        self.set(worse.max(took.as_nanos() as f64), now);
+        self.set(raised.max(took.as_nanos() as f64), now);
     }
 
     fn set(&self, nanos: f64, now: Instant) {
         self.nanos.set(Some(nanos));
-        self.at.set(now);
+        self.updated_at.set(now);
     }
 
-    /// What one more call would cost here.
+    /// The cost of one more call: decayed latency times calls in flight.
     fn cost(&self, now: Instant) -> f64 {
-        let known = self.nanos.get().unwrap_or(UNKNOWN_NANOS) * self.weight(now);
-        known.max(1.0) * f64::from(self.in_flight.get() + 1)
+        let latency = self.nanos.get().unwrap_or(INITIAL_NANOS) * self.weight(now);
+        latency.max(1.0) * f64::from(self.in_flight.get() + 1)
     }
 
+    /// The weight that the average has kept since its last update, 1 to 0.
     fn weight(&self, now: Instant) -> f64 {
-        let age = now.saturating_duration_since(self.at.get());
+        let age = now.saturating_duration_since(self.updated_at.get());
         (-age.as_secs_f64() / DECAY.as_secs_f64()).exp()
     }
 }
 
-/// The position of the better of two endpoints drawn at random; `None` if there are none.
+/// The position of the cheaper of two endpoints drawn at random; `None` for `count` 0.
 pub fn pick<'a>(
     count: usize,
     load: impl Fn(usize) -> &'a EndpointLoad,
@@ -111,10 +117,10 @@ pub fn pick<'a>(
         return count.checked_sub(1);
     }
     let first = random.usize(..count);
-    // Draw from the others only, so that the two always differ.
+    // Drawn from the others only, so that the two always differ.
     let second = (first + random.usize(1..count)) % count;
-    let better = load(first).cost(now) <= load(second).cost(now);
-    Some(if better { first } else { second })
+    let is_first = load(first).cost(now) <= load(second).cost(now);
+    Some(if is_first { first } else { second })
 }
 
 #[cfg(test)]
@@ -123,15 +129,15 @@ mod tests {
 
     fn draws(loads: &[EndpointLoad], now: Instant) -> Vec<usize> {
         let mut random = fastrand::Rng::with_seed(7);
-        let mut seen = vec![0; loads.len()];
+        let mut picks = vec![0; loads.len()];
         for _ in 0..1000 {
-            seen[pick(loads.len(), |i| &loads[i], &mut random, now).unwrap()] += 1;
+            picks[pick(loads.len(), |i| &loads[i], &mut random, now).unwrap()] += 1;
         }
-        seen
+        picks
     }
 
     #[test]
-    fn the_only_endpoint_is_taken_and_none_is_none() {
+    fn a_single_endpoint_is_picked_and_none_without_endpoints() {
         let now = Instant::now();
         let load = EndpointLoad::new(now);
         let mut random = fastrand::Rng::with_seed(1);
@@ -140,7 +146,7 @@ mod tests {
     }
 
     #[test]
-    fn equal_endpoints_share_and_a_slow_one_is_left_alone() {
+    fn equal_endpoints_share_the_calls_and_a_slow_one_gets_none() {
         let now = Instant::now();
         let loads: Vec<_> = (0..3).map(|_| EndpointLoad::new(now)).collect();
         assert!(draws(&loads, now).iter().all(|&n| n > 200), "{:?}", draws(&loads, now));
@@ -167,8 +173,8 @@ mod tests {
     }
 
     #[test]
-    fn a_second_failure_in_a_row_makes_an_endpoint_look_bad_and_none_makes_it_look_faster() {
-        // What was known of it in milliseconds, how long each failure took, and what it looks like after each.
+    fn a_second_failure_in_a_row_counts_as_a_second_and_no_failure_lowers_the_latency() {
+        // All in milliseconds: latency before, how long each failure took, latency after each failure.
         let table: [(Option<u64>, u64, &[u64]); 6] = [
             (Some(5), 0, &[15, 1000, 1000]),
             (Some(400), 0, &[1000, 1000]),
@@ -177,21 +183,21 @@ mod tests {
             (Some(5), 2000, &[2000, 2000]),
             (None, 0, &[10, 1000, 1000]),
         ];
-        for (known, took, looks) in table {
+        for (before, took, after) in table {
             let now = Instant::now();
             let load = EndpointLoad::new(now);
-            if let Some(known) = known {
-                load.answered(Duration::from_millis(known), now);
+            if let Some(before) = before {
+                load.answered(Duration::from_millis(before), now);
             }
-            for millis in looks {
+            for millis in after {
                 load.failed(Duration::from_millis(took), now);
-                assert_eq!(load.cost(now).round(), *millis as f64 * 1e6, "{known:?} {took}");
+                assert_eq!(load.cost(now).round(), *millis as f64 * 1e6, "{before:?} {took}");
             }
         }
     }
 
     #[test]
-    fn calls_in_flight_make_an_endpoint_dearer() {
+    fn calls_in_flight_raise_the_cost() {
         let now = Instant::now();
         let loads: Vec<_> = (0..2).map(|_| EndpointLoad::new(now)).collect();
         loads[0].begin();

@@ -1,7 +1,8 @@
-//! A destination's endpoints as all workers see them: addresses, protocol, TLS, and the gate of its limits.
+//! The state of a destination that all workers share: addresses, TLS settings, health.
 //!
-//! A cluster lives as long as the policy names the same endpoints, protocol and TLS for the destination;
-//! changed timeouts or limits leave it, its connections and its counters alone.
+//! `policy::snapshot` makes one per destination, `discovery` one per dynamic host; every worker has a pool for it. Invariants:
+//! a cluster lives as long as the policy gives the destination the same endpoints, protocol and TLS, so changed timeouts or
+//! limits change neither cluster nor connections; [`Health`] lives as long as the policy has the destination.
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
@@ -20,194 +21,206 @@ use crate::rules::retry::RetryBudget;
 use crate::telemetry::Telemetry;
 use crate::upstream::spec::{EndpointSpec, UpstreamProtocol, UpstreamTls};
 
-/// One place to connect to.
+/// One address of an endpoint.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Address {
-    /// Where.
+    /// IP address and port.
     pub socket: SocketAddr,
-    /// The name that its certificate has to carry; used with TLS only.
+    /// The name that the endpoint's certificate must bear; used with TLS only.
     pub server_name: Arc<str>,
 }
 
-/// What is known of a cluster's addresses.
+/// The addresses of a cluster, as last resolved.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Addresses {
-    /// Every endpoint's addresses, without repeats.
+    /// The addresses of all endpoints, without duplicates.
     pub list: Vec<Address>,
-    /// Why the list may be old or empty: what the resolver said last, if it failed.
+    /// The resolver's errors for names whose last resolution failed: the list may be old or empty.
     pub problem: Option<String>,
-    /// False until every name has been asked for once.
-    pub settled: bool,
+    /// True once every name has been resolved, or has failed to resolve, at least once.
+    pub is_complete: bool,
 }
 
-/// What makes a cluster another one when it changes.
+/// The policy values of a cluster; a change of any of them makes a new cluster.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ClusterIdentity {
     /// The destination's name.
     pub name: Arc<str>,
-    /// The endpoints as the policy has them.
+    /// The endpoints of the policy.
     pub endpoints: Vec<EndpointSpec>,
-    /// The protocol to speak.
+    /// The HTTP version of the endpoints.
     pub protocol: UpstreamProtocol,
-    /// TLS to the endpoints.
+    /// TLS to the endpoints; `None` for plain text.
     pub tls: Option<UpstreamTls>,
-    /// The name for certificates of endpoints that have none themselves; empty where none is asked for.
+    /// The server name of endpoints given as an address; empty if it is not used.
     pub host: Arc<str>,
 }
 
-/// What the failures of a destination have led to, shared by all workers. Lives as long as the policy names the
-/// destination, whatever becomes of its endpoints and values. Where callers name the places to go to, each place has
-/// one of its own.
+/// Circuit breaker, ejections and retry budget of a destination, shared by all workers.
+///
+/// Survives reloads that change the destination's endpoints or values. Each dynamic host has its own; the values
+/// reported for the destination cover all its dynamic hosts.
 #[derive(Clone)]
 pub struct Health {
     /// The circuit breaker.
     pub breaker: Arc<Breaker>,
-    /// Which endpoints are ejected.
+    /// The ejection state of the endpoints.
     pub group: Arc<EjectionGroup>,
-    /// What may be spent on retries.
+    /// The retry budget.
     pub budget: Arc<RetryBudget>,
-    /// The cluster that a reload has put into force, and that alone says which endpoints there are; 0 before the first.
-    in_force: Arc<AtomicU64>,
-    /// Whether the policy in force has no circuit breaker, and no ejection, for the destination.
-    hidden: Arc<[AtomicBool; 2]>,
-    /// Where changes are told that no call causes.
+    /// The id of the cluster of the current policy, whose addresses define the ejection members; 0 before the first reload.
+    current_cluster: Arc<AtomicU64>,
+    /// True where the current policy has no circuit breaker, or no ejection, for the destination.
+    is_disabled: Arc<[AtomicBool; 2]>,
+    /// Receives the changes that no call causes.
     telemetry: Arc<OnceLock<Arc<Telemetry>>>,
-    /// What is shown of the destination: this, and whatever else shares the list.
-    shown: Arc<Mutex<Vec<Shown>>>,
+    /// The states reported for the destination: its own, and those of its dynamic hosts.
+    reported: Arc<Mutex<Vec<ReportedState>>>,
 }
 
-/// What a destination, or a place that it leads to, adds to what is shown of the destination; gone with the place.
-type Shown = (Weak<Breaker>, Weak<EjectionGroup>);
+/// Breaker and ejections of a destination or of one dynamic host; dropped with the dynamic host.
+type ReportedState = (Weak<Breaker>, Weak<EjectionGroup>);
 
 impl Health {
-    /// Nothing has failed yet.
+    /// Closed breaker, no ejection, full retry budget.
     pub fn new(now: Instant) -> Self {
         let this = Self {
             breaker: Breaker::new(now),
             group: EjectionGroup::new(now),
             budget: RetryBudget::new(),
-            in_force: Arc::default(),
-            hidden: Arc::default(),
+            current_cluster: Arc::default(),
+            is_disabled: Arc::default(),
             telemetry: Arc::default(),
-            shown: Arc::default(),
+            reported: Arc::default(),
         };
-        this.be_shown();
+        this.register();
         this
     }
 
-    /// That of a place: one place's failures say nothing about the others. It is shown together with them.
-    fn place(&self, now: Instant) -> Self {
+    /// The health of a dynamic host: failures of one dynamic host do not count against the others. All are reported together.
+    fn for_dynamic_host(&self, now: Instant) -> Self {
         let (breaker, group, budget) = (Breaker::new(now), EjectionGroup::new(now), RetryBudget::new());
-        let this = Self { breaker, group, budget, in_force: Arc::default(), ..self.clone() };
-        this.be_shown();
+        let this = Self { breaker, group, budget, current_cluster: Arc::default(), ..self.clone() };
+        this.register();
         this
     }
 
-    fn be_shown(&self) {
-        let mut all = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
-        all.retain(|(breaker, _)| breaker.strong_count() > 0);
-        all.push((Arc::downgrade(&self.breaker), Arc::downgrade(&self.group)));
+    /// Adds this state to those reported for the destination.
+    fn register(&self) {
+        let mut reported = self.reported.lock().unwrap_or_else(PoisonError::into_inner);
+        reported.retain(|(breaker, _)| breaker.strong_count() > 0);
+        reported.push((Arc::downgrade(&self.breaker), Arc::downgrade(&self.group)));
     }
 
-    /// Says which of the two rules the policy in force has. What has failed is remembered without them, but it is not
-    /// shown, whatever calls of an older policy still bring about. True if that is a change.
+    /// Sets which of the two rules the current policy has. The state of a rule that is off is kept and not reported, even if
+    /// calls of an older policy still change it. Returns true if a rule was switched on or off.
     pub fn show(&self, breaker: bool, ejection: bool) -> bool {
-        let was = [self.hidden[0].swap(!breaker, Relaxed), self.hidden[1].swap(!ejection, Relaxed)];
+        let was = [self.is_disabled[0].swap(!breaker, Relaxed), self.is_disabled[1].swap(!ejection, Relaxed)];
         was != [!breaker, !ejection]
     }
 
-    /// The state of the circuit breaker as it is shown: of several places, the worst.
+    /// The reported state of the circuit breaker; of several dynamic hosts the worst: open, half-open, closed.
     pub fn state_now(&self, now: Instant) -> BreakerState {
-        if self.hidden[0].load(Relaxed) {
+        if self.is_disabled[0].load(Relaxed) {
             return BreakerState::Closed;
         }
-        let states: Vec<_> = self.all_shown(|(breaker, _)| Some(breaker.upgrade()?.state(now)));
+        let states: Vec<_> = self.map_reported(|(breaker, _)| Some(breaker.upgrade()?.state(now)));
         [BreakerState::Open, BreakerState::HalfOpen]
             .into_iter()
             .find(|state| states.contains(state))
             .unwrap_or(BreakerState::Closed)
     }
 
-    /// Tells `telemetry` of changes that no call causes. Whoever makes calls has to say this first: only calls eject.
-    pub fn report_to(&self, telemetry: &Arc<Telemetry>) {
+    /// Sets the receiver of changes that no call causes. Set before the first call: only calls eject an endpoint.
+    pub fn set_telemetry(&self, telemetry: &Arc<Telemetry>) {
         self.telemetry.get_or_init(|| Arc::clone(telemetry));
     }
 
-    /// How many endpoints are out, and get no calls or would get none; of several places, all together.
+    /// The reported number of ejected endpoints, in dry run those that would be; of several dynamic hosts the sum.
     pub fn out_now(&self, now: Instant) -> usize {
-        if self.hidden[1].load(Relaxed) {
+        if self.is_disabled[1].load(Relaxed) {
             return 0;
         }
-        let out = |group: Arc<EjectionGroup>| group.members().iter().filter(|member| member.is_out(now)).count();
-        self.all_shown(|(_, group)| group.upgrade().map(out)).iter().sum()
+        let ejected = |group: Arc<EjectionGroup>| group.members().iter().filter(|member| member.is_out(now)).count();
+        self.map_reported(|(_, group)| group.upgrade().map(ejected)).iter().sum()
     }
 
-    /// Shows no more of this one. True if there was something to be seen.
-    fn hide(&self, now: Instant) -> bool {
-        let mut all = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
-        all.retain(|(breaker, _)| breaker.as_ptr() != Arc::as_ptr(&self.breaker));
+    /// Removes this state from those reported. Returns true if the breaker was not closed or an endpoint was ejected.
+    fn unregister(&self, now: Instant) -> bool {
+        let mut reported = self.reported.lock().unwrap_or_else(PoisonError::into_inner);
+        reported.retain(|(breaker, _)| breaker.as_ptr() != Arc::as_ptr(&self.breaker));
         self.breaker.state(now) != BreakerState::Closed || self.group.members().iter().any(|member| member.is_out(now))
     }
 
-    /// Whether it keeps calls away, from all endpoints or from some. What waits to be tried does not.
+    /// Whether the breaker is open or an endpoint is ejected; false while they only wait for a probe.
     pub fn is_open(&self, now: Instant) -> bool {
         self.breaker.state(now) == BreakerState::Open
             || self.group.members().iter().any(|member| member.state(now) == BreakerState::Open)
     }
 
-    fn all_shown<T>(&self, look: impl Fn(&Shown) -> Option<T>) -> Vec<T> {
-        let all = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
-        all.iter().filter_map(look).collect()
+    fn map_reported<T>(&self, map: impl Fn(&ReportedState) -> Option<T>) -> Vec<T> {
+        let reported = self.reported.lock().unwrap_or_else(PoisonError::into_inner);
+        reported.iter().filter_map(map).collect()
     }
 }
 
-/// The shared side of a destination's endpoints.
+/// The shared state of a destination, or of one dynamic host.
 pub struct Cluster {
-    /// Unique within the process; pools are found by it.
+    /// Unique within the process; the key of the workers' pools.
     pub id: u64,
-    /// What it was made from.
+    /// The policy values that it was made from.
     pub identity: ClusterIdentity,
-    /// What its failures have led to.
+    /// Circuit breaker, ejections and retry budget.
     pub health: Health,
-    /// Host and port of a place that callers have named.
+    /// `host:port` of a dynamic host; `None` for the cluster of a destination itself.
     pub place: Option<String>,
     addresses: watch::Sender<Arc<Addresses>>,
-    /// One for a destination and all the places that it leads to.
-    tls: Arc<ArcSwapOption<Offers>>,
+    /// Shared by a destination and all its dynamic hosts.
+    tls: Arc<ArcSwapOption<TlsConfigs>>,
 }
 
-/// TLS settings, by the protocols that are offered.
-struct Offers {
-    /// Those that the policy allows.
+/// TLS settings, by the protocols that ALPN offers.
+struct TlsConfigs {
+    /// The protocols that the policy allows.
     all: Arc<ClientConfig>,
-    /// HTTP/1.1 alone.
+    /// HTTP/1.1 only.
     http1: Arc<ClientConfig>,
 }
 
 impl Cluster {
-    /// A cluster whose fixed addresses are known and whose names are still to be resolved.
+    /// A cluster with the addresses of its endpoints; `discovery` adds those of its names.
     ///
-    /// Fails if TLS is wanted and the certificates cannot be used.
+    /// # Errors
+    /// If the cluster has `tls` and its certificates cannot be used.
     pub fn new(identity: ClusterIdentity, health: Health, roots: &SystemRoots) -> Result<Arc<Self>, CertificateError> {
-        let cluster = Self::with(identity, health, None, Arc::default());
+        let cluster = Self::build(identity, health, None, Arc::default());
         cluster.load_certificates(roots)?;
         Ok(Arc::new(cluster))
     }
 
-    /// A cluster for a place that callers of this one want to reach, with the certificates of this one.
-    pub fn place(&self, name: String, endpoint: EndpointSpec, host: &str) -> Arc<Self> {
+    /// The cluster of a dynamic host of this destination, called `name` (`host:port`), with this cluster's certificates.
+    /// `host` is the server name for TLS.
+    pub fn for_dynamic_host(&self, name: String, endpoint: EndpointSpec, host: &str) -> Arc<Self> {
         let identity = ClusterIdentity { endpoints: vec![endpoint], host: host.into(), ..self.identity.clone() };
-        let health = self.health.place(Instant::now());
-        Arc::new(Self::with(identity, health, Some(name), Arc::clone(&self.tls)))
+        let health = self.health.for_dynamic_host(Instant::now());
+        Arc::new(Self::build(identity, health, Some(name), Arc::clone(&self.tls)))
     }
 
-    fn with(identity: ClusterIdentity, health: Health, place: Option<String>, tls: Arc<ArcSwapOption<Offers>>) -> Self {
+    fn build(
+        identity: ClusterIdentity,
+        health: Health,
+        place: Option<String>,
+        tls: Arc<ArcSwapOption<TlsConfigs>>,
+    ) -> Self {
         static NEXT: AtomicU64 = AtomicU64::new(1);
         let id = NEXT.fetch_add(1, Relaxed);
         Self { id, addresses: watch::Sender::new(Arc::new(fixed(&identity))), tls, identity, health, place }
     }
 
-    /// Reads the certificates again, for its places too; connections that exist keep theirs. On an error the old ones stay.
+    /// Reads the certificates again, for the dynamic hosts too; open connections keep theirs.
+    ///
+    /// # Errors
+    /// If a file cannot be used; the previous certificates stay in use.
     pub fn load_certificates(&self, roots: &SystemRoots) -> Result<(), CertificateError> {
         if let Some(tls) = &self.identity.tls {
             let (http1, http2) = match self.identity.protocol {
@@ -217,18 +230,18 @@ impl Cluster {
             };
             let all = certificates::client(tls.ca.as_deref(), roots, http1, http2)?;
             let http1 = certificates::http1_only(&all);
-            self.tls.store(Some(Arc::new(Offers { all, http1 })));
+            self.tls.store(Some(Arc::new(TlsConfigs { all, http1 })));
         }
         Ok(())
     }
 
-    /// TLS settings, if this cluster is called over TLS; with `http1_only` nothing else is offered.
+    /// TLS settings for a new connection; `None` for plain text. With `http1_only`, ALPN offers HTTP/1.1 only.
     pub fn tls(&self, http1_only: bool) -> Option<Arc<ClientConfig>> {
-        let offers = self.tls.load();
-        offers.as_ref().map(|offers| Arc::clone(if http1_only { &offers.http1 } else { &offers.all }))
+        let configs = self.tls.load();
+        configs.as_ref().map(|configs| Arc::clone(if http1_only { &configs.http1 } else { &configs.all }))
     }
 
-    /// The names that discovery has to resolve, with their ports.
+    /// The names that `discovery` has to resolve, with their ports.
     pub fn names(&self) -> impl Iterator<Item = (&str, u16)> {
         self.identity.endpoints.iter().filter_map(|endpoint| match endpoint {
             EndpointSpec::Dns { name, port } => Some((name.as_str(), *port)),
@@ -236,74 +249,77 @@ impl Cluster {
         })
     }
 
-    /// Follows the addresses.
+    /// A receiver of address changes.
     pub fn subscribe(&self) -> watch::Receiver<Arc<Addresses>> {
         self.addresses.subscribe()
     }
 
-    /// The addresses as they are now.
+    /// The current addresses.
     pub fn addresses(&self) -> Arc<Addresses> {
         Arc::clone(&self.addresses.borrow())
     }
 
-    /// Takes up what discovery found: fixed addresses first, then `resolved`. Wakes nobody if nothing changed. Tells of the
-    /// endpoint that is taken back because all others are gone; none is gone before all is `settled`.
-    pub fn publish(&self, resolved: Vec<Address>, problem: Option<String>, settled: bool) {
+    /// Publishes the result of discovery: fixed addresses first, then `resolved`. Wakes receivers only if a value changed.
+    ///
+    /// Removes ejection members whose address is gone once `is_complete`, and reports the endpoint whose ejection ends
+    /// because all others are gone.
+    pub fn publish(&self, resolved: Vec<Address>, problem: Option<String>, is_complete: bool) {
         let mut next = fixed(&self.identity);
-        (next.problem, next.settled) = (problem, settled);
+        (next.problem, next.is_complete) = (problem, is_complete);
         for address in resolved {
             if !next.list.contains(&address) {
                 next.list.push(address);
             }
         }
         let now = Instant::now();
-        let mut back = None;
-        self.addresses.send_if_modified(|present| {
-            let changed = **present != next;
-            if changed {
-                back = (settled && self.has_a_say()).then(|| self.retain(&next, now)).flatten();
-                *present = Arc::new(next);
+        let mut returned = None;
+        self.addresses.send_if_modified(|current| {
+            let is_changed = **current != next;
+            if is_changed {
+                returned = (is_complete && self.is_current()).then(|| self.retain_members(&next, now)).flatten();
+                *current = Arc::new(next);
             }
-            changed
+            is_changed
         });
-        if let (Some((member, change)), Some(telemetry)) = (back, self.health.telemetry.get()) {
+        if let (Some((member, change)), Some(telemetry)) = (returned, self.health.telemetry.get()) {
             self.ejection_changed(telemetry, &member, &change, now);
         }
     }
 
-    /// Forgets what endpoints did that the policy no longer names; those found by name are forgotten when they are found
-    /// no more. Returns the endpoint that is taken back because all others are gone. From now on no other cluster of the
-    /// destination has a say in that.
+    /// Makes this the current cluster of the destination, after a reload: from now on only its addresses define the ejection
+    /// members. Members at other addresses are removed, with `dns:` endpoints once all names have been resolved.
+    ///
+    /// Returns the member whose ejection ends because all others are gone, and the change.
     pub fn forget_others(&self, now: Instant) -> Option<(Arc<EjectionMember>, StateChange)> {
-        self.health.in_force.store(self.id, Relaxed);
+        self.health.current_cluster.store(self.id, Relaxed);
         let addresses = self.addresses();
-        addresses.settled.then(|| self.retain(&addresses, now))?
+        addresses.is_complete.then(|| self.retain_members(&addresses, now))?
     }
 
-    /// Whether this one says which endpoints the destination has. One that was replaced still has calls, and its names
-    /// are followed for them.
-    fn has_a_say(&self) -> bool {
-        matches!(self.health.in_force.load(Relaxed), id if id == 0 || id == self.id)
+    /// Whether this is the current cluster of the destination. A replaced cluster may still have calls, and its names are
+    /// resolved for them.
+    fn is_current(&self) -> bool {
+        matches!(self.health.current_cluster.load(Relaxed), id if id == 0 || id == self.id)
     }
 
-    /// The member at one of the addresses, which a replaced cluster does not add to those of the destination.
+    /// The ejection member at an address; a replaced cluster adds no new member to the destination.
     pub fn member(&self, address: SocketAddr) -> Arc<EjectionMember> {
-        self.health.group.member_if(address, || self.has_a_say())
+        self.health.group.member_if(address, || self.is_current())
     }
 
-    fn retain(&self, addresses: &Addresses, now: Instant) -> Option<(Arc<EjectionMember>, StateChange)> {
+    fn retain_members(&self, addresses: &Addresses, now: Instant) -> Option<(Arc<EjectionMember>, StateChange)> {
         let sockets: Vec<_> = addresses.list.iter().map(|address| address.socket).collect();
         let before = self.health.out_now(now);
-        let back = self.health.group.retain(&sockets, now);
+        let returned = self.health.group.retain(&sockets, now);
         let after = self.health.out_now(now);
-        // An endpoint that is gone is not out any more, and no event says so.
+        // A removed member is not ejected any more, and no other event reports that.
         if let Some(telemetry) = self.health.telemetry.get().filter(|_| before != after) {
             telemetry.endpoints_out(&self.identity.name, after);
         }
-        back
+        returned
     }
 
-    /// Tells that an endpoint is out, is being tried, or is in again: a log line and a metric.
+    /// Reports that an endpoint was ejected, is probed, or has returned: a log line and metrics.
     pub fn ejection_changed(&self, telemetry: &Telemetry, member: &EjectionMember, change: &StateChange, now: Instant) {
         let result = match change.to {
             BreakerState::Open => "ejected",
@@ -311,7 +327,7 @@ impl Cluster {
             BreakerState::Closed => "returned",
         };
         telemetry.ejection_changed(&self.identity.name, result, self.health.out_now(now));
-        // A number of 128 bits would be written as a string.
+        // u64, because tracing writes a u128 as a string.
         let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
         tracing::warn!(
             destination = &*self.identity.name,
@@ -327,19 +343,20 @@ impl Cluster {
 }
 
 impl Drop for Cluster {
-    /// A place that is forgotten while it keeps calls away counts no more.
+    /// A dynamic host that is dropped while its breaker is open or an endpoint is ejected is not reported any more.
     fn drop(&mut self) {
         let now = Instant::now();
         if self.place.is_some()
-            && self.health.hide(now)
+            && self.health.unregister(now)
             && let Some(telemetry) = self.health.telemetry.get()
         {
-            let (state, out) = (self.health.state_now(now).number(), self.health.out_now(now));
-            telemetry.breaker_and_endpoints(&self.identity.name, state, out);
+            let (state, ejected) = (self.health.state_now(now).number(), self.health.out_now(now));
+            telemetry.breaker_and_endpoints(&self.identity.name, state, ejected);
         }
     }
 }
 
+/// The addresses that need no resolution.
 fn fixed(identity: &ClusterIdentity) -> Addresses {
     let mut list = Vec::new();
     for endpoint in &identity.endpoints {
@@ -350,8 +367,8 @@ fn fixed(identity: &ClusterIdentity) -> Addresses {
             }
         }
     }
-    let named = identity.endpoints.iter().any(|endpoint| matches!(endpoint, EndpointSpec::Dns { .. }));
-    Addresses { list, problem: None, settled: !named }
+    let has_names = identity.endpoints.iter().any(|endpoint| matches!(endpoint, EndpointSpec::Dns { .. }));
+    Addresses { list, problem: None, is_complete: !has_names }
 }
 
 #[cfg(test)]
@@ -375,11 +392,11 @@ mod tests {
         probes: 1,
     };
 
-    /// What the process says about itself.
+    /// Collects the process' own log.
     #[derive(Clone, Default)]
-    struct Said(Arc<Mutex<Vec<u8>>>);
+    struct CapturedLog(Arc<Mutex<Vec<u8>>>);
 
-    impl Write for Said {
+    impl Write for CapturedLog {
         fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
             self.0.lock().unwrap().extend_from_slice(bytes);
             Ok(bytes.len())
@@ -390,13 +407,14 @@ mod tests {
         }
     }
 
-    impl Said {
+    impl CapturedLog {
+        /// The lines logged during `work`.
         fn during(work: impl FnOnce()) -> Vec<String> {
-            let said = Self::default();
-            let writer = said.clone();
-            let log = tracing_subscriber::fmt().with_ansi(false).with_writer(move || writer.clone()).finish();
-            tracing::subscriber::with_default(log, work);
-            String::from_utf8(said.0.lock().unwrap().clone()).unwrap().lines().map(str::to_owned).collect()
+            let captured = Self::default();
+            let writer = captured.clone();
+            let subscriber = tracing_subscriber::fmt().with_ansi(false).with_writer(move || writer.clone()).finish();
+            tracing::subscriber::with_default(subscriber, work);
+            String::from_utf8(captured.0.lock().unwrap().clone()).unwrap().lines().map(str::to_owned).collect()
         }
     }
 
@@ -404,7 +422,7 @@ mod tests {
         Address { socket: SocketAddr::from(([10, 0, 0, last], 80)), server_name: "shop".into() }
     }
 
-    fn behind(name: &str, health: Health) -> Arc<Cluster> {
+    fn named_cluster(name: &str, health: Health) -> Arc<Cluster> {
         let identity = ClusterIdentity {
             name: "shop".into(),
             endpoints: vec![EndpointSpec::Dns { name: name.into(), port: 80 }],
@@ -415,12 +433,12 @@ mod tests {
         Cluster::new(identity, health, &Default::default()).unwrap()
     }
 
-    /// A destination behind one name, which is at these addresses.
+    /// A destination with one name, resolved to these addresses.
     fn cluster(addresses: &[u8]) -> (Arc<Cluster>, Arc<Telemetry>) {
-        let cluster = behind("shop.test", Health::new(Instant::now()));
+        let cluster = named_cluster("shop.test", Health::new(Instant::now()));
         cluster.publish(addresses.iter().copied().map(address).collect(), None, true);
         let telemetry = Telemetry::new(Sink::Memory(MemoryLines::default()));
-        // A worker that calls it knows the members and whom to tell of them.
+        // The pool of a worker adds the ejection members and sets the telemetry.
         let connector = Rc::new(Network);
         let pool = Upstreams::new(connector, Discovery::new().0, telemetry.shard(0)).pool(&cluster);
         pool.pick_now(Instant::now(), &[], true);
@@ -430,8 +448,8 @@ mod tests {
     fn eject(cluster: &Cluster, telemetry: &Telemetry, last: u8) {
         let now = Instant::now();
         let member = cluster.health.group.member(address(last).socket);
-        let Admission::Admit(pass) = member.admit(&ONE, now) else { panic!("no pass") };
-        match member.record(pass, &ONE, CallResult::Failure, now, 1.0) {
+        let Admission::Admit(permit) = member.admit(&ONE, now) else { panic!("not admitted") };
+        match member.record(permit, &ONE, CallResult::Failure, now, 1.0) {
             Some(crate::rules::ejection::EjectionEvent::Ejected(change)) => {
                 cluster.ejection_changed(telemetry, &member, &change, now);
             }
@@ -445,27 +463,27 @@ mod tests {
     }
 
     #[test]
-    fn an_endpoint_that_is_taken_back_because_the_name_has_lost_all_others_is_told_once() {
+    fn an_endpoint_that_returns_because_all_others_are_gone_is_reported_once() {
         let (cluster, telemetry) = cluster(&[1, 2]);
         eject(&cluster, &telemetry, 1);
         let out = "hopguard_ejected_endpoints{destination=\"shop\"}";
         assert_eq!(metric(&telemetry, out), Some(1.0));
-        let said = Said::during(|| {
+        let logged = CapturedLog::during(|| {
             cluster.publish(vec![address(1)], None, true);
             cluster.publish(vec![address(1)], None, true);
         });
-        assert_eq!(said.len(), 1, "{said:?}");
+        assert_eq!(logged.len(), 1, "{logged:?}");
         for part in ["destination=\"shop\"", "endpoint=10.0.0.1:80", "result=\"returned\"", "cause=\"no_other_left\""] {
-            assert!(said[0].contains(part), "{part}: {said:?}");
+            assert!(logged[0].contains(part), "{part}: {logged:?}");
         }
-        let back = "hopguard_ejections_total{destination=\"shop\",result=\"returned\"}";
-        assert_eq!((metric(&telemetry, back), metric(&telemetry, out)), (Some(1.0), Some(0.0)));
+        let returned = "hopguard_ejections_total{destination=\"shop\",result=\"returned\"}";
+        assert_eq!((metric(&telemetry, returned), metric(&telemetry, out)), (Some(1.0), Some(0.0)));
     }
 
     #[test]
-    fn a_name_that_a_reload_has_replaced_forgets_no_endpoint_of_the_new_one() {
+    fn a_replaced_cluster_removes_no_member_of_the_current_one() {
         let (old, telemetry) = cluster(&[1, 2]);
-        let new = behind("shop.new", old.health.clone());
+        let new = named_cluster("shop.new", old.health.clone());
         new.publish(vec![address(3), address(4)], None, true);
         assert!(new.forget_others(Instant::now()).is_none());
         let members = || new.health.group.members().iter().map(|one| one.address()).collect::<Vec<_>>();
@@ -478,57 +496,57 @@ mod tests {
     }
 
     #[test]
-    fn a_name_that_a_reload_has_replaced_adds_no_endpoint_to_the_new_one() {
+    fn a_replaced_cluster_adds_no_member_to_the_current_one() {
         let (old, telemetry) = cluster(&[1, 2]);
         let upstreams = Upstreams::new(Rc::new(Network), Discovery::new().0, telemetry.shard(0));
-        let under_way = upstreams.pool(&old);
-        let new = behind("shop.new", old.health.clone());
+        let old_pool = upstreams.pool(&old);
+        let new = named_cluster("shop.new", old.health.clone());
         new.publish(vec![address(3)], None, true);
         new.forget_others(Instant::now());
         upstreams.pool(&new).pick_now(Instant::now(), &[], true);
         old.publish(vec![address(3), address(9)], None, true);
         let tried = [address(3).socket];
-        let found = under_way.pick_now(Instant::now(), &tried, true).map(|endpoint| endpoint.address.socket);
-        assert_eq!(found, Some(address(9).socket), "a call under way finds it all the same");
+        let picked = old_pool.pick_now(Instant::now(), &tried, true).map(|endpoint| endpoint.address.socket);
+        assert_eq!(picked, Some(address(9).socket), "a call of the old policy still reaches it");
         let members: Vec<_> = new.health.group.members().iter().map(|one| one.address()).collect();
         assert_eq!(members, [address(3).socket]);
     }
 
     #[test]
-    fn an_endpoint_is_remembered_until_all_names_have_been_asked_for() {
+    fn a_member_is_kept_until_all_names_have_been_resolved() {
         let (old, telemetry) = cluster(&[1, 2]);
         eject(&old, &telemetry, 1);
-        let new = behind("shop.new", old.health.clone());
+        let new = named_cluster("shop.new", old.health.clone());
         new.forget_others(Instant::now());
         let members = || new.health.group.members().len();
         new.publish(vec![address(2)], None, false);
-        assert_eq!(members(), 2, "the other may be behind a name that has not answered yet");
+        assert_eq!(members(), 2, "the other may belong to a name that has not been resolved yet");
         new.publish(vec![address(2)], None, true);
         assert_eq!(members(), 1);
     }
 
     #[test]
-    fn what_is_out_is_counted_over_all_places() {
+    fn ejected_endpoints_are_counted_over_all_dynamic_hosts() {
         let (parent, telemetry) = cluster(&[]);
         let upstreams = Upstreams::new(Rc::new(Network), Discovery::new().0, telemetry.shard(0));
         let out = || metric(&telemetry, "hopguard_ejected_endpoints{destination=\"shop\"}");
-        let places = ["a.test", "b.test"].map(|host| upstreams.place(&parent, host, 80));
-        for (number, place) in places.iter().enumerate() {
-            place.cluster.publish(vec![address(1), address(2)], None, true);
-            place.pick_now(Instant::now(), &[], true);
-            eject(&place.cluster, &telemetry, 1);
+        let pools = ["a.test", "b.test"].map(|host| upstreams.place(&parent, host, 80));
+        for (number, pool) in pools.iter().enumerate() {
+            pool.cluster.publish(vec![address(1), address(2)], None, true);
+            pool.pick_now(Instant::now(), &[], true);
+            eject(&pool.cluster, &telemetry, 1);
             assert_eq!(out(), Some(1.0 + number as f64));
         }
-        places[0].cluster.publish(vec![address(2)], None, true);
+        pools[0].cluster.publish(vec![address(2)], None, true);
         assert_eq!(out(), Some(1.0));
     }
 
     #[test]
-    fn an_endpoint_that_is_out_and_goes_away_is_not_counted_as_out_any_more() {
+    fn an_ejected_endpoint_whose_address_is_gone_is_not_counted() {
         let (cluster, telemetry) = cluster(&[1, 2]);
         eject(&cluster, &telemetry, 1);
-        let said = Said::during(|| cluster.publish(vec![address(2), address(3)], None, true));
-        assert_eq!(said, Vec::<String>::new());
+        let logged = CapturedLog::during(|| cluster.publish(vec![address(2), address(3)], None, true));
+        assert_eq!(logged, Vec::<String>::new());
         assert_eq!(metric(&telemetry, "hopguard_ejected_endpoints{destination=\"shop\"}"), Some(0.0));
     }
 }

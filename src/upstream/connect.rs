@@ -1,6 +1,7 @@
-//! Opening a connection: TCP, then TLS where the cluster wants it.
+//! Opening a connection: TCP, then TLS if the cluster has `tls`.
 //!
-//! [`Connect`] is the seam at which tests put memory in the network's place. The time limit is that of [`super::dial`].
+//! `dial` calls it, sets the time limit and adds HTTP. Tests replace the network by an implementation of [`Connect`] in
+//! memory.
 
 use std::io;
 use std::pin::Pin;
@@ -16,64 +17,64 @@ use crate::net::socket;
 use crate::upstream::cluster::Address;
 use crate::upstream::response::UpstreamError;
 
-/// Why a connection could not be opened. Nothing of any request has been sent then.
+/// Why a connection could not be opened. No byte of a request has been sent.
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectError {
-    /// The network said no.
+    /// TCP failed.
     #[error("{0}")]
     Network(#[source] io::Error),
-    /// TLS could not be agreed.
+    /// The TLS handshake failed.
     #[error("TLS: {0}")]
     Tls(#[source] io::Error),
-    /// HTTP could not begin.
+    /// The HTTP connection ended before its first request.
     #[error("{}", .0.sentence())]
     Handshake(#[source] UpstreamError),
-    /// The peer did not answer the HTTP/2 preface, or did not agree on HTTP/2 in TLS.
+    /// The peer answered the HTTP/2 preface with something else, or did not agree on HTTP/2 by ALPN.
     #[error("the peer does not speak HTTP/2")]
     NotHttp2,
-    /// No address is known.
+    /// The cluster has no address; the text says why.
     #[error("{0}")]
     NoAddress(String),
-    /// It was not open within `timeouts.connect`.
-    #[error("not in time")]
+    /// The connection was not open within `timeouts.connect`.
+    #[error("the connection was not open within `timeouts.connect`")]
     Late,
 }
 
-/// A connection, ready for the first byte of HTTP.
+/// An open stream, ready for the first byte of HTTP.
 pub struct Connected {
     /// The stream.
     pub io: Io,
-    /// True if TLS agreed on HTTP/2.
+    /// True if HTTP/2 was agreed by ALPN.
     pub http2: bool,
 }
 
-/// A connection that is being opened.
-pub type Connecting = Pin<Box<dyn Future<Output = Result<Connected, ConnectError>>>>;
+/// The future of [`Connect::connect`].
+pub type ConnectFuture = Pin<Box<dyn Future<Output = Result<Connected, ConnectError>>>>;
 
 /// Opens connections.
 pub trait Connect {
-    /// Begins to connect; with `tls`, the peer has to show a certificate for the address' server name.
-    fn connect(&self, to: &Address, tls: Option<Arc<ClientConfig>>) -> Connecting;
+    /// Opens a stream; with `tls`, the peer needs a certificate for the address' server name. Has no time limit.
+    fn connect(&self, to: &Address, tls: Option<Arc<ClientConfig>>) -> ConnectFuture;
 }
 
-/// Opens connections over the network.
+/// Opens connections over TCP.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Network;
 
 impl Connect for Network {
-    fn connect(&self, to: &Address, tls: Option<Arc<ClientConfig>>) -> Connecting {
+    fn connect(&self, to: &Address, tls: Option<Arc<ClientConfig>>) -> ConnectFuture {
         let to = to.clone();
         Box::pin(async move {
             let stream = socket::connect(to.socket).await.map_err(ConnectError::Network)?;
             match tls {
                 None => Ok(Connected { io: Io::tcp(stream), http2: false }),
-                Some(config) => encrypt(stream, &to.server_name, config).await,
+                Some(config) => handshake(stream, &to.server_name, config).await,
             }
         })
     }
 }
 
-async fn encrypt(
+async fn handshake(
     stream: tokio::net::TcpStream,
     name: &str,
     config: Arc<ClientConfig>,
@@ -85,5 +86,5 @@ async fn encrypt(
     Ok(Connected { io: Io::boxed(stream), http2 })
 }
 
-/// What the pools of a worker share to open connections.
+/// The [`Connect`] that all pools of a worker share.
 pub type Connector = Rc<dyn Connect>;

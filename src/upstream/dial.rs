@@ -1,8 +1,9 @@
-//! How a pool opens connections.
+//! Opens new connections for a pool: TCP, TLS, HTTP, within `timeouts.connect`.
 //!
-//! Each is opened in a task of its own, for as long as `timeouts.connect` allows: a caller that has less time, or that
-//! leaves, does not take it away from those that come after it. Where callers can share connections (HTTP/2), they wait for
-//! them together, and as many are under way as they need by the number of streams that the peer has allowed last.
+//! `proxy` calls it when the pool has no open connection. Each connection is opened in a task of its own, for up to
+//! `timeouts.connect`: a caller with less time, or one that leaves, does not cancel it, and later calls use the connection.
+//! Callers of HTTP/2 wait together for connections that they can share; as many are opened side by side as the waiters need,
+//! by the number of streams that the peer allowed last.
 
 use std::future::poll_fn;
 use std::rc::Rc;
@@ -20,61 +21,67 @@ use crate::upstream::http1::Http1;
 use crate::upstream::http2::Http2;
 use crate::upstream::pool::{Lease, Pool, ProtocolPreference, Transport};
 
-/// What the policy says of connections.
+/// Policy values for new connections.
 #[derive(Debug, Clone, Copy)]
 pub struct ConnectOptions {
-    /// How long it may take to open one.
+    /// `timeouts.connect`: TCP, TLS and HTTP handshake together.
     pub connect: Duration,
-    /// How long an idle one is kept.
+    /// `connections.idle`: how long an idle connection is kept.
     pub keep: Duration,
-    /// How many idle ones are kept at most.
+    /// `connections.maxIdle`: most idle connections per endpoint and worker.
     pub most: usize,
 }
 
 impl Pool {
-    /// A new connection to `endpoint`, or an HTTP/2 one that somebody else has just opened; within `terms.connect`.
+    /// A lease of a new connection to `endpoint`, or of an HTTP/2 connection that another caller has just opened.
     ///
     /// # Errors
-    /// Why it could not be opened. If it was asked for by this call, the endpoint knows by then.
+    /// Why the connection could not be opened. If this call opened it, the endpoint has recorded the failure by then.
     pub async fn open(
         self: &Rc<Self>,
         endpoint: &Rc<Endpoint>,
-        want: ProtocolPreference,
-        terms: ConnectOptions,
+        preference: ProtocolPreference,
+        options: ConnectOptions,
     ) -> Result<Lease, ConnectError> {
-        let until = Instant::now() + terms.connect;
-        let waiting = Waiting::at(endpoint);
+        let deadline = Instant::now() + options.connect;
+        let waiter = Waiter::new(endpoint);
         let mut has_waited = false;
-        while !is_for_one(endpoint, want) && !endpoint.needs_another() {
+        while !is_exclusive(endpoint, preference) && !endpoint.needs_connection() {
             has_waited = true;
-            timeout_at(until, endpoint.opened.notified()).await.map_err(|_late| ConnectError::Late)?;
-            if let Some(lease) = poll_fn(|cx| Poll::Ready(self.checkout(endpoint, want, Instant::now(), cx))).await {
+            timeout_at(deadline, endpoint.connection_ready.notified()).await.map_err(|_late| ConnectError::Late)?;
+            let checkout = poll_fn(|cx| Poll::Ready(self.checkout(endpoint, preference, Instant::now(), cx)));
+            if let Some(lease) = checkout.await {
                 return Ok(lease);
             }
         }
-        let (give, take) = oneshot::channel();
-        drop(waiting);
-        // Counted at once: the task begins later.
-        let under_way = (!is_for_one(endpoint, want)).then(|| UnderWay::to(endpoint));
-        let dialling = Dialling { pool: Rc::clone(self), endpoint: Rc::clone(endpoint), want, terms };
-        drop(tasks::spawn(dialling.run(under_way, give)));
-        // Who has not waited hears from the task when its time is over: a limit here could be first, and what the endpoint
-        // learns of it second.
-        let taken = if has_waited { timeout_at(until, take).await } else { Ok(take.await) };
-        let Ok(Ok(opened)) = taken else { return Err(ConnectError::Late) };
+        let (sender, receiver) = oneshot::channel();
+        drop(waiter);
+        // Counted here: the task begins later.
+        let pending = (!is_exclusive(endpoint, preference)).then(|| PendingConnection::new(endpoint));
+        let dial = Dial { pool: Rc::clone(self), endpoint: Rc::clone(endpoint), preference, options };
+        drop(tasks::spawn(dial.run(pending, sender)));
+        // A caller that has not waited gets the timeout from the task: a timer here could fire before the endpoint has
+        // recorded the failure.
+        let received = if has_waited { timeout_at(deadline, receiver).await } else { Ok(receiver.await) };
+        let Ok(Ok(opened)) = received else { return Err(ConnectError::Late) };
         opened
     }
 
-    async fn handshake(&self, endpoint: &Rc<Endpoint>, want: ProtocolPreference) -> Result<Transport, ConnectError> {
-        let tls = self.cluster.tls(want == ProtocolPreference::Http1);
-        let encrypted = tls.is_some();
+    /// TCP, TLS and HTTP handshake. Has no time limit.
+    async fn handshake(
+        &self,
+        endpoint: &Rc<Endpoint>,
+        preference: ProtocolPreference,
+    ) -> Result<Transport, ConnectError> {
+        let tls = self.cluster.tls(preference == ProtocolPreference::Http1);
+        let is_encrypted = tls.is_some();
         let Connected { io, http2 } = self.connector.connect(&endpoint.address, tls).await?;
-        let http2 = if encrypted { http2 } else { want == ProtocolPreference::Http2 };
-        if want == ProtocolPreference::Http2 && !http2 {
-            // Over TLS there is no HTTP/2 but by agreement (RFC 9113, 3.2).
+        let http2 = if is_encrypted { http2 } else { preference == ProtocolPreference::Http2 };
+        if preference == ProtocolPreference::Http2 && !http2 {
+            // HTTP/2 over TLS has to be agreed by ALPN (RFC 9113, 3.2).
             return Err(ConnectError::NotHttp2);
         }
-        if want == ProtocolPreference::Either {
+        if preference == ProtocolPreference::Either {
             endpoint.chose_http1.set(!http2);
         }
         let now = Instant::now();
@@ -85,104 +92,105 @@ impl Pool {
         }
     }
 
-    /// A new stream to `endpoint` that belongs to no pool and speaks whatever its user speaks. Has the same time limit.
+    /// A new TCP stream to `endpoint`, outside of the pool, for the bytes of a tunnel. Limited to `timeouts.connect`.
     ///
     /// # Errors
-    /// Why it could not be opened.
-    pub async fn bare_stream(&self, endpoint: &Endpoint, terms: ConnectOptions) -> Result<Io, ConnectError> {
-        let connecting = timeout(terms.connect, self.connector.connect(&endpoint.address, None));
+    /// Why the stream could not be opened.
+    pub async fn bare_stream(&self, endpoint: &Endpoint, options: ConnectOptions) -> Result<Io, ConnectError> {
+        let connecting = timeout(options.connect, self.connector.connect(&endpoint.address, None));
         match connecting.await.unwrap_or(Err(ConnectError::Late)) {
             Ok(connected) => {
-                endpoint.connected();
-                // It leaves the pool at once, like one that becomes a WebSocket.
-                endpoint.closed();
+                endpoint.count_connect();
+                // The stream leaves the pool at once, like the connection of an upgrade.
+                endpoint.count_close();
                 Ok(connected.io)
             }
             Err(error) => {
-                endpoint.refused(Instant::now());
+                endpoint.count_connect_failure(Instant::now());
                 Err(error)
             }
         }
     }
 }
 
-/// True if what is opened for such a request cannot be shared.
-fn is_for_one(endpoint: &Endpoint, want: ProtocolPreference) -> bool {
-    want == ProtocolPreference::Http1 || (want == ProtocolPreference::Either && endpoint.chose_http1.get())
+/// True if the connection for such a request cannot be shared.
+fn is_exclusive(endpoint: &Endpoint, preference: ProtocolPreference) -> bool {
+    preference == ProtocolPreference::Http1 || (preference == ProtocolPreference::Either && endpoint.chose_http1.get())
 }
 
-/// One connection that is being opened.
-struct Dialling {
+/// Opens one connection.
+struct Dial {
     pool: Rc<Pool>,
     endpoint: Rc<Endpoint>,
-    want: ProtocolPreference,
-    terms: ConnectOptions,
+    preference: ProtocolPreference,
+    options: ConnectOptions,
 }
 
-impl Dialling {
-    /// Opens it for whoever takes it. What nobody waits for any more is there for the next.
-    async fn run(self, under_way: Option<UnderWay>, give: Give) {
-        let Self { pool, endpoint, want, terms } = self;
-        let dialled = timeout(terms.connect, pool.handshake(&endpoint, want)).await;
+impl Dial {
+    /// Opens the connection and sends it to the caller; if the caller has left, checks the connection in.
+    async fn run(self, pending: Option<PendingConnection>, sender: LeaseSender) {
+        let Self { pool, endpoint, preference, options } = self;
+        let dialled = timeout(options.connect, pool.handshake(&endpoint, preference)).await;
         let transport = match dialled.unwrap_or(Err(ConnectError::Late)) {
             Ok(transport) => transport,
             Err(error) => {
-                endpoint.refused(Instant::now());
-                drop(under_way);
-                let _nobody_waits = give.send(Err(error));
+                endpoint.count_connect_failure(Instant::now());
+                drop(pending);
+                // Fails only if the caller has left.
+                let _left = sender.send(Err(error));
                 return;
             }
         };
-        endpoint.connected();
+        endpoint.count_connect();
         if let Transport::Http2(connection) = &transport {
-            endpoint.share(Rc::clone(connection));
-            // From now on somebody has to look after it, even if every call on it is given up.
-            pool.attention.call();
+            endpoint.add_shared(Rc::clone(connection));
+            // From now on the connection needs the sweep, even if every call on it is cancelled.
+            pool.sweep_signal.request();
         }
         let lease = Lease::new(endpoint, transport, false);
-        // After the connection is there for them: those who wait look for one now.
-        drop(under_way);
-        if let Err(Ok(unwanted)) = give.send(Ok(lease)) {
-            let mut nobody = Context::from_waker(Waker::noop());
-            unwanted.give_back(&mut nobody, terms.keep, terms.most, None, Instant::now());
-            pool.attention.call();
+        // After `add_shared`: the waiters look for the connection now.
+        drop(pending);
+        if let Err(Ok(unclaimed)) = sender.send(Ok(lease)) {
+            let mut cx = Context::from_waker(Waker::noop());
+            unclaimed.give_back(&mut cx, options.keep, options.most, None, Instant::now());
+            pool.sweep_signal.request();
         }
     }
 }
 
-/// Where a connection goes, or why there is none.
-type Give = oneshot::Sender<Result<Lease, ConnectError>>;
+/// Sends the result of a [`Dial`] to its caller.
+type LeaseSender = oneshot::Sender<Result<Lease, ConnectError>>;
 
-/// One caller that waits for a connection that another one has asked for.
-struct Waiting<'a>(&'a Endpoint);
+/// Counts a caller that waits for a pending connection of another caller.
+struct Waiter<'a>(&'a Endpoint);
 
-impl<'a> Waiting<'a> {
-    fn at(endpoint: &'a Endpoint) -> Self {
-        endpoint.waiting.set(endpoint.waiting.get() + 1);
+impl<'a> Waiter<'a> {
+    fn new(endpoint: &'a Endpoint) -> Self {
+        endpoint.waiters.set(endpoint.waiters.get() + 1);
         Self(endpoint)
     }
 }
 
-impl Drop for Waiting<'_> {
+impl Drop for Waiter<'_> {
     fn drop(&mut self) {
-        self.0.waiting.set(self.0.waiting.get() - 1);
+        self.0.waiters.set(self.0.waiters.get() - 1);
     }
 }
 
-/// A connection that is being opened, and that others may share.
-struct UnderWay(Rc<Endpoint>);
+/// Counts a connection that is being opened and that several callers may share; its drop wakes the waiters.
+struct PendingConnection(Rc<Endpoint>);
 
-impl UnderWay {
-    fn to(endpoint: &Rc<Endpoint>) -> Self {
-        endpoint.opening.set(endpoint.opening.get() + 1);
+impl PendingConnection {
+    fn new(endpoint: &Rc<Endpoint>) -> Self {
+        endpoint.pending_connections.set(endpoint.pending_connections.get() + 1);
         Self(Rc::clone(endpoint))
     }
 }
 
-impl Drop for UnderWay {
+impl Drop for PendingConnection {
     fn drop(&mut self) {
-        self.0.opening.set(self.0.opening.get() - 1);
-        self.0.opened.notify_waiters();
+        self.0.pending_connections.set(self.0.pending_connections.get() - 1);
+        self.0.connection_ready.notify_waiters();
     }
 }
 
@@ -200,15 +208,15 @@ mod tests {
     use super::*;
     use crate::telemetry::{Sink, Telemetry};
     use crate::upstream::cluster::{Address, Cluster, ClusterIdentity, Health};
-    use crate::upstream::connect::{Connect, Connecting};
+    use crate::upstream::connect::{Connect, ConnectFuture};
     use crate::upstream::spec;
 
-    /// Takes 100 ms to connect, and keeps the other ends.
+    /// Connects in 100 ms, and keeps the other ends of the streams.
     #[derive(Default)]
-    struct Slow(Rc<RefCell<Vec<DuplexStream>>>);
+    struct SlowConnect(Rc<RefCell<Vec<DuplexStream>>>);
 
-    impl Connect for Slow {
-        fn connect(&self, _to: &Address, _tls: Option<Arc<ClientConfig>>) -> Connecting {
+    impl Connect for SlowConnect {
+        fn connect(&self, _to: &Address, _tls: Option<Arc<ClientConfig>>) -> ConnectFuture {
             let ends = Rc::clone(&self.0);
             Box::pin(async move {
                 sleep(Duration::from_millis(100)).await;
@@ -219,9 +227,8 @@ mod tests {
         }
     }
 
-    /// A pool with one endpoint to which it takes 100 ms to connect, and the endpoint; the other ends of its connections
-    /// come to `ends`.
-    fn slow(ends: &Rc<RefCell<Vec<DuplexStream>>>) -> (Rc<Pool>, Rc<Endpoint>) {
+    /// A pool with one endpoint that takes 100 ms to connect, and the endpoint; `ends` gets the other ends of its streams.
+    fn slow_pool(ends: &Rc<RefCell<Vec<DuplexStream>>>) -> (Rc<Pool>, Rc<Endpoint>) {
         let identity = ClusterIdentity {
             name: "app".into(),
             endpoints: vec![spec::EndpointSpec::Address("127.0.0.1:80".parse().unwrap())],
@@ -231,41 +238,41 @@ mod tests {
         };
         let cluster = Cluster::new(identity, Health::new(Instant::now()), &Default::default()).unwrap();
         let metrics = Telemetry::new(Sink::memory().0).shard(0).destination("app");
-        let pool = Rc::new(Pool::new(cluster, Rc::new(Slow(Rc::clone(ends))), Rc::default(), metrics));
+        let pool = Rc::new(Pool::new(cluster, Rc::new(SlowConnect(Rc::clone(ends))), Rc::default(), metrics));
         let endpoint = pool.pick_now(Instant::now(), &[], true).unwrap();
         (pool, endpoint)
     }
 
-    fn terms(connect: u64) -> ConnectOptions {
+    fn options(connect: u64) -> ConnectOptions {
         ConnectOptions { connect: Duration::from_millis(connect), keep: Duration::from_secs(60), most: 8 }
     }
 
     #[tokio::test(start_paused = true)]
-    async fn an_http1_connection_that_its_caller_could_not_wait_for_is_there_for_the_next() {
+    async fn an_http1_connection_whose_caller_left_serves_the_next_call() {
         let test = async {
             let ends = Rc::default();
-            let (pool, endpoint) = slow(&ends);
-            let hurried =
-                timeout(Duration::from_millis(50), pool.open(&endpoint, ProtocolPreference::Http1, terms(1000)));
-            assert!(hurried.await.is_err());
+            let (pool, endpoint) = slow_pool(&ends);
+            let impatient =
+                timeout(Duration::from_millis(50), pool.open(&endpoint, ProtocolPreference::Http1, options(1000)));
+            assert!(impatient.await.is_err());
             sleep(Duration::from_millis(100)).await;
-            let mut nobody = Context::from_waker(Waker::noop());
-            let lent = pool.checkout(&endpoint, ProtocolPreference::Http1, Instant::now(), &mut nobody);
-            assert!(lent.is_some_and(|lease| lease.is_http1()));
+            let mut cx = Context::from_waker(Waker::noop());
+            let lease = pool.checkout(&endpoint, ProtocolPreference::Http1, Instant::now(), &mut cx);
+            assert!(lease.is_some_and(|lease| lease.is_http1()));
             assert_eq!(ends.borrow().len(), 1);
         };
         LocalSet::new().run_until(test).await;
     }
 
     #[tokio::test(start_paused = true)]
-    async fn who_hears_that_it_took_too_long_hears_it_after_the_endpoint() {
+    async fn a_timeout_reaches_the_caller_after_the_endpoint_has_recorded_it() {
         let test = async {
-            let (pool, endpoint) = slow(&Rc::default());
+            let (pool, endpoint) = slow_pool(&Rc::default());
             let begun = Instant::now();
-            for want in [ProtocolPreference::Http1, ProtocolPreference::Http2] {
-                let opened = pool.open(&endpoint, want, terms(50)).await;
-                assert!(matches!(opened, Err(ConnectError::Late)), "it is open");
-                assert!(endpoint.is_held_off(Instant::now()));
+            for preference in [ProtocolPreference::Http1, ProtocolPreference::Http2] {
+                let opened = pool.open(&endpoint, preference, options(50)).await;
+                assert!(matches!(opened, Err(ConnectError::Late)), "the connection is open");
+                assert!(endpoint.is_unreachable(Instant::now()));
                 sleep(Duration::from_secs(1)).await;
             }
             assert_eq!(begun.elapsed().as_millis() / 10, 210);
@@ -274,18 +281,18 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn who_waits_for_the_connection_of_another_waits_no_longer_than_for_its_own() {
+    async fn a_caller_waits_for_the_connection_of_another_no_longer_than_its_own_timeout() {
         let test = async {
-            let (pool, endpoint) = slow(&Rc::default());
-            let first = pool.open(&endpoint, ProtocolPreference::Http2, terms(1000));
+            let (pool, endpoint) = slow_pool(&Rc::default());
+            let first = pool.open(&endpoint, ProtocolPreference::Http2, options(1000));
             let second = async {
                 let begun = Instant::now();
-                let opened = pool.open(&endpoint, ProtocolPreference::Http2, terms(50)).await;
-                assert!(matches!(opened, Err(ConnectError::Late)), "it is open");
+                let opened = pool.open(&endpoint, ProtocolPreference::Http2, options(50)).await;
+                assert!(matches!(opened, Err(ConnectError::Late)), "the connection is open");
                 assert_eq!(begun.elapsed().as_millis() / 10, 5);
-                assert!(!endpoint.is_held_off(Instant::now()));
+                assert!(!endpoint.is_unreachable(Instant::now()));
             };
-            tokio::select! { biased; _ = first => panic!("the other end speaks no HTTP/2"), () = second => {} }
+            tokio::select! { biased; _ = first => panic!("the other end does not speak HTTP/2"), () = second => {} }
         };
         LocalSet::new().run_until(test).await;
     }

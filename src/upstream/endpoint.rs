@@ -1,9 +1,9 @@
-//! One endpoint as one worker sees it: its load, its idle HTTP/1.1 connections, its shared HTTP/2 ones.
+//! One endpoint of one worker's pool: its load, its idle HTTP/1.1 connections, its shared HTTP/2 connections.
 //!
-//! Idle connections are kept last in, first out, so that a few stay warm and the rest can go. How long one is kept
-//! is the smallest of the policy's `connections.idle`, what the upstream announced (`Keep-Alive: timeout=`), and
-//! what its closes have taught: an upstream that closes idle connections after five seconds gets none
-//! that is older than four.
+//! `pool` checks connections out and in here, `dial` adds new ones. Idle connections are reused last in, first out, so that a
+//! few stay in use and the rest expire. An idle connection is kept for the smallest of three times: the policy's
+//! `connections.idle`, nine tenths of `Keep-Alive: timeout=`, and the idle limit learned from the upstream's closes: an
+//! upstream that closes idle connections after 5 s gets none that has been idle for more than 4 s.
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -19,69 +19,70 @@ use crate::telemetry::DestinationMetrics;
 use crate::upstream::balance::EndpointLoad;
 use crate::upstream::cluster::{Address, Cluster};
 use crate::upstream::http1::Http1;
-use crate::upstream::http2::{Http2, STREAMS};
+use crate::upstream::http2::{Http2, MAX_STREAMS};
 
-/// An HTTP/2 connection that nobody has used for so long is closed.
+/// An HTTP/2 connection without a stream for this time is closed.
 const HTTP2_IDLE: Duration = Duration::from_secs(60);
 
-/// An endpoint that could not be reached is passed over for so long.
-const HOLD_OFF: Duration = Duration::from_secs(1);
+/// How long an endpoint is skipped after a connect failure.
+const UNREACHABLE_FOR: Duration = Duration::from_secs(1);
 
-/// A connection that is opened although another one is idle comes at most so often: each that is closed for it occupies a
-/// port for a minute.
-const FRESH_EVERY: Duration = Duration::from_millis(10);
+/// Least time between two connections that are opened although another one is idle: the idle one is closed for it and
+/// occupies a port for a minute (TIME_WAIT).
+const FRESH_INTERVAL: Duration = Duration::from_millis(10);
 
-/// A close sooner than this teaches nothing: it is a restart, or an upstream that keeps nothing alive.
-const SHORTEST_LESSON: Duration = Duration::from_millis(100);
+/// A close after a shorter idle time sets no limit: it is a restart, or an upstream that keeps no connection alive.
+const MIN_LEARNED_IDLE: Duration = Duration::from_millis(100);
 
-/// How long a lesson holds; a restart, too, closes connections that are idle.
-const LESSON_HOLDS: Duration = Duration::from_secs(60);
+/// How long a learned limit holds; not longer, because a restart closes idle connections too.
+const LEARNED_LIMIT_LIFE: Duration = Duration::from_secs(60);
 
 /// One endpoint of one worker's pool.
 pub struct Endpoint {
-    /// Where it is.
+    /// Its socket address and TLS server name.
     pub address: Address,
-    /// Whose it is.
+    /// The cluster that it belongs to.
     pub cluster: Arc<Cluster>,
-    /// How busy and how slow it is.
+    /// Latency and calls in flight of this worker.
     pub load: EndpointLoad,
-    /// Whether it is ejected, as all workers see it.
+    /// Its ejection state, shared by all workers.
     pub member: Arc<EjectionMember>,
-    idle: RefCell<Vec<Idle>>,
+    idle: RefCell<Vec<IdleConnection>>,
     shared: RefCell<Vec<Rc<Http2>>>,
-    lesson: Cell<Option<Lesson>>,
-    /// Connections under way that callers may share.
-    pub opening: Cell<usize>,
-    /// Callers that wait for one of them, beside those that have asked for them.
-    pub waiting: Cell<usize>,
-    /// Rung when one has come, or has failed.
-    pub opened: Notify,
-    /// So many streams has the newest HTTP/2 connection room for.
-    streams: Cell<usize>,
-    /// Until when it is passed over, because it could not be reached.
-    held_off: Cell<Option<Instant>>,
-    /// True if TLS agreed on HTTP/1.1 the last time; then nobody waits for a connection to share.
+    idle_limit: Cell<Option<IdleLimit>>,
+    /// Connections being opened that several callers may share.
+    pub pending_connections: Cell<usize>,
+    /// Callers that wait for a pending connection of another caller.
+    pub waiters: Cell<usize>,
+    /// Notified when a pending connection is open, or has failed.
+    pub connection_ready: Notify,
+    /// Most streams of the newest HTTP/2 connection, at least 1.
+    streams_per_connection: Cell<usize>,
+    /// Until when the endpoint is skipped after a connect failure.
+    unreachable_until: Cell<Option<Instant>>,
+    /// True if the last TLS handshake agreed on HTTP/1.1: callers then wait for no shared connection.
     pub chose_http1: Cell<bool>,
     /// From when on a connection may be opened although another one is idle.
-    fresh_at: Cell<Instant>,
-    /// True once the destination does not have it any more.
-    retired: Cell<bool>,
+    next_fresh_at: Cell<Instant>,
+    /// True once the cluster does not have this address any more.
+    is_retired: Cell<bool>,
     metrics: DestinationMetrics,
 }
 
-struct Idle {
+struct IdleConnection {
     connection: Box<Http1>,
-    until: Instant,
+    expires_at: Instant,
 }
 
+/// How long connections may be idle, learned from a close by the upstream.
 #[derive(Clone, Copy)]
-struct Lesson {
+struct IdleLimit {
     longest: Duration,
-    forget: Instant,
+    expires_at: Instant,
 }
 
 impl Endpoint {
-    /// An endpoint that nobody has called yet.
+    /// An endpoint without connections or calls.
     pub fn new(address: Address, cluster: &Arc<Cluster>, metrics: DestinationMetrics, now: Instant) -> Rc<Self> {
         let member = cluster.member(address.socket);
         Rc::new(Self {
@@ -91,171 +92,180 @@ impl Endpoint {
             load: EndpointLoad::new(now),
             idle: RefCell::default(),
             shared: RefCell::default(),
-            lesson: Cell::new(None),
-            opening: Cell::new(0),
-            waiting: Cell::new(0),
-            opened: Notify::new(),
-            streams: Cell::new(STREAMS),
-            held_off: Cell::new(None),
+            idle_limit: Cell::new(None),
+            pending_connections: Cell::new(0),
+            waiters: Cell::new(0),
+            connection_ready: Notify::new(),
+            streams_per_connection: Cell::new(MAX_STREAMS),
+            unreachable_until: Cell::new(None),
             chose_http1: Cell::new(false),
-            fresh_at: Cell::new(now),
-            retired: Cell::new(false),
+            next_fresh_at: Cell::new(now),
+            is_retired: Cell::new(false),
             metrics,
         })
     }
 
-    /// The connection used last, if there is one that is still good.
-    pub fn take_idle(&self, cx: &mut Context<'_>, now: Instant) -> Option<Box<Http1>> {
+    /// Checks out the connection used last that can still take a request.
+    pub fn checkout_idle(&self, cx: &mut Context<'_>, now: Instant) -> Option<Box<Http1>> {
         loop {
-            let mut next = self.idle.borrow_mut().pop()?;
+            let mut candidate = self.idle.borrow_mut().pop()?;
             self.metrics.idle.decrement();
-            if !next.connection.is_fresh(cx) {
-                self.discard(next, now);
-            } else if now < next.until && self.may_be_kept(&next, now) {
-                return Some(next.connection);
+            if !candidate.connection.is_fresh(cx) {
+                self.close_stale(candidate, now);
+            } else if now < candidate.expires_at && self.is_within_limit(&candidate, now) {
+                return Some(candidate.connection);
             } else {
-                // Ours to close, so that there is nothing to learn of when the upstream does.
-                self.closed();
+                // Closed by this side, so the close teaches nothing about the upstream's limit.
+                self.count_close();
             }
         }
     }
 
-    /// False if the upstream has shown meanwhile that it closes connections that are idle for so long.
-    fn may_be_kept(&self, idle: &Idle, now: Instant) -> bool {
-        let lesson = self.lesson.get().filter(|lesson| now < lesson.forget);
-        lesson.is_none_or(|lesson| now.saturating_duration_since(idle.connection.idle_since) <= lesson.longest)
+    /// False if a limit learned after the check-in says that the upstream closes connections idle for so long.
+    fn is_within_limit(&self, candidate: &IdleConnection, now: Instant) -> bool {
+        let limit = self.idle_limit.get().filter(|limit| now < limit.expires_at);
+        limit.is_none_or(|limit| now.saturating_duration_since(candidate.connection.idle_since) <= limit.longest)
     }
 
-    /// Takes a connection back after its answer ended. `announced` is what its `Keep-Alive` field said.
-    pub fn put_idle(
+    /// Checks a connection in after its response ended: keeps it for `idle_timeout` at most, or closes it if `max_idle`
+    /// connections are idle already or the endpoint is retired. `announced` is the timeout of the response's `Keep-Alive`
+    /// field; nine tenths of it are used.
+    pub fn check_in_idle(
         &self,
         mut connection: Box<Http1>,
-        keep: Duration,
-        most: usize,
+        idle_timeout: Duration,
+        max_idle: usize,
         announced: Option<Duration>,
         now: Instant,
     ) {
-        let mut keep = keep;
+        let mut keep = idle_timeout;
         if let Some(announced) = announced {
             keep = keep.min(announced.mul_f32(0.9));
         }
-        if let Some(lesson) = self.lesson.get().filter(|lesson| now < lesson.forget) {
-            keep = keep.min(lesson.longest);
+        if let Some(limit) = self.idle_limit.get().filter(|limit| now < limit.expires_at) {
+            keep = keep.min(limit.longest);
         }
         let mut idle = self.idle.borrow_mut();
-        if idle.len() >= most || keep.is_zero() || self.retired.get() {
-            self.closed();
+        if idle.len() >= max_idle || keep.is_zero() || self.is_retired.get() {
+            self.count_close();
             return;
         }
         connection.idle_since = now;
-        idle.push(Idle { connection, until: now + keep });
+        idle.push(IdleConnection { connection, expires_at: now + keep });
         self.metrics.idle.increment();
     }
 
-    /// Whether a connection may be opened now although another one is idle. Says yes at most once in 10 ms.
+    /// Whether a connection may be opened now although another one is idle. True at most once in 10 ms.
     pub fn grants_fresh(&self, now: Instant) -> bool {
-        let granted = now >= self.fresh_at.get();
-        if granted {
-            self.fresh_at.set(now + FRESH_EVERY);
+        let is_admitted = now >= self.next_fresh_at.get();
+        if is_admitted {
+            self.next_fresh_at.set(now + FRESH_INTERVAL);
         }
-        granted
+        is_admitted
     }
 
-    /// An HTTP/2 connection with room for one more request.
+    /// An HTTP/2 connection with capacity for one more stream.
     pub fn shared(&self) -> Option<Rc<Http2>> {
-        self.shared.borrow().iter().find(|connection| connection.has_room()).cloned()
+        self.shared.borrow().iter().find(|connection| connection.has_capacity()).cloned()
     }
 
-    /// Offers a new HTTP/2 connection to whoever comes next.
-    pub fn share(&self, connection: Rc<Http2>) {
-        self.streams.set(connection.most().max(1));
+    /// Adds a new HTTP/2 connection for all callers.
+    pub fn add_shared(&self, connection: Rc<Http2>) {
+        self.streams_per_connection.set(connection.max_streams().max(1));
         self.shared.borrow_mut().push(connection);
     }
 
-    /// True if those who wait need more connections than are under way. Each is for the one that has asked for it, too.
-    pub fn needs_another(&self) -> bool {
-        self.waiting.get() > self.opening.get() * (self.streams.get() - 1)
+    /// True if the waiters need more streams than the pending connections will have. One stream of each pending connection
+    /// belongs to the caller that opens it.
+    pub fn needs_connection(&self) -> bool {
+        self.waiters.get() > self.pending_connections.get() * (self.streams_per_connection.get() - 1)
     }
 
-    /// Notes that a connection was opened.
-    pub fn connected(&self) {
-        self.held_off.set(None);
+    /// Counts an opened connection.
+    pub fn count_connect(&self) {
+        self.unreachable_until.set(None);
         self.metrics.open.increment();
         self.metrics.connects.increment();
     }
 
-    /// Notes that a connection could not be opened; for a moment the endpoint is passed over where there are others.
-    pub fn refused(&self, now: Instant) {
+    /// Counts a connect failure; the endpoint is skipped for 1 s while the pool has others.
+    pub fn count_connect_failure(&self, now: Instant) {
         self.metrics.connect_failures.increment();
-        self.held_off.set(Some(now + HOLD_OFF));
+        self.unreachable_until.set(Some(now + UNREACHABLE_FOR));
     }
 
-    /// True while it is passed over.
-    pub fn is_held_off(&self, now: Instant) -> bool {
-        self.held_off.get().is_some_and(|until| now < until)
+    /// True for 1 s after a connect failure.
+    pub fn is_unreachable(&self, now: Instant) -> bool {
+        self.unreachable_until.get().is_some_and(|until| now < until)
     }
 
-    /// Notes that a connection is gone.
-    pub fn closed(&self) {
-        self.gone(1);
+    /// Counts a closed connection.
+    pub fn count_close(&self) {
+        self.count_closes(1);
     }
 
-    /// Looks at every idle connection and takes away those that are closed or have been kept long enough.
+    /// Closes idle connections that have expired or that the upstream has closed.
     ///
-    /// Returns true if any is left to look at later.
+    /// Returns true if a connection is left for the next sweep.
     pub fn sweep(&self, cx: &mut Context<'_>, now: Instant) -> bool {
-        let stale: Vec<Idle> =
-            self.idle.borrow_mut().extract_if(.., |one| now >= one.until || !one.connection.is_fresh(cx)).collect();
+        let stale: Vec<IdleConnection> = self
+            .idle
+            .borrow_mut()
+            .extract_if(.., |idle| now >= idle.expires_at || !idle.connection.is_fresh(cx))
+            .collect();
         self.metrics.idle.add(-count(stale.len()));
-        for one in stale {
-            self.discard(one, now);
+        for connection in stale {
+            self.close_stale(connection, now);
         }
-        self.keep_shared(|one| one.is_alive() && one.idle_for(now).is_none_or(|idle| idle < HTTP2_IDLE));
+        self.retain_shared(|shared| shared.is_open() && shared.idle_for(now).is_none_or(|idle| idle < HTTP2_IDLE));
         !self.shared.borrow().is_empty() || !self.idle.borrow().is_empty()
     }
 
-    /// Notes that a stream of a shared connection is over.
-    pub fn stream_ended(&self, connection: &Http2, now: Instant) {
-        connection.finish(now);
-        if self.retired.get() {
-            self.keep_shared(|one| one.idle_for(now).is_none());
+    /// Counts a stream of a shared connection that has ended; a retired endpoint closes connections without streams.
+    pub fn end_stream(&self, connection: &Http2, now: Instant) {
+        connection.end_stream(now);
+        if self.is_retired.get() {
+            self.retain_shared(|shared| shared.idle_for(now).is_none());
         }
     }
 
-    /// Closes what nobody uses, for good: the destination does not have this endpoint any more. A call under way may hold
-    /// it for long; its connection is closed when it ends.
+    /// Closes all idle connections and keeps no connection from now on: the cluster does not have this address any more. A
+    /// connection in use is closed when its calls have ended.
     pub fn retire(&self, now: Instant) {
-        self.retired.set(true);
+        self.is_retired.set(true);
         let idle = std::mem::take(&mut *self.idle.borrow_mut());
         self.metrics.idle.add(-count(idle.len()));
-        self.gone(idle.len());
-        self.keep_shared(|one| one.idle_for(now).is_none());
+        self.count_closes(idle.len());
+        self.retain_shared(|shared| shared.idle_for(now).is_none());
     }
 
-    fn keep_shared(&self, keep: impl Fn(&Http2) -> bool) {
+    fn retain_shared(&self, keep: impl Fn(&Http2) -> bool) {
         let mut shared = self.shared.borrow_mut();
         let before = shared.len();
-        shared.retain(|one| keep(one));
-        self.gone(before - shared.len());
+        shared.retain(|connection| keep(connection));
+        self.count_closes(before - shared.len());
     }
 
-    fn gone(&self, connections: usize) {
+    fn count_closes(&self, connections: usize) {
         self.metrics.open.add(-count(connections));
         self.metrics.closes.add(connections as u64);
     }
 
-    fn discard(&self, one: Idle, now: Instant) {
-        self.closed();
-        if now >= one.until {
+    /// Closes a stale connection; one that the upstream closed before it expired sets the idle limit.
+    fn close_stale(&self, stale: IdleConnection, now: Instant) {
+        self.count_close();
+        if now >= stale.expires_at {
             return;
         }
-        self.learn(now.saturating_duration_since(one.connection.idle_since), now);
+        self.learn_idle_limit(now.saturating_duration_since(stale.connection.idle_since), now);
     }
 
-    /// Notes that the upstream closed a connection that had been idle for so long: none is kept that long any more.
-    pub fn learn(&self, idle: Duration, now: Instant) {
-        if idle >= SHORTEST_LESSON {
-            self.lesson.set(Some(Lesson { longest: idle.mul_f32(0.8), forget: now + LESSON_HOLDS }));
+    /// Sets the idle limit after the upstream closed a connection that had been idle for `idle`: for the next 60 s no
+    /// connection is kept for more than 80 % of that.
+    pub fn learn_idle_limit(&self, idle: Duration, now: Instant) {
+        if idle >= MIN_LEARNED_IDLE {
+            let limit = IdleLimit { longest: idle.mul_f32(0.8), expires_at: now + LEARNED_LIMIT_LIFE };
+            self.idle_limit.set(Some(limit));
         }
     }
 }
@@ -263,9 +273,9 @@ impl Endpoint {
 impl Drop for Endpoint {
     fn drop(&mut self) {
         let idle = self.idle.borrow().len();
-        let all = idle + self.shared.borrow().len();
+        let open = idle + self.shared.borrow().len();
         self.metrics.idle.add(-count(idle));
-        self.gone(all);
+        self.count_closes(open);
     }
 }
 
@@ -281,7 +291,7 @@ mod tests {
     use crate::upstream::spec::UpstreamProtocol;
 
     #[tokio::test(start_paused = true)]
-    async fn a_fresh_connection_is_granted_once_in_ten_milliseconds() {
+    async fn a_fresh_connection_is_admitted_once_in_ten_milliseconds() {
         let now = Instant::now();
         let socket = "127.0.0.1:80".parse().unwrap();
         let address = Address { socket, server_name: "app".into() };
@@ -295,7 +305,7 @@ mod tests {
         };
         let cluster = Cluster::new(identity, Health::new(now), &Default::default()).unwrap();
         let endpoint = Endpoint::new(address, &cluster, metrics, now);
-        let granted = (0..100).filter(|millis| endpoint.grants_fresh(now + Duration::from_millis(*millis))).count();
-        assert_eq!(granted, 10);
+        let admitted = (0..100).filter(|millis| endpoint.grants_fresh(now + Duration::from_millis(*millis))).count();
+        assert_eq!(admitted, 10);
     }
 }

@@ -1,7 +1,8 @@
 //! One HTTP/1.1 connection to an upstream.
 //!
-//! It has no task of its own: whoever holds it drives it. A request, its answer and both bodies thus run in the
-//! caller's task, which saves two wake-ups for each request, and a call that is dropped closes its connection.
+//! Leased to one request at a time. Invariant: the connection has no task of its own, the holder of the lease drives it. So
+//! request, response and both bodies run in the caller's task, which saves two wake-ups per request, and dropping a call
+//! closes its connection.
 
 use std::task::{Context, Poll};
 
@@ -16,25 +17,29 @@ use tokio::time::Instant;
 use crate::net::body::RequestBody;
 use crate::net::io::Io;
 
-/// One connection.
+/// One HTTP/1.1 connection.
 pub struct Http1 {
     sender: SendRequest<RequestBody>,
     connection: Connection<TokioIo<Io>, RequestBody>,
-    over: bool,
-    /// When it was opened.
-    pub born: Instant,
-    /// When its last answer ended.
+    is_closed: bool,
+    /// When the connection was opened.
+    pub opened_at: Instant,
+    /// When the last response ended; when the connection was opened, before the first.
     pub idle_since: Instant,
 }
 
 impl Http1 {
-    /// Makes an open stream an HTTP/1.1 connection. Sends nothing yet.
+    /// Begins HTTP/1.1 on an open stream. Sends no byte.
+    ///
+    /// # Errors
+    /// If hyper refuses the stream.
     pub async fn new(io: Io, now: Instant) -> Result<Box<Self>, hyper::Error> {
         let (sender, connection) = Builder::new().handshake(TokioIo::new(io)).await?;
-        Ok(Box::new(Self { sender, connection, over: false, born: now, idle_since: now }))
+        Ok(Box::new(Self { sender, connection, is_closed: false, opened_at: now, idle_since: now }))
     }
 
-    /// Hands a request to the connection; [`Http1::drive`] moves it.
+    /// Queues a request on the connection; [`Http1::drive`] sends it. The future resolves with the response head, or with
+    /// the request if no byte of it has been sent.
     pub fn send(
         &mut self,
         request: Request<RequestBody>,
@@ -42,28 +47,28 @@ impl Http1 {
         self.sender.try_send_request(request)
     }
 
-    /// Moves whatever can be moved. Ready when the connection is over, for good or ill.
+    /// Reads and writes what is possible now. Ready when the connection is closed, with or without an error.
     pub fn drive(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        if self.over {
+        if self.is_closed {
             return Poll::Ready(());
         }
-        // The error itself reaches whoever waits for the answer or reads its body.
+        // The error itself reaches the future of `send`, or the response body.
         let polled = self.connection.poll_without_shutdown(cx);
-        self.over = polled.is_ready();
+        self.is_closed = polled.is_ready();
         polled.map(|_| ())
     }
 
-    /// Looks whether another request may be sent: the peer has neither closed nor said anything unasked.
+    /// True if an idle connection can take a request: the peer has neither closed it nor sent unexpected bytes.
     pub fn is_fresh(&mut self, cx: &mut Context<'_>) -> bool {
         self.drive(cx).is_pending() && self.sender.is_ready()
     }
 
-    /// The same right after an answer: asks hyper only, which has just read from the stream.
+    /// The same right after a response, at less cost: hyper has just read from the stream.
     pub fn is_reusable(&mut self, cx: &mut Context<'_>) -> bool {
         self.sender.is_ready() || self.is_fresh(cx)
     }
 
-    /// The stream itself and what was read beyond the answer's head, after the protocol has been switched.
+    /// The stream, and the bytes read beyond the response head, after an upgrade.
     pub fn into_stream(self) -> (Io, Bytes) {
         let parts = self.connection.into_parts();
         (parts.io.into_inner(), parts.read_buf)

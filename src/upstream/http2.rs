@@ -1,9 +1,9 @@
-//! One HTTP/2 connection to an upstream, shared by many requests of one worker.
+//! One HTTP/2 connection to an upstream, shared by the requests of one worker.
 //!
-//! The connection is a task, which ends with the last reference to it or when the peer goes away; a second one pings
-//! a peer that has become silent. A request needs no task: the caller's own waits for the head, and moves the
-//! caller's body meanwhile. Only a body that goes on beside the answer gets a task, because a caller that does not
-//! read may still send. Whoever drops a call before its end resets its stream with CANCEL (RFC 9113, 5.4.2).
+//! The connection runs in a task, which ends with the last reference to the connection or when the peer closes it; a second
+//! task pings a silent peer. A request needs no task: the caller's task waits for the response head and sends the request
+//! body meanwhile. Only a request body that continues after the response head gets a task, because a caller that does not
+//! read the response may still send. Dropping a call before its end resets its stream with CANCEL (RFC 9113, 5.4.2).
 
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
@@ -29,51 +29,57 @@ use crate::runtime::tasks;
 use crate::upstream::connect::ConnectError;
 use crate::upstream::response::{Http2Body, SendError, UpstreamBody, UpstreamError};
 
-/// Streams that share one connection at most, also where the peer allows more.
-pub const STREAMS: usize = bounds::STREAMS as usize;
+/// Most concurrent streams on one connection, even if the peer allows more.
+pub const MAX_STREAMS: usize = bounds::STREAMS as usize;
 
-/// The longest header section of an answer, in bytes as RFC 9113, 6.5.2 counts them; about what hyper takes over HTTP/1.
+/// Longest header section of a response, in bytes by the count of RFC 9113, 6.5.2; about hyper's limit for HTTP/1.
 const MAX_HEADER_LIST: u32 = 400 * 1024;
 
-/// How much of the callers' bodies a connection holds for one stream, in bytes.
+/// Bytes of a request body that h2 buffers per stream.
 const SEND_BUFFER: usize = 1024 * 1024;
 
-/// How often a new connection is looked at until the peer's settings are there; h2 has no event for it.
-const LOOK_FOR_SETTINGS: Duration = Duration::from_millis(1);
+/// Interval of the checks for the peer's SETTINGS on a new connection; h2 has no event for them.
+const SETTINGS_CHECK_INTERVAL: Duration = Duration::from_millis(1);
 
-/// A connection with streams on it is asked for a sign of life after so many looks at which nothing had come, and given
-/// up without one.
-const LOOK_EVERY: Duration = Duration::from_secs(5);
-const SILENT_LOOKS: u32 = 4;
+/// Interval of the checks for received bytes.
+const CHECK_INTERVAL: Duration = Duration::from_secs(5);
 
-/// Looks between two pings, whatever has come in between: servers of gRPC take more than one in five minutes for an attack,
-/// and end the connection with all its calls (gRFC A8). A host that is gone is found by TCP meanwhile.
-const SILENT_LOOKS_AGAIN: u32 = 66;
+/// Checks in a row without a received byte after which a connection with streams is pinged.
+const SILENT_CHECKS: u32 = 4;
+
+/// Checks between two pings at least, 330 s, even if bytes were received meanwhile: gRPC servers treat more than one ping in
+/// five minutes as an attack and close the connection with all its calls (gRFC A8). TCP detects a host that is gone meanwhile.
+const CHECKS_BETWEEN_PINGS: u32 = 66;
+
+/// How long the peer may take to acknowledge a ping; then the connection is closed.
 const PING_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// One connection.
+/// One HTTP/2 connection.
 pub struct Http2 {
     sender: RefCell<SendRequest<Bytes>>,
-    streams: Cell<usize>,
-    /// True once a ping was not answered.
-    silent: Rc<Cell<bool>>,
-    /// When it was opened.
-    pub born: Instant,
+    active_streams: Cell<usize>,
+    ping_timed_out: Rc<Cell<bool>>,
+    /// When the connection was opened.
+    pub opened_at: Instant,
+    /// When the last stream ended; when the connection was opened, before the first.
     idle_since: Cell<Instant>,
 }
 
 impl Http2 {
-    /// Makes an open stream an HTTP/2 connection and starts its task.
+    /// Begins HTTP/2 on an open stream and spawns the connection's task.
     ///
-    /// Waits for the peer's settings: before them nobody knows how many streams it allows, and a request too many would
-    /// wait on a full connection. Fails if the peer leaves instead. Sets no time limit.
+    /// Waits for the peer's SETTINGS: before them the number of allowed streams is unknown, and a request beyond that number
+    /// would wait on a full connection. Has no time limit.
+    ///
+    /// # Errors
+    /// If the peer closes the connection first, or does not speak HTTP/2.
     pub async fn new(io: Io, now: Instant) -> Result<Rc<Self>, ConnectError> {
         let activity = io.activity();
         let (sender, mut connection) = Builder::new()
             .initial_window_size(bounds::STREAM)
             .initial_connection_window_size(bounds::CONNECTION)
             .initial_max_send_streams(0)
-            .max_concurrent_reset_streams(STREAMS)
+            .max_concurrent_reset_streams(MAX_STREAMS)
             .max_local_error_reset_streams(Some(bounds::LATE_FRAMES))
             .max_header_list_size(MAX_HEADER_LIST)
             .max_send_buffer_size(SEND_BUFFER)
@@ -82,161 +88,165 @@ impl Http2 {
             .await
             .map_err(|error| ConnectError::Handshake(UpstreamError::Http2(error)))?;
         let pings = connection.ping_pong();
-        // The error itself reaches the requests that were on the connection.
+        // The error itself reaches the requests on the connection.
         let task = tasks::spawn(async move { drop(connection.await) });
         let this = Rc::new(Self {
             sender: RefCell::new(sender),
-            streams: Cell::new(0),
-            silent: Rc::default(),
-            born: now,
+            active_streams: Cell::new(0),
+            ping_timed_out: Rc::default(),
+            opened_at: now,
             idle_since: Cell::new(now),
         });
-        while this.limit() == 0 {
-            match this.ended() {
+        while this.peer_limit() == 0 {
+            match this.error() {
                 Some(error) if error.is_malformed() => return Err(ConnectError::NotHttp2),
                 Some(error) => return Err(ConnectError::Handshake(error)),
                 None => {}
             }
-            sleep(LOOK_FOR_SETTINGS).await;
+            sleep(SETTINGS_CHECK_INTERVAL).await;
         }
         if let Some(pings) = pings {
-            tasks::spawn(watch(Rc::downgrade(&this), activity, pings, task.abort_handle()));
+            tasks::spawn(keep_alive(Rc::downgrade(&this), activity, pings, task.abort_handle()));
         }
         Ok(this)
     }
 
-    /// True if one more request may be sent now.
-    pub fn has_room(&self) -> bool {
-        self.is_alive() && self.streams.get() < self.most()
+    /// True if one more request can be sent now.
+    pub fn has_capacity(&self) -> bool {
+        self.is_open() && self.active_streams.get() < self.max_streams()
     }
 
-    /// How many requests may be on it at the same time.
-    pub fn most(&self) -> usize {
-        self.limit().min(STREAMS)
+    /// Most concurrent requests: the peer's limit, at most [`MAX_STREAMS`].
+    pub fn max_streams(&self) -> usize {
+        self.peer_limit().min(MAX_STREAMS)
     }
 
-    /// How many streams the peer allows now; zero until it has said so.
-    fn limit(&self) -> usize {
+    /// The peer's SETTINGS_MAX_CONCURRENT_STREAMS; 0 before its SETTINGS.
+    fn peer_limit(&self) -> usize {
         self.sender.borrow().current_max_send_streams()
     }
 
-    /// False once the peer or we have ended it.
-    pub fn is_alive(&self) -> bool {
-        self.ended().is_none()
+    /// False once the peer or hopguard has closed the connection.
+    pub fn is_open(&self) -> bool {
+        self.error().is_none()
     }
 
-    fn ended(&self) -> Option<UpstreamError> {
-        // Never has to wait: requests go out through clones, and it is only the one that sent too many that does.
+    /// Why the connection was closed; `None` while it is open.
+    fn error(&self) -> Option<UpstreamError> {
+        // Never pending: requests are sent through clones, and only a clone that exceeded the limit has to wait.
         match self.sender.borrow_mut().poll_ready(&mut Context::from_waker(Waker::noop())) {
-            Poll::Ready(Err(error)) => Some(UpstreamError::http2(error, &self.silent)),
+            Poll::Ready(Err(error)) => Some(UpstreamError::http2(error, &self.ping_timed_out)),
             Poll::Ready(Ok(())) | Poll::Pending => None,
         }
     }
 
-    /// How long nobody has used it; `None` while somebody does.
+    /// Time since the last stream ended; `None` while there is a stream.
     pub fn idle_for(&self, now: Instant) -> Option<Duration> {
-        (self.streams.get() == 0).then(|| now.saturating_duration_since(self.idle_since.get()))
+        (self.active_streams.get() == 0).then(|| now.saturating_duration_since(self.idle_since.get()))
     }
 
-    /// Counts a request that begins.
-    pub fn begin(&self) {
-        self.streams.set(self.streams.get() + 1);
+    /// Counts a stream that begins.
+    pub fn begin_stream(&self) {
+        self.active_streams.set(self.active_streams.get() + 1);
     }
 
-    /// Counts a request that is over.
-    pub fn finish(&self, now: Instant) {
-        self.streams.set(self.streams.get().saturating_sub(1));
+    /// Counts a stream that has ended.
+    pub fn end_stream(&self, now: Instant) {
+        self.active_streams.set(self.active_streams.get().saturating_sub(1));
         self.idle_since.set(now);
     }
 
-    /// Sends a request and waits for the head of its answer, moving the caller's body.
+    /// Sends a request and waits for the response head, sending the request body meanwhile.
     ///
     /// # Errors
-    /// With the request, if the connection had ended before it could be sent.
+    /// If connection or stream fails; with the request, if the connection was closed before a byte of it was sent.
     pub fn send(
         &self,
         request: Request<RequestBody>,
     ) -> impl Future<Output = Result<Response<UpstreamBody>, SendError>> + use<> {
-        let begun = self.open(request);
-        let silent = Rc::clone(&self.silent);
+        let opened = self.open_stream(request);
+        let ping_timed_out = Rc::clone(&self.ping_timed_out);
         async move {
-            let (mut head, mut upload) = begun?;
-            let answer = poll_fn(|cx| {
+            let (mut head, mut upload) = opened?;
+            let response = poll_fn(|cx| {
                 if upload.as_mut().is_some_and(|upload| upload.poll(cx).is_ready()) {
                     upload = None;
                 }
                 Pin::new(&mut head).poll(cx)
             })
             .await
-            .map_err(|error| UpstreamError::http2(error, &silent))?;
+            .map_err(|error| UpstreamError::http2(error, &ping_timed_out))?;
             if let Some(mut upload) = upload {
                 tasks::spawn(async move { poll_fn(|cx| upload.poll(cx)).await });
             }
-            Ok(answer.map(|stream| UpstreamBody::Http2(Http2Body::new(stream, silent))))
+            Ok(response.map(|stream| UpstreamBody::Http2(Http2Body::new(stream, ping_timed_out))))
         }
     }
 
-    fn open(&self, request: Request<RequestBody>) -> Result<(ResponseFuture, Option<Box<Upload>>), SendError> {
-        if let Some(error) = self.ended() {
+    fn open_stream(&self, request: Request<RequestBody>) -> Result<(ResponseFuture, Option<Box<Upload>>), SendError> {
+        if let Some(error) = self.error() {
             return Err(SendError { error, unsent: Some(Box::new(request)) });
         }
         let (mut head, body) = request.into_parts();
-        let whole = body.is_end_stream();
-        if whole && matches!(head.method, Method::POST | Method::PUT | Method::PATCH) {
-            // What a body is expected of says that it has none (RFC 9110, 8.6).
+        let is_empty = body.is_end_stream();
+        if is_empty && matches!(head.method, Method::POST | Method::PUT | Method::PATCH) {
+            // Methods that usually have a body declare an empty one (RFC 9110, 8.6).
             head.headers.entry(header::CONTENT_LENGTH).or_insert(HeaderValue::from_static("0"));
         }
         let mut sender = self.sender.borrow().clone();
-        let sent = sender.send_request(Request::from_parts(head, ()), whole);
-        let (answer, stream) = sent.map_err(|error| UpstreamError::http2(error, &self.silent))?;
-        let upload = (!whole).then(|| Box::new(Upload { flow: Rc::clone(body.flow()), body, stream, next: None }));
-        Ok((answer, upload))
+        let sent = sender.send_request(Request::from_parts(head, ()), is_empty);
+        let (response, stream) = sent.map_err(|error| UpstreamError::http2(error, &self.ping_timed_out))?;
+        let upload = (!is_empty).then(|| Box::new(Upload { flow: Rc::clone(body.flow()), body, stream, next: None }));
+        Ok((response, upload))
     }
 }
 
-/// When a connection has been silent for so long that its peer is asked for a sign of life.
+/// Decides when a silent connection is pinged.
 #[derive(Default)]
-struct Silence {
-    seen: u64,
-    looks: u32,
-    /// Looks since the peer was asked last, once it has been.
-    asked: Option<u32>,
+struct PingSchedule {
+    /// Reads that returned bytes, at the last check.
+    reads: u64,
+    /// Checks in a row without a received byte.
+    silent_checks: u32,
+    /// Checks since the last acknowledged ping; `None` before the first.
+    since_ping: Option<u32>,
 }
 
-impl Silence {
-    /// One look: so many reads have brought something so far, and so many calls wait for an answer. True if it is time.
-    fn asks(&mut self, reads: u64, streams: usize) -> bool {
-        self.asked = self.asked.map(|looks| looks.saturating_add(1));
-        let is_silent = reads == self.seen && streams > 0;
-        self.seen = reads;
-        self.looks = if is_silent { self.looks + 1 } else { 0 };
-        self.looks >= SILENT_LOOKS && self.asked.is_none_or(|looks| looks >= SILENT_LOOKS_AGAIN)
+impl PingSchedule {
+    /// One check: `reads` is the total of reads that returned bytes, `streams` the number of calls in progress. True if a
+    /// ping is due.
+    fn is_due(&mut self, reads: u64, streams: usize) -> bool {
+        self.since_ping = self.since_ping.map(|checks| checks.saturating_add(1));
+        let is_silent = reads == self.reads && streams > 0;
+        self.reads = reads;
+        self.silent_checks = if is_silent { self.silent_checks + 1 } else { 0 };
+        self.silent_checks >= SILENT_CHECKS && self.since_ping.is_none_or(|checks| checks >= CHECKS_BETWEEN_PINGS)
     }
 
-    /// The peer has answered, which was a read, too.
-    fn answered(&mut self, reads: u64) {
-        *self = Self { seen: reads, looks: 0, asked: Some(0) };
+    /// Records an acknowledged ping; `reads` includes the acknowledgement.
+    fn record_pong(&mut self, reads: u64) {
+        *self = Self { reads, silent_checks: 0, since_ping: Some(0) };
     }
 }
 
-/// Pings a peer that says nothing although it has calls to answer, and ends the connection if it stays silent.
-async fn watch(connection: Weak<Http2>, activity: Arc<Activity>, mut pings: PingPong, task: AbortHandle) {
-    let mut silence = Silence::default();
+/// Pings a peer that is silent although calls wait for it, and closes the connection if the ping is not acknowledged.
+async fn keep_alive(connection: Weak<Http2>, activity: Arc<Activity>, mut pings: PingPong, task: AbortHandle) {
+    let mut schedule = PingSchedule::default();
     loop {
-        sleep(LOOK_EVERY).await;
-        // After a GOAWAY, too, there may be calls that it has to answer.
+        sleep(CHECK_INTERVAL).await;
+        // Continues after a GOAWAY: calls may still wait for their responses.
         let Some(open) = connection.upgrade().filter(|_| !task.is_finished()) else { return };
-        let asks = silence.asks(activity.reads(), open.streams.get());
+        let is_due = schedule.is_due(activity.reads(), open.active_streams.get());
         drop(open);
-        if !asks {
+        if !is_due {
             continue;
         }
         match timeout(PING_TIMEOUT, pings.ping(Ping::opaque())).await {
-            Ok(Ok(_pong)) => silence.answered(activity.reads()),
-            Ok(Err(_over)) => return,
+            Ok(Ok(_pong)) => schedule.record_pong(activity.reads()),
+            Ok(Err(_closed)) => return,
             Err(_late) => {
-                if let Some(dead) = connection.upgrade() {
-                    dead.silent.set(true);
+                if let Some(connection) = connection.upgrade() {
+                    connection.ping_timed_out.set(true);
                 }
                 task.abort();
                 return;
@@ -245,35 +255,36 @@ async fn watch(connection: Weak<Http2>, activity: Arc<Activity>, mut pings: Ping
     }
 }
 
-/// The caller's body on its way into a stream.
+/// Sends a request body into a stream.
 struct Upload {
     flow: Rc<Flow>,
     body: RequestBody,
     stream: SendStream<Bytes>,
-    /// What was read but could not be sent yet, and whether it is the last.
+    /// A chunk that was read and waits for window, and whether it is the last.
     next: Option<(Bytes, bool)>,
 }
 
 impl Upload {
-    /// Ready when there is nothing more to be sent, for good or ill; what went wrong reaches whoever waits for the answer.
+    /// Ready when the body has ended or the stream has failed; the failure itself reaches the future of the response.
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        match ready!(self.advance(cx)) {
+        match ready!(self.poll_send(cx)) {
             Ok(()) => {}
-            // Before the answer is there, this is also what ends the wait for it.
+            // Before the response head, the reset also ends the wait for it.
             Err(()) => self.stream.send_reset(Reason::CANCEL),
         }
         Poll::Ready(())
     }
 
-    fn advance(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ()>> {
+    /// Sends chunks until the body ends; `Err` if the body failed or the exchange is over, and the stream needs a reset.
+    fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ()>> {
         loop {
-            // Looked at first, so that a reset is heard of while the caller is waited for.
+            // Polled first, so that a reset by the peer wakes the task while the caller sends nothing.
             if self.stream.poll_reset(cx).is_ready() {
                 return Poll::Ready(Ok(()));
             }
             if self.next.as_ref().is_some_and(|(chunk, _)| !chunk.is_empty()) {
                 while self.stream.capacity() == 0 {
-                    // The body says so itself, but a peer that takes nothing more never lets it.
+                    // The body reports the end too, but it is not polled while the peer gives no window.
                     if self.flow.is_over() {
                         return Poll::Ready(Err(()));
                     }
@@ -293,7 +304,8 @@ impl Upload {
             };
             match frame.map_err(|_broken| ())?.into_data() {
                 Ok(chunk) => {
-                    // Asked for only now, and only a little, so that a body that does not come takes nothing from others.
+                    // One byte, and only once there is a chunk: a caller that sends nothing takes no window from other
+                    // streams.
                     self.stream.reserve_capacity(usize::from(!chunk.is_empty()));
                     self.next = Some((chunk, self.body.is_end_stream()));
                 }
@@ -320,15 +332,15 @@ mod tests {
         let (ours, theirs) = tokio::io::duplex(64 * 1024);
         let server = tasks::spawn(async move { server::handshake(theirs).await.unwrap() });
         let client = Http2::new(Io::boxed(ours), Instant::now());
-        // The settings are written when the connection is moved.
-        let moved = async {
+        // The SETTINGS are written when the connection is polled.
+        let driven = async {
             let mut server = server.await.unwrap();
             let _nothing_yet = timeout(Duration::from_millis(10), server.accept()).await;
             server
         };
-        let (client, server) = tokio::join!(client, moved);
+        let (client, server) = tokio::join!(client, driven);
         let client = client.unwrap_or_else(|error| panic!("{error}"));
-        client.begin();
+        client.begin_stream();
         (client, server)
     }
 
@@ -343,20 +355,20 @@ mod tests {
 
     async fn failed(call: impl Future<Output = Result<Response<UpstreamBody>, SendError>>) -> SendError {
         match call.await {
-            Ok(answer) => panic!("an answer: {}", answer.status()),
+            Ok(response) => panic!("a response: {}", response.status()),
             Err(error) => error,
         }
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_refused_stream_is_known_to_be_unprocessed_and_any_other_reset_is_not() {
+    async fn a_refused_stream_is_unprocessed_and_any_other_reset_is_not() {
         let test = Box::pin(async {
             let (client, mut server) = pair().await;
             for (reason, unprocessed) in [(Reason::REFUSED_STREAM, true), (Reason::INTERNAL_ERROR, false)] {
                 let call = tasks::spawn(failed(client.send(request())));
                 next(&mut server).await.send_reset(reason);
-                let moved = async { timeout(Duration::from_secs(1), server.accept()).await };
-                let (error, _nothing) = tokio::join!(call, moved);
+                let driven = async { timeout(Duration::from_secs(1), server.accept()).await };
+                let (error, _nothing) = tokio::join!(call, driven);
                 let error = error.unwrap();
                 assert_eq!((error.error.is_unprocessed(), error.unsent.is_none()), (unprocessed, true), "{reason}");
                 assert!(!error.error.is_malformed(), "{}", error.error.sentence());
@@ -370,61 +382,61 @@ mod tests {
         let test = Box::pin(async {
             let (client, mut server) = pair().await;
             let call = tasks::spawn(client.send(request()));
-            let mut answer = next(&mut server).await;
+            let mut response = next(&mut server).await;
             call.abort();
-            let moved = async { timeout(Duration::from_secs(1), server.accept()).await };
-            let (reset, _nothing) = tokio::join!(poll_fn(|cx| answer.poll_reset(cx)), moved);
+            let driven = async { timeout(Duration::from_secs(1), server.accept()).await };
+            let (reset, _nothing) = tokio::join!(poll_fn(|cx| response.poll_reset(cx)), driven);
             assert_eq!(reset.unwrap(), Reason::CANCEL);
         });
         LocalSet::new().run_until(test).await;
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_request_comes_back_from_a_connection_that_is_going_away() {
+    async fn a_connection_after_goaway_returns_the_request_unsent() {
         let test = Box::pin(async {
             let (client, mut server) = pair().await;
             server.graceful_shutdown();
             tasks::spawn(async move { while let Some(Ok(_)) = server.accept().await {} });
             sleep(Duration::from_secs(1)).await;
-            assert!(!client.is_alive() && !client.has_room());
+            assert!(!client.is_open() && !client.has_capacity());
             assert!(failed(client.send(request())).await.unsent.is_some());
         });
         LocalSet::new().run_until(test).await;
     }
 
     #[test]
-    fn a_silent_peer_is_asked_and_then_left_alone_for_minutes_whatever_it_says() {
-        let mut silence = Silence::default();
-        let looks = |silence: &mut Silence, reads| (1..).find(|_| silence.asks(reads, 1)).unwrap();
-        assert!(!silence.asks(7, 1), "something has come");
-        assert_eq!(looks(&mut silence, 7), SILENT_LOOKS);
-        silence.answered(8);
-        assert_eq!(looks(&mut silence, 8), SILENT_LOOKS_AGAIN);
-        assert!(LOOK_EVERY * SILENT_LOOKS_AGAIN > Duration::from_secs(300));
-        silence.answered(9);
-        assert!(!silence.asks(10, 1), "it has said something");
-        assert_eq!(looks(&mut silence, 10), SILENT_LOOKS_AGAIN - 1);
-        assert!((0..1000).all(|_| !silence.asks(10, 0)), "no call waits for anything");
-        assert_eq!(looks(&mut silence, 10), SILENT_LOOKS);
+    fn a_silent_peer_is_pinged_and_then_not_for_minutes_even_if_it_sends() {
+        let mut schedule = PingSchedule::default();
+        let checks = |schedule: &mut PingSchedule, reads| (1..).find(|_| schedule.is_due(reads, 1)).unwrap();
+        assert!(!schedule.is_due(7, 1), "bytes were received");
+        assert_eq!(checks(&mut schedule, 7), SILENT_CHECKS);
+        schedule.record_pong(8);
+        assert_eq!(checks(&mut schedule, 8), CHECKS_BETWEEN_PINGS);
+        assert!(CHECK_INTERVAL * CHECKS_BETWEEN_PINGS > Duration::from_secs(300));
+        schedule.record_pong(9);
+        assert!(!schedule.is_due(10, 1), "bytes were received");
+        assert_eq!(checks(&mut schedule, 10), CHECKS_BETWEEN_PINGS - 1);
+        assert!((0..1000).all(|_| !schedule.is_due(10, 0)), "no call waits");
+        assert_eq!(checks(&mut schedule, 10), SILENT_CHECKS);
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_peer_that_answers_no_ping_is_given_up_and_one_that_does_is_waited_for() {
+    async fn a_peer_that_acknowledges_pings_is_waited_for_and_one_that_does_not_is_closed() {
         let test = Box::pin(async {
             let (client, mut server) = pair().await;
             let began = Instant::now();
             let call = tasks::spawn(failed(client.send(request())));
-            let answer = next(&mut server).await;
-            // While the server is moved, it answers pings, and nothing else.
-            let _answers_pings = timeout(Duration::from_secs(300), server.accept()).await;
-            assert!(client.is_alive() && !call.is_finished());
+            let response = next(&mut server).await;
+            // While the server is polled, it acknowledges pings and sends nothing else.
+            let _acknowledges_pings = timeout(Duration::from_secs(300), server.accept()).await;
+            assert!(client.is_open() && !call.is_finished());
             let error = call.await.unwrap();
-            assert!(matches!(error.error, UpstreamError::Silent), "{}", error.error.sentence());
-            // Asked again no sooner than gRPC allows after the ping that was answered.
+            assert!(matches!(error.error, UpstreamError::PingTimeout), "{}", error.error.sentence());
+            // The second ping comes no sooner than gRPC allows after the first.
             let silent = began.elapsed();
             assert!(silent >= Duration::from_secs(20 + 300) && silent <= Duration::from_secs(400), "{silent:?}");
-            assert!(!client.is_alive());
-            drop((answer, server));
+            assert!(!client.is_open());
+            drop((response, server));
         });
         LocalSet::new().run_until(test).await;
     }

@@ -1,9 +1,9 @@
-//! Level 3: the services that calls go to.
+//! Level 3: endpoints of destinations, their addresses, and the connections to them.
 //!
-//! A [`cluster::Cluster`] is a destination's endpoints as all workers see them; `discovery` keeps its addresses
-//! fresh. Each worker has a [`pool::Pool`] of its own for it: `balance` picks an endpoint for every request,
-//! `dial` opens connections over `connect`, `endpoint` keeps them (`http1` alone, `http2` shared), `response` is what comes
-//! back over either, `upstreams` holds all pools and sweeps stale connections.
+//! A [`cluster::Cluster`] is the state of a destination that all workers share; `discovery` resolves its names. Each worker
+//! has its own [`pool::Pool`] per cluster: `balance` picks the endpoint of a request, `endpoint` holds its connections
+//! (`http1` exclusive, `http2` shared), `dial` opens new ones over `connect`. `response` is the body or the error that comes
+//! back. `upstreams` holds all pools of a worker and sweeps idle connections. `spec` is the policy's YAML for all of it.
 
 pub mod balance;
 pub mod cluster;

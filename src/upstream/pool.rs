@@ -1,4 +1,8 @@
-//! One worker's connections to one cluster: lends a connection for each request and takes it back.
+//! One worker's connections to one cluster: picks an endpoint, checks a connection out for a request and back in.
+//!
+//! `proxy` picks an endpoint, then checks out an open connection or, in `dial`, opens one. Invariants: a [`Lease`] counts as
+//! one call in flight at its endpoint until it is dropped; an HTTP/1.1 connection that is not checked in is closed; an
+//! endpoint that stays in the cluster's addresses keeps its connections and its load.
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
@@ -19,32 +23,32 @@ use crate::upstream::endpoint::Endpoint;
 use crate::upstream::http1::Http1;
 use crate::upstream::http2::Http2;
 
-/// Which protocol a request wants to be sent with.
+/// The protocol to send a request with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ProtocolPreference {
     /// HTTP/1.1.
     Http1,
-    /// HTTP/2, by prior knowledge or agreed in TLS.
+    /// HTTP/2, without TLS by prior knowledge, with TLS by ALPN.
     Http2,
-    /// What TLS agrees on.
+    /// The protocol that ALPN agrees on.
     Either,
 }
 
 /// The connection of a lease.
 pub enum Transport {
-    /// Lent to one request alone.
+    /// Exclusive to one request.
     Http1(Box<Http1>),
-    /// Shared.
+    /// Shared by several requests.
     Http2(Rc<Http2>),
 }
 
-/// A connection lent for one request. Dropping it closes an HTTP/1.1 connection, or gives the HTTP/2 stream up.
+/// A connection checked out for one request. Dropping the lease closes an HTTP/1.1 connection, or ends the HTTP/2 stream.
 pub struct Lease {
-    /// Where the request goes.
+    /// The endpoint of the connection.
     pub endpoint: Rc<Endpoint>,
-    /// Present until the lease is given back.
+    /// Present until check-in.
     transport: Option<Transport>,
-    /// True if the connection had been used before.
+    /// True if the connection was open before this request.
     pub reused: bool,
     /// When the connection was opened.
     pub born: Instant,
@@ -54,59 +58,62 @@ impl Lease {
     pub(super) fn new(endpoint: Rc<Endpoint>, transport: Transport, reused: bool) -> Self {
         endpoint.load.begin();
         let born = match &transport {
-            Transport::Http1(connection) => connection.born,
+            Transport::Http1(connection) => connection.opened_at,
             Transport::Http2(connection) => {
-                connection.begin();
-                connection.born
+                connection.begin_stream();
+                connection.opened_at
             }
         };
         Self { endpoint, transport: Some(transport), reused, born }
     }
 
-    /// True if the connection is lent to this request alone, which then has to move it.
+    /// True for an HTTP/1.1 connection, which the holder of the lease has to drive.
     pub fn is_http1(&self) -> bool {
         matches!(self.transport, Some(Transport::Http1(_)))
     }
 
-    /// The connection.
+    /// The connection; `None` once it has been taken out.
     pub fn transport(&mut self) -> Option<&mut Transport> {
         self.transport.as_mut()
     }
 
-    /// The connection, which had been idle, broke off before it answered: most likely the upstream was closing it when the
-    /// request came. What it was kept for is too long.
+    /// Records that a reused HTTP/1.1 connection closed before its response: most likely the upstream was closing the idle
+    /// connection when the request was `sent`. Its idle time becomes the endpoint's idle limit.
     pub fn lost_race(&self, sent: Instant, now: Instant) {
         if self.reused
             && let Some(Transport::Http1(connection)) = &self.transport
         {
-            self.endpoint.learn(sent.saturating_duration_since(connection.idle_since), now);
+            self.endpoint.learn_idle_limit(sent.saturating_duration_since(connection.idle_since), now);
         }
     }
 
-    /// Gives an HTTP/1.1 connection back for the next request, if it can take one.
+    /// Checks an HTTP/1.1 connection in for the next request if it can take one, and closes it otherwise.
+    ///
+    /// `idle_timeout` and `max_idle` are the policy's `connections.idle` and `connections.maxIdle`; `announced` is the
+    /// timeout of the response's `Keep-Alive` field.
     pub fn give_back(
         mut self,
         cx: &mut Context<'_>,
-        keep: Duration,
-        most: usize,
+        idle_timeout: Duration,
+        max_idle: usize,
         announced: Option<Duration>,
         now: Instant,
     ) {
-        // What cannot be used again, or is shared anyway, ends as if it had been dropped.
-        let again = match &mut self.transport {
+        // Any other connection ends as if the lease were dropped.
+        let is_reusable = match &mut self.transport {
             Some(Transport::Http1(connection)) => connection.is_reusable(cx),
             _ => false,
         };
-        if again && let Some(Transport::Http1(connection)) = self.transport.take() {
-            self.endpoint.put_idle(connection, keep, most, announced, now);
+        if is_reusable && let Some(Transport::Http1(connection)) = self.transport.take() {
+            self.endpoint.check_in_idle(connection, idle_timeout, max_idle, announced, now);
         }
     }
 
-    /// Takes the HTTP/1.1 connection out for good, to use its stream for something else.
+    /// Takes the HTTP/1.1 connection out of the pool, to use its stream after an upgrade. `None` for HTTP/2.
     pub fn into_http1(mut self) -> Option<Box<Http1>> {
         match self.transport.take() {
             Some(Transport::Http1(connection)) => {
-                self.endpoint.closed();
+                self.endpoint.count_close();
                 Some(connection)
             }
             other => {
@@ -121,61 +128,60 @@ impl Drop for Lease {
     fn drop(&mut self) {
         self.endpoint.load.finish();
         match self.transport.take() {
-            Some(Transport::Http1(_)) => self.endpoint.closed(),
-            Some(Transport::Http2(connection)) => self.endpoint.stream_ended(&connection, Instant::now()),
+            Some(Transport::Http1(_)) => self.endpoint.count_close(),
+            Some(Transport::Http2(connection)) => self.endpoint.end_stream(&connection, Instant::now()),
             None => {}
         }
     }
 }
 
-/// Whether there are connections that somebody has to look after, in any pool of a worker.
+/// Starts the sweep of a worker's pools while one of them has an idle or a shared connection.
 #[derive(Default)]
 pub struct SweepSignal {
-    is_wanted: Cell<bool>,
-    rung: Notify,
+    is_requested: Cell<bool>,
+    requested: Notify,
 }
 
 impl SweepSignal {
-    /// There is one: it is idle, or it is shared.
-    pub fn call(&self) {
-        if !self.is_wanted.replace(true) {
-            self.rung.notify_one();
+    /// Requests a sweep: a pool has an idle or a shared connection.
+    pub fn request(&self) {
+        if !self.is_requested.replace(true) {
+            self.requested.notify_one();
         }
     }
 
-    /// Waits until there is one.
-    pub(super) async fn called(&self) {
-        if !self.is_wanted.get() {
-            self.rung.notified().await;
+    /// Waits until a sweep is requested.
+    pub(super) async fn requested(&self) {
+        if !self.is_requested.get() {
+            self.requested.notified().await;
         }
     }
 
-    /// All were looked after; `left` if there are any still.
-    pub(super) fn given(&self, left: bool) {
-        self.is_wanted.set(left);
+    /// Records the end of a sweep; `again` if connections are left for the next one.
+    pub(super) fn swept(&self, again: bool) {
+        self.is_requested.set(again);
     }
 }
 
-/// One worker's side of a cluster.
+/// One worker's connections to a cluster.
 pub struct Pool {
-    /// The shared side.
+    /// The state shared by all workers.
     pub cluster: Arc<Cluster>,
     pub(super) connector: Connector,
-    /// Told of what somebody has to look after.
-    pub(super) attention: Rc<SweepSignal>,
+    pub(super) sweep_signal: Rc<SweepSignal>,
     addresses: RefCell<watch::Receiver<Arc<Addresses>>>,
     endpoints: RefCell<Vec<Rc<Endpoint>>>,
     random: RefCell<fastrand::Rng>,
-    /// The gauges and counters of the destination on this worker.
+    /// Gauges and counters of the destination on this worker.
     pub metrics: DestinationMetrics,
 }
 
 impl Pool {
-    /// A pool without a connection.
+    /// A pool without connections.
     pub fn new(
         cluster: Arc<Cluster>,
         connector: Connector,
-        attention: Rc<SweepSignal>,
+        sweep_signal: Rc<SweepSignal>,
         metrics: DestinationMetrics,
     ) -> Self {
         let mut addresses = cluster.subscribe();
@@ -183,7 +189,7 @@ impl Pool {
         Self {
             cluster,
             connector,
-            attention,
+            sweep_signal,
             addresses: RefCell::new(addresses),
             endpoints: RefCell::default(),
             random: RefCell::new(fastrand::Rng::new()),
@@ -191,36 +197,40 @@ impl Pool {
         }
     }
 
-    /// Waits while the names of the cluster have never been resolved. Fails if they have no address.
+    /// Waits until an endpoint is known, or every name of the cluster has been resolved or has failed once. Has no time
+    /// limit.
+    ///
+    /// # Errors
+    /// [`ConnectError::NoAddress`] if no name has an address.
     pub async fn known(&self) -> Result<(), ConnectError> {
         let mut addresses = self.cluster.subscribe();
         loop {
-            // First, because what comes between this and the look at the endpoints is found by that look.
-            let (settled, problem) = {
+            // Read before the endpoints: an update in between is then seen in the endpoints.
+            let (is_complete, problem) = {
                 let now = addresses.borrow_and_update();
-                (now.settled, now.problem.clone())
+                (now.is_complete, now.problem.clone())
             };
-            self.follow(Instant::now());
+            self.update_endpoints(Instant::now());
             if !self.endpoints.borrow().is_empty() {
                 return Ok(());
             }
-            if settled {
+            if is_complete {
                 let none = || "the name has no address".to_owned();
                 return Err(ConnectError::NoAddress(problem.unwrap_or_else(none)));
             }
             if addresses.changed().await.is_err() {
-                return Err(ConnectError::NoAddress("discovery has ended".to_owned()));
+                return Err(ConnectError::NoAddress("name resolution has ended".to_owned()));
             }
         }
     }
 
-    /// The best endpoint now; `None` while no address is known.
+    /// Picks the endpoint for a request; `None` while no address is known.
     ///
-    /// Passes over those that were `tried`, those that are ejected (if `ejects`) and those that could not be reached a
-    /// moment ago, in this order of weight, as long as there are others. One whose ejection is over comes first:
-    /// somebody has to find out.
+    /// While there are others, skips endpoints that were `tried`, are ejected (if `ejects`), or failed to connect within the
+    /// last second, in this order of weight. An endpoint whose ejection is over is picked first: only a call shows whether
+    /// it works again.
     pub fn pick_now(&self, now: Instant, tried: &[SocketAddr], ejects: bool) -> Option<Rc<Endpoint>> {
-        self.follow(now);
+        self.update_endpoints(now);
         let endpoints = self.endpoints.borrow();
         match &endpoints[..] {
             [] => return None,
@@ -228,40 +238,40 @@ impl Pool {
             _ => {}
         }
         let mut random = self.random.borrow_mut();
-        if ejects && let Some(due) = due(&endpoints, tried, now, &mut random) {
-            return Some(Rc::clone(due));
+        if ejects && let Some(probed) = pick_due(&endpoints, tried, now, &mut random) {
+            return Some(Rc::clone(probed));
         }
         let load = |position: usize| &endpoints[position].load;
         let best = &endpoints[balance::pick(endpoints.len(), load, &mut random, now)?];
-        let faults = |endpoint: &Endpoint| {
+        let penalty = |endpoint: &Endpoint| {
             let was_tried = tried.contains(&endpoint.address.socket);
             let is_out = ejects && endpoint.member.is_out(now);
-            u8::from(was_tried) << 2 | u8::from(is_out) << 1 | u8::from(endpoint.is_held_off(now))
+            u8::from(was_tried) << 2 | u8::from(is_out) << 1 | u8::from(endpoint.is_unreachable(now))
         };
-        if faults(best) == 0 {
+        if penalty(best) == 0 {
             return Some(Rc::clone(best));
         }
-        let fewest = endpoints.iter().map(|endpoint| faults(endpoint)).min()?;
-        let good: Vec<_> = endpoints.iter().filter(|endpoint| faults(endpoint) == fewest).collect();
-        let load = |position: usize| &good[position].load;
-        balance::pick(good.len(), load, &mut random, now).map(|position| Rc::clone(good[position]))
+        let least = endpoints.iter().map(|endpoint| penalty(endpoint)).min()?;
+        let candidates: Vec<_> = endpoints.iter().filter(|endpoint| penalty(endpoint) == least).collect();
+        let load = |position: usize| &candidates[position].load;
+        balance::pick(candidates.len(), load, &mut random, now).map(|position| Rc::clone(candidates[position]))
     }
 
-    /// Whether there is an endpoint that is neither `this` nor among those `tried`.
+    /// Whether there is an endpoint that is neither `this` nor in `tried`.
     pub fn has_other(&self, tried: &[SocketAddr], this: &Endpoint) -> bool {
-        let is_new = |other: &SocketAddr| *other != this.address.socket && !tried.contains(other);
-        self.endpoints.borrow().iter().any(|other| is_new(&other.address.socket))
+        let is_untried = |other: &SocketAddr| *other != this.address.socket && !tried.contains(other);
+        self.endpoints.borrow().iter().any(|other| is_untried(&other.address.socket))
     }
 
-    /// Takes up changed addresses; an endpoint that stays keeps its connections and its load.
-    fn follow(&self, now: Instant) {
+    /// Applies changed addresses: an endpoint that stays keeps its connections and its load, one that is gone is retired.
+    fn update_endpoints(&self, now: Instant) {
         let mut addresses = self.addresses.borrow_mut();
         if !addresses.has_changed().unwrap_or(false) {
             return;
         }
         let mut old: HashMap<_, _> =
             self.endpoints.borrow_mut().drain(..).map(|endpoint| (endpoint.address.clone(), endpoint)).collect();
-        // Held to the end: while it is, the list does not change, and nobody is forgotten who is taken up from it.
+        // Borrowed to the end: the list cannot change meanwhile, so no ejection state is dropped for an address in it.
         let list = addresses.borrow_and_update();
         let kept_or_new = list
             .list
@@ -275,53 +285,53 @@ impl Pool {
         old.values().for_each(|endpoint| endpoint.retire(now));
     }
 
-    /// Closes what nobody uses: the policy does not have this cluster any more. Calls under way end as they would have.
+    /// Closes idle connections: the policy does not have this cluster any more. Calls in flight go on.
     pub fn retire(&self, now: Instant) {
         self.endpoints.borrow().iter().for_each(|endpoint| endpoint.retire(now));
     }
 
-    /// A connection to `endpoint` that is open already.
+    /// Checks out a connection to `endpoint` that is open already; `None` if a new one is needed.
     pub fn checkout(
         &self,
         endpoint: &Rc<Endpoint>,
-        want: ProtocolPreference,
+        preference: ProtocolPreference,
         now: Instant,
         cx: &mut Context<'_>,
     ) -> Option<Lease> {
-        if want != ProtocolPreference::Http1
+        if preference != ProtocolPreference::Http1
             && let Some(connection) = endpoint.shared()
         {
             return Some(Lease::new(Rc::clone(endpoint), Transport::Http2(connection), true));
         }
-        if want == ProtocolPreference::Http2 {
+        if preference == ProtocolPreference::Http2 {
             return None;
         }
-        let idle = endpoint.take_idle(cx, now);
+        let idle = endpoint.checkout_idle(cx, now);
         idle.map(|connection| Lease::new(Rc::clone(endpoint), Transport::Http1(connection), true))
     }
 
-    /// Looks after idle connections; returns true if there is something left to look after.
+    /// Closes expired and closed idle connections. Returns true if a connection is left for the next sweep.
     pub fn sweep(&self, cx: &mut Context<'_>, now: Instant) -> bool {
-        // Without a call, too, the connections to an address that is gone have to go.
-        self.follow(now);
+        // Connections to an address that is gone are closed even without a call.
+        self.update_endpoints(now);
         let endpoints = self.endpoints.borrow();
-        // Every one is swept, whatever the one before it has left.
+        // `count`, and not `any`, so that every endpoint is swept.
         endpoints.iter().filter(|endpoint| endpoint.sweep(cx, now)).count() > 0
     }
 }
 
-/// How many endpoints are looked at for one whose ejection is over, for each request.
-const LOOKED_AT: usize = 16;
+/// Endpoints that one request checks for an ejection that is over.
+const MAX_CHECKED: usize = 16;
 
-/// An endpoint whose ejection is over and that waits for a call that tries it.
-fn due<'a>(
+/// An endpoint whose ejection is over and that waits for a call to probe it.
+fn pick_due<'a>(
     endpoints: &'a [Rc<Endpoint>],
     tried: &[SocketAddr],
     now: Instant,
     random: &mut fastrand::Rng,
 ) -> Option<&'a Rc<Endpoint>> {
-    // Anywhere, so that one of which nothing can be found out does not stand before the others for ever.
+    // From a random position, so that an endpoint whose probes give no result does not block the others.
     let begin = random.usize(..endpoints.len().max(1));
-    let some = endpoints.iter().cycle().skip(begin).take(endpoints.len().min(LOOKED_AT));
-    some.into_iter().find(|one| one.member.is_due(now) && !tried.contains(&one.address.socket))
+    let checked = endpoints.iter().cycle().skip(begin).take(endpoints.len().min(MAX_CHECKED));
+    checked.into_iter().find(|endpoint| endpoint.member.is_due(now) && !tried.contains(&endpoint.address.socket))
 }

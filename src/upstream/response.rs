@@ -1,5 +1,7 @@
-//! What comes back from an upstream, or in its place, whatever protocol it speaks: the answer's body, or why there is no
-//! answer.
+//! Response bodies and errors of upstreams, over HTTP/1.1 and HTTP/2.
+//!
+//! `http1` and `http2` make them, `proxy` passes the body on or turns the error into a local reply. Invariant: an error tells
+//! whether the upstream could have processed the request.
 
 use std::cell::Cell;
 use std::error::Error;
@@ -16,14 +18,14 @@ use hyper::client::conn::TrySendError;
 
 use crate::net::body::RequestBody;
 
-/// The body of an upstream's answer. Dropped before its end, it ends the call: over HTTP/1.1 with the connection, over
-/// HTTP/2 with RST_STREAM.
+/// The body of an upstream's response. Dropping it before its end cancels the call: over HTTP/1.1 by closing the
+/// connection, over HTTP/2 by RST_STREAM.
 pub enum UpstreamBody {
-    /// From a connection that hyper serves.
+    /// From an HTTP/1.1 connection.
     Http1(Incoming),
-    /// From a stream of a shared connection.
+    /// From a stream of an HTTP/2 connection.
     Http2(Http2Body),
-    /// From nobody: whole, and there already.
+    /// Made by hopguard in place of an upstream's body, complete.
     Own(Bytes),
 }
 
@@ -51,100 +53,101 @@ impl Body for UpstreamBody {
     fn size_hint(&self) -> SizeHint {
         match self {
             Self::Http1(incoming) => incoming.size_hint(),
-            // What is known of the length stands in the head, which passes as it is.
+            // The length is in the response head, which passes unchanged.
             Self::Http2(_) => SizeHint::default(),
             Self::Own(bytes) => SizeHint::with_exact(bytes.len() as u64),
         }
     }
 }
 
-/// The body of an answer over HTTP/2.
+/// The body of a response over HTTP/2.
 pub struct Http2Body {
     stream: RecvStream,
-    data_over: bool,
-    silent: Rc<Cell<bool>>,
+    data_ended: bool,
+    ping_timed_out: Rc<Cell<bool>>,
 }
 
 impl Http2Body {
-    /// The body that comes over `stream`; `silent` is true once its connection is given up because it says nothing.
-    pub fn new(stream: RecvStream, silent: Rc<Cell<bool>>) -> Self {
-        Self { stream, data_over: false, silent }
+    /// The body of `stream`; `ping_timed_out` is set when its connection is closed for an unanswered ping.
+    pub fn new(stream: RecvStream, ping_timed_out: Rc<Cell<bool>>) -> Self {
+        Self { stream, data_ended: false, ping_timed_out }
     }
 
-    /// The next chunk, or the trailers. What has been taken may be sent again by the peer (RFC 9113, 5.2).
+    /// The next chunk, or the trailers. A chunk frees its bytes in the flow-control window (RFC 9113, 5.2).
     fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, UpstreamError>>> {
-        if !self.data_over {
+        if !self.data_ended {
             match ready!(self.stream.poll_data(cx)) {
                 Some(Ok(chunk)) => {
-                    // Fails only if the stream is over, and then nobody minds.
-                    let _over = self.stream.flow_control().release_capacity(chunk.len());
+                    // Fails only if the stream has ended, and then the window does not matter.
+                    let _ended = self.stream.flow_control().release_capacity(chunk.len());
                     return Poll::Ready(Some(Ok(Frame::data(chunk))));
                 }
-                Some(Err(error)) => return Poll::Ready(Some(Err(UpstreamError::http2(error, &self.silent)))),
-                None => self.data_over = true,
+                Some(Err(error)) => return Poll::Ready(Some(Err(UpstreamError::http2(error, &self.ping_timed_out)))),
+                None => self.data_ended = true,
             }
         }
-        let trailers = ready!(self.stream.poll_trailers(cx)).map_err(|error| UpstreamError::http2(error, &self.silent));
+        let trailers =
+            ready!(self.stream.poll_trailers(cx)).map_err(|error| UpstreamError::http2(error, &self.ping_timed_out));
         Poll::Ready(trailers.transpose().map(|trailers| trailers.map(Frame::trailers)))
     }
 }
 
-/// How an upstream broke off.
+/// How a connection or a stream failed.
 #[derive(Debug, thiserror::Error)]
 pub enum UpstreamError {
-    /// What hyper says.
+    /// The error of hyper, over HTTP/1.1.
     #[error(transparent)]
     Http1(#[from] hyper::Error),
-    /// What h2 says.
+    /// The error of h2, over HTTP/2.
     #[error("HTTP/2 error")]
     Http2(#[source] h2::Error),
-    /// The peer gave no sign of life.
-    #[error("the HTTP/2 connection was silent, and no answer to a ping came in time")]
-    Silent,
+    /// The HTTP/2 connection was silent and the peer did not answer a PING within 10 s.
+    #[error("the HTTP/2 connection was silent and the upstream did not answer a PING within 10 s")]
+    PingTimeout,
 }
 
 impl UpstreamError {
-    /// What h2 says, or why the connection was given up.
-    pub fn http2(error: h2::Error, silent: &Cell<bool>) -> Self {
-        if silent.get() { Self::Silent } else { Self::Http2(error) }
+    /// The error of h2, or [`Self::PingTimeout`] if that is why the connection was closed.
+    pub fn http2(error: h2::Error, ping_timed_out: &Cell<bool>) -> Self {
+        if ping_timed_out.get() { Self::PingTimeout } else { Self::Http2(error) }
     }
 
-    /// True if the peer sent something that cannot be read.
+    /// True if the peer sent bytes that are not valid HTTP.
     pub fn is_malformed(&self) -> bool {
         match self {
             Self::Http1(error) => error.is_parse() || error.is_parse_status(),
             Self::Http2(error) => error.is_library(),
-            Self::Silent => false,
+            Self::PingTimeout => false,
         }
     }
 
-    /// True if the peer has said that it did nothing with the request (RFC 9113, 8.7), so that it may be sent again,
-    /// whatever its method.
+    /// True if the peer has declared the request unprocessed (RFC 9113, 8.7), so that it may be sent again, whatever its
+    /// method.
     pub fn is_unprocessed(&self) -> bool {
         match self {
-            // h2 ends only those streams with the peer's GOAWAY that are beyond its last stream.
+            // h2 reports the peer's GOAWAY only on streams above its last stream id.
             Self::Http2(error) => {
                 error.is_remote() && (error.is_go_away() || error.reason() == Some(h2::Reason::REFUSED_STREAM))
             }
-            Self::Http1(_) | Self::Silent => false,
+            Self::Http1(_) | Self::PingTimeout => false,
         }
     }
 
-    /// True if the connection ended before the answer began: no byte of it had come, and no stream was reset alone.
+    /// True if the connection ended before the first byte of the response; false for the reset of a single stream.
     pub fn is_close(&self) -> bool {
         match self {
             Self::Http1(_) => !self.is_malformed(),
             Self::Http2(error) => !error.is_reset() && !error.is_library(),
-            Self::Silent => false,
+            Self::PingTimeout => false,
         }
     }
 
-    /// True if the peer has ended the connection with GOAWAY, not this request alone.
+    /// True if the peer ended the connection with GOAWAY, and not this stream alone.
     pub fn is_go_away(&self) -> bool {
         matches!(self, Self::Http2(error) if error.is_go_away())
     }
 
-    /// The error and everything that led to it, in one line.
+    /// The error and its causes, in one line.
     pub fn sentence(&self) -> String {
         let mut sentence = self.to_string();
         let mut source = self.source();
@@ -156,11 +159,11 @@ impl UpstreamError {
     }
 }
 
-/// Why there is no answer to a request.
+/// Why a request got no response.
 pub struct SendError {
-    /// What went wrong.
+    /// The failure of connection or stream.
     pub error: UpstreamError,
-    /// The request, if nothing of it has been sent.
+    /// The request, if no byte of it has been sent.
     pub unsent: Option<Box<Request<RequestBody>>>,
 }
 

@@ -1,6 +1,6 @@
-//! What a policy says about the far side of a destination: endpoints, protocol, TLS and pooled connections.
+//! Policy values of a destination's upstream: endpoints, protocol, TLS and pooled connections.
 //!
-//! Shapes, checks and checked values; resolving, connecting and pooling are other files' work.
+//! YAML shapes (`…Spec`), their checks, and the checked values, which `policy` compiles into clusters. No I/O.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -16,14 +16,15 @@ use crate::problems::{Cursor, InvalidValue, Sourced};
 use crate::rules::count::Count;
 use crate::rules::duration::DurationSpec;
 
-/// One address, or a name behind which there may be many. Shows as it is written in a policy.
+/// An entry of `endpoints`: an address, or a name that resolves to any number of addresses. Displays as written in a
+/// policy.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum EndpointSpec {
     /// A fixed address.
     Address(SocketAddr),
-    /// A name that is resolved again whenever its answer has aged.
+    /// A name that is resolved again when its TTL is over.
     Dns {
-        /// Lower case, without a final dot.
+        /// Lower case. A dot at the end makes the name absolute: no search domain is tried.
         name: String,
         /// 1 to 65535.
         port: u16,
@@ -39,11 +40,11 @@ impl fmt::Display for EndpointSpec {
     }
 }
 
-/// Which HTTP an upstream is spoken to in.
+/// `protocol:` of a destination: the HTTP version of its endpoints.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub enum UpstreamProtocol {
-    /// What the upstream agrees to by ALPN; without TLS, HTTP/2 for gRPC and HTTP/1.1 for everything else.
+    /// The protocol that ALPN agrees on; without TLS, HTTP/2 for gRPC and HTTP/1.1 for all other calls.
     #[default]
     Auto,
     /// HTTP/1.1 always.
@@ -62,7 +63,7 @@ impl fmt::Display for UpstreamProtocol {
     }
 }
 
-/// `tls:` of a destination. That it is there, be it empty, means TLS.
+/// `tls:` of a destination. The key alone, `tls: {}`, means TLS.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase", expecting = "a mapping with ca and serverName, or {}")]
 pub struct UpstreamTlsSpec {
@@ -76,14 +77,14 @@ pub struct UpstreamTlsSpec {
 /// TLS to the upstream.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct UpstreamTls {
-    /// Trusted certificates; None for the system's roots.
+    /// File of trusted certificates (PEM); `None` for the system's roots.
     pub ca: Option<PathBuf>,
-    /// The name that the certificate must bear, lower case; None for the default.
+    /// The name that the certificate must bear, lower case; `None` for the default.
     pub server_name: Option<String>,
 }
 
 impl UpstreamTlsSpec {
-    /// Paths become relative to `folder`, the policy file's own.
+    /// Checks the values and resolves `ca` against `folder`, the policy file's own.
     pub fn check(&self, folder: &Path, at: &Cursor<'_>) -> UpstreamTls {
         let server_name = self.server_name.as_ref().map(|name| name.to_ascii_lowercase());
         if let Some(name) = &server_name
@@ -100,39 +101,40 @@ impl UpstreamTlsSpec {
 #[derive(Debug, Clone, Default, PartialEq, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase", expecting = "a mapping with idle and maxIdle")]
 pub struct ConnectionsSpec {
-    /// How long an unused connection is kept. Default 3s.
+    /// How long an idle connection is kept. Default 3s.
     pub idle: Option<DurationSpec>,
-    /// How many unused ones are kept, per endpoint and worker; 0 keeps none. Default 128.
+    /// Most idle connections, per endpoint and worker; 0 keeps none. Default 128.
     pub max_idle: Option<Count<0>>,
 }
 
 /// Pooled upstream connections.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Connections {
-    /// How long an unused connection is kept.
+    /// How long an idle HTTP/1.1 connection is kept.
     pub idle: Sourced<Duration>,
-    /// How many unused ones are kept, per endpoint and worker.
+    /// Most idle HTTP/1.1 connections, per endpoint and worker; 0 keeps none.
     pub max_idle: Sourced<u32>,
 }
 
 impl Connections {
-    /// What holds where no policy says otherwise.
+    /// The built-in values: 3 s, 128.
     pub const fn built_in() -> Self {
         Self { idle: Sourced::built_in(Duration::from_secs(3)), max_idle: Sourced::built_in(128) }
     }
 }
 
 impl ConnectionsSpec {
-    /// Lays this layer over another.
+    /// This layer on top of `base`.
     pub fn check(&self, base: &Connections, at: &Cursor<'_>) -> Connections {
         Connections {
-            idle: self.idle.map_or_else(|| base.idle.clone(), |span| at.key("idle").set(span.0)),
+            idle: self.idle.map_or_else(|| base.idle.clone(), |idle| at.key("idle").set(idle.0)),
             max_idle: self.max_idle.map_or_else(|| base.max_idle.clone(), |n| at.key("maxIdle").set(n.0)),
         }
     }
 }
 
-/// Whether a text can be a host name: letters, digits, `-` and `_` in labels of at most 63, 253 in all.
+/// Whether a text is a host name: labels of 1 to 63 letters, digits, `-` and `_`, without `-` at begin or end; 253 bytes in
+/// all (RFC 1123, 2.1, with `_` allowed).
 pub fn is_host_name(name: &str) -> bool {
     let label = |label: &str| {
         let letters = label.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_');
@@ -145,7 +147,7 @@ impl EndpointSpec {
     /// Reads `IP:PORT`, `[IPv6]:PORT` or `dns:NAME:PORT`.
     ///
     /// # Errors
-    /// Anything else, with a hint that names what to write.
+    /// For any other text, with a hint that says what to write.
     pub fn parse(text: &str) -> Result<Self, InvalidValue> {
         if let Some(rest) = text.strip_prefix("dns:") {
             if rest.parse::<SocketAddr>().is_ok() {
@@ -174,7 +176,7 @@ impl EndpointSpec {
 fn parse_dns(text: &str) -> Option<EndpointSpec> {
     let (name, port) = text.rsplit_once(':')?;
     let port = port.parse::<u16>().ok().filter(|port| *port > 0)?;
-    // The dot at the end stays: it says that the name is whole, so that no search domain is tried.
+    // The dot at the end is kept: it makes the name absolute, so that no search domain is tried.
     is_host_name(name.strip_suffix('.').unwrap_or(name))
         .then(|| EndpointSpec::Dns { name: name.to_ascii_lowercase(), port })
 }
@@ -196,7 +198,7 @@ fn not_an_address(text: &str) -> InvalidValue {
     InvalidValue::new(format!("`{text}` is no endpoint"), hint)
 }
 
-/// The endpoint that a URL means, at the port of its scheme where it names none.
+/// The endpoint of a URL, with the default port of its scheme if the URL has none.
 fn without_scheme(url: &str) -> Option<String> {
     let (scheme, rest) = url.split_once("://")?;
     let authority = rest.split(['/', '?', '#']).next()?;
@@ -206,8 +208,8 @@ fn without_scheme(url: &str) -> Option<String> {
         _ => "PORT",
     };
     let bare = [authority.to_owned(), format!("{authority}:{port}")];
-    let looked_up = bare.clone().map(|one| format!("dns:{one}"));
-    bare.into_iter().chain(looked_up).find(|one| EndpointSpec::parse(&one.replace(":PORT", ":1")).is_ok())
+    let resolved = bare.clone().map(|address| format!("dns:{address}"));
+    bare.into_iter().chain(resolved).find(|candidate| EndpointSpec::parse(&candidate.replace(":PORT", ":1")).is_ok())
 }
 
 impl<'de> Deserialize<'de> for EndpointSpec {
@@ -248,7 +250,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_endpoint_is_shown_as_it_is_read() {
+    fn an_endpoint_displays_as_it_is_parsed() {
         for text in ["10.0.0.7:8080", "[::1]:80", "dns:payment-headless:8080", "dns:a.b_c.d:65535"] {
             assert_eq!(EndpointSpec::parse(text).map(|e| e.to_string()), Ok(text.to_owned()));
         }
@@ -256,7 +258,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_endpoint_comes_with_what_to_write() {
+    fn an_invalid_endpoint_is_reported_with_a_hint() {
         let table = [
             ("payment:8080", "`dns:payment:8080`"),
             ("payment", "`dns:payment:PORT`"),

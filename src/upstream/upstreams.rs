@@ -1,4 +1,7 @@
-//! All pools of one worker, and the task that looks after their idle connections.
+//! All pools of one worker, and the task that sweeps their idle connections.
+//!
+//! `proxy` gets the pool of a request's cluster or dynamic host here. Invariants: one pool per cluster and worker; at most
+//! [`MAX_DYNAMIC_HOSTS`] pools of dynamic hosts; the sweep runs only while a pool has an idle or a shared connection.
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
@@ -16,19 +19,19 @@ use crate::upstream::connect::Connector;
 use crate::upstream::discovery::{Discovery, DynamicHost};
 use crate::upstream::pool::{Pool, SweepSignal};
 
-/// How often idle connections are looked at: a close is noticed, and learned from, this exactly.
-const SWEEP_EVERY: Duration = Duration::from_millis(100);
+/// Interval of the sweep; closes by the upstream are noticed, and idle limits learned, with this precision.
+const SWEEP_INTERVAL: Duration = Duration::from_millis(100);
 
-/// Places of endpoint-less destinations that one worker keeps, with their connections and with what has failed there.
+/// Dynamic hosts that one worker keeps, with their connections and their health.
 const MAX_DYNAMIC_HOSTS: usize = 256;
 
-type DynamicHosts = HashMap<DynamicHost, Known, RandomState>;
+type DynamicPools = HashMap<DynamicHost, DynamicPool, RandomState>;
 
-/// A place that callers have named.
-struct Known {
+/// The pool of a dynamic host.
+struct DynamicPool {
     pool: Rc<Pool>,
-    /// When it was asked for last, as places are counted.
-    asked: Cell<u64>,
+    /// The value of `Upstreams::lookups` at the last request for this host.
+    last_lookup: Cell<u64>,
 }
 
 /// The pools of one worker.
@@ -37,23 +40,23 @@ pub struct Upstreams {
     shard: Rc<Shard>,
     discovery: Discovery,
     pools: RefCell<HashMap<u64, Rc<Pool>, RandomState>>,
-    places: RefCell<DynamicHosts>,
-    /// Counts how often a place was asked for.
-    asked: Cell<u64>,
-    attention: Rc<SweepSignal>,
+    dynamic_pools: RefCell<DynamicPools>,
+    /// Requests for dynamic hosts so far; orders them by last use.
+    lookups: Cell<u64>,
+    sweep_signal: Rc<SweepSignal>,
 }
 
 impl Upstreams {
-    /// No pool yet.
+    /// An empty set; a pool is made at the first request for it.
     pub fn new(connector: Connector, discovery: Discovery, shard: Rc<Shard>) -> Rc<Self> {
         Rc::new(Self {
             connector,
             shard,
             discovery,
             pools: RefCell::default(),
-            places: RefCell::default(),
-            asked: Cell::new(0),
-            attention: Rc::default(),
+            dynamic_pools: RefCell::default(),
+            lookups: Cell::new(0),
+            sweep_signal: Rc::default(),
         })
     }
 
@@ -67,82 +70,86 @@ impl Upstreams {
         pool
     }
 
-    /// This worker's pool for one place that callers of an endpoint-less destination want to reach.
+    /// This worker's pool for a dynamic host of `parent`, a destination without `endpoints`.
     pub fn place(&self, parent: &Cluster, host: &str, port: u16) -> Rc<Pool> {
-        // However it is written, it is the same host (RFC 3986, 6.2.2.1).
+        // Host names are case-insensitive (RFC 3986, 6.2.2.1).
         let key = DynamicHost { parent: parent.id, host: host.to_ascii_lowercase(), port };
-        let asked = self.asked.get() + 1;
-        self.asked.set(asked);
-        if let Some(known) = self.places.borrow().get(&key) {
-            known.asked.set(asked);
+        let lookup = self.lookups.get() + 1;
+        self.lookups.set(lookup);
+        if let Some(known) = self.dynamic_pools.borrow().get(&key) {
+            known.last_lookup.set(lookup);
             return Rc::clone(&known.pool);
         }
-        let cluster = self.discovery.place(parent, key.clone());
+        let cluster = self.discovery.dynamic_cluster(parent, key.clone());
         let pool = self.new_pool(cluster);
-        let mut places = self.places.borrow_mut();
-        while places.len() >= MAX_DYNAMIC_HOSTS
-            && let Some(least) = least_dear(&places)
+        let mut pools = self.dynamic_pools.borrow_mut();
+        while pools.len() >= MAX_DYNAMIC_HOSTS
+            && let Some(evicted) = least_recently_used(&pools)
         {
-            places.remove(&least);
+            pools.remove(&evicted);
         }
-        places.insert(key, Known { pool: Rc::clone(&pool), asked: Cell::new(asked) });
+        pools.insert(key, DynamicPool { pool: Rc::clone(&pool), last_lookup: Cell::new(lookup) });
         pool
     }
 
     fn new_pool(&self, cluster: Arc<Cluster>) -> Rc<Pool> {
-        cluster.health.report_to(self.shard.telemetry());
+        cluster.health.set_telemetry(self.shard.telemetry());
         let metrics = self.shard.destination(&cluster.identity.name);
-        Rc::new(Pool::new(cluster, Rc::clone(&self.connector), Rc::clone(&self.attention), metrics))
+        Rc::new(Pool::new(cluster, Rc::clone(&self.connector), Rc::clone(&self.sweep_signal), metrics))
     }
 
-    /// Forgets the pools of clusters that the policy does not have any more; calls under way keep theirs.
+    /// Drops the pools of clusters for whose id `keep` is false; calls in flight keep theirs.
     pub fn keep_only(&self, keep: impl Fn(u64) -> bool) {
         let now = Instant::now();
-        let gone: Vec<_> = self.pools.borrow_mut().extract_if(|id, _| !keep(*id)).map(|(_, pool)| pool).collect();
-        let places: Vec<_> =
-            self.places.borrow_mut().extract_if(|place, _| !keep(place.parent)).map(|(_, known)| known.pool).collect();
-        // A call that still holds its pool must not hold the idle connections, which nobody looks after from here on.
-        gone.iter().chain(&places).for_each(|pool| pool.retire(now));
+        let pools: Vec<_> = self.pools.borrow_mut().extract_if(|id, _| !keep(*id)).map(|(_, pool)| pool).collect();
+        let dynamic: Vec<_> = self
+            .dynamic_pools
+            .borrow_mut()
+            .extract_if(|host, _| !keep(host.parent))
+            .map(|(_, dynamic)| dynamic.pool)
+            .collect();
+        // A call that holds its pool would hold the pool's idle connections too, and the sweep does not reach them any more.
+        pools.iter().chain(&dynamic).for_each(|pool| pool.retire(now));
     }
 
-    /// Says that there is a connection to look after: one that is idle, or one that is shared.
+    /// Requests a sweep: a pool has an idle or a shared connection.
     pub fn note_idle(&self) {
-        self.attention.call();
+        self.sweep_signal.request();
     }
 
-    /// Looks after idle connections until the worker ends. Does nothing at all while there is none.
+    /// Sweeps all pools every 100 ms until the worker ends; sleeps while no pool has an idle or a shared connection.
     pub async fn sweep(this: Weak<Self>) {
         loop {
             let Some(alive) = this.upgrade() else { return };
-            alive.attention.called().await;
-            alive.attention.given(alive.sweep_once());
+            alive.sweep_signal.requested().await;
+            alive.sweep_signal.swept(alive.sweep_once());
             drop(alive);
-            sleep(SWEEP_EVERY).await;
+            sleep(SWEEP_INTERVAL).await;
         }
     }
 
     fn sweep_once(&self) -> bool {
-        // Nobody need be woken: what a peer did in the meantime is seen at the next look.
+        // No task is woken: the next sweep sees what the peer has done meanwhile.
         let mut cx = Context::from_waker(Waker::noop());
         let now = Instant::now();
-        let mut left = false;
+        let mut again = false;
         for pool in self.pools.borrow().values() {
-            left |= pool.sweep(&mut cx, now);
+            again |= pool.sweep(&mut cx, now);
         }
-        for known in self.places.borrow().values() {
-            left |= known.pool.sweep(&mut cx, now);
+        for dynamic in self.dynamic_pools.borrow().values() {
+            again |= dynamic.pool.sweep(&mut cx, now);
         }
-        left
+        again
     }
 }
 
-/// The place to be forgotten first: of those that nobody uses now the one that was asked for least lately. One that is
-/// open goes only where all are: forgotten, it would be closed.
-fn least_dear(places: &DynamicHosts) -> Option<DynamicHost> {
+/// The dynamic host to evict: the least recently used one without a call in flight. One whose breaker is open, or that has
+/// an ejected endpoint, is evicted only if all are like that: evicted, it would forget that state.
+fn least_recently_used(pools: &DynamicPools) -> Option<DynamicHost> {
     let now = Instant::now();
-    let unused = places.iter().filter(|(_, known)| Rc::strong_count(&known.pool) == 1);
-    let least = unused.min_by_key(|(_, known)| (known.pool.cluster.health.is_open(now), known.asked.get()));
-    least.map(|(place, _)| place.clone())
+    let unused = pools.iter().filter(|(_, dynamic)| Rc::strong_count(&dynamic.pool) == 1);
+    let least = unused.min_by_key(|(_, dynamic)| (dynamic.pool.cluster.health.is_open(now), dynamic.last_lookup.get()));
+    least.map(|(host, _)| host.clone())
 }
 
 #[cfg(test)]
@@ -154,7 +161,7 @@ mod tests {
     use crate::upstream::spec::UpstreamProtocol;
 
     #[test]
-    fn a_place_is_the_same_however_its_host_is_written() {
+    fn a_dynamic_host_is_case_insensitive() {
         let identity = ClusterIdentity {
             name: "others".into(),
             endpoints: Vec::new(),
@@ -165,9 +172,9 @@ mod tests {
         let parent = Cluster::new(identity, Health::new(Instant::now()), &Default::default()).unwrap();
         let shard = Telemetry::new(Sink::memory().0).shard(0);
         let upstreams = Upstreams::new(Rc::new(Network), Discovery::new().0, shard);
-        let place = |host: &str, port: u16| upstreams.place(&parent, host, port);
-        assert!(Rc::ptr_eq(&place("shop.test", 80), &place("Shop.TEST", 80)));
-        assert!(Rc::ptr_eq(&place("[FD00::A]", 80), &place("[fd00::a]", 80)));
-        assert!(!Rc::ptr_eq(&place("shop.test", 80), &place("shop.test", 81)));
+        let pool = |host: &str, port: u16| upstreams.place(&parent, host, port);
+        assert!(Rc::ptr_eq(&pool("shop.test", 80), &pool("Shop.TEST", 80)));
+        assert!(Rc::ptr_eq(&pool("[FD00::A]", 80), &pool("[fd00::a]", 80)));
+        assert!(!Rc::ptr_eq(&pool("shop.test", 80), &pool("shop.test", 81)));
     }
 }

@@ -1,8 +1,8 @@
-//! The caller's body on its way to the upstream.
+//! The request body on its way from the caller to the upstream.
 //!
-//! A chunk is read from the caller when the upstream can take it, and noted once in the exchange's [`Flow`], however
-//! many tries send it. The body waits while the flow is held (`Expect: 100-continue`).
-//! Nothing is buffered, unless a retry may need it again: then `replay` keeps the beginning, up to a limit.
+//! hyper or h2 polls it when the upstream has room. Invariants: each chunk is read from the caller once and recorded once in
+//! the exchange's [`Flow`], however many attempts send it; the body waits while the flow is held (`Expect: 100-continue`);
+//! bytes are kept only for a retry, by `replay`, up to a limit.
 
 mod replay;
 
@@ -16,26 +16,26 @@ use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use tokio::time::Instant;
 
+use self::replay::AttemptBody;
 pub use self::replay::Replay;
-use self::replay::Try;
 use crate::net::flow::Flow;
 use crate::net::trailers;
 
-/// Why a caller's body could not be read to its end.
+/// Why a request body could not be read to its end.
 #[derive(Debug, thiserror::Error)]
 pub enum CallerBodyError {
-    /// The caller broke it off, or framed it badly.
-    #[error("the caller broke off its body: {0}")]
+    /// The caller disconnected, or the body is malformed.
+    #[error("the request body failed before its end: {0}")]
     Broken(#[source] hyper::Error),
-    /// The exchange was over before the body was.
+    /// The exchange was over before the body ended.
     #[error("the exchange is over")]
     Over,
-    /// This try was given up, and another one sends the body.
-    #[error("another try sends the body")]
+    /// A later attempt sends the body.
+    #[error("a later attempt sends the request body")]
     Superseded,
 }
 
-/// The caller's body, for one try.
+/// The request body of one attempt.
 pub struct RequestBody {
     source: Source,
     flow: Rc<Flow>,
@@ -43,18 +43,18 @@ pub struct RequestBody {
 
 enum Source {
     Empty,
-    /// Sent once.
+    /// Sent by the only attempt.
     CallerBody(CallerBody),
-    /// Sent by one try after the other.
-    Try(Try),
+    /// Sent by one attempt after the other.
+    Attempt(AttemptBody),
 }
 
 type Polled = Poll<Option<Result<Frame<Bytes>, CallerBodyError>>>;
 
 impl RequestBody {
-    /// The body of a request as hyper handed it in, to be sent once.
+    /// The body of a request that is sent once; nothing of it is kept.
     ///
-    /// `named` are the fields that its `Connection` field lists; they do not pass as trailers either.
+    /// `named` are the field names that the request's `Connection` field lists; they do not pass as trailers either.
     pub fn caller(incoming: Incoming, flow: Rc<Flow>, named: Vec<HeaderName>) -> Self {
         if incoming.is_end_stream() {
             return Self::empty(flow);
@@ -62,24 +62,25 @@ impl RequestBody {
         Self { source: Source::CallerBody(CallerBody { incoming, named, ended: false }), flow }
     }
 
-    /// The same, to be sent again if need be: the first try's body, and what the next tries get theirs from.
+    /// The body of a request that may be sent again: the body of the first attempt, and the [`Replay`] that makes those of
+    /// later attempts.
     ///
-    /// As long as there is a [`Replay`], up to `limit` bytes of the body are kept, and its trailers.
+    /// While the [`Replay`] exists, up to `limit` bytes of the body and its trailers are kept.
     pub fn repeatable(incoming: Incoming, flow: Rc<Flow>, named: Vec<HeaderName>, limit: usize) -> (Self, Replay) {
         if incoming.is_end_stream() {
-            return (Self::empty(flow), Replay::of_nothing());
+            return (Self::empty(flow), Replay::empty());
         }
-        let (first, replay) = Replay::of(CallerBody { incoming, named, ended: false }, limit);
-        (Self { source: Source::Try(first), flow }, replay)
+        let (first, replay) = Replay::new(CallerBody { incoming, named, ended: false }, limit);
+        (Self { source: Source::Attempt(first), flow }, replay)
     }
 
-    /// No body at all.
+    /// The body of a request without one.
     pub fn empty(flow: Rc<Flow>) -> Self {
         flow.request.end();
         Self { source: Source::Empty, flow }
     }
 
-    /// The exchange that the body belongs to.
+    /// The flow of the exchange.
     pub fn flow(&self) -> &Rc<Flow> {
         &self.flow
     }
@@ -93,9 +94,11 @@ impl Body for RequestBody {
         let Self { source, flow } = &mut *self;
         match source {
             Source::Empty => return Poll::Ready(None),
-            // First of all: it must not take the waker's place in the flow from the try that goes on.
-            Source::Try(one) if one.is_superseded() => return Poll::Ready(Some(Err(CallerBodyError::Superseded))),
-            Source::CallerBody(_) | Source::Try(_) => {}
+            // Checked first: a superseded body must not replace the waker of the current attempt in the flow.
+            Source::Attempt(body) if body.is_superseded() => {
+                return Poll::Ready(Some(Err(CallerBodyError::Superseded)));
+            }
+            Source::CallerBody(_) | Source::Attempt(_) => {}
         }
         if flow.is_over() {
             return Poll::Ready(Some(Err(CallerBodyError::Over)));
@@ -106,8 +109,8 @@ impl Body for RequestBody {
         }
         let (polled, ended) = match source {
             Source::Empty => return Poll::Ready(None),
-            Source::CallerBody(caller) => (caller.poll_frame(flow, cx), caller.ended),
-            Source::Try(one) => (one.poll_frame(flow, cx), one.is_end()),
+            Source::CallerBody(body) => (body.poll_frame(flow, cx), body.ended),
+            Source::Attempt(body) => (body.poll_frame(flow, cx), body.is_end()),
         };
         if ended {
             *source = Source::Empty;
@@ -119,23 +122,23 @@ impl Body for RequestBody {
         match &self.source {
             Source::Empty => true,
             Source::CallerBody(_) => false,
-            Source::Try(one) => one.is_end(),
+            Source::Attempt(body) => body.is_end(),
         }
     }
 
     fn size_hint(&self) -> SizeHint {
         match &self.source {
             Source::Empty => SizeHint::with_exact(0),
-            Source::CallerBody(caller) => caller.incoming.size_hint(),
-            Source::Try(one) => one.size_hint(),
+            Source::CallerBody(body) => body.incoming.size_hint(),
+            Source::Attempt(body) => body.size_hint(),
         }
     }
 }
 
-/// The body as it comes from the caller: each byte is read once and noted in the flow.
+/// The body as hyper reads it from the caller; records each byte in the flow.
 struct CallerBody {
     incoming: Incoming,
-    /// Trailers that the request's `Connection` field claimed for the caller's connection alone.
+    /// Field names of the request's `Connection` field: hop-by-hop, so they do not pass as trailers.
     named: Vec<HeaderName>,
     ended: bool,
 }
@@ -159,14 +162,14 @@ impl CallerBody {
                 }
                 let chunk = frame.data_ref().map_or(&[][..], |data| data);
                 flow.passed(&flow.request, chunk, Instant::now());
-                // Nothing comes behind trailers, and over HTTP/1.1 nobody asks whether it does.
+                // Trailers end the body, and over HTTP/1.1 the body is not polled again after its last frame.
                 if frame.is_trailers() || self.incoming.is_end_stream() {
                     self.end(flow);
                 }
                 Some(Ok(frame))
             }
             Some(Err(error)) => {
-                flow.request.fail(has_left(&error));
+                flow.request.fail(is_disconnect(&error));
                 Some(Err(CallerBodyError::Broken(error)))
             }
         })
@@ -178,9 +181,9 @@ impl CallerBody {
     }
 }
 
-/// Whether a body broke off because whoever sent it is gone: its connection ended, or its stream was cancelled. Anything
-/// else is a fault of what was sent.
-fn has_left(error: &hyper::Error) -> bool {
+/// Whether a body failed because the caller's connection ended or its stream was cancelled. Any other error means a
+/// malformed body.
+fn is_disconnect(error: &hyper::Error) -> bool {
     use std::io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, NotConnected, TimedOut, UnexpectedEof};
     if error.is_incomplete_message() || error.is_closed() || error.is_canceled() {
         return true;
@@ -188,8 +191,8 @@ fn has_left(error: &hyper::Error) -> bool {
     let mut source = std::error::Error::source(error);
     while let Some(cause) = source {
         if let Some(error) = cause.downcast_ref::<std::io::Error>() {
-            let gone = [BrokenPipe, ConnectionAborted, ConnectionReset, NotConnected, TimedOut, UnexpectedEof];
-            return gone.contains(&error.kind());
+            let disconnects = [BrokenPipe, ConnectionAborted, ConnectionReset, NotConnected, TimedOut, UnexpectedEof];
+            return disconnects.contains(&error.kind());
         }
         if let Some(error) = cause.downcast_ref::<h2::Error>() {
             return error.is_io() || error.is_remote();

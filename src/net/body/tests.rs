@@ -1,4 +1,4 @@
-//! Bodies as hyper reads them from an HTTP/1.1 caller that writes into memory.
+//! Request bodies as hyper reads them from an HTTP/1.1 caller that writes into memory.
 
 use std::cell::RefCell;
 use std::convert::Infallible;
@@ -17,7 +17,7 @@ use super::*;
 
 const CHUNKED: &str = "Transfer-Encoding: chunked";
 
-/// A request under way: what the caller writes with, and its body as it came in.
+/// A request in progress: the stream that the caller writes to, and the body that hyper reads.
 async fn request(field: &str) -> (DuplexStream, Incoming) {
     let (mut caller, server) = tokio::io::duplex(1 << 20);
     let (sender, receiver) = oneshot::channel();
@@ -63,13 +63,13 @@ async fn rest(body: &mut RequestBody) -> (Vec<u8>, Option<HeaderMap>) {
 }
 
 async fn is_pending(body: &mut RequestBody) -> bool {
-    // Time for the caller's connection to be read.
+    // Lets hyper read the caller's connection.
     tokio::task::yield_now().await;
     poll_fn(|cx| Poll::Ready(Pin::new(&mut *body).poll_frame(cx).is_pending())).await
 }
 
 #[tokio::test]
-async fn a_second_try_sends_what_the_first_has_read_and_then_the_rest() {
+async fn a_second_attempt_sends_the_kept_bytes_and_then_the_rest() {
     LocalSet::new()
         .run_until(async {
             let ((mut caller, incoming), flow) = (request("Content-Length: 5007").await, flow());
@@ -83,7 +83,7 @@ async fn a_second_try_sends_what_the_first_has_read_and_then_the_rest() {
             drop(first);
 
             let mut second = replay.again(&flow).unwrap();
-            assert!(!flow.is_starved(), "the second try has not asked yet");
+            assert!(!flow.is_starved(), "the second attempt has not polled yet");
             assert_eq!(second.size_hint().exact(), Some(5007));
             caller.write_all(&[b'x'; 5000]).await.unwrap();
             let sent = [b"onetwo!".to_vec(), vec![b'x'; 5000]].concat();
@@ -99,7 +99,7 @@ async fn a_second_try_sends_what_the_first_has_read_and_then_the_rest() {
 }
 
 #[tokio::test]
-async fn trailers_are_cleaned_once_and_sent_by_each_try() {
+async fn trailers_are_sanitized_once_and_sent_by_each_attempt() {
     LocalSet::new()
         .run_until(async {
             let ((mut caller, incoming), flow) = (request(CHUNKED).await, flow());
@@ -140,7 +140,7 @@ async fn beyond_the_limit_the_body_streams_on_and_cannot_be_sent_again() {
 }
 
 #[tokio::test]
-async fn a_second_try_may_go_beyond_the_limit_itself() {
+async fn a_second_attempt_may_exceed_the_limit() {
     LocalSet::new()
         .run_until(async {
             let ((mut caller, incoming), flow) = (request("Content-Length: 20").await, flow());
@@ -156,7 +156,7 @@ async fn a_second_try_may_go_beyond_the_limit_itself() {
 }
 
 #[tokio::test]
-async fn a_try_that_was_given_up_gets_nothing_more() {
+async fn a_superseded_attempt_gets_no_more_bytes() {
     LocalSet::new()
         .run_until(async {
             let ((mut caller, incoming), flow) = (request("Content-Length: 6").await, flow());
@@ -167,7 +167,10 @@ async fn a_try_that_was_given_up_gets_nothing_more() {
             tokio::task::yield_now().await;
             let mut second = replay.again(&flow).unwrap();
             let frame = waits.await.unwrap();
-            assert!(matches!(frame, Some(Err(CallerBodyError::Superseded))), "it is woken to see that it is over");
+            assert!(
+                matches!(frame, Some(Err(CallerBodyError::Superseded))),
+                "it is woken and sees that it is superseded"
+            );
             caller.write_all(b"def").await.unwrap();
             assert_eq!(rest(&mut second).await.0, b"abcdef");
         })
@@ -183,8 +186,8 @@ async fn once_the_replay_is_dropped_nothing_is_kept() {
             caller.write_all(b"abc").await.unwrap();
             data(&mut first, 3).await;
             drop(replay);
-            let Source::Try(one) = &first.source else { panic!("it has ended") };
-            assert!(one.shared.borrow().kept.is_none());
+            let Source::Attempt(body) = &first.source else { panic!("the body has ended") };
+            assert!(body.shared.borrow().kept.is_none());
             caller.write_all(b"def").await.unwrap();
             assert_eq!(rest(&mut first).await.0, b"def");
         })
@@ -192,7 +195,7 @@ async fn once_the_replay_is_dropped_nothing_is_kept() {
 }
 
 #[tokio::test]
-async fn a_broken_body_is_never_taken_for_a_short_one() {
+async fn a_failed_body_is_never_mistaken_for_a_complete_one() {
     LocalSet::new()
         .run_until(async {
             let ((mut caller, incoming), flow) = (request("Content-Length: 6").await, flow());
@@ -208,7 +211,7 @@ async fn a_broken_body_is_never_taken_for_a_short_one() {
 }
 
 #[tokio::test]
-async fn a_held_body_is_held_for_each_try_and_none_outlives_the_exchange() {
+async fn a_held_body_is_held_for_each_attempt_and_none_outlives_the_exchange() {
     LocalSet::new()
         .run_until(async {
             let ((mut caller, incoming), flow) = (request("Content-Length: 6").await, flow());
@@ -230,7 +233,7 @@ async fn a_held_body_is_held_for_each_try_and_none_outlives_the_exchange() {
 }
 
 #[tokio::test]
-async fn a_request_without_a_body_can_be_sent_as_often_as_one_likes() {
+async fn a_request_without_a_body_can_always_be_sent_again() {
     LocalSet::new()
         .run_until(async {
             let ((_caller, incoming), flow) = (request("Content-Length: 0").await, flow());
@@ -243,7 +246,7 @@ async fn a_request_without_a_body_can_be_sent_as_often_as_one_likes() {
 }
 
 #[tokio::test]
-async fn a_body_in_tiny_chunks_is_kept_in_few_pieces() {
+async fn a_body_in_tiny_chunks_is_kept_in_few_chunks() {
     LocalSet::new()
         .run_until(async {
             let ((mut caller, incoming), flow) = (request(CHUNKED).await, flow());
@@ -288,7 +291,7 @@ async fn grpc_messages_are_counted_once() {
 }
 
 #[tokio::test]
-async fn a_body_that_is_sent_once_streams_as_it_comes() {
+async fn a_body_that_is_sent_once_is_streamed() {
     LocalSet::new()
         .run_until(async {
             let ((mut caller, incoming), flow) = (request("Content-Length: 6").await, flow());
