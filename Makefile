@@ -1,4 +1,4 @@
-# hopguard: what can be done with this checkout. `make` lists it. GNU make.
+# hopguard: the targets of this repository; `make` lists them. Needs GNU make.
 
 CARGO ?= cargo
 PYTHON ?= python3
@@ -9,55 +9,56 @@ BINARIES ?= target/release/hopguard
 .NOTPARALLEL:
 .PHONY: help demo test bench instructions advisories build release peers fmt lint unit docs licences words clean
 
-help: ## this list
+help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: ## three services behind their hopguards, on loopback: what hopguard does when one turns slow and one fails
+demo: ## three services on loopback, each with its hopguard: one becomes slow, one fails
 	$(CARGO) run --release --locked -- demo
 
-test: peers fmt lint unit docs licences words ## everything that a change must pass; installs what the tests need
+test: peers fmt lint unit docs licences words ## all checks that a change must pass; installs the programs that the tests need
 
-bench: release ## CPU, latency and memory beside nginx, HAProxy and Envoy; options in BENCH, as in BENCH="--only h1 --rounds 3"
+bench: release ## CPU, latency and memory, compared with nginx, HAProxy and Envoy; options in BENCH, for example BENCH="--only h1 --rounds 3"
 	$(PYTHON) benches/compare.py $(BENCH)
 
 # Builds only the binary of this checkout, and only where it is to be measured.
 instructions: $(if $(filter target/release/hopguard,$(BINARIES)),build) ## instructions per request; builds to compare in BINARIES="../base/target/release/hopguard target/release/hopguard", options in INSTRUCTIONS="--max-ratio 1.01"
 	$(PYTHON) benches/instructions.py $(INSTRUCTIONS) $(BINARIES)
 
-advisories: deny ## known security faults in dependencies; needs the network
+advisories: deny ## known vulnerabilities of dependencies; needs the network
 	$(CARGO) deny check advisories
 
-build: ## a quick release build, target/release/hopguard
+build: ## release build without profile, target/release/hopguard
 	$(CARGO) build --release --locked
 
-release: ## the binary as it is shipped, target/pgo/hopguard: built twice, the second time with what calls through the first one showed
+release: ## shipped binary, target/pgo/hopguard: profile-guided optimisation in two builds
 	scripts/release
 
-peers: ## the real clients and servers that the tests talk to
+peers: ## install the real clients and servers of the tests
 	scripts/peers
 
-fmt: ## formatting (changes nothing; `cargo fmt` does)
+fmt: ## check the formatting (`cargo fmt` corrects it)
 	$(CARGO) fmt --check
 
-lint: ## clippy, with every warning an error
+lint: ## clippy, warnings are errors
 	$(CARGO) clippy --locked --all-targets -- -D warnings
 
 unit: ## unit, integration and doc tests
 	$(CARGO) test --locked --no-fail-fast
 
-docs: ## the documentation of the code, with every warning an error
+docs: ## documentation of the code, warnings are errors
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --document-private-items
 
 licences: deny ## licences, bans and sources of the dependencies
 	$(CARGO) deny --locked check licenses bans sources
 
-# `git grep` ends with 1 where it found nothing; 0 (found) and 128 (no repository) are both failures.
-# The words are written so that this file does not contain them.
-words: ## words that mean "not finished", and tests that are switched off
+# `git grep` returns 1 for no match; 0 (match) and 128 (no repository) are both failures.
+# The patterns are written so that this file does not match them.
+words: ## no unfinished work, no disabled tests, no unclear words (scripts/words)
 	@git grep --untracked -nIwE 'TOD[O]|FIXM[E]|XX[X]' -- . ':!LICENSE' ':!Cargo.lock'; test $$? -eq 1
 	@git grep --untracked -nE '#\[ignor[e]' -- '*.rs'; test $$? -eq 1
+	@scripts/words
 
-clean: ## removes everything that was built
+clean: ## remove everything that was built
 	$(CARGO) clean
 
 .PHONY: deny

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Measures hopguard beside nginx, HAProxy and Envoy in one run on this machine. `docs/benchmarks.md` says how to read the result.
+"""Compares hopguard with nginx, HAProxy and Envoy in one run on this machine. `docs/benchmarks.md` describes the result.
 
-Python's standard library only. Needs nginx (the upstream), wrk and h2load; a proxy that is not installed is left out, with a word on how
-to install it. Exit code: 0 measured, 1 something could not be measured or an answer was not 200, 2 wrong command line, or a tool is missing.
+Python's standard library only. Needs nginx (the upstream), wrk and h2load; a proxy that is not installed is left out, and the output has its
+install command. Exit code: 0 measured, 1 a measure failed or a response was not 200, 2 invalid command line, or a tool is missing.
 """
 
 import argparse
@@ -24,7 +24,7 @@ SUBJECTS = ["hopguard", "haproxy", "haproxy-tcp", "nginx", "envoy"]
 def main():
     options = command_line()
     os.chdir(ROOT)
-    # However the run is ended, it leaves its `with` blocks, and they end what was started.
+    # A signal leaves the `with` blocks normally, and they end the started processes.
     for sign in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(sign, lambda number, _: sys.exit(128 + number))
     chosen, notes = installed(options)
@@ -51,8 +51,8 @@ def command_line():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", type=choices_of(MEASURES), default=list(MEASURES), metavar="LIST", help="of " + ",".join(MEASURES))
     parser.add_argument("--subjects", type=choices_of(SUBJECTS), default=SUBJECTS, metavar="LIST", help="of " + ",".join(SUBJECTS))
-    parser.add_argument("--rounds", type=positive, default=5, help="how often each subject is loaded per measure (5)")
-    parser.add_argument("--seconds", type=positive, default=4, help="how long each time (4)")
+    parser.add_argument("--rounds", type=positive, default=5, help="rounds of load per measure and proxy (5)")
+    parser.add_argument("--seconds", type=positive, default=4, help="duration of a round (4)")
     parser.add_argument("--binary", type=os.path.abspath, default=os.path.join(ROOT, "target/pgo/hopguard"), help="the hopguard to measure")
     parser.add_argument("--out", type=os.path.abspath, default=os.path.join(ROOT, "target/bench"), help="folder for results.json and results.md")
     return parser.parse_args()
@@ -77,7 +77,7 @@ def positive(text):
 
 
 def installed(options):
-    """The chosen subjects that are on this machine, and a note for each that is not."""
+    """The chosen proxies that are installed, and a note for each that is not."""
     every = [subjects.Hopguard(options.binary), subjects.Haproxy(), subjects.HaproxyTcp(), subjects.Nginx(), subjects.Envoy()]
     wanted = [subject for subject in every if subject.name in options.subjects]
     notes = [f"not measured, not installed: {subject.name} ({subject.install})" for subject in wanted if not subject.program()]
@@ -89,13 +89,13 @@ def run(options, chosen):
     with tempfile.TemporaryDirectory(prefix="hopguard-bench-") as folder, subjects.start_upstream(folder) as upstream:
         lab = measures.Lab(folder, upstream, options.rounds, options.seconds, lambda text: print(text, file=sys.stderr, flush=True))
         for name in options.only:
-            whom = [subject for subject in chosen if name in getattr(subject, "measures", MEASURES)]
+            measured = [subject for subject in chosen if name in getattr(subject, "measures", MEASURES)]
             if name == "routes":
-                whom = next((subject for subject in whom if subject.name == "hopguard"), None)
-            if not whom:
+                measured = next((subject for subject in measured if subject.name == "hopguard"), None)
+            if not measured:
                 continue
             try:
-                results[name] = MEASURES[name](lab, whom)
+                results[name] = MEASURES[name](lab, measured)
             except (RuntimeError, OSError) as error:
                 faults.append(f"{name}: not measured: {error}")
         return results, lab.faults + faults

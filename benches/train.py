@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Loads a hopguard that counts what it does, so that `scripts/release` can build one that is good at that (profile-guided optimisation).
+"""The training load of `scripts/release`: sends calls of every kind through an instrumented hopguard (profile-guided optimisation).
 
-Each of KINDS gets the same time: what is never called here is laid out as code that is rarely used, and gets slower.
-Python's standard library only. Exit code: 0 loaded, 1 an answer was not as wanted, 2 wrong command line, or a tool is missing.
+Each of KINDS runs for the same time. Code that no call here executes is laid out as rarely used code and becomes slower.
+Python's standard library only. Exit code: 0 done, 1 an unexpected response, 2 invalid command line, or a tool is missing.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from lab.subjects import ANSWER, BODY_BYTES, nginx_frame, written
 TOOLS = {"nginx": "apt-get install nginx", "h2load": "apt-get install nghttp2-client", "openssl": "apt-get install openssl"}
 ORDER = "/orders/42"
 HTTP1, HTTP2 = ("--h1", "-c64"), ("-c8", "-m16")
-# The ports of the upstream, each with a listener of hopguard and a destination, and what these two have in the policy beside the ports.
+# The ports of the upstream. Each has a listener and a destination of hopguard; the values are the further fields of both in the policy.
 PORTS = {
     "h1": ("", "protocol: http1"),
     "h2": ("", "protocol: http2"),
@@ -34,7 +34,7 @@ TRACED = ("-H", "traceparent: 00-0af7651916cd43dd8448eb211c80319c-b7ad6b71692033
 
 @dataclass
 class Kind:
-    """Calls of one kind: the listener that gets them, what h2load is told, the file they send, and whether they are to fail."""
+    """Calls of one kind: the listener, the path, the flags of h2load, the file of the request body, and whether some calls must fail."""
 
     title: str
     listener: str
@@ -54,16 +54,16 @@ KINDS = [
     Kind("HTTP/1.1, 1 KiB sent", "h1", ORDER, HTTP1, sends="kib"),
     Kind("HTTP/2, 1 KiB sent", "h2", ORDER, HTTP2, sends="kib"),
     Kind("HTTP/1.1, 1 MiB sent", "h1", ORDER, ("--h1", "-c16"), sends="mib"),
-    Kind("HTTP/1.1, answers of 1 MiB", "h1", "/mib", ("--h1", "-c16")),
-    Kind("HTTP/2, answers of 1 MiB", "h2", "/mib", ("-c4", "-m4")),
+    Kind("HTTP/1.1, responses of 1 MiB", "h1", "/mib", ("--h1", "-c16")),
+    Kind("HTTP/2, responses of 1 MiB", "h2", "/mib", ("-c4", "-m4")),
     Kind("HTTP/1.1, TLS on both sides", "tls", ORDER, HTTP1),
     Kind("HTTP/2, TLS on both sides", "tls", ORDER, HTTP2),
-    Kind("HTTP/1.1, some tried again", "bad", ORDER, HTTP1, fails=True),
-    Kind("HTTP/2, some tried again", "bad", ORDER, HTTP2, fails=True),
+    Kind("HTTP/1.1, some retried", "bad", ORDER, HTTP1, fails=True),
+    Kind("HTTP/2, some retried", "bad", ORDER, HTTP2, fails=True),
     Kind("HTTP/1.1, most refused", "bad", "/limited", HTTP1, fails=True),
     Kind("HTTP/2, most refused", "bad", "/limited", HTTP2, fails=True),
 ]
-# Those that are made once more with a line in the access log for each call.
+# Kinds that run a second time, with an access log line for each call.
 LOGGED = KINDS[:2]
 
 
@@ -75,7 +75,7 @@ def main():
         return 2
     if options.binary is None:
         return 0
-    # However the run is ended, it leaves its `with` blocks, and they end what was started.
+    # A signal leaves the `with` blocks normally, and they end the started processes.
     for sign in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(sign, lambda number, _: sys.exit(128 + number))
     with tempfile.TemporaryDirectory(prefix="hopguard-train-") as folder:
@@ -89,13 +89,13 @@ def main():
 
 def command_line():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--binary", type=os.path.abspath, help="the hopguard that counts; left out: only the tools are looked for")
-    parser.add_argument("--seconds", type=int, default=1, help="how long each kind of call is made (1)")
+    parser.add_argument("--binary", type=os.path.abspath, help="the instrumented hopguard; without it, only the tools are checked")
+    parser.add_argument("--seconds", type=int, default=1, help="duration of each kind of call (1)")
     return parser.parse_args()
 
 
 def prepare(folder):
-    """The files of a run: two bodies, and a certificate that is its own authority."""
+    """Writes the files of a run: two request bodies, and a self-signed certificate."""
     os.chmod(folder, 0o755)  # nginx's worker is another user when the master is root
     for name, length in (("kib", 2**10), ("mib", BODY_BYTES)):
         with open(os.path.join(folder, name), "wb") as file:
@@ -107,17 +107,17 @@ def prepare(folder):
 
 
 def start_upstream(folder, ports):
-    """nginx, answering from memory over HTTP/1.1, HTTP/2 and TLS; on the port `bad` every third answer or so is a failure."""
-    places = f"""
+    """nginx with responses from memory over HTTP/1.1, HTTP/2 and TLS; on the port `bad`, 30 % of the responses are 503."""
+    locations = f"""
     location / {{ default_type application/json; return 200 '{ANSWER.decode()}'; }}
     location = /mib {{ default_type application/octet-stream; root {folder}; }}"""
     servers = f"""
   client_max_body_size 2m;
   split_clients $request_id $state {{ 30% 503; * 200; }}
-  server {{ listen 127.0.0.1:{ports["h1"]}; {places} }}
-  server {{ listen 127.0.0.1:{ports["h2"]} http2; {places} }}
-  server {{ listen 127.0.0.1:{ports["tls"]} ssl http2; ssl_certificate {folder}/tls.crt; ssl_certificate_key {folder}/tls.key; {places} }}
-  server {{ listen 127.0.0.1:{ports["bad"]}; if ($state = 503) {{ return 503; }} {places} }}"""
+  server {{ listen 127.0.0.1:{ports["h1"]}; {locations} }}
+  server {{ listen 127.0.0.1:{ports["h2"]} http2; {locations} }}
+  server {{ listen 127.0.0.1:{ports["tls"]} ssl http2; ssl_certificate {folder}/tls.crt; ssl_certificate_key {folder}/tls.key; {locations} }}
+  server {{ listen 127.0.0.1:{ports["bad"]}; if ($state = 503) {{ return 503; }} {locations} }}"""
     config = written(folder, "upstream.conf", nginx_frame(folder, "upstream", servers))
     return started(Daemon(["nginx", "-c", config], LOAD_CORES, os.path.join(folder, "upstream.log")), ports)
 
@@ -133,7 +133,7 @@ def started(daemon, ports):
 
 
 def train(options, folder, upstream, log, kinds):
-    """One hopguard, with the access log as given, and these kinds of calls through it."""
+    """Starts one hopguard with the access log mode `log` and sends these kinds of calls through it."""
     ports = dict(zip(PORTS, free_ports(len(PORTS))))
     path = written(folder, "policy.yaml", policy(folder, ports, upstream, log))
     command = [options.binary, "run", "--policy", path, "--admin", "127.0.0.1:0", "--workers", "1", "--drain-delay", "0s"]
@@ -172,7 +172,7 @@ def call(kind, folder, port, seconds):
     good = int(re.search(r"(\d+) 2xx", text)[1])
     bad = sum(map(int, re.search(r"(\d+) 3xx, (\d+) 4xx, (\d+) 5xx", text).groups()))
     if not good or bool(bad) != kind.fails:
-        raise RuntimeError(f"{kind.title}: {good} good answers and {bad} others:\n{text[-1000:]}")
+        raise RuntimeError(f"{kind.title}: {good} successful responses and {bad} others:\n{text[-1000:]}")
 
 
 if __name__ == "__main__":

@@ -1,44 +1,44 @@
-//! The settings of the process, from flags and environment. Read once, by the command line; only `app` sees them.
+//! The settings of the process, from flags and environment. The command line reads them once; only `app` uses them.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// Where the admin door is unless told otherwise.
+/// Default admin address.
 pub const ADMIN: &str = "127.0.0.1:15000";
 
-/// What a process is started with.
+/// Settings of one process.
 #[derive(Debug, Clone)]
 pub struct Settings {
-    /// The policy's file, or directory of files, to be followed; none where nothing is to be followed.
-    pub policy: Option<Followed>,
-    /// Who we are if the policy does not say so.
+    /// The policy path that is watched for changes; `None`: no path is watched.
+    pub policy: Option<WatchedPath>,
+    /// Service name for metrics and logs where the policy sets none.
     pub service: String,
-    /// Where the admin door is.
+    /// Admin address.
     pub admin: SocketAddr,
-    /// Worker threads, at least one.
+    /// Number of worker threads, at least 1.
     pub workers: usize,
-    /// How long calls in flight may take to finish once nothing new is accepted.
+    /// Maximum time for calls in flight to finish after the listeners have closed.
     pub grace: Duration,
-    /// How long callers are still accepted after SIGTERM.
+    /// Time after SIGTERM during which the listeners still accept.
     pub drain_delay: Duration,
 }
 
-/// A policy on the disk whose changes are taken up.
+/// A policy path that is watched for changes.
 #[derive(Debug, Clone)]
-pub struct Followed {
+pub struct WatchedPath {
     /// The file, or the directory of files.
     pub path: PathBuf,
-    /// What it looked like just before it was read, so that no change after that is missed.
+    /// Fingerprint of the files, taken just before they were read, so that no later change is missed.
     pub fingerprint: u64,
 }
 
-/// As many workers as the process may use processors: the cgroup's limit, else the machine's, at least one.
+/// Default number of workers: the CPU limit of the cgroup, else the number of CPUs of the machine, at least 1.
 pub fn default_workers() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
-/// True if the user wants no colours (no-color.org).
+/// True if `NO_COLOR` is set and not empty (no-color.org).
 pub fn no_colour() -> bool {
     std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty())
 }

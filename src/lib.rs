@@ -1,18 +1,19 @@
-//! hopguard: a sidecar proxy that keeps the rules of service-to-service calls.
+//! hopguard: a sidecar proxy that enforces timeouts, retries and circuit breaking on a service's calls.
 //!
-//! The map, from the top level to the bottom; modules import only from lower levels, and a test keeps it:
+//! The modules by level, highest first. A module imports from lower levels only; `tests/architecture.rs` enforces this.
 //!
-//! | level | module | what |
+//! | level | modules | content |
 //! |---|---|---|
-//! | 8 | [`cli`] | one file per command |
-//! | 7 | [`app`], [`config`] | builds, starts and drains the parts |
-//! | 6 | [`listener`], [`admin`] | the doors: for callers, for operators |
+//! | 9 | [`cli`] | one file per command |
+//! | 8 | [`app`] | builds, starts and drains the parts |
+//! | 7 | [`config`] | process settings from flags and environment |
+//! | 6 | [`listener`], [`admin`] | accepting downstream connections; the admin server |
 //! | 5 | [`proxy`] | the path of one request; begin with `proxy/pipeline.rs` |
 //! | 4 | [`policy`] | YAML, checked model, compiled snapshot |
-//! | 3 | [`upstream`] | discovery, balancing, pools |
+//! | 3 | [`upstream`] | discovery, load balancing, connection pools |
 //! | 2 | [`rules`] | pure decisions |
 //! | 1 | [`telemetry`] | the record of one exchange, metrics, log lines |
-//! | 0 | [`net`], [`runtime`], [`problems`] | sockets, tasks, diagnostics |
+//! | 0 | [`net`], [`runtime`], [`problems`] | sockets, threads, diagnostics |
 
 pub mod admin;
 pub mod app;

@@ -1,8 +1,8 @@
-//! hopguard: arguments in, exit code out.
+//! The binary: parses the arguments and returns the exit code of the command.
 
 use std::process::ExitCode;
 
-/// Gives pages of a burst back to the system within a second (see `.cargo/config.toml`).
+/// Returns the pages of a load peak to the system within a second (see `.cargo/config.toml`).
 #[global_allocator]
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 

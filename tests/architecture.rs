@@ -1,51 +1,124 @@
-//! Holds the shape of `src/`: which module may know which, how long a file may be, and how it begins.
+//! The structure of `src/`: which module may import which, file length, file header, one meaning per type name.
 //!
-//! Modules stand on levels and import from lower ones only. The test reads the source as text and follows `crate::` paths, so
-//! `super` may not lead out of a top-level module, and `#[cfg(test)]` comes once, last in a file: what stands behind it is free.
+//! Modules have levels and import from lower levels only. The test reads the source as text and follows `crate::` paths, so
+//! `super` must not lead out of a top-level module, and `#[cfg(test)]` occurs once, last in a file: the code after it is not checked.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test stops at the first surprise")]
 
 use std::{
+    collections::{BTreeMap, BTreeSet},
     fs,
     path::{Path, PathBuf},
 };
 
-/// Lowest first; modules of one level do not know each other.
+/// Lowest level first; modules of one level do not import each other. `ARCHITECTURE.md` and `src/lib.rs` have the same table.
 const LEVELS: &[&[&str]] = &[
     &["net", "problems", "runtime"],
     &["telemetry"],
     &["rules"],
-    &["outbox", "upstream"],
+    &["upstream"],
     &["policy"],
     &["proxy"],
-    &["admin", "kubernetes", "listener"],
+    &["admin", "listener"],
     &["config"],
     &["app"],
     &["cli"],
 ];
 
-/// The two roots of the crate; they name every module and stand on no level.
+/// The two roots of the crate; they name every module and have no level.
 const ROOTS: &[&str] = &["lib", "main"];
 
-/// Longest file in lines, without its tests.
-const CEILING: usize = 600;
+/// Maximum length of a file in lines, without its tests.
+const MAX_LINES: usize = 600;
 
-/// Names that say nothing about what is inside.
+/// File names that do not describe the content.
 const EMPTY_NAMES: &[&str] = &["common", "helpers", "impl", "manager", "misc", "types", "util", "utils"];
 
+/// Type names that occur more than once today. Each entry is to be renamed in one of its two modules and then removed.
+const SHARED_TYPE_NAMES: &[&str] = &[
+    "AccessLog",   // policy::model (the settings), telemetry::access_log (the writer)
+    "Destination", // policy::model (the checked values), policy::snapshot (the compiled destination)
+    "Direction",   // policy::model, telemetry::hop: two enums with the same variants
+];
+
+/// Fewest types that a complete walk over `src/` finds.
+const FEWEST_TYPES: usize = 200;
+
 #[test]
-fn every_file_keeps_the_shape_of_the_tree() {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
-    let mut files = Vec::new();
-    collect_rust_files(&root, &mut files);
-    files.sort();
+fn every_file_follows_the_structure() {
+    let files = source_files();
     let mut faults = Vec::new();
-    for file in &files {
-        let inside = file.strip_prefix(&root).unwrap();
-        let text = fs::read_to_string(file).unwrap();
-        faults.extend(faults_of(inside, &text).into_iter().map(|fault| format!("src/{}: {fault}", inside.display())));
+    for (path, text) in &files {
+        faults.extend(faults_of(path, text).into_iter().map(|fault| format!("src/{}: {fault}", path.display())));
     }
     assert!(files.len() >= 10, "only {} files seen: is this the right folder?", files.len());
     assert!(faults.is_empty(), "\n{}\n", faults.join("\n"));
+}
+
+#[test]
+fn every_level_names_modules_that_exist() {
+    let files = source_files();
+    let modules: BTreeSet<&str> = files.iter().map(|(path, _)| top_level_module(path)).collect();
+    let known: BTreeSet<&str> = LEVELS.iter().copied().flatten().chain(ROOTS).copied().collect();
+    assert_eq!(known, modules);
+}
+
+#[test]
+fn the_tables_of_levels_in_the_documentation_agree_with_the_test() {
+    let levels: Vec<(usize, BTreeSet<String>)> = LEVELS
+        .iter()
+        .enumerate()
+        .map(|(level, modules)| (level, modules.iter().map(|&module| module.to_owned()).collect()))
+        .collect();
+    for page in ["ARCHITECTURE.md", "src/lib.rs"] {
+        let text = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(page)).unwrap();
+        let mut table = level_table(&text);
+        table.reverse();
+        assert_eq!(table, levels, "{page}");
+    }
+    for (path, text) in source_files() {
+        if let Some((_, rest)) = text.lines().next().unwrap_or("").split_once("//! Level ") {
+            let level = rest.split(':').next().unwrap().parse().ok();
+            assert_eq!(level, level_of(top_level_module(&path)), "src/{}: the level in the first line", path.display());
+        }
+    }
+}
+
+#[test]
+fn a_table_of_levels_is_read_in_both_forms() {
+    let rows =
+        [(5, BTreeSet::from(["proxy".to_owned()])), (0, BTreeSet::from(["net".to_owned(), "runtime".to_owned()]))];
+    assert_eq!(
+        level_table("| level | modules |\n|---|---|\n| 5 | `proxy` | a |\n| 0 | `net`, `runtime` | `b` |\n"),
+        rows
+    );
+    assert_eq!(level_table("//! | 5 | [`proxy`] | a |\n//! | 0 | [`net`], [`runtime`] | `b` |\n"), rows);
+}
+
+#[test]
+fn every_type_name_has_one_meaning() {
+    let files = source_files();
+    let mut places: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for (path, text) in files.iter().filter(|(path, _)| !is_test_file(path)) {
+        for name in public_type_names(split_at_tests(text).0) {
+            places.entry(name.to_owned()).or_default().push(format!("src/{}", path.display()));
+        }
+    }
+    assert!(places.len() >= FEWEST_TYPES, "only {} types seen", places.len());
+    let shared = |name: &str| places.get(name).is_some_and(|files| files.len() > 1);
+    let clashes: Vec<String> = places
+        .iter()
+        .filter(|(name, _)| shared(name) && !SHARED_TYPE_NAMES.contains(&name.as_str()))
+        .map(|(name, files)| format!("`{name}` names a type in each of {}: rename one", files.join(", ")))
+        .collect();
+    assert!(clashes.is_empty(), "\n{}\n", clashes.join("\n"));
+    let resolved: Vec<_> = SHARED_TYPE_NAMES.iter().filter(|name| !shared(name)).collect();
+    assert!(resolved.is_empty(), "remove from SHARED_TYPE_NAMES, each names one type only: {resolved:?}");
+}
+
+#[test]
+fn type_names_are_found_whatever_their_visibility() {
+    let code = "pub struct A<T>(T);\npub(super) enum B {\n    pub(crate) trait C: A {}\npub type D = u8;\nstruct E;\npub fn f() {}\n// pub struct G;\npub(in crate::x) struct H;\n";
+    assert_eq!(public_type_names(code), ["A", "B", "C", "D", "H"]);
 }
 
 #[test]
@@ -55,14 +128,27 @@ fn imports_are_found_in_every_way_of_writing_them() {
 }
 
 #[test]
-fn an_import_upwards_or_sideways_is_a_fault() {
+fn an_import_from_the_same_or_a_higher_level_is_a_fault() {
     let file = Path::new("rules/limits.rs");
     assert!(faults_of(file, "//! Limits.\nuse crate::{net::Socket, rules::Duration};\n").is_empty());
     assert_eq!(faults_of(file, "//! Limits.\nuse crate::proxy::Body;\n").len(), 1);
     assert_eq!(faults_of(Path::new("net/mod.rs"), "//! Net.\nuse crate::runtime::Drain;\n").len(), 1);
     assert_eq!(faults_of(Path::new("net/mod.rs"), "//! Net.\nuse super::rules;\n").len(), 1);
     assert_eq!(faults_of(Path::new("net/util.rs"), "use std::io;\n").len(), 2);
-    assert_eq!(faults_of(Path::new("stray.rs"), "//! On no level.\n").len(), 1);
+    assert_eq!(faults_of(Path::new("stray.rs"), "//! No level.\n").len(), 1);
+}
+
+/// Every file below `src/`, with its path relative to `src/`, in the order of the paths.
+fn source_files() -> Vec<(PathBuf, String)> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut files = Vec::new();
+    collect_rust_files(&root, &mut files);
+    files.sort();
+    let read = |file: PathBuf| {
+        let text = fs::read_to_string(&file).unwrap();
+        (file.strip_prefix(&root).unwrap().to_owned(), text)
+    };
+    files.into_iter().map(read).collect()
 }
 
 fn collect_rust_files(folder: &Path, files: &mut Vec<PathBuf>) {
@@ -80,35 +166,43 @@ fn collect_rust_files(folder: &Path, files: &mut Vec<PathBuf>) {
 fn faults_of(path: &Path, text: &str) -> Vec<String> {
     let mut faults = Vec::new();
     if !text.starts_with("//!") {
-        faults.push("does not begin with `//!`: say what the file is and where it stands".to_owned());
+        faults.push("does not begin with `//!`: write what the file contains and where it belongs".to_owned());
     }
     let stem = path.file_stem().unwrap().to_str().unwrap();
     if EMPTY_NAMES.contains(&stem) {
-        faults.push(format!("`{stem}` says nothing: name the file after its main type"));
+        faults.push(format!("`{stem}` does not describe the content: name the file after its main type"));
     }
-    let is_test_file = stem == "tests" || path.iter().any(|part| part == "tests");
-    if is_test_file {
+    if is_test_file(path) {
         return faults;
     }
     let (code, tests) = split_at_tests(text);
     if !tests.is_empty() && !tests_come_once_and_last(tests) {
-        faults.push("`#[cfg(test)] mod tests` comes once, last in the file".to_owned());
+        faults.push("`#[cfg(test)] mod tests` must occur once, last in the file".to_owned());
     }
     let lines = code.lines().count();
-    if lines > CEILING {
-        faults.push(format!("{lines} lines without tests, more than {CEILING}: split it"));
+    if lines > MAX_LINES {
+        faults.push(format!("{lines} lines without tests, more than {MAX_LINES}: split it"));
     }
     faults.extend(import_faults(path, stem, &without_comments(code)));
     faults
 }
 
+fn is_test_file(path: &Path) -> bool {
+    path.file_stem().is_some_and(|stem| stem == "tests") || path.iter().any(|part| part == "tests")
+}
+
+/// The module directly below the crate root that a file belongs to; `path` is relative to `src/`.
+fn top_level_module(path: &Path) -> &str {
+    Path::new(path.iter().next().unwrap()).file_stem().unwrap().to_str().unwrap()
+}
+
 fn import_faults(path: &Path, stem: &str, code: &str) -> Vec<String> {
-    let module = Path::new(path.iter().next().unwrap()).file_stem().unwrap().to_str().unwrap();
+    let module = top_level_module(path);
     if ROOTS.contains(&module) {
         return Vec::new();
     }
     let Some(own) = level_of(module) else {
-        return vec![format!("`{module}` stands on no level: give it one in LEVELS")];
+        return vec![format!("`{module}` has no level: add it to LEVELS")];
     };
     let mut faults = Vec::new();
     let is_top = path.iter().count() == 1 || (path.iter().count() == 2 && stem == "mod");
@@ -126,6 +220,34 @@ fn import_faults(path: &Path, stem: &str, code: &str) -> Vec<String> {
 
 fn level_of(module: &str) -> Option<usize> {
     LEVELS.iter().position(|level| level.contains(&module))
+}
+
+/// The rows `| LEVEL | modules | ... |` of a Markdown table, also inside `//!` comments, in the order of the text.
+fn level_table(text: &str) -> Vec<(usize, BTreeSet<String>)> {
+    let row = |line: &str| {
+        let mut cells = line.trim_start_matches("//!").trim().strip_prefix('|')?.split('|').map(str::trim);
+        let level = cells.next()?.parse().ok()?;
+        let modules = cells.next()?.split(',').map(|module| module.trim().trim_matches(['[', ']', '`']).to_owned());
+        Some((level, modules.collect()))
+    };
+    text.lines().filter_map(row).collect()
+}
+
+/// The names of all `pub`, `pub(super)` and other visible structs, enums, traits and type aliases.
+fn public_type_names(code: &str) -> Vec<&str> {
+    let name = |line| {
+        let rest = str::trim_start(line).strip_prefix("pub")?;
+        let rest = match rest.strip_prefix('(') {
+            Some(scope) => scope.split_once(')')?.1,
+            None => rest,
+        };
+        let (kind, rest) = rest.trim_start().split_once(' ')?;
+        if !["struct", "enum", "trait", "type", "union"].contains(&kind) {
+            return None;
+        }
+        name_at_start(rest)
+    };
+    code.lines().filter_map(name).collect()
 }
 
 fn split_at_tests(text: &str) -> (&str, &str) {

@@ -1,4 +1,4 @@
-//! The demo as a newcomer meets it: the built binary, its words, its figures, its addresses, and its end.
+//! The demo of the built binary: its text, figures, addresses and end.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test stops at the first surprise")]
 
 use std::io::{BufRead, BufReader, Read, Write};
@@ -10,7 +10,7 @@ use tokio::time::Instant;
 
 const HOPS: [&str; 3] = ["caller -> order", "order -> payment", "payment -> bank"];
 
-/// A running demo; killed if the test ends before it does.
+/// A running demo; killed on drop if it has not ended.
 struct Demo {
     child: Child,
     out: BufReader<ChildStdout>,
@@ -28,7 +28,7 @@ impl Demo {
         Self { child, out }
     }
 
-    /// Everything up to and with the first line that contains `wanted`.
+    /// The output up to and including the first line that contains `wanted`.
     fn read_to(&mut self, wanted: &str) -> String {
         let mut text = String::new();
         while self.out.read_line(&mut text).unwrap() > 0 {
@@ -48,17 +48,17 @@ impl Demo {
 
 impl Drop for Demo {
     fn drop(&mut self) {
-        // It has usually ended by itself.
+        // Fails if the process has ended already.
         self.child.kill().ok();
         self.child.wait().ok();
     }
 }
 
 #[test]
-fn the_demo_tells_how_one_failure_stays_small() {
+fn the_demo_shows_how_a_failure_is_contained() {
     let mut demo = Demo::start("10s");
-    let opening = demo.read_to("All is well");
-    // The first table has been counted, so the metrics have something to say.
+    let opening = demo.read_to("All services are healthy");
+    // Once the first table is printed, the metrics have samples.
     let well = opening + &demo.read_to("payment -> bank");
     for hop in HOPS {
         assert!(well.contains(hop), "{hop} is not in\n{well}");
@@ -72,18 +72,18 @@ fn the_demo_tells_how_one_failure_stays_small() {
     }
     let rest = demo.rest();
     assert_eq!(demo.child.wait().unwrap().code(), Some(0), "{rest}");
-    let (between, rest) = rest.split_once("The bank turns slow").unwrap();
+    let (between, rest) = rest.split_once("The bank becomes slow").unwrap();
     let (slow, rest) = rest.split_once("payment fails").unwrap();
-    let (failing, recovered) = rest.split_once("payment is well again").unwrap();
+    let (failing, recovered) = rest.split_once("payment has recovered").unwrap();
     the_bank_is_where_the_time_goes(&(well + between), slow);
     the_breaker_opens_and_order_goes_on(failing);
-    assert!(recovered.contains("The breaker closed by itself"), "{recovered}");
+    assert!(recovered.contains("The circuit breaker closed "), "{recovered}");
     assert_eq!(row(recovered, HOPS[1])[3], "100%", "{recovered}");
-    // The order in a hurry is one of them: where the machine itself takes what it has left, its answer is the 504 that is shown.
+    // The order with the short deadline is counted too: on an overloaded machine its response is the 504 that is shown.
     let late = usize::from(slow.contains("    504 Gateway Timeout\n"));
     assert!(late == 1 || slow.contains("    202 Accepted\n"), "{slow}");
-    assert!(recovered.contains(&format!("and {late} of them got no good answer")), "{recovered}");
-    assert_eq!([tries(recovered, "enforce"), tries(recovered, "off")], [3, 9], "{recovered}");
+    assert!(recovered.contains(&format!("in total; {late} of them failed")), "{recovered}");
+    assert_eq!([attempts(recovered, "enforce"), attempts(recovered, "off")], [3, 9], "{recovered}");
 }
 
 fn the_bank_is_where_the_time_goes(well: &str, slow: &str) {
@@ -102,8 +102,8 @@ fn the_breaker_opens_and_order_goes_on(failing: &str) {
     assert!(failing.contains("503 circuit_open"), "{failing}");
     assert!(failing.contains("circuitBreaker.consecutiveFailures is 5"), "{failing}");
     assert_eq!([row(failing, HOPS[0])[3], row(failing, HOPS[1])[3]], ["100%", "0%"], "{failing}");
-    let (_, counted) = failing.split_once("In this time order called payment ").unwrap();
-    let (counted, _) = counted.split_once("orders.").unwrap();
+    let (_, counted) = failing.split_once("In this phase order called payment ").unwrap();
+    let (counted, _) = counted.split_once("orders successfully.").unwrap();
     let numbers: Vec<u64> = counted.split(|c: char| !c.is_ascii_digit()).filter_map(|word| word.parse().ok()).collect();
     let [called, reached, refused, opened, good, orders] = numbers[..] else { panic!("{numbers:?} in\n{counted}") };
     assert!(opened > 0 && refused > called / 2, "{counted}");
@@ -112,9 +112,9 @@ fn the_breaker_opens_and_order_goes_on(failing: &str) {
 }
 
 #[test]
-fn ctrl_c_ends_the_demo_at_once_and_well() {
+fn ctrl_c_ends_the_demo_at_once_with_exit_code_0() {
     let mut demo = Demo::start("30s");
-    demo.read_to("All is well");
+    demo.read_to("All services are healthy");
     let asked = Instant::now();
     let sent = Command::new("kill").args(["-INT", &demo.child.id().to_string()]).status().unwrap();
     assert!(sent.success());
@@ -125,13 +125,13 @@ fn ctrl_c_ends_the_demo_at_once_and_well() {
 }
 
 #[test]
-fn a_demo_too_short_to_show_anything_is_refused() {
+fn a_demo_too_short_for_its_phases_is_refused() {
     let refused = Command::new(env!("CARGO_BIN_EXE_hopguard")).args(["demo", "--duration", "5s"]).output().unwrap();
     assert_eq!(refused.status.code(), Some(2));
     assert!(String::from_utf8_lossy(&refused.stderr).contains("at least 6s"));
 }
 
-/// The cells of a hop in the last table of a text: nothing, route, calls a second, share of good ones, mean and so on.
+/// The cells of a hop in the last table of a text: an empty one, route, calls per second, success, mean and so on.
 fn row<'a>(text: &'a str, hop: &str) -> Vec<&'a str> {
     let table = text.rfind("calls/s").unwrap_or_else(|| panic!("no table in\n{text}"));
     let row = text[table..].lines().find_map(|line| line.strip_prefix(hop)).unwrap();
@@ -146,14 +146,14 @@ fn millis(cell: &str) -> f64 {
     }
 }
 
-/// The tries at the bank that the last chapter counted.
-fn tries(text: &str, mode: &str) -> u64 {
+/// The attempts at the bank that the last part counted.
+fn attempts(text: &str, mode: &str) -> u64 {
     let wanted = format!("rules: {{ retryInOnePlace: {mode} }}");
     let line = text.lines().find_map(|line| line.trim().strip_prefix(&wanted)).unwrap();
     line.split_whitespace().next().unwrap().parse().unwrap()
 }
 
-/// What the metrics address of a service answers, head included.
+/// The response of the metrics address of a service, head included.
 fn metrics_of(text: &str, service: &str) -> String {
     let line = text.lines().find(|line| line.starts_with(service) && line.contains("/metrics")).unwrap();
     let (_, url) = line.rsplit_once("http://").unwrap();

@@ -1,1 +1,1 @@
-"""The parts of the comparison: processes, subjects, loads, measures, report. `compare.py` beside this folder puts them together."""
+"""The parts of the benchmark: processes, subjects, loads, measures, report. `compare.py` in the parent folder combines them."""

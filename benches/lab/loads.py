@@ -1,4 +1,4 @@
-"""The load generators: wrk for HTTP/1.1, h2load for HTTP/2. Both say how many answers there were and how many were not as wanted."""
+"""The load generators: wrk for HTTP/1.1, h2load for HTTP/2. Both report the number of responses and of failures."""
 
 import json
 import os
@@ -16,8 +16,8 @@ SCRIPT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "report.lua")
 
 @dataclass
 class Load:
-    """What one run of a generator saw: answers, the time it took, latencies in microseconds (zero where it does not measure them), and
-    answers that were no 2xx or never came."""
+    """Result of one run: responses, duration in seconds, latencies in microseconds (0 if the generator does not measure them), and
+    failures: responses other than 2xx, and missing ones."""
 
     requests: int
     seconds: float
@@ -38,7 +38,7 @@ def output_of(command):
 
 
 def wrk(port, path, connections, seconds, paths=()):
-    """HTTP/1.1 over kept-alive connections; `paths`, where given, are asked for in turn instead of `path`."""
+    """HTTP/1.1 over persistent connections; `paths`, if given, are requested in turn instead of `path`."""
     url = f"http://127.0.0.1:{port}{path}"
     text = output_of(["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "10s", "-s", SCRIPT, url, "--", *paths])
     found = json.loads(text.partition("RESULT ")[2].splitlines()[0])
@@ -46,12 +46,12 @@ def wrk(port, path, connections, seconds, paths=()):
 
 
 def h2load(port, path, connections, streams, seconds, *more):
-    """HTTP/2 with prior knowledge. Without latencies: writing them down would take the generator more time than the answers do."""
+    """HTTP/2 with prior knowledge. Without latencies: logging them would cost the generator more than the responses do."""
     url = f"http://127.0.0.1:{port}{path}"
     text = output_of(["h2load", "-t1", f"-c{connections}", f"-m{streams}", f"-D{seconds}", *more, url])
     done = int(re.search(r"(\d+) done", text)[1])
     if not done:
-        raise RuntimeError(f"h2load got no answer:\n{text[-1000:]}")
+        raise RuntimeError(f"h2load got no response:\n{text[-1000:]}")
     lost = re.search(r"(\d+) failed, (\d+) errored, (\d+) timeout", text).groups()
     wrong = re.search(r"(\d+) 3xx, (\d+) 4xx, (\d+) 5xx", text).groups()
     return Load(done, float(seconds), 0, 0, sum(map(int, lost + wrong)))
@@ -66,11 +66,11 @@ def h2load_exactly(requests, port, path, *flags):
 
 
 def h2load_latencies(port, path, connections, streams, folder):
-    """A second of the same load, each request written down: the summary has no percentiles. In microseconds: p50, p99."""
+    """One second of the same load with a log line per request, because the summary has no percentiles. Returns p50 and p99 in microseconds."""
     log = os.path.join(folder, "h2load.log")
     failed = h2load(port, path, connections, streams, 1, f"--log-file={log}").failed
     if failed:
-        raise RuntimeError(f"{failed} requests of h2load had no answer, or a wrong one")
+        raise RuntimeError(f"{failed} requests of h2load had no response, or an unexpected one")
     with open(log, encoding="ascii") as lines:
         micros = sorted(int(line.split()[2]) for line in lines)
     os.remove(log)
@@ -78,6 +78,6 @@ def h2load_latencies(port, path, connections, streams, folder):
 
 
 def fetch(port, path):
-    """One request with a client of its own: the status and the body."""
+    """Sends one request on a new connection; returns status and body."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as answer:
         return answer.status, answer.read()

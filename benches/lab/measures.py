@@ -1,4 +1,4 @@
-"""What is measured. Subjects take turns in every round, so that a busy moment of the machine meets all of them; medians are compared."""
+"""The measures. Subjects take turns in every round, so that a load peak of the machine affects all of them; medians are compared."""
 
 import os
 import re
@@ -18,15 +18,15 @@ RELOADS = 3
 
 
 class Lab:
-    """One run: the started upstream, the folder for files, how long and how often, and every answer that was not as wanted."""
+    """One run: the started upstream, the folder for files, number and duration of the rounds, and the faults found."""
 
     def __init__(self, folder, upstream, rounds, seconds, say):
         self.folder, self.upstream, self.rounds, self.seconds, self.say = folder, upstream, rounds, seconds, say
         self.faults = []
 
     def alternate(self, title, running, load, latencies=None):
-        """Loads the subjects in turn, a second each to warm up and then round by round. `load(subject, seconds)` makes one run. Where it
-        does not see latencies, `latencies(subject)` does afterwards."""
+        """Loads the subjects in turn, first with one second of warm-up each, then round by round. `load(subject, seconds)` makes one run. If
+        it does not measure latencies, `latencies(subject)` does so afterwards."""
         samples = {subject.name: [] for subject in running}
         for subject in running:
             load(subject, 1)
@@ -43,7 +43,7 @@ class Lab:
         cpu = subject.daemon.cpu_seconds() - before
         p50, p99 = latencies(subject) if latencies else (result.p50, result.p99)
         if result.failed:
-            self.faults.append(f"{title}: {result.failed} of {result.requests} answers of {subject.name} were not 200")
+            self.faults.append(f"{title}: {result.failed} of {result.requests} responses of {subject.name} were not 200")
         return {
             "cpu_us": cpu / max(result.requests, 1) * 1e6,
             "per_second": result.requests / result.seconds,
@@ -53,7 +53,7 @@ class Lab:
         }
 
     def start_all(self, subjects):
-        """Starts every subject and asks each once, before anything is measured."""
+        """Starts every subject and sends one request to each, before any measurement."""
         running = []
         try:
             for subject in subjects:
@@ -92,7 +92,7 @@ def under_load(lab, subjects, title, load, latencies=None):
 
 
 def http1(lab, subjects):
-    """64 kept-alive connections, a small JSON answer."""
+    """64 persistent connections, a small JSON response."""
 
     def load(subject, seconds):
         return loads.wrk(subject.h1, ORDER, 64, seconds)
@@ -101,7 +101,7 @@ def http1(lab, subjects):
 
 
 def http2(lab, subjects):
-    """8 connections with 16 streams each, the same answer."""
+    """8 connections with 16 streams each, the same response."""
 
     def load(subject, seconds):
         return loads.h2load(subject.h2, ORDER, 8, 16, seconds)
@@ -113,7 +113,7 @@ def http2(lab, subjects):
 
 
 def bodies(lab, subjects):
-    """16 kept-alive connections, answers of one mebibyte."""
+    """16 persistent connections, responses of 1 MiB."""
 
     def load(subject, seconds):
         lab.expect(subject, "/mib", BODY_BYTES)
@@ -123,7 +123,7 @@ def bodies(lab, subjects):
 
 
 def memory(lab, subjects):
-    """Resident memory: a second after the first answer, with 1,000 idle connections that made a request each, and after they closed."""
+    """Resident memory: one second after the first response, with 1,000 idle connections after one request each, and after they closed."""
     found = {}
     for subject in subjects:
         lab.say(f"memory: {subject.name}")
@@ -142,7 +142,7 @@ def memory(lab, subjects):
 
 
 def allow_many_files():
-    """Each idle connection is a file here and one in the proxy, which inherits the limit."""
+    """Raises the limit of open files: each idle connection is one here and one in the proxy, which inherits the limit."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
@@ -160,7 +160,7 @@ def idle_connection(port):
 
 
 def routes(lab, hopguard):
-    """hopguard with 10,000 routes beside hopguard with 10. Both are asked for the same ten paths, spread evenly over the larger policy."""
+    """hopguard with 10,000 routes compared with 10 routes. Both get requests for the same ten paths, spread evenly over the larger policy."""
     few, many = (route_paths(count) for count in ROUTES)
     asked = [path.replace("{id}", "42") for path in few]
 
@@ -183,7 +183,7 @@ def route_paths(count):
 
 
 def reload_times(lab, running, paths):
-    """Milliseconds from the renaming of the new file to its policy on the admin port, and what the metric says the reload itself took."""
+    """Milliseconds from the rename of the new file to its policy on the admin port, and the duration of the reload by its metric."""
     seen, told = [], []
     for number in range(RELOADS):
         text = hopguard_policy(running.h1, running.h2, lab.upstream, paths, request=f"{3 + number}s")
@@ -195,7 +195,7 @@ def reload_times(lab, running, paths):
         os.rename(new, policy)
         while policy_hash(running.admin) == before:
             if time.monotonic() > start + 10:
-                raise RuntimeError("a renamed policy was not taken up within ten seconds")
+                raise RuntimeError("a renamed policy was not loaded within ten seconds")
             time.sleep(0.01)
         seen.append((time.monotonic() - start) * 1000)
         told.append(between(metric, reload_metric(running.admin)))
@@ -223,7 +223,7 @@ def between(before, after):
 
 
 def machine():
-    """What a reader has to know of the machine to judge the figures."""
+    """The properties of the machine that affect the figures."""
     with open("/proc/cpuinfo", encoding="utf-8") as info:
         model = next((line.partition(":")[2].strip() for line in info if line.startswith("model name")), "unknown")
     return {

@@ -1,4 +1,4 @@
-"""Child processes: started on given cores in a session of their own, measured through /proc, and ended with everything they started."""
+"""Child processes: started on given cores in their own session, measured through /proc, and ended with all their children."""
 
 import os
 import random
@@ -7,14 +7,14 @@ import socket
 import subprocess
 import time
 
-# Where some systems keep servers, which is not on the path of every user.
+# Some systems install servers outside the PATH of unprivileged users.
 os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
 
 TICK = os.sysconf("SC_CLK_TCK")
 PAGE = os.sysconf("SC_PAGE_SIZE")
 CORES = sorted(os.sched_getaffinity(0))
 PROXY_CORES = CORES[:1]
-# Load generator and upstream share what the proxy does not use; on a machine with one core they share that one.
+# Load generator and upstream share the cores that the proxy does not use; on a machine with one core all share it.
 LOAD_CORES = CORES[1:] or CORES
 
 
@@ -23,8 +23,8 @@ def pinned(command, cores):
 
 
 def free_ports(count):
-    """Ports of the loopback address that nobody uses now. They are below those that the system gives to connections and to
-    whoever asks for any, so that nobody else has got one before its server listens there."""
+    """Unused loopback ports. They are below the ephemeral range of the system, so that no outgoing connection and no bind to port 0
+    takes one before its server listens there."""
     ports = []
     for port in random.sample(range(10_000, 20_000), 1000):
         try:
@@ -38,7 +38,7 @@ def free_ports(count):
 
 
 class Daemon:
-    """A server under measurement, or beside it. Use it in a `with`: leaving the block ends the whole session."""
+    """A measured server, or one that it needs. Use it in a `with` statement: leaving the block ends the whole session."""
 
     def __init__(self, command, cores, log):
         self.log = log
@@ -63,7 +63,7 @@ class Daemon:
         self.process.poll()
 
     def wait_for(self, port):
-        """Returns when something accepts on the port; raises with the end of the log when the process ends or ten seconds pass."""
+        """Returns when the port accepts connections; raises with the end of the log if the process ends or after ten seconds."""
         end = time.monotonic() + 10
         while time.monotonic() < end and self.process.poll() is None:
             try:
@@ -72,18 +72,18 @@ class Daemon:
             except OSError:
                 time.sleep(0.02)
         with open(self.log, encoding="utf-8", errors="replace") as log:
-            raise RuntimeError(f"nothing listens on port {port}; its log ends with:\n{log.read()[-2000:]}")
+            raise RuntimeError(f"no process listens on port {port}; its log ends with:\n{log.read()[-2000:]}")
 
     def cpu_seconds(self):
         """User and system time of every process of the session, to the clock tick (10 ms on most machines)."""
         return sum(int(fields[11]) + int(fields[12]) for fields in self._stats()) / TICK
 
     def resident_mib(self):
-        """Resident pages of every process of the session; what two of them share is counted twice."""
+        """Resident pages of every process of the session; shared pages are counted once per process."""
         return sum(int(fields[21]) for fields in self._stats()) * PAGE / 2**20
 
     def _stats(self):
-        """The fields of /proc/PID/stat from the third on. The second is a name in brackets, which may contain anything."""
+        """The fields of /proc/PID/stat from the third on. The second is a name in brackets, which may contain any character."""
         for entry in os.scandir("/proc"):
             if not entry.name.isdigit():
                 continue

@@ -1,4 +1,4 @@
--- wrk's figures as one line of JSON, and, with arguments (paths), requests that take turns over these paths.
+-- Prints the figures of wrk as one line of JSON. With arguments (paths), the requests take turns over these paths.
 local requests, turn = {}, 0
 
 function init(paths)

@@ -1,4 +1,4 @@
-"""Figures, ratios and verdicts, as Markdown for people and as JSON for programs."""
+"""Figures, ratios and verdicts: Markdown to read, values for JSON."""
 
 TITLES = {
     "h1": "HTTP/1.1, 64 kept-alive connections, small JSON",
@@ -6,7 +6,7 @@ TITLES = {
     "bodies": "HTTP/1.1, 16 connections, bodies of 1 MiB",
 }
 
-# Measure, the other proxy, and how many times its CPU per request hopguard may need at most.
+# Measure, the other proxy, and the maximum ratio of CPU per request: hopguard divided by that proxy.
 WANTED_RATIOS = [
     ("h1", "haproxy", 0.85),
     ("h1", "envoy", 0.33),
@@ -22,7 +22,7 @@ WANTED_RELOAD_MS = 200
 
 
 def verdicts(results):
-    """Rows of what was wanted, what was found, and whether that is enough. What was not measured has no row."""
+    """Rows with measured value, target, and whether the target is met. A measure that did not run has no row."""
     rows = []
     for measure, other, wanted in WANTED_RATIOS:
         found = results.get(measure, {})
@@ -56,7 +56,7 @@ def markdown(machine, versions, notes, results, faults):
         parts += ["## 10 and 10,000 routes", load_table({"10 routes": results["routes"]["few"], "10,000 routes": results["routes"]["many"]})]
         parts.append(reload_line(results["routes"]["reload"]))
     if rows := verdicts(results):
-        parts += ["## Wanted and found", verdict_table(rows), *floor_line(results.get("h1", {}))]
+        parts += ["## Measured values and targets", verdict_table(rows), *floor_line(results.get("h1", {}))]
     if faults:
         parts += ["## Faults", "\n".join(f"- {fault}" for fault in faults)]
     return "\n\n".join(parts) + "\n"
@@ -64,8 +64,8 @@ def markdown(machine, versions, notes, results, faults):
 
 def machine_line(machine):
     line = (
-        f"{machine['date']}; {machine['cpu']}, {machine['cores']} cores, Linux {machine['kernel']}; the proxy has core {machine['proxy_core']} to "
-        f"itself, load and upstream the rest; medians of {machine['rounds']} rounds of {machine['seconds']} s."
+        f"{machine['date']}; {machine['cpu']}, {machine['cores']} cores, Linux {machine['kernel']}; the proxy alone on core {machine['proxy_core']}, "
+        f"load and upstream on the others; medians of {machine['rounds']} rounds of {machine['seconds']} s."
     )
     if machine["load_before"] > 0.5:
         line += f" **The machine was busy before the run (load {machine['load_before']:.1f}).**"
@@ -82,9 +82,9 @@ def table(head, rows):
 
 
 def load_table(found):
-    """The first row is what the others are compared with: hopguard, where it was measured."""
+    """The other rows are compared with the first one: hopguard, if it was measured."""
     first = next(iter(found))
-    head = ["", "CPU/request", f"{first} / it", "requests/s", "p50", "p99", "core used", "RSS"]
+    head = ["", "CPU/request", f"{first} / this", "requests/s", "p50", "p99", "core used", "RSS"]
     rows = []
     for name, row in found.items():
         ratio = "" if name == first else f"{found[first]['cpu_us'] / row['cpu_us']:.2f}"
@@ -109,17 +109,17 @@ def reload_line(reload):
 
 
 def floor_line(found):
-    """How near to the ratios of HTTP/1.1 a program comes that does not read what it passes on."""
+    """The ratios that HAProxy in tcp mode, which parses nothing, would reach for HTTP/1.1: a lower bound."""
     if "haproxy-tcp" not in found:
         return []
     floor = found["haproxy-tcp"]["cpu_us"]
     ratios = [f"{floor / found[other]['cpu_us']:.2f} x {other}" for measure, other, _ in WANTED_RATIOS if measure == "h1" and other in found]
-    return [f"For comparison, HAProxy that only copies bytes (mode tcp) needs {floor:.1f} us for a call of HTTP/1.1: {', '.join(ratios)}."]
+    return [f"For comparison, HAProxy in mode tcp, which only copies bytes, needs {floor:.1f} us per HTTP/1.1 call: {', '.join(ratios)}."]
 
 
 def verdict_table(rows):
-    marks = {True: "✓ holds", False: "✗ **does not hold**"}
+    marks = {True: "✓ met", False: "✗ **not met**"}
     return table(
-        ["", "found", "wanted", ""],
+        ["", "measured", "target", ""],
         [[row["what"], f"{row['found']:.3g}{row['unit']}", f"<= {row['wanted']}{row['unit']}", marks[row["holds"]]] for row in rows],
     )

@@ -1,7 +1,7 @@
-"""The proxies that are compared. Each is configured as its own documentation would for this purpose, with one worker and no access log.
+"""The compared proxies. Each is configured as its documentation recommends for this purpose, with one worker and no access log.
 
-A subject listens on two ports: `h1` speaks HTTP/1.1 on both sides; `h2` speaks HTTP/2 with prior knowledge, on both sides where it can.
-`measures`, where a subject has it, names the only ones that it is for.
+A subject listens on two ports: `h1` with HTTP/1.1 on both sides; `h2` with HTTP/2 by prior knowledge, on both sides if the proxy supports it.
+`measures` of a subject, if present, lists the measures in which it takes part; default: all.
 """
 
 import json
@@ -19,7 +19,7 @@ BODY_BYTES = 2**20
 
 @dataclass
 class Running:
-    """A subject or the upstream, started: its process and where it listens."""
+    """A running subject or upstream: its process and its ports."""
 
     name: str
     daemon: Daemon
@@ -53,7 +53,7 @@ def written(folder, name, text):
 
 
 def nginx_frame(folder, name, servers):
-    """What every nginx here has in common: one worker in the foreground, nothing logged, its files in the folder."""
+    """Common configuration of all nginx processes: one worker in the foreground, no log, files in the folder."""
     kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     temporary = " ".join(f"{kind}_temp_path {folder}/{name}-{kind};" for kind in kinds)
     return f"""
@@ -75,18 +75,18 @@ http {{
 
 
 def start_upstream(folder):
-    """nginx that answers from memory: a small JSON document everywhere, one mebibyte on /mib."""
+    """nginx with responses from memory: a small JSON document on all paths, 1 MiB on /mib."""
     h1, h2 = free_ports(2)
     with open(os.path.join(folder, "mib"), "wb") as file:
         file.write(os.urandom(BODY_BYTES))
     os.chmod(folder, 0o755)  # nginx's worker is another user when the master is root
-    places = f"""
+    locations = f"""
     location / {{ default_type application/json; return 200 '{ANSWER.decode()}'; }}
     location = /mib {{ default_type application/octet-stream; root {folder}; }}"""
     servers = f"""
   open_file_cache max=16 inactive=1h;
-  server {{ listen 127.0.0.1:{h1}; {places} }}
-  server {{ listen 127.0.0.1:{h2} http2; {places} }}"""
+  server {{ listen 127.0.0.1:{h1}; {locations} }}
+  server {{ listen 127.0.0.1:{h2} http2; {locations} }}"""
     config = written(folder, "upstream.conf", nginx_frame(folder, "upstream", servers))
     return launch("upstream", folder, ["nginx", "-c", config], LOAD_CORES, (h1, h2))
 
@@ -94,7 +94,7 @@ def start_upstream(folder):
 class Nginx:
     name = "nginx"
     install = "apt-get install nginx"
-    note = "nginx cannot speak HTTP/2 to an upstream: its HTTP/2 figures are HTTP/2 in, HTTP/1.1 out"
+    note = "nginx does not support HTTP/2 to an upstream: its HTTP/2 figures are HTTP/2 in, HTTP/1.1 out"
 
     def program(self):
         return shutil.which("nginx")
@@ -114,7 +114,7 @@ class Nginx:
 
 
 def haproxy_frame(mode, more):
-    """What every HAProxy here has in common: one thread, a time limit for each side."""
+    """Common configuration of both HAProxy subjects: one thread, timeouts for both sides."""
     return f"""
 global
   nbthread 1
@@ -139,7 +139,7 @@ class Haproxy:
 
     def start(self, folder, upstream):
         h1, h2 = free_ports(2)
-        places = f"""  http-reuse always
+        sections = f"""  http-reuse always
   timeout server 60s
   timeout http-keep-alive 1h
 frontend h1
@@ -153,26 +153,26 @@ backend up1
 backend up2
   server up 127.0.0.1:{upstream.h2} proto h2
 """
-        path = written(folder, "haproxy.cfg", haproxy_frame("http", places))
+        path = written(folder, "haproxy.cfg", haproxy_frame("http", sections))
         return launch(self.name, folder, [self.program(), "-db", "-f", path], PROXY_CORES, (h1, h2))
 
 
 class HaproxyTcp(Haproxy):
-    """HAProxy that passes bytes on and reads none of them: what a hop costs on this machine before anybody looks at HTTP."""
+    """HAProxy that passes bytes on without parsing them: the cost of a hop on this machine without HTTP."""
 
     name = "haproxy-tcp"
     measures = ("h1",)
 
     def start(self, folder, upstream):
         (h1,) = free_ports(1)
-        places = f"""  timeout server 1h
+        sections = f"""  timeout server 1h
 frontend h1
   bind 127.0.0.1:{h1}
   default_backend up1
 backend up1
   server up 127.0.0.1:{upstream.h1}
 """
-        path = written(folder, "haproxy-tcp.cfg", haproxy_frame("tcp", places))
+        path = written(folder, "haproxy-tcp.cfg", haproxy_frame("tcp", sections))
         return launch(self.name, folder, [self.program(), "-db", "-f", path], PROXY_CORES, (h1,))
 
 
@@ -259,7 +259,7 @@ class Hopguard:
         return first_line([self.program(), "--version"])
 
     def start(self, folder, upstream, routes=None, name=None):
-        """Built-in limits and timeouts, metrics on, failed exchanges logged: what a user has who writes nothing more."""
+        """The defaults: built-in limits and timeouts, metrics on, failed exchanges logged."""
         h1, h2, admin = free_ports(3)
         name = name or self.name
         policy = written(folder, f"{name}.yaml", hopguard_policy(h1, h2, upstream, routes or ["/orders/{id}"]))
@@ -291,7 +291,7 @@ destinations:
 
 
 def first_line(command):
-    """What the program says of its version, without its own path."""
+    """The first output line of the program, without its path."""
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
     return lines[0].removeprefix(command[0]).strip() if lines else "unknown"

@@ -1,4 +1,4 @@
-//! What the admin door shows of the process.
+//! What the admin server shows of the process.
 
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
@@ -16,7 +16,7 @@ use crate::rules::duration;
 use crate::rules::mode::RuleName;
 use crate::runtime::drain::DrainPhase;
 
-/// The view from the admin door; holds nothing alive.
+/// The process as the admin server sees it; a weak reference, so that the server does not delay the shutdown.
 pub(super) struct AdminView(Weak<Shared>);
 
 impl AdminView {
@@ -52,7 +52,7 @@ impl ProcessView for AdminView {
 
     fn begin_drain(&self) {
         if let Some(shared) = self.0.upgrade() {
-            shared.leave();
+            shared.begin_drain();
         }
     }
 

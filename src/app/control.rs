@@ -1,6 +1,6 @@
-//! The control thread: resolves names, follows the policy's files and the certificates, and puts changes into force.
+//! The control thread: resolves names, watches the policy and certificate files, and applies their changes.
 //!
-//! A bad file changes nothing: the last good policy stays, and a log line, a metric and `/policy` say so.
+//! An invalid policy changes nothing: the last valid one stays in force, and a log line, a metric and `/policy` report the problems.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -24,7 +24,7 @@ use crate::runtime::{tasks, thread};
 use crate::telemetry::{AccessLogMode, AccessLogSettings, LineFormat, Telemetry};
 use crate::upstream::discovery::{self, NoResolver, Requests, SystemResolver};
 
-/// Starts the thread; it ends when the process begins to close.
+/// Starts the thread; it ends in the drain phase [`DrainPhase::Closing`].
 pub(super) fn start(shared: &Arc<Shared>, requests: Requests) -> io::Result<JoinHandle<io::Result<()>>> {
     let shared = Arc::clone(shared);
     thread::spawn(
@@ -36,109 +36,118 @@ pub(super) fn start(shared: &Arc<Shared>, requests: Requests) -> io::Result<Join
                     if let Some(problem) = problem {
                         tracing::warn!(
                             problem,
-                            "the system's resolver settings cannot be used: names are looked up in the hosts file and at 127.0.0.1"
+                            "the system's resolver settings cannot be used; names are resolved by the hosts file and by 127.0.0.1"
                         );
                     }
                     drop(tasks::spawn(discovery::run(resolver, requests)));
                 }
                 Err(error) => {
-                    tracing::error!(error, "no name can be resolved");
+                    tracing::error!(error, "cannot start a resolver; no name can be resolved");
                     drop(tasks::spawn(discovery::run(NoResolver(error), requests)));
                 }
             }
             let closing = shared.drain.signal();
             tokio::select! {
-                () = follow(&shared) => {}
+                () = watch_files(&shared) => {}
                 () = closing.reached(DrainPhase::Closing) => {}
             }
         },
     )
 }
 
-/// Follows the files for as long as the process serves.
-async fn follow(shared: &Arc<Shared>) {
+/// Applies changes of the files; never returns.
+async fn watch_files(shared: &Arc<Shared>) {
     let Some(followed) = shared.settings.policy.clone() else {
         return std::future::pending().await;
     };
     let mut files = certificate_files(&shared.policy.load().model);
-    let mut seen = Seen { policy: followed.fingerprint, waiting: None, certificates: contents(&files) };
-    let mut watch = watch(&followed.path, &files);
-    // The first look comes at once: the files may have changed since they were read.
+    let mut seen = SeenFiles { policy: followed.fingerprint, pending: None, certificates: hashes(&files) };
+    let mut watch = new_watch(&followed.path, &files);
+    // The first check runs at once: the files may have changed since they were read.
     loop {
-        look(shared, &followed.path, &mut seen);
-        shared.replaced.forget(Instant::now());
-        let named_now: BTreeSet<PathBuf> = seen.certificates.keys().chain(seen.waits_for()).cloned().collect();
+        check_files(shared, &followed.path, &mut seen);
+        shared.previous.release_expired(Instant::now());
+        let named_now: BTreeSet<PathBuf> = seen.certificates.keys().chain(seen.pending_files()).cloned().collect();
         if named_now != files {
             files = named_now;
-            watch = self::watch(&followed.path, &files);
+            watch = new_watch(&followed.path, &files);
         }
         tokio::select! {
             () = watch.changed() => {}
-            () = shared.look.notified() => {}
+            () = shared.reload.notified() => {}
         }
     }
 }
 
-/// What the files looked like when they were last looked at.
-struct Seen {
+/// State of the files at the last check.
+struct SeenFiles {
+    /// Fingerprint of the policy files.
     policy: u64,
-    /// Such a policy, if it did not come into force although there is nothing wrong with it.
-    waiting: Option<Waiting>,
-    certificates: Contents,
+    /// The policy of these files, if it is valid but could not be applied.
+    pending: Option<PendingPolicy>,
+    /// Hashes of the certificate files.
+    certificates: ContentHashes,
 }
 
-impl Seen {
-    /// The certificates without which it perhaps did not.
-    fn waits_for(&self) -> impl Iterator<Item = &PathBuf> {
-        self.waiting.iter().flat_map(|waiting| &waiting.files)
+impl SeenFiles {
+    /// The certificate files of the pending policy.
+    fn pending_files(&self) -> impl Iterator<Item = &PathBuf> {
+        self.pending.iter().flat_map(|pending| &pending.files)
     }
 }
 
-/// A good policy for which something else is missing: an address, a certificate. It may be there at the next look.
-struct Waiting {
+/// A valid policy that could not be applied because an address is in use or a certificate is missing. Every check tries it again.
+struct PendingPolicy {
+    /// The error of the last check.
     message: String,
+    /// Certificate files that the policy names.
     files: BTreeSet<PathBuf>,
 }
 
-/// Puts into force what has changed in the files.
-fn look(shared: &Arc<Shared>, path: &Path, seen: &mut Seen) {
+/// Applies the changes of the policy and certificate files since the last check.
+fn check_files(shared: &Arc<Shared>, path: &Path, seen: &mut SeenFiles) {
     let (policy, before) = (load::fingerprint(path), shared.policy.load_full());
-    let waiting = seen.waiting.take().filter(|_| policy == seen.policy);
-    if policy != seen.policy || waiting.is_some() {
+    let pending = seen.pending.take().filter(|_| policy == seen.policy);
+    if policy != seen.policy || pending.is_some() {
         seen.policy = policy;
-        seen.waiting = reload(shared, path, waiting, &mut seen.certificates);
+        seen.pending = reload(shared, path, pending, &mut seen.certificates);
     }
     let in_force = shared.policy.load_full();
-    let contents_now = contents(&certificate_files(&in_force.model));
-    // Files that the policy names from now on have been read with it.
+    let hashes_now = hashes(&certificate_files(&in_force.model));
+    // Files that only the new policy names were read together with it.
     let has_changed = |(file, now)| seen.certificates.get(file).is_some_and(|before| before != now);
     let is_settled = || Arc::ptr_eq(&before, &in_force) || lock(&shared.certificate_error).is_none();
-    // The file that could not be used may be one that the policy does not name any more.
-    if contents_now.iter().any(has_changed) || !is_settled() {
+    // After a policy change, the file of a certificate error may be one that the policy does not name any more: check again.
+    if hashes_now.iter().any(has_changed) || !is_settled() {
         reload_certificates(shared);
     }
-    seen.certificates = contents_now;
+    seen.certificates = hashes_now;
 }
 
-fn watch(policy: &Path, certificates: &BTreeSet<PathBuf>) -> PolicyWatch {
+fn new_watch(policy: &Path, certificates: &BTreeSet<PathBuf>) -> PolicyWatch {
     PolicyWatch::new(std::iter::once(policy.to_path_buf()).chain(certificates.iter().cloned()))
 }
 
-/// Puts the policy of the files into force, or says why not. Returns it if it is to be tried again; `before` is what
-/// came of the same files at the last look.
-fn reload(shared: &Arc<Shared>, path: &Path, before: Option<Waiting>, certificates: &mut Contents) -> Option<Waiting> {
+/// Loads the policy files and applies the policy, or reports the error. Returns the policy if the next check is to try it again;
+/// `before` is the result for the same files at the last check.
+fn reload(
+    shared: &Arc<Shared>,
+    path: &Path,
+    before: Option<PendingPolicy>,
+    certificates: &mut ContentHashes,
+) -> Option<PendingPolicy> {
     let begun = Instant::now();
     let model = match load::load(path) {
         Ok(model) => model,
         Err(error) => {
-            refuse(shared, &problems(&error));
+            reject(shared, &problems(&error));
             return None;
         }
     };
     let files = certificate_files(&model);
-    // What they hold before they are read: if they change afterwards, the next look is to see it.
-    for (file, content) in contents(&files) {
-        certificates.entry(file).or_insert(content);
+    // Hashed before the files are read, so that the next check sees every later change.
+    for (file, hash) in hashes(&files) {
+        certificates.entry(file).or_insert(hash);
     }
     let Err(error) = replace(shared, model, begun) else {
         let took = begun.elapsed();
@@ -147,9 +156,9 @@ fn reload(shared: &Arc<Shared>, path: &Path, before: Option<Waiting>, certificat
     };
     let message = error.to_string();
     if before.is_none_or(|before| before.message != message) {
-        refuse(shared, &message);
+        reject(shared, &message);
     }
-    Some(Waiting { message, files })
+    Some(PendingPolicy { message, files })
 }
 
 fn lock<T>(of: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -160,19 +169,23 @@ fn problems(error: &LoadError) -> String {
     error.render(false)
 }
 
-fn refuse(shared: &Shared, message: &str) {
+/// Reports a policy that was not applied, in metric, log and `/policy`.
+fn reject(shared: &Shared, message: &str) {
     shared.telemetry.policy_refused();
     let hash = shared.policy.load().hash.clone();
     tracing::error!(
         kept = hash,
         problems = message,
-        "the changed policy was refused; the last good one stays in force"
+        "the changed policy was rejected; the last valid policy stays in force"
     );
     let error = PolicyError { message: message.to_owned(), at: Instant::now() };
     *lock(&shared.last_error) = Some(error);
 }
 
-/// Puts a checked policy into force; `begun` is when the work on it began.
+/// Applies a checked policy. The load duration in the metrics is measured from `begun`.
+///
+/// # Errors
+/// If an address is in use or a certificate cannot be used; the current policy stays in force.
 pub(super) fn replace(shared: &Arc<Shared>, model: Model, begun: Instant) -> Result<(), StartError> {
     let old = shared.policy.load_full();
     let follow = |cluster: &_| shared.discovery.follow(cluster);
@@ -188,35 +201,36 @@ pub(super) fn replace(shared: &Arc<Shared>, model: Model, begun: Instant) -> Res
     });
     outcome::policy_changed(&shared.telemetry, &old, &next, now);
     shared.policy.store(Arc::new(next));
-    listeners.carry_out(plan);
-    listeners.renew();
+    listeners.apply(plan);
+    listeners.refresh_policy();
     drop(listeners);
     shared.telemetry.policy_loaded(&hash, begun.elapsed());
     *lock(&shared.last_error) = None;
-    shared.replaced.keep(old, now);
+    shared.previous.keep(old, now);
     Ok(())
 }
 
-/// How long a replaced policy is kept at least.
-const KEEP: Duration = Duration::from_secs(60);
+/// Minimum time for which a replaced policy is kept.
+const KEEP_PREVIOUS: Duration = Duration::from_secs(60);
 
-/// The policy before the present one, so that it is this thread that takes it apart, and not a worker between two calls.
+/// The policy that the current one has replaced. It is kept so that the control thread frees it, and not a worker between two
+/// calls.
 #[derive(Default)]
-pub(super) struct Replaced(Mutex<Option<(Instant, Arc<Snapshot>)>>);
+pub(super) struct PreviousPolicy(Mutex<Option<(Instant, Arc<Snapshot>)>>);
 
-impl Replaced {
+impl PreviousPolicy {
     fn keep(&self, policy: Arc<Snapshot>, now: Instant) {
         *lock(&self.0) = Some((now, policy));
     }
 
-    /// Lets go of one that has been kept long enough: with it go its names, which are resolved for as long as it is there.
-    fn forget(&self, now: Instant) {
+    /// Releases the policy after [`KEEP_PREVIOUS`]. This also ends the resolution of its DNS names.
+    fn release_expired(&self, now: Instant) {
         let mut kept = lock(&self.0);
-        drop(kept.take_if(|(since, _)| now.saturating_duration_since(*since) >= KEEP));
+        drop(kept.take_if(|(since, _)| now.saturating_duration_since(*since) >= KEEP_PREVIOUS));
     }
 }
 
-/// Sets the access log to what the policy says.
+/// Configures the access log by the policy.
 pub(super) fn configure_log(telemetry: &Telemetry, model: &Model) {
     let mode = match model.access_log.mode {
         LogMode::Off => AccessLogMode::Off,
@@ -237,17 +251,17 @@ fn certificate_files(model: &Model) -> BTreeSet<PathBuf> {
     listeners.flat_map(|tls| [tls.certificate.clone(), tls.key.clone()]).chain(upstreams).collect()
 }
 
-/// Files, and a number for what each of them holds.
-type Contents = BTreeMap<PathBuf, u64>;
+/// Files with a hash of their content.
+type ContentHashes = BTreeMap<PathBuf, u64>;
 
-fn contents(files: &BTreeSet<PathBuf>) -> Contents {
+fn hashes(files: &BTreeSet<PathBuf>) -> ContentHashes {
     use std::hash::{DefaultHasher, Hash, Hasher};
-    let content = |file: &PathBuf| {
+    let hash = |file: &PathBuf| {
         let mut hasher = DefaultHasher::new();
         std::fs::read(file).ok().hash(&mut hasher);
         (file.clone(), hasher.finish())
     };
-    files.iter().map(content).collect()
+    files.iter().map(hash).collect()
 }
 
 fn reload_certificates(shared: &Shared) {
@@ -256,7 +270,7 @@ fn reload_certificates(shared: &Shared) {
     let policy = shared.policy.load_full();
     let roots = SystemRoots::default();
     let upstreams = policy.destinations.iter().map(|one| one.cluster.load_certificates(&roots));
-    // Several destinations may have one file.
+    // A set, because several destinations may name the same file.
     let problems: BTreeSet<String> =
         listeners.chain(upstreams).filter_map(Result::err).map(|error| error.to_string()).collect();
     for error in &problems {
@@ -284,10 +298,10 @@ mod tests {
         let model = load::load_str("policy.yaml", yaml).unwrap();
         let telemetry = Telemetry::new(Sink::memory().0);
         let policy = Arc::new(Snapshot::compile(model, "shop", None, &telemetry.hops, |_| ()).unwrap());
-        let (replaced, now) = (Replaced::default(), Instant::now());
-        replaced.keep(Arc::clone(&policy), now);
+        let (previous, now) = (PreviousPolicy::default(), Instant::now());
+        previous.keep(Arc::clone(&policy), now);
         for (after, holders) in [(0, 2), (59, 2), (60, 1), (61, 1)] {
-            replaced.forget(now + Duration::from_secs(after));
+            previous.release_expired(now + Duration::from_secs(after));
             assert_eq!(Arc::strong_count(&policy), holders, "after {after} s");
         }
     }

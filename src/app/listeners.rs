@@ -1,4 +1,4 @@
-//! Which listeners are open, and what changes when the policy does: a listener that did not change is not touched.
+//! The open listeners. A reload opens and closes only the listeners that it changes.
 
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
@@ -10,34 +10,35 @@ use crate::listener::tls::Certificates;
 use crate::net::socket;
 use crate::policy::model::Listener;
 
-/// What a worker is told.
+/// A command to one worker.
 pub(super) enum ListenerCommand {
-    /// Accept from one more listener.
+    /// Accept connections from another listener.
     Open(Box<ListenerOpening>),
-    /// Accept no more from the listener with this number.
+    /// Stop accepting from the listener with this number.
     Close(u64),
-    /// Take up the policy that is in force now.
-    Renew,
+    /// Replace the cached policy view by the policy in force.
+    RefreshPolicy,
 }
 
-/// One worker's share of a listener that opens.
+/// What one worker needs to open a listener.
 pub(super) struct ListenerOpening {
-    /// Unique among all that this process ever opens.
+    /// Unique among all listeners of this process, closed ones included.
     pub number: u64,
-    /// Where it accepts.
+    /// The socket to accept from.
     pub socket: ListenerSocket,
-    /// Its values.
+    /// The listener in the policy.
     pub values: Listener,
-    /// Its certificates.
+    /// Certificates of the listener; `None` without TLS.
     pub certificates: Option<Arc<Certificates>>,
 }
 
 /// One worker's socket for a listener.
 pub(super) enum ListenerSocket {
-    /// A new one.
+    /// A new socket.
     New(TcpListener),
-    /// That of the listener with this number, which closes. A socket that is closed resets the callers that wait on it.
-    Of(u64),
+    /// The socket of the listener with this number, which stops accepting. Closing the socket instead would reset the connections
+    /// in its accept queue.
+    TakenFrom(u64),
 }
 
 /// One open listener.
@@ -48,7 +49,7 @@ struct BoundListener {
     certificates: Option<Arc<Certificates>>,
 }
 
-/// All open listeners, and the way to the workers that accept from them.
+/// All open listeners, and the command channels of the workers.
 pub(super) struct Listeners {
     workers: usize,
     senders: Vec<mpsc::Sender<ListenerCommand>>,
@@ -56,56 +57,57 @@ pub(super) struct Listeners {
     next: u64,
 }
 
-/// What has to be opened and closed for another policy. The sockets are open already; dropping it closes them.
+/// The listeners that a policy change opens and closes. New sockets are bound already; dropping the plan closes them.
 pub(super) struct ListenerPlan {
     open: Vec<(BoundListener, Vec<ListenerSocket>)>,
     close: Vec<u64>,
-    /// Those that leave their sockets to others.
-    leave: Vec<u64>,
+    /// Listeners whose sockets a new listener takes over.
+    taken_over: Vec<u64>,
 }
 
 impl Listeners {
-    /// No listener yet, for so many workers.
+    /// No open listener, for the given number of workers.
     pub(super) fn new(workers: usize) -> Self {
         Self { workers, senders: Vec::new(), open: Vec::new(), next: 0 }
     }
 
-    /// Adds the way to one worker.
+    /// Adds the command channel of a worker.
     pub(super) fn add_worker(&mut self, sender: mpsc::Sender<ListenerCommand>) {
         self.senders.push(sender);
     }
 
-    /// Works out what has to change, and opens the new sockets.
+    /// Compares the open listeners with the `wanted` ones, and binds the new sockets.
     ///
     /// # Errors
-    /// If one cannot be opened; nothing has changed then.
+    /// If an address cannot be bound or a certificate cannot be used; no open listener has changed then.
     pub(super) fn plan(&mut self, wanted: &[Listener]) -> Result<ListenerPlan, StartError> {
-        let (mut open, mut leave) = (Vec::new(), Vec::new());
+        let (mut open, mut taken_over) = (Vec::new(), Vec::new());
         let mut close: Vec<&BoundListener> =
-            self.open.iter().filter(|door| !wanted.iter().any(|values| door.serves(values))).collect();
+            self.open.iter().filter(|listener| !wanted.iter().any(|values| listener.serves(values))).collect();
         for values in wanted {
-            if self.open.iter().any(|door| door.serves(values)) {
+            if self.open.iter().any(|listener| listener.serves(values)) {
                 continue;
             }
             let certificates = values.tls.as_ref().map(Certificates::load).transpose()?;
-            // An address that we have open ourselves, under another name or other certificates, goes over as it is.
-            let old = close.iter().position(|door| door.values.bind == values.bind).map(|at| close.swap_remove(at));
+            // The address may be bound already by a listener with another name or other certificates: take over its socket.
+            let old =
+                close.iter().position(|listener| listener.values.bind == values.bind).map(|at| close.swap_remove(at));
             let (sockets, address) = match old {
                 Some(old) => {
-                    leave.push(old.number);
-                    ((0..self.workers).map(|_| ListenerSocket::Of(old.number)).collect(), old.address)
+                    taken_over.push(old.number);
+                    ((0..self.workers).map(|_| ListenerSocket::TakenFrom(old.number)).collect(), old.address)
                 }
                 None => self.listen(values)?,
             };
             self.next += 1;
-            let door = BoundListener { number: self.next, values: values.clone(), address, certificates };
-            open.push((door, sockets));
+            let listener = BoundListener { number: self.next, values: values.clone(), address, certificates };
+            open.push((listener, sockets));
         }
-        let close = close.into_iter().map(|door| door.number).collect();
-        Ok(ListenerPlan { open, close, leave })
+        let close = close.into_iter().map(|listener| listener.number).collect();
+        Ok(ListenerPlan { open, close, taken_over })
     }
 
-    /// A new socket for each worker, and their address.
+    /// Binds a new socket for each worker; returns the sockets with their address.
     fn listen(&self, values: &Listener) -> Result<(Vec<ListenerSocket>, SocketAddr), StartError> {
         let sockets = socket::listen(values.bind, self.workers)
             .and_then(|sockets| sockets[0].local_addr().map(|address| (sockets, address)));
@@ -115,69 +117,69 @@ impl Listeners {
         }
     }
 
-    /// Tells the workers.
-    pub(super) fn carry_out(&mut self, plan: ListenerPlan) {
-        for (door, sockets) in plan.open {
-            tracing::info!(listener = door.values.name, address = %door.address, "listening");
+    /// Sends the changes to the workers.
+    pub(super) fn apply(&mut self, plan: ListenerPlan) {
+        for (listener, sockets) in plan.open {
+            tracing::info!(listener = listener.values.name, address = %listener.address, "listening");
             for (sender, socket) in self.senders.iter().zip(sockets) {
                 let opening = ListenerOpening {
-                    number: door.number,
+                    number: listener.number,
                     socket,
-                    values: door.values.clone(),
-                    certificates: door.certificates.clone(),
+                    values: listener.values.clone(),
+                    certificates: listener.certificates.clone(),
                 };
-                tell(sender, ListenerCommand::Open(Box::new(opening)));
+                send(sender, ListenerCommand::Open(Box::new(opening)));
             }
-            self.open.push(door);
+            self.open.push(listener);
         }
-        for number in plan.leave {
-            self.forget(number);
+        for number in plan.taken_over {
+            self.remove(number);
         }
         for number in plan.close {
-            self.forget(number);
+            self.remove(number);
             for sender in &self.senders {
-                tell(sender, ListenerCommand::Close(number));
+                send(sender, ListenerCommand::Close(number));
             }
         }
     }
 
-    /// Has the workers take up the policy in force. One that is called finds it by itself; another would hold on to the
-    /// old one with all its connections.
-    pub(super) fn renew(&self) {
+    /// Makes every worker replace its policy view. A request does so too, but a worker without requests would keep the old
+    /// policy with all its connections.
+    pub(super) fn refresh_policy(&self) {
         for sender in &self.senders {
-            tell(sender, ListenerCommand::Renew);
+            send(sender, ListenerCommand::RefreshPolicy);
         }
     }
 
-    fn forget(&mut self, number: u64) {
-        if let Some(position) = self.open.iter().position(|door| door.number == number) {
-            let door = self.open.swap_remove(position);
-            tracing::info!(listener = door.values.name, address = %door.address, "closed");
+    fn remove(&mut self, number: u64) {
+        if let Some(position) = self.open.iter().position(|listener| listener.number == number) {
+            let listener = self.open.swap_remove(position);
+            tracing::info!(listener = listener.values.name, address = %listener.address, "closed");
         }
     }
 
-    /// Names and addresses, with the ports that were really taken.
+    /// Names and bound addresses; a configured port 0 is replaced by the port that the system chose.
     pub(super) fn addresses(&self) -> Vec<(String, SocketAddr)> {
-        self.open.iter().map(|door| (door.values.name.clone(), door.address)).collect()
+        self.open.iter().map(|listener| (listener.values.name.clone(), listener.address)).collect()
     }
 
     /// The certificates of all listeners.
     pub(super) fn certificates(&self) -> Vec<Arc<Certificates>> {
-        self.open.iter().filter_map(|door| door.certificates.clone()).collect()
+        self.open.iter().filter_map(|listener| listener.certificates.clone()).collect()
     }
 }
 
 impl BoundListener {
-    /// True if this open listener is what the values ask for. Time limits and targets are read per connection or request.
+    /// True if the listener need not be opened again for these values. Timeouts and targets are read per connection or request.
     fn serves(&self, values: &Listener) -> bool {
         self.values.name == values.name && self.values.bind == values.bind && self.values.tls == values.tls
     }
 }
 
-fn tell(worker: &mpsc::Sender<ListenerCommand>, command: ListenerCommand) {
-    // The queue holds far more commands than reloads can make before a worker takes them; a worker that is gone
-    // is on its way down with the whole process.
+fn send(worker: &mpsc::Sender<ListenerCommand>, command: ListenerCommand) {
+    // The channel holds far more commands than reloads make before a worker receives them. A closed channel means that the
+    // process is shutting down.
     if worker.try_send(command).is_err() {
-        tracing::error!("a worker does not take commands");
+        tracing::error!("a worker does not receive commands; its listeners keep the previous policy");
     }
 }

@@ -1,8 +1,8 @@
-//! Level 7: builds the parts, starts them, and takes them down again; the only module that knows all of them.
+//! Level 8: builds, starts and drains the parts; the only module that imports all of them.
 //!
-//! Threads: one for each worker (the data path), one for control (discovery, files, reloads), one for the admin
-//! door, one that writes the access log, and one for the program's own log, which is there before. They share the policy
-//! snapshot, the drain switch and the telemetry.
+//! Threads: one per worker (the data path), `control` (discovery, file watching, reloads), `admin` (the admin server),
+//! `access-log`, and `log` for the program log, which the command line starts first. The threads share the policy snapshot,
+//! the drain phase and the telemetry.
 
 mod admin_view;
 mod control;
@@ -30,39 +30,39 @@ use crate::runtime::drain::{Drain, DrainPhase, DrainSignal};
 use crate::telemetry::{Sink, Telemetry};
 use crate::upstream::discovery::Discovery;
 
-use control::Replaced;
+use control::PreviousPolicy;
 use listeners::Listeners;
 
-/// Why a policy did not come into force, or the process did not start.
+/// Why a policy could not be applied, or the process could not start.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
-    /// A listener's address is not to be had.
+    /// The address of a listener cannot be bound.
     #[error("listener {name}: cannot listen on {bind}: {source}")]
     Listen {
-        /// The listener.
+        /// Name of the listener.
         name: String,
-        /// Its address.
+        /// Address of the listener.
         bind: SocketAddr,
-        /// What the system says.
+        /// Error of the system.
         source: io::Error,
     },
     /// Certificates cannot be used.
     #[error("certificates: {0}")]
     Certificates(#[from] CertificateError),
-    /// The admin door's address is not to be had.
-    #[error("the admin door cannot listen on {address}: {source}; choose another with --admin")]
+    /// The admin address cannot be bound.
+    #[error("the admin server cannot listen on {address}: {source}; choose another address with --admin")]
     Admin {
-        /// The address.
+        /// The admin address.
         address: SocketAddr,
-        /// What the system says.
+        /// Error of the system.
         source: io::Error,
     },
     /// A thread could not be started.
-    #[error("no thread: {0}")]
+    #[error("cannot start a thread: {0}")]
     Thread(#[source] io::Error),
 }
 
-/// What the threads share.
+/// State shared by the threads.
 struct Shared {
     settings: Settings,
     telemetry: Arc<Telemetry>,
@@ -71,34 +71,34 @@ struct Shared {
     discovery: Discovery,
     listeners: Mutex<Listeners>,
     last_error: Mutex<Option<PolicyError>>,
-    /// Why changed certificates are not in use.
+    /// Why changed certificates are not in use; `None`: the last certificate reload succeeded.
     certificate_error: Mutex<Option<PolicyError>>,
-    /// The policy before the present one.
-    replaced: Replaced,
-    /// Rung to have the files looked at.
-    look: Arc<Notify>,
-    /// What the workers know together about the calls under way.
-    chain: SharedState,
+    /// The policy that the current one has replaced.
+    previous: PreviousPolicy,
+    /// Notified to check the files for changes now.
+    reload: Arc<Notify>,
+    /// In-flight registry, retry history and correlation counters of all workers.
+    correlation: SharedState,
 }
 
-/// How long threads may take to end once they are told, and how often they are looked at meanwhile.
-const AT_ONCE: Duration = Duration::from_secs(1);
-const LOOK_EVERY: Duration = Duration::from_millis(2);
+/// Time limit for the threads to end after the last drain phase, and the interval at which they are polled.
+const THREAD_EXIT_LIMIT: Duration = Duration::from_secs(1);
+const THREAD_POLL: Duration = Duration::from_millis(2);
 
 /// A running hopguard.
 pub struct App {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<io::Result<()>>>,
-    /// Closed when the last worker has ended.
+    /// Closed by the end of the last worker.
     workers: mpsc::Receiver<()>,
     admin: AdminServer,
 }
 
 impl App {
-    /// Starts with a checked policy. With `settings.policy` set, changes of those files are followed.
+    /// Starts hopguard with a checked policy. If `settings.policy` is set, changes of its files are loaded while running.
     ///
     /// # Errors
-    /// If an address is taken, certificates cannot be used, or the system gives no thread. Nothing runs then.
+    /// If an address is in use, a certificate cannot be used, or the system cannot start a thread. No thread keeps running then.
     pub fn start(settings: Settings, model: Model, sink: Sink) -> Result<Self, StartError> {
         let telemetry = Telemetry::new(sink);
         let (discovery, requests) = Discovery::new();
@@ -119,9 +119,9 @@ impl App {
             listeners: Mutex::new(listeners),
             last_error: Mutex::default(),
             certificate_error: Mutex::default(),
-            replaced: Replaced::default(),
-            look: Arc::default(),
-            chain: SharedState::default(),
+            previous: PreviousPolicy::default(),
+            reload: Arc::default(),
+            correlation: SharedState::default(),
             settings,
         });
         let (alive, workers) = mpsc::channel(1);
@@ -132,75 +132,75 @@ impl App {
         threads.push(control::start(&shared, requests).map_err(StartError::Thread)?);
         shared.telemetry.process.workers.set(i64::try_from(shared.settings.workers).unwrap_or(i64::MAX));
         shared.telemetry.policy_loaded(&hash, begun.elapsed());
-        shared.listeners().carry_out(plan);
+        shared.listeners().apply(plan);
         let inside = Arc::new(admin_view::AdminView::new(&shared));
         let admin = admin::spawn(admin_listener, inside, Arc::clone(&shared.telemetry)).map_err(StartError::Thread)?;
         Ok(Self { shared, threads, workers, admin })
     }
 
-    /// The listeners' names and addresses, with the ports that were really taken.
+    /// Names and bound addresses of the listeners; a configured port 0 is replaced by the port that the system chose.
     pub fn listeners(&self) -> Vec<(String, SocketAddr)> {
         self.shared.listeners().addresses()
     }
 
-    /// Where the admin door is.
+    /// The bound admin address.
     pub fn admin(&self) -> SocketAddr {
         self.admin.address()
     }
 
-    /// What is counted and logged.
+    /// Metrics and access log.
     pub fn telemetry(&self) -> &Arc<Telemetry> {
         &self.shared.telemetry
     }
 
-    /// Puts another checked policy into force, as a changed file would.
+    /// Applies another checked policy, as a changed file would.
     ///
     /// # Errors
-    /// As for [`App::start`]; the old policy stays in force then.
+    /// As for [`App::start`]; the current policy stays in force.
     pub fn replace(&self, model: Model) -> Result<(), StartError> {
         control::replace(&self.shared, model, tokio::time::Instant::now())
     }
 
-    /// Rung, it has the files looked at now; they are seen to change without it too.
-    pub fn look(&self) -> Arc<Notify> {
-        Arc::clone(&self.shared.look)
+    /// A handle that makes the control thread check the policy and certificate files now, without waiting for a file event.
+    pub fn reload_trigger(&self) -> Arc<Notify> {
+        Arc::clone(&self.shared.reload)
     }
 
-    /// Follows the way down, which the admin door can begin too.
+    /// The drain phase. `POST /drain` on the admin address can begin the drain too.
     pub fn drain(&self) -> DrainSignal {
         self.shared.drain.signal()
     }
 
-    /// Begins the way down: not ready any more, callers are told to go elsewhere, but still served.
-    pub fn leave(&self) {
-        self.shared.leave();
+    /// Begins the drain: `/ready` answers 503 and responses ask callers to close their connections; calls are still accepted.
+    pub fn begin_drain(&self) {
+        self.shared.begin_drain();
     }
 
-    /// Ends the way down: accepts nothing new, lets what is in flight finish for at most `grace`, then stops all threads.
+    /// Finishes the drain: closes the listeners, waits at most `grace` for calls in flight, then stops all threads.
     ///
-    /// Returns false if something was cut off.
+    /// Returns false if calls in flight were cut off.
     pub async fn stop(self, grace: Duration) -> bool {
-        self.stop_at(sleep(grace)).await
+        self.stop_when(sleep(grace)).await
     }
 
-    /// The same, but what is in flight may finish until `enough` returns. However soon that is, each call that is cut
-    /// leaves its record.
-    pub async fn stop_at(mut self, enough: impl Future<Output = ()>) -> bool {
-        self.shared.leave();
+    /// Like [`App::stop`], but waits for calls in flight until `grace_over` returns. Every call that is cut off is recorded,
+    /// however soon that is.
+    pub async fn stop_when(mut self, grace_over: impl Future<Output = ()>) -> bool {
+        self.shared.begin_drain();
         self.shared.drain.advance(DrainPhase::Closing);
         let all_done = tokio::select! {
             biased;
             _ = self.workers.recv() => true,
-            () = enough => false,
+            () = grace_over => false,
         };
         self.shared.drain.advance(DrainPhase::Over);
         let ended = async {
             while !self.threads.iter().all(JoinHandle::is_finished) {
-                sleep(LOOK_EVERY).await;
+                sleep(THREAD_POLL).await;
             }
         };
-        // They end at once, and the last records are written with them.
-        let _stuck = timeout(AT_ONCE, ended).await;
+        // The threads end at once and write their last records. One that is stuck does not delay the shutdown further.
+        let _timed_out = timeout(THREAD_EXIT_LIMIT, ended).await;
         self.admin.stop();
         self.shared.telemetry.access_log.flush(Duration::from_secs(1));
         all_done
@@ -212,10 +212,10 @@ impl Shared {
         self.listeners.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn leave(&self) {
+    fn begin_drain(&self) {
         if self.drain.advance(DrainPhase::Leaving) {
             self.telemetry.process.draining.set(1);
-            tracing::info!("draining: not ready any more; callers are told to go elsewhere");
+            tracing::info!("draining: /ready answers 503; responses ask callers to close their connections");
         }
     }
 }

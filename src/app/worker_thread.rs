@@ -1,4 +1,4 @@
-//! One worker's main: takes listeners, serves them, and goes down when told.
+//! The main loop of a worker: opens and closes listeners on command, and drains.
 
 use std::collections::HashMap;
 use std::io;
@@ -22,10 +22,10 @@ use crate::runtime::{tasks, thread};
 use crate::upstream::connect::Network;
 use crate::upstream::upstreams::Upstreams;
 
-/// Commands that may wait for one worker.
+/// Capacity of the command channel of a worker.
 const COMMANDS: usize = 1024;
 
-/// Starts worker `number`; `alive` is dropped when it has ended.
+/// Starts worker `number`; the worker drops `alive` when it ends.
 pub(super) fn start(
     shared: &Arc<Shared>,
     number: usize,
@@ -49,7 +49,7 @@ async fn run(shared: &Arc<Shared>, number: usize, mut commands: mpsc::Receiver<L
     let shard = shared.telemetry.shard(u32::try_from(number).unwrap_or(u32::MAX));
     let upstreams = Upstreams::new(Rc::new(Network), shared.discovery.clone(), Rc::clone(&shard));
     tasks::spawn(Upstreams::sweep(Rc::downgrade(&upstreams)));
-    let worker = WorkerContext::new(Arc::clone(&shared.policy), upstreams, shard, &shared.chain);
+    let worker = WorkerContext::new(Arc::clone(&shared.policy), upstreams, shard, &shared.correlation);
     let mut open: HashMap<u64, Accepting> = HashMap::new();
     let drain = shared.drain.signal();
     let mut leaving = Box::pin(drain.reached(DrainPhase::Leaving));
@@ -67,7 +67,7 @@ async fn run(shared: &Arc<Shared>, number: usize, mut commands: mpsc::Receiver<L
             command = commands.recv() => match command {
                 Some(ListenerCommand::Open(opening)) => {
                     let (number, opening) = (opening.number, *opening);
-                    match listener(&mut open, opening.socket).await {
+                    match bind(&mut open, opening.socket).await {
                         Ok(socket) => {
                             let accepting = accept_from(&worker, socket, number, opening.values, opening.certificates);
                             open.insert(number, accepting);
@@ -80,10 +80,10 @@ async fn run(shared: &Arc<Shared>, number: usize, mut commands: mpsc::Receiver<L
                 }
                 Some(ListenerCommand::Close(number)) => {
                     if let Some(accepting) = open.remove(&number) {
-                        drop(accepting.end());
+                        drop(accepting.stop());
                     }
                 }
-                Some(ListenerCommand::Renew) => drop(worker.view()),
+                Some(ListenerCommand::RefreshPolicy) => drop(worker.view()),
                 None => break,
             },
         }
@@ -92,39 +92,39 @@ async fn run(shared: &Arc<Shared>, number: usize, mut commands: mpsc::Receiver<L
     worker.connections.advance(DrainPhase::Closing);
     tokio::select! {
         () = worker.connections.all_closed() => {}
-        // What is left is dropped with the runtime, and says so in its record.
+        // Calls still in flight are dropped with the runtime; their records have the outcome `draining`.
         () = drain.reached(DrainPhase::Over) => worker.connections.advance(DrainPhase::Over),
     }
 }
 
-/// A listener that is being accepted from; that ends when this is dropped.
+/// A listener that accepts connections; dropping it stops accepting.
 struct Accepting {
-    door: Rc<ActiveListener>,
+    listener: Rc<ActiveListener>,
     stop: oneshot::Sender<()>,
     ended: JoinHandle<TcpListener>,
 }
 
 impl Accepting {
-    /// Accepts no more, and sends its callers elsewhere; they are not cut. Gives the socket back.
-    fn end(self) -> JoinHandle<TcpListener> {
+    /// Stops accepting and asks the callers to close their connections; no call is cut off. Returns the socket.
+    fn stop(self) -> JoinHandle<TcpListener> {
         drop(self.stop);
-        self.door.close();
+        self.listener.close();
         self.ended
     }
 }
 
-/// The socket to accept from: a new one, or that of a listener which ends so.
-async fn listener(open: &mut HashMap<u64, Accepting>, socket: ListenerSocket) -> io::Result<TcpListener> {
+/// The socket to accept from: a new one, or the one of another listener, which stops accepting.
+async fn bind(open: &mut HashMap<u64, Accepting>, socket: ListenerSocket) -> io::Result<TcpListener> {
     match socket {
         ListenerSocket::New(listener) => TcpListener::from_std(listener),
-        ListenerSocket::Of(number) => {
+        ListenerSocket::TakenFrom(number) => {
             let old = open.remove(&number).ok_or(io::ErrorKind::NotConnected)?;
-            old.end().await.map_err(io::Error::other)
+            old.stop().await.map_err(io::Error::other)
         }
     }
 }
 
-/// Begins to accept.
+/// Starts accepting on the socket.
 fn accept_from(
     worker: &Rc<WorkerContext>,
     socket: TcpListener,
@@ -132,21 +132,21 @@ fn accept_from(
     values: Listener,
     certificates: Option<Arc<Certificates>>,
 ) -> Accepting {
-    let via = Via::new(&mark(number, &values));
+    let via = Via::new(&listener_id(number, &values));
     let metrics = worker.shard.listener(&values.name);
-    let door = Rc::new(ActiveListener::new(values, via));
-    let acceptor = Acceptor { worker: Rc::clone(worker), metrics, listener: Rc::clone(&door), certificates };
+    let listener = Rc::new(ActiveListener::new(values, via));
+    let acceptor = Acceptor { worker: Rc::clone(worker), metrics, listener: Rc::clone(&listener), certificates };
     let (stop, stopped) = oneshot::channel();
-    Accepting { door, stop, ended: tasks::spawn(acceptor.run(socket, stopped)) }
+    Accepting { listener, stop, ended: tasks::spawn(acceptor.run(socket, stopped)) }
 }
 
-/// What tells this listener's `Via` from that of every other listener of every other process.
-fn mark(number: u64, values: &Listener) -> String {
+/// Identifies this listener in `Via` among all listeners of all processes, for loop detection.
+fn listener_id(number: u64, values: &Listener) -> String {
     use std::hash::{BuildHasher, RandomState};
     use std::sync::OnceLock;
-    // The standard library's hasher is seeded by the system, differently in each process.
+    // The standard library seeds this hasher with random numbers of the system, different in each process.
     static PROCESS: OnceLock<RandomState> = OnceLock::new();
     let process = PROCESS.get_or_init(RandomState::new);
-    let mark = process.hash_one((number, &values.name, values.bind));
-    format!("{:08x}", mark >> 32)
+    let id = process.hash_one((number, &values.name, values.bind));
+    format!("{:08x}", id >> 32)
 }

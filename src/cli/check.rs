@@ -1,28 +1,29 @@
-//! `hopguard check`: all problems of some policies at once, and what is no problem but has no effect any more.
+//! `hopguard check`: reports all problems of the given policies at once, and warns of faults that have ended.
 
 use std::io::{self, Write};
 use std::path::PathBuf;
 
+use clap::ValueEnum;
 use jiff::Timestamp;
 
 use crate::policy::load::{load_given, name_given};
 use crate::policy::model::Model;
 
-/// How problems are printed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+/// Output format of problems.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
 pub enum Form {
-    /// For people: each with its line of source.
+    /// Text, with the source line of each problem.
     #[default]
     Text,
-    /// For programs: one JSON object a line.
+    /// One JSON object per line.
     Json,
 }
 
-/// Checks each path as a policy of its own: `ok` lines go to `out`, problems and warnings to `err` (as JSON, all to
-/// `out`). Returns the exit code: 0, or 1 when anything is wrong.
+/// Checks each path as a separate policy. Text: `ok` lines to `out`, problems and warnings to `err`. JSON: all lines to `out`.
+/// Returns the exit code: 0, or 1 if a policy has a problem.
 ///
 /// # Errors
-/// When a line cannot be written.
+/// If a line cannot be written.
 pub fn check(
     paths: &[PathBuf],
     form: Form,
@@ -61,7 +62,7 @@ pub fn check(
     Ok(code)
 }
 
-/// Faults whose end has come. They do nothing any more, and an old policy must stay readable, so they are no problems.
+/// Faults whose `until` has passed. They have no effect, and an old policy must still load, so these are warnings, not problems.
 fn warnings(model: &Model, now: Timestamp) -> Vec<String> {
     let mut warnings = Vec::new();
     for destination in &model.destinations {
@@ -69,7 +70,7 @@ fn warnings(model: &Model, now: Timestamp) -> Vec<String> {
         for fault in faults.filter(|fault| fault.is_over(now)) {
             let (name, until, of) = (&fault.name.value, fault.until.value, &destination.name);
             let warning = format!("fault `{name}` of {of} is over since {until} ({}): remove it", fault.name.origin);
-            // Routes without faults of their own have those of their destination.
+            // A route without its own faults inherits those of its destination: report them once.
             if !warnings.contains(&warning) {
                 warnings.push(warning);
             }
@@ -78,7 +79,7 @@ fn warnings(model: &Model, now: Timestamp) -> Vec<String> {
     warnings
 }
 
-/// What a policy has, in words; the implicit routes are not counted.
+/// The number of listeners, destinations and routes, as text; the implicit `default` routes are not counted.
 fn counts(model: &Model) -> String {
     let plural = |n: usize, what: &str| format!("{n} {what}{}", if n == 1 { "" } else { "s" });
     let routes: usize = model.destinations.iter().map(|destination| destination.routes.len() - 1).sum();

@@ -1,4 +1,4 @@
-//! `hopguard explain`: what one call meets, with the line that each value comes from.
+//! `hopguard explain`: listener, destination, route and effective values of one call, with the origin of each value.
 
 use std::io::{self, Write};
 use std::path::Path;
@@ -9,11 +9,11 @@ use jiff::Timestamp;
 use crate::policy::explain::{Call, explain as explain_call};
 use crate::policy::load::load_given;
 
-/// Explains a call. Headers are `NAME: VALUE`. Returns the exit code: 0, 1 when the policy has problems or leads the
-/// call nowhere, 2 when method, URL or a header is none.
+/// Explains a call. Each header has the form `NAME: VALUE`. Returns the exit code: 0; 1 if the policy has problems or no
+/// destination matches the call; 2 if the method, the URL or a header is malformed.
 ///
 /// # Errors
-/// When a line cannot be written.
+/// If a line cannot be written.
 pub fn explain(
     (method, url): (&str, &str),
     headers: &[String],

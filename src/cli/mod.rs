@@ -1,4 +1,4 @@
-//! Level 8: the command line, one file per command.
+//! Level 9: the command line, one file per command.
 
 pub mod check;
 mod demo;
@@ -21,12 +21,13 @@ use crate::rules::duration;
 
 const EXIT_CODES: &str = "\
 Exit codes:
-  0  done, or shut down as asked
-  1  the policy has problems or cannot be read, or nothing matches
-  2  the command line is wrong
-  3  could not start: an address is taken, a certificate cannot be used";
+  0  success, or shut down on request
+  1  the policy has problems or cannot be read, or no destination matches
+  2  invalid command line
+  3  cannot start: an address is in use, or a certificate cannot be used";
 
-/// A sidecar proxy that keeps the rules of service-to-service calls: timeouts, limits, and latency per hop.
+/// A sidecar proxy that enforces timeouts, retries, circuit breaking and limits on the calls of a service, and measures the
+/// latency of each hop.
 #[derive(Debug, Parser)]
 #[command(name = "hopguard", version, after_help = EXIT_CODES, styles = STYLES, max_term_width = 100)]
 pub struct CommandLine {
@@ -43,24 +44,24 @@ const STYLES: Styles = Styles::styled()
 enum Command {
     /// Run the proxy.
     Run(RunArgs),
-    /// Show what hopguard does: three services on loopback, of which one turns slow and one fails.
+    /// Demonstrate the rules with three services on loopback: one becomes slow, one fails.
     Demo(DemoArgs),
-    /// Check policies; print every problem at once.
+    /// Check policies and print all problems at once.
     Check {
-        /// Files or directories, each a policy of its own; "-" is the standard input.
+        /// Files or directories, each a separate policy; "-" is the standard input.
         #[arg(required = true, value_name = "PATH")]
         paths: Vec<PathBuf>,
-        /// How problems are printed.
-        #[arg(long, value_enum, default_value_t = Form::Text, env = "HOPGUARD_FORMAT")]
-        format: Form,
+        /// Output format.
+        #[arg(long, value_enum, default_value_t = check::Form::Text, env = "HOPGUARD_FORMAT")]
+        format: check::Form,
     },
-    /// Show which destination, route and values a call meets, and the line each value comes from.
+    /// Show the destination, the route and the effective values of a call, with the policy line of each value.
     Explain {
-        /// The method, as in GET.
+        /// The method, for example GET.
         method: String,
-        /// The URL, or a path where the policy has one listener.
+        /// The URL; or a path alone, for every listener with `to`.
         url: String,
-        /// A header of the call, as in "content-type: application/grpc"; may be given more than once.
+        /// A header of the call, for example "content-type: application/grpc"; repeatable.
         #[arg(short = 'H', long = "header", value_name = "NAME: VALUE")]
         headers: Vec<String>,
         /// The policy: a file, or a directory of files; "-" is the standard input.
@@ -76,59 +77,50 @@ enum Command {
     },
 }
 
-/// How `check` prints.
-#[derive(Debug, Clone, Copy, ValueEnum)]
-enum Form {
-    /// For people, with the source.
-    Text,
-    /// One JSON object a line.
-    Json,
-}
-
 #[derive(Debug, Args)]
 struct RunArgs {
-    /// The policy: a file, or a directory of files. Changes are taken up while running.
+    /// The policy: a file, or a directory of files. Changes are loaded while running.
     #[arg(long, value_name = "PATH", env = "HOPGUARD_POLICY")]
     policy: PathBuf,
-    /// Where the admin door listens: status page, /metrics, /ready, /policy.
+    /// Admin address: status page, /metrics, /ready, /policy.
     #[arg(long, value_name = "ADDR", default_value = config::ADMIN, env = "HOPGUARD_ADMIN")]
     admin: SocketAddr,
-    /// Worker threads [default: the CPU limit of the container, else the number of CPUs].
+    /// Number of worker threads [default: the CPU limit of the container, else the number of CPUs].
     #[arg(long, value_name = "N", env = "HOPGUARD_WORKERS", value_parser = clap::value_parser!(u16).range(1..=1024))]
     workers: Option<u16>,
-    /// Who we are in the metrics, if the policy does not say so.
+    /// Service name in metrics and logs, where the policy sets no `service`.
     #[arg(long, value_name = "NAME", default_value = "unknown", env = "HOPGUARD_SERVICE", value_parser = parse_name)]
     service: String,
-    /// How long calls in flight may take to finish after the last one was accepted.
+    /// Grace time: how long calls in flight may take to finish after the listeners have closed.
     #[arg(long, value_name = "DURATION", default_value = "25s", env = "HOPGUARD_GRACE", value_parser = parse_duration)]
     grace: Duration,
-    /// How long callers are still accepted after SIGTERM, while they learn to go elsewhere.
+    /// Drain delay: how long the listeners still accept after SIGTERM, while load balancers remove this instance.
     #[arg(long, value_name = "DURATION", default_value = "5s", env = "HOPGUARD_DRAIN_DELAY", value_parser = parse_duration)]
     drain_delay: Duration,
-    /// The form of the program's own log, on standard error.
+    /// Format of the program log, on standard error.
     #[arg(long, value_enum, default_value_t = LogForm::Text, env = "HOPGUARD_LOG_FORMAT")]
     log_format: LogForm,
-    /// Which of its lines: a level, or levels per module as in "warn,hopguard=debug".
+    /// Filter of the program log: a level, or levels per module, for example "warn,hopguard=debug".
     #[arg(long, value_name = "FILTER", default_value = "info", env = "HOPGUARD_LOG")]
     log: String,
 }
 
 #[derive(Debug, Args)]
 struct DemoArgs {
-    /// For how long orders are placed; at least 6s.
+    /// Duration of the load; at least 6s.
     #[arg(long, value_name = "DURATION", default_value = "20s", env = "HOPGUARD_DURATION", value_parser = parse_demo_duration)]
     duration: Duration,
-    /// Calls per second.
+    /// Orders per second.
     #[arg(long, value_name = "N", default_value_t = 50, env = "HOPGUARD_RATE", value_parser = clap::value_parser!(u32).range(1..=1000))]
     rate: u32,
 }
 
-/// The form of the program's log.
+/// Format of the program log.
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum LogForm {
-    /// For people.
+    /// Text.
     Text,
-    /// One JSON object a line.
+    /// One JSON object per line.
     Json,
 }
 
@@ -139,7 +131,7 @@ fn parse_duration(text: &str) -> Result<Duration, String> {
     duration::parse(text).map_err(|fault| fault.to_string())
 }
 
-/// The same names as in a policy: it becomes a metric label there too.
+/// Same syntax as names in a policy, because the service name is a metric label too.
 fn parse_name(text: &str) -> Result<String, String> {
     good_name(text).map(|()| text.to_owned()).map_err(|fault| fault.to_string())
 }
@@ -147,21 +139,17 @@ fn parse_name(text: &str) -> Result<String, String> {
 fn parse_demo_duration(text: &str) -> Result<Duration, String> {
     match parse_duration(text)? {
         long if long >= demo::SHORTEST => Ok(long),
-        _ => Err("too short to show anything; at least 6s".to_owned()),
+        _ => Err("too short to show every phase; at least 6s".to_owned()),
     }
 }
 
-/// Runs the command that the arguments name.
+/// Parses the arguments, runs the command, and returns its exit code.
 pub fn main() -> ExitCode {
     let result = match CommandLine::parse().command {
         Command::Run(args) => return run::run(args),
         Command::Demo(args) => return demo::run(&args),
         Command::Check { paths, format } => {
-            let form = match format {
-                Form::Text => check::Form::Text,
-                Form::Json => check::Form::Json,
-            };
-            check::check(&paths, form, colour(), (&mut io::stdout(), &mut io::stderr()))
+            check::check(&paths, format, colour(), (&mut io::stdout(), &mut io::stderr()))
         }
         Command::Explain { method, url, headers, policy } => {
             explain::explain((&method, &url), &headers, &policy, colour(), (&mut io::stdout(), &mut io::stderr()))
@@ -172,11 +160,11 @@ pub fn main() -> ExitCode {
             Ok(0)
         }
     };
-    // Whoever closed our output does not want to read why it could not be written.
+    // An output that its reader has closed (`| head`) is not an error.
     ExitCode::from(result.unwrap_or(0))
 }
 
-/// Colours only for people: a terminal, and nobody has asked for none (no-color.org).
+/// Colours only on a terminal, and only while `NO_COLOR` is not set (no-color.org).
 fn colour() -> bool {
     io::stderr().is_terminal() && !config::no_colour()
 }

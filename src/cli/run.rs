@@ -1,5 +1,5 @@
-//! `hopguard run`: the proxy itself, from start to drain.
-#![allow(clippy::print_stderr, reason = "what keeps the program from starting is said before there is a log")]
+//! `hopguard run`: starts the proxy, waits for signals, and drains.
+#![allow(clippy::print_stderr, reason = "start-up errors are reported before the program log exists")]
 
 use std::process::ExitCode;
 
@@ -8,7 +8,7 @@ use tokio::time::{Instant, sleep};
 
 use crate::app::App;
 use crate::cli::{LogForm, RunArgs};
-use crate::config::{self, Followed, Settings};
+use crate::config::{self, Settings, WatchedPath};
 use crate::policy::load;
 use crate::runtime::drain::DrainPhase;
 use crate::runtime::signals::{Ended, Hangup, Signals};
@@ -16,15 +16,15 @@ use crate::telemetry::{Sink, log};
 
 const BAD_POLICY: u8 = 1;
 const BAD_COMMAND_LINE: u8 = 2;
-const NO_START: u8 = 3;
+const CANNOT_START: u8 = 3;
 
-/// Runs until told to stop.
+/// Runs the proxy until a signal or `POST /drain` stops it. Returns the exit code of the process.
 pub(super) fn run(args: RunArgs) -> ExitCode {
     let form = match args.log_format {
         LogForm::Text => log::ProgramLogFormat::Text,
         LogForm::Json => log::ProgramLogFormat::Json,
     };
-    // Dropped last: what was said on the way to the end is written then.
+    // Dropped last, because the drop writes the log lines of the shutdown.
     let _log = match log::init(form, &args.log) {
         Ok(log) => log,
         Err(error) => {
@@ -37,12 +37,12 @@ pub(super) fn run(args: RunArgs) -> ExitCode {
         Ok(model) => model,
         Err(error) => {
             eprint!("{}", error.render(super::colour()));
-            eprintln!("the policy has problems; nothing was started");
+            eprintln!("the policy has problems; hopguard did not start");
             return BAD_POLICY.into();
         }
     };
     let settings = Settings {
-        policy: Some(Followed { path: args.policy, fingerprint }),
+        policy: Some(WatchedPath { path: args.policy, fingerprint }),
         service: args.service,
         admin: args.admin,
         workers: args.workers.map_or_else(config::default_workers, usize::from),
@@ -52,73 +52,73 @@ pub(super) fn run(args: RunArgs) -> ExitCode {
     let started = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = match started {
         Ok(runtime) => runtime,
-        Err(error) => return no_start(&error),
+        Err(error) => return cannot_start(&error),
     };
     let _inside = runtime.enter();
     let (mut signals, mut hangup) = match Signals::listen().and_then(|signals| Ok((signals, Hangup::listen()?))) {
         Ok(both) => both,
-        Err(error) => return no_start(&error),
+        Err(error) => return cannot_start(&error),
     };
     let app = match App::start(settings.clone(), model, Sink::Stdout) {
         Ok(app) => app,
-        Err(error) => return no_start(&error),
+        Err(error) => return cannot_start(&error),
     };
     tracing::info!(admin = %app.admin(), workers = settings.workers, "ready");
-    let look = app.look();
+    let reload = app.reload_trigger();
     runtime.block_on(async {
         tokio::select! {
             () = until_stopped(app, &mut signals, &settings) => {}
-            () = pass_on(&mut hangup, &look) => {}
+            () = reload_on_hangup(&mut hangup, &reload) => {}
         }
     });
     ExitCode::SUCCESS
 }
 
-fn no_start(error: &dyn std::error::Error) -> ExitCode {
+fn cannot_start(error: &dyn std::error::Error) -> ExitCode {
     eprintln!("error: {error}");
-    NO_START.into()
+    CANNOT_START.into()
 }
 
-/// Has the files looked at whenever SIGHUP comes; never ends.
-async fn pass_on(hangup: &mut Hangup, look: &Notify) {
+/// Triggers a reload on each SIGHUP; never returns.
+async fn reload_on_hangup(hangup: &mut Hangup, reload: &Notify) {
     loop {
         hangup.next().await;
-        tracing::info!("SIGHUP: the policy and the certificates are looked at now");
-        look.notify_one();
+        tracing::info!("SIGHUP: checking the policy and the certificates for changes");
+        reload.notify_one();
     }
 }
 
-/// Serves until a signal or the admin door begins the way down, then goes it. A second signal hurries it.
+/// Serves until a signal or `POST /drain` begins the drain, then drains. A second signal ends the current phase of the drain.
 async fn until_stopped(app: App, signals: &mut Signals, settings: &Settings) {
     let drain = app.drain();
     let mut first = tokio::select! {
         ended = signals.next() => Some(ended),
         () = drain.reached(DrainPhase::Leaving) => None,
     };
-    app.leave();
+    app.begin_drain();
     tokio::select! {
         () = sleep(settings.drain_delay) => {}
-        () = skipped(signals, &mut first) => {}
+        () = delay_skipped(signals, &mut first) => {}
     }
     let begun = Instant::now();
-    let enough = async {
+    let grace_over = async {
         tokio::select! {
             () = sleep(settings.grace) => {}
-            () = second(signals, first) => {}
+            () = second_signal(signals, first) => {}
         }
     };
-    let stopped = app.stop_at(enough).await;
+    let stopped = app.stop_when(grace_over).await;
     let took = begun.elapsed();
     if stopped {
-        tracing::info!(?took, "stopped; everything in flight had finished");
+        tracing::info!(?took, "stopped; all calls had finished");
     } else {
-        tracing::warn!(?took, grace = ?settings.grace, "stopped; what was still in flight was cut off");
+        tracing::warn!(?took, grace = ?settings.grace, "stopped; calls in flight were cut off");
     }
 }
 
-/// Returns when signals end the delay; `first` is the one that began the way down, or begins it also: whoever asks at
-/// the admin door may have a SIGTERM sent afterwards, as Kubernetes does.
-async fn skipped(signals: &mut Signals, first: &mut Option<Ended>) {
+/// Returns when signals end the drain delay: at SIGINT, or at the second signal. `first` is the signal that began the drain. After
+/// `POST /drain` there is none yet: the next signal is the first one, because Kubernetes sends SIGTERM after a `preStop` hook.
+async fn delay_skipped(signals: &mut Signals, first: &mut Option<Ended>) {
     let first = match *first {
         Some(first) => first,
         None => *first.insert(signals.next().await),
@@ -129,7 +129,7 @@ async fn skipped(signals: &mut Signals, first: &mut Option<Ended>) {
 }
 
 /// Returns at the second signal.
-async fn second(signals: &mut Signals, first: Option<Ended>) {
+async fn second_signal(signals: &mut Signals, first: Option<Ended>) {
     if first.is_none() {
         signals.next().await;
     }

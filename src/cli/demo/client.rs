@@ -1,6 +1,6 @@
-//! The HTTP client of the demo's services and of its load: one address, kept-alive connections, no timeout at all.
+//! The HTTP client of the demo's services and of its load: one address, persistent connections, no timeout.
 //!
-//! That there is no timeout is the point: what ends a slow call in the demo is hopguard.
+//! Without a timeout of the client, hopguard alone ends slow calls.
 
 use std::cell::RefCell;
 use std::net::SocketAddr;
@@ -15,10 +15,10 @@ use tokio::net::TcpStream;
 
 use crate::runtime::tasks;
 
-/// The longest answer that is read, in bytes.
-const LONGEST: usize = 64 * 1024;
+/// Maximum length of a response body, in bytes.
+const MAX_BODY: usize = 64 * 1024;
 
-/// Why a call has no answer: the connection failed or was cut.
+/// Error of a call without a response: the connection failed or was closed.
 pub(super) type CallError = Box<dyn std::error::Error + Send + Sync>;
 
 type Sender = SendRequest<Empty<Bytes>>;
@@ -31,27 +31,30 @@ pub(super) struct Client {
 }
 
 impl Client {
-    /// Connects with the first call.
+    /// A client for the address `to` and the `Host` value `host`. It connects at the first call.
     pub(super) fn new(to: SocketAddr, host: &'static str) -> Self {
         Self { to, host, idle: RefCell::default() }
     }
 
-    /// POSTs nothing but these fields to `path` and reads the whole answer. As many calls may be under way as there are
-    /// callers.
-    pub(super) async fn post(&self, path: &str, fields: HeaderMap) -> Result<(Parts, Bytes), CallError> {
+    /// Sends a POST without a body to `path` and reads the whole response. Concurrent calls use one connection each; their
+    /// number is not bounded here.
+    ///
+    /// # Errors
+    /// If the connection fails, or the body is longer than [`MAX_BODY`].
+    pub(super) async fn post(&self, path: &str, headers: HeaderMap) -> Result<(Parts, Bytes), CallError> {
         let mut sender = self.connection().await?;
         let mut request = Request::builder().method(Method::POST).uri(path).body(Empty::new())?;
-        *request.headers_mut() = fields;
+        *request.headers_mut() = headers;
         request.headers_mut().insert(header::HOST, HeaderValue::from_static(self.host));
         let (head, body) = sender.send_request(request).await?.into_parts();
-        let body = Limited::new(body, LONGEST).collect().await?.to_bytes();
+        let body = Limited::new(body, MAX_BODY).collect().await?.to_bytes();
         if sender.ready().await.is_ok() {
             self.idle.borrow_mut().push(sender);
         }
         Ok((head, body))
     }
 
-    /// The connection used last, if it still stands, else a new one.
+    /// The most recently used connection if it is still open, else a new one.
     async fn connection(&self) -> Result<Sender, CallError> {
         while let Some(sender) = self.next_idle() {
             if sender.is_ready() {
@@ -61,7 +64,7 @@ impl Client {
         let stream = TcpStream::connect(self.to).await?;
         stream.set_nodelay(true)?;
         let (sender, connection) = handshake(TokioIo::new(stream)).await?;
-        // The error itself reaches whoever waits for an answer on this connection.
+        // The sender of the pending request gets the same error.
         tasks::spawn(async move { connection.await.unwrap_or_default() });
         Ok(sender)
     }

@@ -1,4 +1,4 @@
-//! The callers of the demo: so many orders a second, whether or not the earlier ones have been answered.
+//! The load of the demo: a fixed number of orders per second, whether or not earlier orders have been answered (open loop).
 
 use std::net::SocketAddr;
 use std::rc::Rc;
@@ -15,35 +15,35 @@ use crate::cli::demo::client::Client;
 use crate::cli::demo::service::IDEMPOTENCY_KEY;
 use crate::runtime::tasks;
 
-/// Orders that may be under way at the same time; more are not placed.
-const UNDER_WAY: usize = 1024;
+/// Maximum number of orders in flight; further orders are skipped.
+const MAX_IN_FLIGHT: usize = 1024;
 
-/// Callers that place orders until this is dropped.
+/// A task that places orders until this is dropped.
 pub(super) struct Load(JoinHandle<()>);
 
 impl Load {
-    /// Begins to place `rate` orders a second with the service `order` behind `door`.
-    pub(super) fn start(door: SocketAddr, rate: u32) -> Self {
-        let client = Rc::new(Client::new(door, "order"));
-        let places = Arc::new(Semaphore::new(UNDER_WAY));
+    /// Starts placing `rate` orders per second through the inbound listener of order's hopguard.
+    pub(super) fn start(listener: SocketAddr, rate: u32) -> Self {
+        let client = Rc::new(Client::new(listener, "order"));
+        let permits = Arc::new(Semaphore::new(MAX_IN_FLIGHT));
         let mut clock = interval(Duration::from_secs(1) / rate.max(1));
         Self(tasks::spawn(async move {
             loop {
                 clock.tick().await;
-                let Ok(place) = Arc::clone(&places).try_acquire_owned() else { continue };
+                let Ok(permit) = Arc::clone(&permits).try_acquire_owned() else { continue };
                 let client = Rc::clone(&client);
                 tasks::spawn(async move {
-                    // How it went is for the hopguards to tell.
-                    let _answer = client.post(path_to("order"), key()).await;
-                    drop(place);
+                    // The hopguards count the result.
+                    let _response = client.post(path_to("order"), idempotent_headers()).await;
+                    drop(permit);
                 });
             }
         }))
     }
 }
 
-/// The fields of an order that may be placed again without harm.
-pub(super) fn key() -> HeaderMap {
+/// Header fields of an order that is safe to repeat: a new idempotency key.
+pub(super) fn idempotent_headers() -> HeaderMap {
     HeaderMap::from_iter([(IDEMPOTENCY_KEY, HeaderValue::from(fastrand::u64(..)))])
 }
 

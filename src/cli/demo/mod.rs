@@ -1,26 +1,26 @@
-//! `hopguard demo`: three services, each with its own hopguard; one turns slow, one fails and recovers, and order goes on.
+//! `hopguard demo`: three services, each with its own hopguard. One becomes slow, one fails and recovers; order keeps working.
 //!
-//! | file | what |
+//! | file | content |
 //! |---|---|
-//! | `story` | what happens, and the words for it |
-//! | `report` | what was measured, in words |
-//! | `tries` | the last chapter: tries at the bank with and without `retryInOnePlace` |
-//! | `chain` | the three hopguards, with their policies |
-//! | `service`, `client`, `load` | the small services, how they call each other, and who calls them |
-//! | `reading`, `screen` | what was counted, and the table of hops made from it |
+//! | `phases` | the phases and their texts |
+//! | `report` | texts from measurements |
+//! | `attempts` | the last part: attempts at the bank with and without `retryInOnePlace` |
+//! | `chain` | the three services with their hopguards and policies |
+//! | `service`, `client`, `load` | the small services, the client of their calls, and the load |
+//! | `counts`, `screen` | the counters, and the table of hops made from them |
 //!
-//! Everything runs on loopback, on free ports, in this process; it is bounded in time, calls and connections.
-#![allow(clippy::print_stderr, reason = "what keeps the demo from starting is said to the person at the terminal")]
+//! Everything runs on loopback, on free ports, in this process, bounded in time, calls and connections.
+#![allow(clippy::print_stderr, reason = "start-up errors go to the terminal")]
 
+mod attempts;
 mod chain;
 mod client;
+mod counts;
 mod load;
-mod reading;
+mod phases;
 mod report;
 mod screen;
 mod service;
-mod story;
-mod tries;
 
 use std::collections::VecDeque;
 use std::io::{self, IsTerminal, Stdout};
@@ -33,32 +33,32 @@ use tokio::time::{Instant, sleep, sleep_until};
 use crate::cli::DemoArgs;
 use crate::runtime::signals::Signals;
 
-use chain::{Chain, PLACES};
+use chain::{Chain, HOPS, HopSpec};
+use counts::ChainCounts;
 use load::Load;
-use reading::Reading;
-use screen::{Row, Screen};
-use story::Phase;
+use phases::Phase;
+use screen::{HopRow, Screen};
 
-const NO_START: u8 = 3;
+const CANNOT_START: u8 = 3;
 
-/// The shortest demo that still has something to show in each phase.
+/// Minimum duration in which every phase still shows its effect.
 pub(super) const SHORTEST: Duration = Duration::from_secs(6);
 
-/// How often the telemetry is read, and a terminal redrawn.
+/// Interval at which the telemetry is read and a terminal is redrawn.
 const TICK: Duration = Duration::from_millis(500);
-/// The figures of a table are those of the last seconds of the present phase.
+/// A table covers at most this much of the current phase, up to now.
 const SPAN: Duration = Duration::from_secs(3);
-/// Calls that began before a phase are no part of its figures; all of them are over by then.
+/// Time at the start of a phase that is not measured: by its end, all calls of the previous phase have ended.
 const SETTLE: Duration = Duration::from_millis(400);
-/// How often, and for how long at most, it is looked whether the breaker is closed again.
-const LOOK: Duration = Duration::from_millis(10);
-const PATIENCE: Duration = Duration::from_secs(4);
+/// Interval and time limit of the wait for the circuit breaker to close.
+const POLL: Duration = Duration::from_millis(10);
+const RECOVERY_LIMIT: Duration = Duration::from_secs(4);
 
-/// Runs the demo to its end, or to the first signal. Whoever closes our output ends it too.
+/// Runs the demo to its end, to the first signal, or until the reader closes the output. Returns the exit code.
 pub(super) fn run(args: &DemoArgs) -> ExitCode {
     let runtime = match Builder::new_current_thread().enable_all().build_local(LocalOptions::default()) {
         Ok(runtime) => runtime,
-        Err(error) => return no_start(&error.into()),
+        Err(error) => return cannot_start(&error.into()),
     };
     runtime.block_on(async {
         let started = match Signals::listen() {
@@ -67,130 +67,133 @@ pub(super) fn run(args: &DemoArgs) -> ExitCode {
         };
         let (mut signals, chain) = match started {
             Ok(started) => started,
-            Err(error) => return no_start(&error),
+            Err(error) => return cannot_start(&error),
         };
-        let mut show = Show::new(&chain, args.duration);
+        let mut demo = Demo::new(&chain, args.duration);
         tokio::select! {
-            // Whoever closed our output does not want to read why it could not be written.
-            _told = Box::pin(show.tell(args.rate)) => {}
-            _ = signals.next() => drop(show.stopped()),
+            // A closed output (`| head`) ends the demo without an error.
+            _written = Box::pin(demo.run(args.rate)) => {}
+            _ = signals.next() => drop(demo.print_stopped()),
         }
         chain.stop().await;
         ExitCode::SUCCESS
     })
 }
 
-fn no_start(error: &anyhow::Error) -> ExitCode {
+fn cannot_start(error: &anyhow::Error) -> ExitCode {
     eprintln!("error: the demo cannot start: {error:#}");
-    NO_START.into()
+    CANNOT_START.into()
 }
 
-/// The demo as it is shown.
-struct Show<'a> {
+/// The running demo.
+struct Demo<'a> {
     chain: &'a Chain,
     duration: Duration,
     screen: Screen<Stdout>,
-    /// How often a table is written.
-    every: Duration,
-    done: Vec<(Phase, Reading)>,
+    /// Interval between two tables.
+    table_interval: Duration,
+    /// Finished phases with their counters.
+    finished: Vec<(Phase, ChainCounts)>,
 }
 
-impl<'a> Show<'a> {
+impl<'a> Demo<'a> {
     fn new(chain: &'a Chain, duration: Duration) -> Self {
         let terminal = io::stdout().is_terminal();
-        let every = if terminal { TICK } else { (duration / 10).clamp(TICK, Duration::from_secs(5)) };
-        Self { chain, duration, screen: Screen::new(io::stdout(), terminal), every, done: Vec::new() }
+        let table_interval = if terminal { TICK } else { (duration / 10).clamp(TICK, Duration::from_secs(5)) };
+        Self { chain, duration, screen: Screen::new(io::stdout(), terminal), table_interval, finished: Vec::new() }
     }
 
-    /// Tells the whole story.
-    async fn tell(&mut self, rate: u32) -> io::Result<()> {
-        self.screen.say(&story::opening(self.chain, self.duration, rate))?;
-        let load = Load::start(self.chain.order.door, rate);
+    /// Runs all phases. Fails if the reader has closed the output.
+    async fn run(&mut self, rate: u32) -> io::Result<()> {
+        self.screen.print(&phases::introduction(self.chain, self.duration, rate))?;
+        let load = Load::start(self.chain.order.inbound, rate);
         let begun = Instant::now();
         let mut end = begun;
         for phase in Phase::ALL {
-            let before = Reading::of(self.chain);
-            phase.set(self.chain);
-            end += phase.lasts(self.duration);
-            self.screen.say(&format!("[{}s] {}\n", begun.elapsed().as_secs(), phase.words()))?;
+            let before = ChainCounts::read(self.chain);
+            phase.apply(self.chain);
+            end += phase.duration(self.duration);
+            self.screen.print(&format!("[{}s] {}\n", begun.elapsed().as_secs(), phase.description()))?;
             if phase == Phase::Recovered {
-                self.until_closed().await?;
+                self.wait_for_closed_breaker().await?;
             }
             self.watch(phase, end).await?;
             if phase == Phase::Failing
-                && let Some(counted) = report::failing(&Reading::of(self.chain).since(&before))
+                && let Some(text) = report::failing(&ChainCounts::read(self.chain).since(&before))
             {
-                self.screen.say(&counted)?;
+                self.screen.print(&text)?;
             }
         }
         drop(load);
-        self.screen.leave()?;
-        self.screen.say(&report::closing(&self.done, &Reading::of(self.chain)))?;
-        self.screen.say(&Box::pin(tries::tell()).await?)?;
-        self.screen.say("That was it. A policy for a service of your own: README.md.")
+        self.screen.keep_table()?;
+        self.screen.print(&report::closing(&self.finished, &ChainCounts::read(self.chain)))?;
+        self.screen.print(&Box::pin(attempts::compare_modes()).await?)?;
+        self.screen.print("End of the demo. README.md describes how to write a policy for your own service.")
     }
 
-    /// Somebody has seen enough.
-    fn stopped(&mut self) -> io::Result<()> {
-        self.screen.leave()?;
-        self.screen.say("Stopped.")
+    /// Prints the last line after a signal.
+    fn print_stopped(&mut self) -> io::Result<()> {
+        self.screen.keep_table()?;
+        self.screen.print("Stopped.")
     }
 
-    /// Waits for the breaker to close, and says how long it took.
-    async fn until_closed(&mut self) -> io::Result<()> {
+    /// Waits until order's circuit breaker for payment is closed, and prints how long that took.
+    async fn wait_for_closed_breaker(&mut self) -> io::Result<()> {
         let begun = Instant::now();
-        while !reading::is_closed(self.chain) {
-            if begun.elapsed() > PATIENCE {
+        while !counts::is_breaker_closed(self.chain) {
+            if begun.elapsed() > RECOVERY_LIMIT {
                 return Ok(());
             }
-            sleep(LOOK).await;
+            sleep(POLL).await;
         }
         let took = screen::short(begun.elapsed());
-        self.screen.say(&format!("The breaker closed by itself, {took} after payment was well again.\n"))
+        self.screen.print(&format!("The circuit breaker closed {took} after payment had recovered.\n"))
     }
 
-    /// Shows what is counted until the phase ends, and one call that is worth a closer look.
+    /// Prints tables until the phase ends, and once the example of the phase.
     async fn watch(&mut self, phase: Phase, end: Instant) -> io::Result<()> {
         let mut next = Instant::now() + SETTLE;
         sleep_until(next).await;
-        let begin = Reading::of(self.chain);
+        let begin = ChainCounts::read(self.chain);
         let mut readings = VecDeque::from([(Instant::now(), begin.clone())]);
-        let mut due = next + self.every;
-        let mut explained = false;
+        let mut due = next + self.table_interval;
+        let mut has_example = false;
         while next < end {
             next = end.min(next + TICK);
             sleep_until(next).await;
-            if !explained {
-                explained = true;
-                self.explain(phase).await?;
+            if !has_example {
+                has_example = true;
+                self.print_example(phase).await?;
             }
-            readings.push_back((Instant::now(), Reading::of(self.chain)));
+            readings.push_back((Instant::now(), ChainCounts::read(self.chain)));
             while readings.len() > 2 && readings[1].0.elapsed() >= SPAN {
                 readings.pop_front();
             }
             if Instant::now() >= due {
-                due += self.every;
-                self.table(&readings)?;
+                due += self.table_interval;
+                self.print_table(&readings)?;
             }
         }
-        self.done.push((phase, Reading::of(self.chain).since(&begin)));
+        self.finished.push((phase, ChainCounts::read(self.chain).since(&begin)));
         Ok(())
     }
 
-    fn table(&mut self, readings: &VecDeque<(Instant, Reading)>) -> io::Result<()> {
+    fn print_table(&mut self, readings: &VecDeque<(Instant, ChainCounts)>) -> io::Result<()> {
         let (Some((from, first)), Some((to, last))) = (readings.front(), readings.back()) else { return Ok(()) };
-        let seen = last.since(first);
-        let rows = PLACES.iter().zip(seen.hops).map(|(place, seen)| Row { hop: place.hop(), route: place.route, seen });
-        self.screen.show(&rows.collect::<Vec<_>>(), to.saturating_duration_since(*from))
+        let hops = last.since(first).hops;
+        let row = |(hop, counts): (&HopSpec, _)| HopRow { hop: hop.title(), route: hop.route, counts };
+        let rows = HOPS.iter().zip(hops).map(row);
+        self.screen.print_table(&rows.collect::<Vec<_>>(), to.saturating_duration_since(*from))
     }
 
-    async fn explain(&mut self, phase: Phase) -> io::Result<()> {
-        let told = match phase {
-            Phase::Slow => Box::pin(report::hurry(self.chain)).await,
-            Phase::Failing => Box::pin(report::refusal(self.chain)).await,
-            Phase::Well | Phase::Recovered => None,
+    /// Prints one call that shows the rule of the phase.
+    async fn print_example(&mut self, phase: Phase) -> io::Result<()> {
+        let text = match phase {
+            Phase::Slow => Box::pin(report::deadline(self.chain)).await,
+            Phase::Failing => Box::pin(report::local_reply(self.chain)).await,
+            Phase::Healthy | Phase::Recovered => None,
         };
-        // Without an answer there is nothing to show; the table shows what goes on.
-        told.map_or(Ok(()), |told| self.screen.say(&told))
+        // Without a response there is no example; the table continues.
+        text.map_or(Ok(()), |text| self.screen.print(&text))
     }
 }

@@ -1,7 +1,7 @@
-//! What the demo shows: a story that scrolls by, and below it the table of hops, redrawn in place on a terminal.
+//! The output of the demo: scrolling text, and below it the table of hops, which a terminal redraws in place.
 //!
-//! Every figure is a difference of two readings of the telemetry. No line of the table is longer than 79 columns,
-//! because a line that wraps cannot be drawn over.
+//! Every figure is a difference of two readings of the telemetry. No table line is longer than 79 columns,
+//! because a wrapped line cannot be erased.
 
 use std::io::{self, Write};
 use std::time::Duration;
@@ -9,58 +9,67 @@ use std::time::Duration;
 use crate::telemetry::HopSummary;
 
 /// One line of the table.
-pub(super) struct Row {
-    /// Who calls whom.
+pub(super) struct HopRow {
+    /// `CALLER -> SERVICE`.
     pub(super) hop: String,
-    /// The route's name.
+    /// Name of the route.
     pub(super) route: &'static str,
-    /// What happened between the two readings; nothing if there was no call.
-    pub(super) seen: Option<HopSummary>,
+    /// Counters between the two readings; `None` without a call.
+    pub(super) counts: Option<HopSummary>,
 }
 
-/// Where the demo is shown.
+/// The output of the demo: a terminal, or a file or pipe.
 pub(super) struct Screen<W> {
     out: W,
-    /// Whether lines can be drawn over.
+    /// Whether lines can be erased.
     terminal: bool,
-    /// The table that stands at the bottom of a terminal.
+    /// The table at the bottom of the terminal; empty if there is none.
     table: String,
 }
 
 impl<W: Write> Screen<W> {
-    /// Empty.
+    /// A screen without a table.
     pub(super) fn new(out: W, terminal: bool) -> Self {
         Self { out, terminal, table: String::new() }
     }
 
-    /// Adds to the story. Fails if nobody reads it any more.
-    pub(super) fn say(&mut self, text: &str) -> io::Result<()> {
-        let table = self.erase();
-        write!(self.out, "{table}{text}\n{}", self.table)?;
+    /// Prints text above the table.
+    ///
+    /// # Errors
+    /// If the reader has closed the output.
+    pub(super) fn print(&mut self, text: &str) -> io::Result<()> {
+        let erase = self.erase_table();
+        write!(self.out, "{erase}{text}\n{}", self.table)?;
         self.out.flush()
     }
 
-    /// Shows the table: in place of the last one on a terminal, else as another one.
-    pub(super) fn show(&mut self, rows: &[Row], over: Duration) -> io::Result<()> {
+    /// Prints the table of the counters over the time `over`: a terminal replaces the previous table, other outputs get one more.
+    ///
+    /// # Errors
+    /// If the reader has closed the output.
+    pub(super) fn print_table(&mut self, rows: &[HopRow], over: Duration) -> io::Result<()> {
         let drawn = draw(rows, over);
         if !self.terminal {
             writeln!(self.out, "{drawn}")?;
             return self.out.flush();
         }
-        let table = self.erase();
+        let erase = self.erase_table();
         self.table = format!("\n{drawn}");
-        write!(self.out, "{table}{}", self.table)?;
+        write!(self.out, "{erase}{}", self.table)?;
         self.out.flush()
     }
 
-    /// Leaves the last table where it is and goes on below it.
-    pub(super) fn leave(&mut self) -> io::Result<()> {
+    /// Keeps the current table in the output; further text follows below the table.
+    ///
+    /// # Errors
+    /// If the reader has closed the output.
+    pub(super) fn keep_table(&mut self) -> io::Result<()> {
         self.table.clear();
         writeln!(self.out)
     }
 
-    /// What takes the table away: the cursor goes up to its first line, and everything from there on is cleared.
-    fn erase(&self) -> String {
+    /// The escape sequence that erases the table: cursor up to the first line of the table, clear to the end of the screen.
+    fn erase_table(&self) -> String {
         match self.table.lines().count() {
             0 => String::new(),
             lines => format!("\x1b[{lines}A\r\x1b[J"),
@@ -68,17 +77,20 @@ impl<W: Write> Screen<W> {
     }
 }
 
-fn draw(rows: &[Row], over: Duration) -> String {
+fn draw(rows: &[HopRow], over: Duration) -> String {
     let seconds = over.as_secs_f64();
     let mut text = line(["hop", "route", "calls/s", "ok", "mean", "p50", "p95", "p99", "own p50"]);
     for row in rows {
         let none = || "-".to_owned();
-        let quantile = |q| row.seen.as_ref().and_then(|seen| seen.quantile(q)).map_or_else(none, short);
-        let rate = row.seen.as_ref().map_or(0.0, |seen| seen.count as f64 / seconds);
-        let ok =
-            row.seen.as_ref().and_then(HopSummary::success).map_or_else(none, |share| format!("{:.0}%", share * 100.0));
-        let mean = row.seen.as_ref().and_then(mean).map_or_else(none, short);
-        let own = row.seen.as_ref().and_then(|seen| seen.overhead.quantile(0.5)).map_or_else(none, short);
+        let quantile = |q| row.counts.as_ref().and_then(|counts| counts.quantile(q)).map_or_else(none, short);
+        let rate = row.counts.as_ref().map_or(0.0, |counts| counts.count as f64 / seconds);
+        let ok = row
+            .counts
+            .as_ref()
+            .and_then(HopSummary::success)
+            .map_or_else(none, |share| format!("{:.0}%", share * 100.0));
+        let mean = row.counts.as_ref().and_then(mean).map_or_else(none, short);
+        let own = row.counts.as_ref().and_then(|counts| counts.overhead.quantile(0.5)).map_or_else(none, short);
         let rate = format!("{rate:.1}");
         let (p50, p95, p99) = (quantile(0.5), quantile(0.95), quantile(0.99));
         text.push_str(&line([&row.hop, row.route, &rate, &ok, &mean, &p50, &p95, &p99, &own]));
@@ -91,12 +103,12 @@ fn line(cells: [&str; 9]) -> String {
     format!("{hop:<16} {route:<6} {rate:>7} {ok:>5} {mean:>7} {p50:>7} {p95:>7} {p99:>7} {own:>7}\n")
 }
 
-/// The exact mean of all durations; the percentiles beside it are estimates from buckets.
-pub(super) fn mean(seen: &HopSummary) -> Option<Duration> {
-    seen.total.sum_nanos.checked_div(seen.total.count()).map(Duration::from_nanos)
+/// The exact mean duration, from sum and count; the percentiles of the table are estimates from buckets.
+pub(super) fn mean(counts: &HopSummary) -> Option<Duration> {
+    counts.total.sum_nanos.checked_div(counts.total.count()).map(Duration::from_nanos)
 }
 
-/// A duration in at most six characters.
+/// Formats a duration in at most six characters.
 pub(super) fn short(duration: Duration) -> String {
     let millis = duration.as_secs_f64() * 1e3;
     match millis {
@@ -111,8 +123,8 @@ pub(super) fn short(duration: Duration) -> String {
 mod tests {
     use super::*;
 
-    fn row() -> [Row; 1] {
-        [Row { hop: "order -> payment".to_owned(), route: "charge", seen: None }]
+    fn row() -> [HopRow; 1] {
+        [HopRow { hop: "order -> payment".to_owned(), route: "charge", counts: None }]
     }
 
     #[test]
@@ -123,14 +135,14 @@ mod tests {
     }
 
     #[test]
-    fn a_terminal_gets_one_table_below_the_story_and_a_file_gets_them_all() {
+    fn a_terminal_shows_one_table_and_a_file_gets_all_tables() {
         for (terminal, tables) in [(true, 1), (false, 2)] {
             let mut written = Vec::new();
             let mut screen = Screen::new(&mut written, terminal);
-            screen.show(&row(), Duration::from_secs(1)).unwrap();
-            screen.show(&row(), Duration::from_secs(1)).unwrap();
+            screen.print_table(&row(), Duration::from_secs(1)).unwrap();
+            screen.print_table(&row(), Duration::from_secs(1)).unwrap();
             let text = String::from_utf8(written).unwrap();
-            // What an erase takes away is as long as what was drawn: the empty line, the head and the row.
+            // The erase sequence covers the whole table: the empty line, the head and the row.
             let left = text.split("\x1b[3A\r\x1b[J").last().unwrap();
             assert_eq!(left.matches("order -> payment").count(), tables, "{text:?}");
         }

@@ -1,8 +1,8 @@
 //! The three small services of the demo: each does some work, then calls the next one. None has a timeout, a retry or a
-//! breaker.
+//! circuit breaker.
 //!
-//! What a service passes on of a call are two fields: the id by which hopguard knows what belongs together, and the key
-//! that makes the call safe to repeat.
+//! A service forwards two header fields of a call: `x-request-id`, by which hopguard correlates the calls, and `idempotency-key`,
+//! which makes the call safe to repeat.
 
 use std::cell::Cell;
 use std::convert::Infallible;
@@ -32,49 +32,49 @@ use crate::runtime::tasks;
 /// Makes a POST safe to repeat.
 pub(super) const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
 
-/// The `x-request-id` of the one call whose time is watched on its way.
+/// The `x-request-id` of the one call whose deadline the services record.
 pub(super) const WATCHED: HeaderValue = HeaderValue::from_static("in-a-hurry");
 
-/// Connections that one service serves at the same time; the next one waits to be accepted.
-const CONNECTIONS: usize = 1024;
+/// Maximum number of open connections of one service; the next connection waits to be accepted.
+const MAX_CONNECTIONS: usize = 1024;
 
-/// What can be changed about a service while it runs, and what it has seen.
+/// Switches and counters of a running service.
 #[derive(Default)]
-pub(super) struct State {
-    /// How much longer its own work takes at the moment.
-    pub(super) slower: Cell<Duration>,
-    /// Whether it answers everything with 503 at the moment.
+pub(super) struct ServiceState {
+    /// Delay added to the service's own work.
+    pub(super) added_delay: Cell<Duration>,
+    /// Whether the service answers every call with 503.
     pub(super) fails: Cell<bool>,
-    /// How many calls have reached it.
+    /// Number of calls that reached the service.
     pub(super) calls: Cell<u64>,
-    /// How much time it was told that the watched call has left.
-    pub(super) told: Cell<Option<Duration>>,
+    /// Remaining time that the watched call carried in `x-envoy-expected-rq-timeout-ms`.
+    pub(super) watched_time_left: Cell<Option<Duration>>,
 }
 
-/// What a service does where the one that it calls has failed.
+/// What a service does when its own call to the next service fails.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Otherwise {
-    /// Fails too.
+pub(super) enum OnFailure {
+    /// Answers 503.
     Fail,
-    /// Takes the call all the same, to finish it later.
-    Later,
+    /// Answers 202: the call is accepted and will be finished later.
+    AcceptForLater,
 }
 
-/// One service, and what it does with a call.
+/// One service.
 pub(super) struct Service {
-    /// Its name.
+    /// Name of the service.
     pub(super) name: &'static str,
-    /// How long its own work takes, in microseconds; drawn for each call.
+    /// Range of the own work time, in microseconds; drawn for each call.
     pub(super) work: Range<u64>,
-    /// What changes.
-    pub(super) state: Rc<State>,
-    /// Whom it calls before it answers, and with which path.
+    /// Switches and counters.
+    pub(super) state: Rc<ServiceState>,
+    /// Client and path of the call to the next service; `None` for the last one.
     pub(super) next: Option<(Client, &'static str)>,
-    /// What if that fails.
-    pub(super) otherwise: Otherwise,
+    /// Reaction to a failure of the next service.
+    pub(super) on_failure: OnFailure,
 }
 
-/// A free port of loopback, taken before the service runs: its hopguard has to know the address first.
+/// Binds a free loopback port. Separate from [`Service::start`], because the policy of the hopguard contains the address.
 pub(super) async fn bind() -> io::Result<(TcpListener, SocketAddr)> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
     let address = listener.local_addr()?;
@@ -82,69 +82,69 @@ pub(super) async fn bind() -> io::Result<(TcpListener, SocketAddr)> {
 }
 
 impl Service {
-    /// Begins to serve, until the runtime ends.
+    /// Serves until the runtime ends.
     pub(super) fn start(self, listener: TcpListener) {
         tasks::spawn(Rc::new(self).accept(listener));
     }
 
     async fn accept(self: Rc<Self>, listener: TcpListener) {
-        let places = Arc::new(Semaphore::new(CONNECTIONS));
-        while let Ok(place) = Arc::clone(&places).acquire_owned().await {
+        let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+        while let Ok(permit) = Arc::clone(&permits).acquire_owned().await {
             let Ok((stream, _)) = listener.accept().await else { continue };
             let this = Rc::clone(&self);
             tasks::spawn(async move {
                 this.serve(stream).await;
-                drop(place);
+                drop(permit);
             });
         }
     }
 
-    /// Serves one connection; hyper drops the work of a caller that goes away.
+    /// Serves one connection; hyper drops the handler of a caller that disconnects.
     async fn serve(self: Rc<Self>, stream: TcpStream) {
         let service = service_fn(|request: Request<Incoming>| {
             let this = Rc::clone(&self);
-            async move { Ok::<_, Infallible>(this.answer(request.headers()).await) }
+            async move { Ok::<_, Infallible>(this.respond(request.headers()).await) }
         });
-        // A connection that broke is over; its caller knows.
-        let _over = http1::Builder::new().serve_connection(TokioIo::new(stream), service).await;
+        // A broken connection needs no handling here: the caller sees it.
+        let _closed = http1::Builder::new().serve_connection(TokioIo::new(stream), service).await;
     }
 
-    async fn answer(&self, fields: &HeaderMap) -> Response<Full<Bytes>> {
-        self.note(fields);
+    async fn respond(&self, headers: &HeaderMap) -> Response<Full<Bytes>> {
+        self.count(headers);
         let work = Duration::from_micros(fastrand::u64(self.work.clone()));
-        sleep(work + self.state.slower.get()).await;
+        sleep(work + self.state.added_delay.get()).await;
         if self.state.fails.get() {
-            return said(StatusCode::SERVICE_UNAVAILABLE, self.name, "failed");
+            return response(StatusCode::SERVICE_UNAVAILABLE, self.name, "failed");
         }
-        let Some((client, path)) = &self.next else { return said(StatusCode::OK, self.name, "done") };
-        match client.post(path, passed_on(fields)).await {
-            Ok((head, _)) if head.status.is_success() => said(StatusCode::OK, self.name, "done"),
-            Ok(_) | Err(_) if self.otherwise == Otherwise::Later => {
-                said(StatusCode::ACCEPTED, self.name, "payment pending")
+        let Some((client, path)) = &self.next else { return response(StatusCode::OK, self.name, "done") };
+        match client.post(path, forwarded(headers)).await {
+            Ok((head, _)) if head.status.is_success() => response(StatusCode::OK, self.name, "done"),
+            Ok(_) | Err(_) if self.on_failure == OnFailure::AcceptForLater => {
+                response(StatusCode::ACCEPTED, self.name, "payment pending")
             }
-            Ok(_) | Err(_) => said(StatusCode::SERVICE_UNAVAILABLE, self.name, "failed"),
+            Ok(_) | Err(_) => response(StatusCode::SERVICE_UNAVAILABLE, self.name, "failed"),
         }
     }
 
-    fn note(&self, fields: &HeaderMap) {
+    fn count(&self, headers: &HeaderMap) {
         self.state.calls.update(|calls| calls + 1);
-        if fields.get(X_REQUEST_ID) == Some(&WATCHED) {
-            let left = fields.get(EXPECTED_RQ_TIMEOUT_MS);
+        if headers.get(X_REQUEST_ID) == Some(&WATCHED) {
+            let left = headers.get(EXPECTED_RQ_TIMEOUT_MS);
             let left = left.and_then(|value| parse_expected_rq_timeout_ms(value.as_bytes()).ok().flatten());
-            self.state.told.set(left);
+            self.state.watched_time_left.set(left);
         }
     }
 }
 
-fn passed_on(fields: &HeaderMap) -> HeaderMap {
-    let kept = [X_REQUEST_ID, IDEMPOTENCY_KEY].into_iter();
-    kept.filter_map(|name| fields.get(&name).map(|value| (name, value.clone()))).collect()
+fn forwarded(headers: &HeaderMap) -> HeaderMap {
+    let names = [X_REQUEST_ID, IDEMPOTENCY_KEY].into_iter();
+    names.filter_map(|name| headers.get(&name).map(|value| (name, value.clone()))).collect()
 }
 
-fn said(status: StatusCode, name: &str, what: &str) -> Response<Full<Bytes>> {
-    let document = serde_json::json!({ "service": name, "said": what });
-    let mut answer = Response::new(Full::from(format!("{document}\n")));
-    *answer.status_mut() = status;
-    answer.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
-    answer
+fn response(status: StatusCode, name: &str, result: &str) -> Response<Full<Bytes>> {
+    let document = serde_json::json!({ "service": name, "result": result });
+    let mut response = Response::new(Full::from(format!("{document}\n")));
+    *response.status_mut() = status;
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    response
 }

@@ -141,7 +141,7 @@ async fn what_does_not_finish_in_the_grace_time_is_cut() {
     assert!(begun.elapsed() >= Duration::from_millis(500), "{:?}", begun.elapsed());
     assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
     let _cut_or_told = timeout(SOON, call).await.expect("the caller hears nothing").unwrap();
-    program.said("stopped; what was still in flight was cut off").await;
+    program.said("stopped; calls in flight were cut off").await;
     let line = eventually(|| program.access().pop()).await;
     assert_eq!((line["outcome"].as_str(), line["path"].as_str()), (Some("draining"), Some("/slow")), "{line}");
 }
@@ -219,7 +219,7 @@ async fn a_second_signal_cuts_what_is_in_flight_and_leaves_its_record() {
         timeout(SOON, call).await.expect("the caller hears nothing").unwrap();
         let line = eventually(|| program.access().pop()).await;
         assert_eq!((line["outcome"].as_str(), line["path"].as_str()), (Some("draining"), Some("/slow")), "{line}");
-        program.said("stopped; what was still in flight was cut off").await;
+        program.said("stopped; calls in flight were cut off").await;
     }
 }
 

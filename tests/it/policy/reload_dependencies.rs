@@ -68,7 +68,7 @@ async fn a_policy_comes_into_force_when_the_address_that_was_taken_is_free() {
     until(&site.program, |policy| listeners(policy) == 2 && policy["lastError"].is_null()).await;
     assert_eq!(get(address, "/").await.body, "hello");
     let log = site.program.log();
-    assert_eq!(log.matches("the changed policy was refused").count(), 1, "{log}");
+    assert_eq!(log.matches("the changed policy was rejected").count(), 1, "{log}");
     assert_eq!(site.program.metric("hopguard_policy_reloads_total", &["result=\"failed\""]).await, 1.0);
 }
 

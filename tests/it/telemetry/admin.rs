@@ -241,7 +241,7 @@ async fn a_drain_is_seen_at_the_door() {
     assert_eq!(mesh.metric("hopguard_draining", &[]), 0.0);
     let told = admin(&mesh, "POST", "/drain").await;
     assert_eq!(told.status, 202);
-    mesh.app().leave();
+    mesh.app().begin_drain();
     crate::support::eventually(|| (mesh.metric("hopguard_draining", &[]) == 1.0).then_some(())).await;
     let ready = admin(&mesh, "GET", "/ready").await;
     assert_eq!(ready.status, 503);

@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
 
-use hopguard::config::Followed;
+use hopguard::config::WatchedPath;
 use hopguard::policy::load::fingerprint;
 use hyper::{Method, Response};
 use tokio::time::{Instant, sleep};
@@ -302,7 +302,7 @@ async fn twenty_changes_of_the_rules_under_load_lose_no_call_and_bring_nobody_ba
     };
     let first = written(0, long);
     put(&first);
-    let followed = Followed { path: path.clone(), fingerprint: fingerprint(&path) };
+    let followed = WatchedPath { path: path.clone(), fingerprint: fingerprint(&path) };
     let mesh = Mesh::with(&first, |settings| settings.policy = Some(followed)).await;
     let out = || mesh.metric("hopguard_ejections_total", &["result=\"ejected\""]);
     while out() == 0.0 {
