@@ -65,10 +65,10 @@ pub(super) struct ConnectionTimeouts {
 
 impl ConnectionTimeouts {
     /// Begins when the first bytes are there.
-    pub(super) fn new(worker: &WorkerContext, caller: &DownstreamConnection, activity: Arc<Activity>) -> Self {
+    pub(super) fn new(worker: &WorkerContext, downstream: &DownstreamConnection, activity: Arc<Activity>) -> Self {
         let now = Instant::now();
         let view = worker.view();
-        let values = caller.listener.values_in(&view.policy);
+        let values = downstream.listener.values_in(&view.policy);
         let headers = values.headers_timeout.clone();
         let rings = now + headers.value;
         Self {
@@ -84,10 +84,10 @@ impl ConnectionTimeouts {
     }
 
     /// Polls the timeouts of an HTTP/1 connection while hyper waits for bytes.
-    pub(super) fn poll(&mut self, cx: &mut Context<'_>, caller: &DownstreamConnection) -> Poll<ConnectionEnd> {
-        if caller.is_busy() {
+    pub(super) fn poll(&mut self, cx: &mut Context<'_>, downstream: &DownstreamConnection) -> Poll<ConnectionEnd> {
+        if downstream.is_busy() {
             self.state = State::Busy;
-            let Some(flow) = caller.newest() else { return Poll::Pending };
+            let Some(flow) = downstream.newest() else { return Poll::Pending };
             let Some(at) = flow.cut_time() else { return Poll::Pending };
             return match self.ring(cx, at) {
                 Poll::Ready(()) => {
@@ -97,7 +97,7 @@ impl ConnectionTimeouts {
                 Poll::Pending => Poll::Pending,
             };
         }
-        self.next_state(caller);
+        self.next_state(downstream);
         match self.state {
             State::Busy | State::Ending { .. } => Poll::Pending,
             State::Idle { since, .. } => self.ring(cx, since + self.idle).map(|()| ConnectionEnd::Silent),
@@ -110,8 +110,8 @@ impl ConnectionTimeouts {
     }
 
     /// Ready when an HTTP/2 connection has had no stream for too long.
-    pub(super) fn poll_silence(&mut self, cx: &mut Context<'_>, caller: &DownstreamConnection) -> Poll<()> {
-        match (caller.is_busy(), &self.state) {
+    pub(super) fn poll_silence(&mut self, cx: &mut Context<'_>, downstream: &DownstreamConnection) -> Poll<()> {
+        match (downstream.is_busy(), &self.state) {
             (true, _) => {
                 self.state = State::Busy;
                 Poll::Pending
@@ -130,25 +130,25 @@ impl ConnectionTimeouts {
 
     /// Ready when a draining HTTP/2 connection has no stream and no byte moves on it any more: the graceful end would wait
     /// for the caller.
-    pub(super) fn poll_stalled(&mut self, cx: &mut Context<'_>, caller: &DownstreamConnection) -> Poll<()> {
+    pub(super) fn poll_stalled(&mut self, cx: &mut Context<'_>, downstream: &DownstreamConnection) -> Poll<()> {
         let moved = self.activity.total();
         let since = match self.state {
-            State::Ending { since, moved: before } if before == moved && !caller.is_busy() => since,
+            State::Ending { since, moved: before } if before == moved && !downstream.is_busy() => since,
             _ => Instant::now(),
         };
         self.state = State::Ending { since, moved };
-        if caller.is_busy() { Poll::Pending } else { self.ring(cx, since + STALLED) }
+        if downstream.is_busy() { Poll::Pending } else { self.ring(cx, since + STALLED) }
     }
 
-    fn next_state(&mut self, caller: &DownstreamConnection) {
+    fn next_state(&mut self, downstream: &DownstreamConnection) {
         let reads = self.activity.reads();
         // An exchange that began and ended between two polls was never seen as busy.
-        let was_busy = std::mem::replace(&mut self.finished, caller.finished()) != caller.finished();
+        let was_busy = std::mem::replace(&mut self.finished, downstream.finished()) != downstream.finished();
         if was_busy {
             self.state = State::Busy;
         }
         self.state = match self.state {
-            State::Busy => State::Idle { since: caller.over_at().unwrap_or_else(Instant::now), reads },
+            State::Busy => State::Idle { since: downstream.over_at().unwrap_or_else(Instant::now), reads },
             State::Idle { reads: before, .. } if reads != before => State::Head { since: Instant::now() },
             State::Idle { since, reads } => State::Idle { since, reads },
             State::Head { since } => State::Head { since },

@@ -46,11 +46,11 @@ const LINGER: Duration = Duration::from_secs(1);
 const LINGER_BYTES: usize = 256 * 1024;
 
 /// Serves one HTTP/1 connection.
-pub async fn http1(worker: Rc<WorkerContext>, caller: Rc<DownstreamConnection>, io: Io) {
+pub async fn http1(worker: Rc<WorkerContext>, downstream: Rc<DownstreamConnection>, io: Io) {
     let member = worker.connections.track();
-    let mut watch = ConnectionTimeouts::new(&worker, &caller, io.activity());
+    let mut watch = ConnectionTimeouts::new(&worker, &downstream, io.activity());
     // Boxed, because hyper gives up the stream without closing it only then.
-    let service = service_fn(|request| Box::pin(begin(&worker, &caller, request)));
+    let service = service_fn(|request| Box::pin(begin(&worker, &downstream, request)));
     let mut connection = http1::Builder::new()
         .max_buf_size(watch.max_header_size + MORE_THAN_ALLOWED)
         .serve_connection(TokioIo::new(io), service);
@@ -61,7 +61,7 @@ pub async fn http1(worker: Rc<WorkerContext>, caller: Rc<DownstreamConnection>, 
                 return Poll::Ready(ConnectionEnd::Over(done));
             }
             if closing || member.phase(cx) < DrainPhase::Closing {
-                return watch.poll(cx, &caller);
+                return watch.poll(cx, &downstream);
             }
             closing = true;
             Pin::new(&mut connection).graceful_shutdown();
@@ -71,10 +71,10 @@ pub async fn http1(worker: Rc<WorkerContext>, caller: Rc<DownstreamConnection>, 
     let parts = connection.into_parts();
     let stream = parts.io.into_inner();
     // However it ended: a tunnel's handler holds the exchange, and the exchange holds the downstream connection.
-    let handoff = caller.take_handoff();
+    let handoff = downstream.take_handoff();
     match end {
         // An orderly close would say that the response is complete.
-        ConnectionEnd::Over(Err(_)) | ConnectionEnd::Cut if caller.is_unframed() => stream.break_off(),
+        ConnectionEnd::Over(Err(_)) | ConnectionEnd::Cut if downstream.is_unframed() => stream.break_off(),
         ConnectionEnd::Over(Ok(())) => match handoff {
             Some(join) => join(stream.with_prefix(parts.read_buf)).await,
             None => close(stream).await,
@@ -87,12 +87,12 @@ pub async fn http1(worker: Rc<WorkerContext>, caller: Rc<DownstreamConnection>, 
                 } else {
                     LocalReplyKind::BadRequest
                 };
-                record_unparsed(&worker, &caller, &LocalReply::plain(kind, error.to_string()), Instant::now());
+                record_unparsed(&worker, &downstream, &LocalReply::plain(kind, error.to_string()), Instant::now());
             }
             close(stream).await;
         }
         ConnectionEnd::SlowHead { reply, since } => {
-            record_unparsed(&worker, &caller, &reply, since);
+            record_unparsed(&worker, &downstream, &reply, since);
             too_slow(stream, &reply).await;
         }
         ConnectionEnd::Silent => close(stream).await,
@@ -101,12 +101,12 @@ pub async fn http1(worker: Rc<WorkerContext>, caller: Rc<DownstreamConnection>, 
 }
 
 /// Serves one HTTP/2 connection.
-pub async fn http2(worker: Rc<WorkerContext>, caller: Rc<DownstreamConnection>, io: Io) {
-    let (member, guest) = (worker.connections.track(), caller.listener.connections.track());
-    let mut watch = ConnectionTimeouts::new(&worker, &caller, io.activity());
-    let streams = Streams { worker: Rc::clone(&worker), caller: Rc::clone(&caller) };
+pub async fn http2(worker: Rc<WorkerContext>, downstream: Rc<DownstreamConnection>, io: Io) {
+    let (member, guest) = (worker.connections.track(), downstream.listener.connections.track());
+    let mut watch = ConnectionTimeouts::new(&worker, &downstream, io.activity());
+    let streams = Streams { worker: Rc::clone(&worker), downstream: Rc::clone(&downstream) };
     // Boxed, because hyper moves it with the stream from the connection to the stream's own task.
-    let service = service_fn(|request| Box::pin(begin(&worker, &caller, request)));
+    let service = service_fn(|request| Box::pin(begin(&worker, &downstream, request)));
     let mut connection = pin!(
         http2::Builder::new(streams)
             .timer(TokioTimer::new())
@@ -126,12 +126,12 @@ pub async fn http2(worker: Rc<WorkerContext>, caller: Rc<DownstreamConnection>, 
                 return Poll::Ready(());
             }
             if closing {
-                return watch.poll_stalled(cx, &caller);
+                return watch.poll_stalled(cx, &downstream);
             }
             // A response over HTTP/2 cannot announce the end of its connection, so a closing listener sends GOAWAY at once.
             closing = member.phase(cx) >= DrainPhase::Closing
                 || guest.phase(cx) >= DrainPhase::Leaving
-                || watch.poll_silence(cx, &caller).is_ready();
+                || watch.poll_silence(cx, &downstream).is_ready();
             if !closing {
                 return Poll::Pending;
             }
@@ -143,19 +143,19 @@ pub async fn http2(worker: Rc<WorkerContext>, caller: Rc<DownstreamConnection>, 
 
 fn begin(
     worker: &Rc<WorkerContext>,
-    caller: &Rc<DownstreamConnection>,
+    downstream: &Rc<DownstreamConnection>,
     request: Request<Incoming>,
 ) -> impl Future<Output = ServiceResult> + use<> {
     let flow = Rc::new(Flow::new(Instant::now()));
-    caller.keep(Rc::clone(&flow));
-    pipeline::call(worker, caller, flow, request)
+    downstream.keep(Rc::clone(&flow));
+    pipeline::call(worker, downstream, flow, request)
 }
 
 /// Runs the streams of one HTTP/2 connection, each as a task that ends when its caller does not take the response.
 #[derive(Clone)]
 struct Streams {
     worker: Rc<WorkerContext>,
-    caller: Rc<DownstreamConnection>,
+    downstream: Rc<DownstreamConnection>,
 }
 
 impl<F> hyper::rt::Executor<F> for Streams
@@ -164,7 +164,7 @@ where
 {
     fn execute(&self, stream: F) {
         // hyper calls the service, which keeps the flow, just before it hands the stream to the executor.
-        let flow = self.caller.take_newest();
+        let flow = self.downstream.take_newest();
         let timers = self.worker.timers.clone();
         tasks::spawn(async move {
             let _under_way = ActiveStream::begin();
@@ -183,9 +183,9 @@ where
 }
 
 /// Writes the record of bytes that could not be parsed as a request.
-fn record_unparsed(worker: &Rc<WorkerContext>, caller: &DownstreamConnection, reply: &LocalReply, began: Instant) {
-    let hop = worker.view().policy.unrouted(caller.listener.values.direction);
-    let line = unparsed_request(caller);
+fn record_unparsed(worker: &Rc<WorkerContext>, downstream: &DownstreamConnection, reply: &LocalReply, began: Instant) {
+    let hop = worker.view().policy.unrouted(downstream.listener.values.direction);
+    let line = unparsed_request(downstream);
     let mut record = Exchange::begin(Rc::clone(&worker.shard), began, hop, Protocol::Http1, line);
     record.refuse(reply.record());
     record.head(Instant::now(), reply.status());
