@@ -1,4 +1,5 @@
-//! Admission of a routed request: the rate limit of its route, and the concurrency limit of the destination with its queue.
+//! Admission of a routed request: the rate limit of its route, the concurrency limit of the destination with its queue; and
+//! what is told of a request whose body does not end as it should.
 
 use std::rc::Rc;
 
@@ -14,11 +15,23 @@ use crate::rules::duration;
 use crate::rules::limits::QueueFull;
 use crate::rules::mode::RuleName;
 
-/// Counts the request against the rate limit of its route.
+/// Checks a request against the limits of its route.
 ///
 /// # Errors
-/// If the limit is used up; the local reply says when to call again.
-pub(super) fn check_rate(context: &mut RequestContext, headers: &HeaderMap) -> Result<(), LocalReply> {
+/// The local reply of the limit that the request exceeds.
+pub(super) fn check(context: &mut RequestContext, headers: &HeaderMap) -> Result<(), LocalReply> {
+    check_rate(context, headers)
+}
+
+/// The local reply to a call that broke off because the request's body had: the upstream cannot but give it up. `None` if
+/// the body is well so far.
+pub(super) fn broken_body(context: &RequestContext) -> Option<LocalReply> {
+    let detail = "the request's body broke off or is malformed";
+    context.flow().request.failed().then(|| LocalReply::plain(LocalReplyKind::BadRequest, detail))
+}
+
+/// Counts the request against the rate limit of its route; the local reply says when to call again.
+fn check_rate(context: &mut RequestContext, headers: &HeaderMap) -> Result<(), LocalReply> {
     let Some(limit) = &context.route().rate_limit.value else { return Ok(()) };
     let mode = context.modes().rate_limit.value;
     let limiter = context.view().policy.rate_limiter(context.route_id());

@@ -20,7 +20,7 @@ use crate::proxy::outcome::{self, HeldPermit, Permits};
 use crate::proxy::request_context::RequestContext;
 use crate::proxy::retry::RetryState;
 use crate::proxy::timeouts::{TimeoutVerdict, WaitingFor};
-use crate::proxy::{correlation, select, upstream_request};
+use crate::proxy::{admission, correlation, select, upstream_request};
 use crate::telemetry::ConnectionUse;
 use crate::upstream::endpoint::Endpoint;
 use crate::upstream::pool::{Lease, Pool, ProtocolPreference, Transport};
@@ -429,7 +429,7 @@ fn broke_off(
 
 /// What a broken connection means.
 fn broken(context: &RequestContext, is_reused: bool, error: &UpstreamError) -> LocalReply {
-    if let Some(reply) = outcome::broken_by_caller(context) {
+    if let Some(reply) = admission::broken_body(context) {
         return reply;
     }
     let cause = error.sentence();

@@ -290,12 +290,6 @@ fn is_failure(context: &RequestContext, status: Result<u32, u16>) -> bool {
     status.map_or_else(is_failed_status, is_failed_code) && !had_no_time(context, status)
 }
 
-/// The local reply to a call that broke off because the caller's body had: the upstream cannot but give it up.
-pub(super) fn broken_by_caller(context: &RequestContext) -> Option<LocalReply> {
-    let detail = "the request's body broke off or is malformed";
-    context.flow().request.failed().then(|| LocalReply::plain(LocalReplyKind::BadRequest, detail))
-}
-
 /// Whether a local reply is the upstream's fault.
 pub(super) fn is_upstreams_fault(context: &RequestContext, kind: LocalReplyKind) -> bool {
     match kind {

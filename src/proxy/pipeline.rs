@@ -83,7 +83,7 @@ fn plan(
     // Which route it takes, and which rules it meets.
     routing::route(context, listener, &head, &target)?;
     deadline::set(context, &mut head, scan)?;
-    admission::check_rate(context, &head.headers)?;
+    admission::check(context, &head.headers)?;
     if head.method == Method::CONNECT {
         upgrade::may_connect(listener)?;
         return Ok(RequestPlan::Tunnel(Box::new(head)));

@@ -18,7 +18,7 @@ use crate::proxy::fault_injection::FaultyBody;
 use crate::proxy::grpc::{self, GrpcStatus};
 use crate::proxy::local_reply::{BodyError, LocalReply, LocalReplyKind};
 use crate::proxy::timeouts::{TimeoutVerdict, WaitingFor};
-use crate::proxy::{correlation, outcome, proxy_status, select};
+use crate::proxy::{admission, correlation, outcome, proxy_status, select};
 use crate::upstream::pool::{Lease, Transport};
 use crate::upstream::response::UpstreamBody;
 
@@ -175,7 +175,7 @@ impl ResponseBody {
     }
 
     fn upstream_broke_off(&mut self, cut: BodyError) -> PolledFrame {
-        if let Some(reply) = self.exchange.as_ref().and_then(|exchange| outcome::broken_by_caller(&exchange.context)) {
+        if let Some(reply) = self.exchange.as_ref().and_then(|exchange| admission::broken_body(&exchange.context)) {
             return self.caller_broke_off(&reply, cut);
         }
         if let Some(exchange) = &mut self.exchange {
