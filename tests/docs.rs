@@ -1,4 +1,4 @@
-//! Keeps README and docs true: every policy in them loads, every command and flag in them exists, every relative link leads somewhere.
+//! README and docs agree with the program: every policy in them loads, every command and flag exists, every relative link resolves.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test stops at the first surprise")]
 
 use std::{
@@ -8,21 +8,21 @@ use std::{
     process::Command,
 };
 
-/// One page, and what of it a test looks at. Line numbers count from 1.
+/// The blocks and the prose of one page. Line numbers count from 1.
 struct Page {
     path: PathBuf,
     blocks: Vec<Block>,
     prose: Vec<(usize, String)>,
 }
 
-/// One fenced block: the word behind the fence, the line on which its text begins, and the text.
+/// One fenced block: its language, the line on which its text begins, and the text.
 struct Block {
     language: String,
     line: usize,
     text: String,
 }
 
-/// A command as a page shows it: the words behind `hopguard`.
+/// A command on a page: the words after `hopguard`.
 struct Call {
     line: usize,
     words: Vec<String>,
@@ -203,7 +203,7 @@ impl Page {
     }
 }
 
-/// The anchor that a heading gets on the usual hosts: lower case, spaces to hyphens, punctuation gone.
+/// The anchor of a heading on common Git hosts: lower case, hyphens for spaces, no punctuation.
 fn anchor_of(title: &str) -> String {
     let kept = title.trim().chars().filter(|c| c.is_alphanumeric() || [' ', '-', '_'].contains(c));
     kept.flat_map(char::to_lowercase).map(|c| if c == ' ' { '-' } else { c }).collect()
@@ -227,7 +227,7 @@ fn is_elsewhere(target: &str) -> bool {
     target.contains("://") || target.starts_with("mailto:")
 }
 
-/// What `--help` says, asked once for each subcommand. `None`: there is no such subcommand.
+/// The output of `--help`, read once per subcommand. `None`: the subcommand does not exist.
 #[derive(Default)]
 struct Help(BTreeMap<String, Option<String>>);
 

@@ -1,10 +1,10 @@
-//! The calls that train a release, through the binary as the other tests have it: `make release` begins with them.
+//! The training load of a release, sent through the binary of the other tests; `make release` begins with it.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test stops at the first surprise")]
 
 use std::env;
 use std::process::Command;
 
-/// What `benches/train.py` ends with where a tool is missing.
+/// Exit code of `benches/train.py` if a tool is missing.
 const TOOL_MISSING: i32 = 2;
 
 #[test]

@@ -1,7 +1,7 @@
 """Figures, ratios and verdicts: Markdown to read, values for JSON."""
 
 TITLES = {
-    "h1": "HTTP/1.1, 64 kept-alive connections, small JSON",
+    "h1": "HTTP/1.1, 64 persistent connections, small JSON",
     "h2": "HTTP/2, 8 connections x 16 streams, small JSON",
     "bodies": "HTTP/1.1, 16 connections, bodies of 1 MiB",
 }
@@ -46,7 +46,7 @@ def verdict(what, found, wanted, unit):
 
 
 def markdown(machine, versions, notes, results, faults):
-    parts = ["# hopguard beside other proxies", machine_line(machine), bullets(versions, notes)]
+    parts = ["# hopguard compared with other proxies", machine_line(machine), bullets(versions, notes)]
     for measure, title in TITLES.items():
         if measure in results:
             parts += [f"## {title}", load_table(results[measure])]
