@@ -1,4 +1,5 @@
-//! README and docs agree with the program: every policy in them loads, every command and flag exists, every relative link resolves.
+//! README and docs agree with the program: every policy in them loads, every command and flag exists, every relative link
+//! resolves, and the tables of rules are those of the catalogue.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test stops at the first surprise")]
 
 use std::{
@@ -7,6 +8,10 @@ use std::{
     path::{Path, PathBuf},
     process::Command,
 };
+
+use hopguard::rules::layers::{CATALOGUE, RuleRows, RuleValues};
+use hopguard::rules::mode::RuleName;
+use hopguard::rules::rule::{Row, RowContext};
 
 /// The blocks and the prose of one page. Line numbers count from 1.
 struct Page {
@@ -74,6 +79,63 @@ fn every_relative_link_in_the_docs_resolves() {
     }
     assert!(faults.is_empty(), "\n{}\n", faults.join("\n"));
     assert!(seen >= 60, "only {seen} links seen in the docs");
+}
+
+#[test]
+fn the_table_of_rules_is_that_of_the_catalogue() {
+    let seen = RowContext { now: "2026-01-01T00:00:00Z".parse().unwrap(), is_inbound: false };
+    let RuleValues { destination, route } = RuleValues::BUILT_IN;
+    let mut built_in: BTreeMap<_, _> = destination.rows(None, &seen).into_iter().map(shown_built_in).collect();
+    built_in.extend(route.rows(None, &seen).into_iter().map(shown_built_in));
+    let wanted = CATALOGUE.iter().map(|rule| {
+        let layers: Vec<_> = rule.layers.iter().map(|layer| layer.as_str()).collect();
+        let page = rule.name.replace('_', "-");
+        assert!(
+            root().join(format!("docs/rules/{page}.md")).is_file(),
+            "{} has no page docs/rules/{page}.md",
+            rule.key
+        );
+        let (layers, values) = match built_in.get(rule.key) {
+            Some(values) => (layers.join(", "), values.as_str()),
+            None => ("none".to_owned(), "on"),
+        };
+        format!("| [`{}`](rules/{page}.md) | {layers} | {values} |", rule.key)
+    });
+    assert_table("docs/policy.md", "| rule | layers | built in |", wanted);
+}
+
+/// The built-in values of a rule as the table has them: one word, or each field with its value.
+fn shown_built_in(rule: RuleRows) -> (&'static str, String) {
+    let shown = |row: &Row| match row.name.as_str() {
+        "" => row.value.clone(),
+        name => format!("`{name}` {}", row.value),
+    };
+    (rule.key, rule.rows.iter().map(shown).collect::<Vec<_>>().join("; "))
+}
+
+#[test]
+fn the_table_of_modes_has_every_rule_with_a_mode() {
+    let page = fs::read_to_string(root().join("docs/rules/modes.md")).unwrap();
+    let rows = table(&page, "| key | rule | in metrics and logs |");
+    let wanted = RuleName::ALL.map(|rule| {
+        let name = rule.as_str();
+        (format!("| `{}` |", rule.key()), format!("]({}.md) | `{name}` |", name.replace('_', "-")))
+    });
+    for (row, (begin, end)) in rows.iter().zip(&wanted) {
+        assert!(row.starts_with(begin) && row.ends_with(end), "{row}\nis to begin with {begin} and to end with {end}");
+    }
+    assert_eq!(rows.len(), wanted.len());
+}
+
+fn assert_table(path: &str, head: &str, wanted: impl Iterator<Item = String>) {
+    let text = fs::read_to_string(root().join(path)).unwrap();
+    let (found, wanted) = (table(&text, head).join("\n"), wanted.collect::<Vec<_>>().join("\n"));
+    assert!(found == wanted, "the table below `{head}` in {path} is to be\n{wanted}\n\nand is\n{found}");
+}
+
+/// The rows of the table with this head.
+fn table<'a>(text: &'a str, head: &str) -> Vec<&'a str> {
+    text.lines().skip_while(|line| *line != head).skip(2).take_while(|line| line.starts_with('|')).collect()
 }
 
 #[test]

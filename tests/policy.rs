@@ -12,6 +12,7 @@ use hopguard::policy::model::{Direction, ListenerTarget, LogMode};
 use hopguard::policy::schema::schema;
 use hopguard::policy::snapshot::Snapshot;
 use hopguard::problems::{Origin, Problem};
+use hopguard::rules::layers::{CATALOGUE, Layer};
 use hopguard::rules::mode::{Mode, RuleName};
 use hopguard::telemetry::Hops;
 use http::HeaderMap;
@@ -113,6 +114,42 @@ fn every_invalid_fixture_shows_all_its_problems() {
         }
     }
     assert!(refused_by_schema >= 30, "the schema refuses only {refused_by_schema}");
+}
+
+#[test]
+fn every_rule_has_a_valid_and_an_invalid_fixture() {
+    let entries_of = |folder: &str| entries(folder).into_iter().filter(|path| path.is_file());
+    let keys_in =
+        |value: &Value| value.as_object().into_iter().flatten().map(|(key, _)| key.clone()).collect::<Vec<_>>();
+    let mut valid: Vec<(Option<Layer>, String)> = Vec::new();
+    for document in entries_of("tests/policies/valid").filter_map(|path| yaml(&path)) {
+        valid.extend(keys_in(&document["rules"]).into_iter().map(|key| (None, key)));
+        valid.extend(keys_in(&document["defaults"]).into_iter().map(|key| (Some(Layer::Defaults), key)));
+        for destination in document["destinations"].as_array().into_iter().flatten() {
+            valid.extend(keys_in(destination).into_iter().map(|key| (Some(Layer::Destination), key)));
+            for route in destination["routes"].as_array().into_iter().flatten() {
+                valid.extend(keys_in(route).into_iter().map(|key| (Some(Layer::Route), key)));
+            }
+        }
+    }
+    let mut refused: Vec<String> = Vec::new();
+    for error in entries_of("tests/policies/invalid").filter_map(|path| load(&path).err()) {
+        refused.extend(error.problems.iter().map(|problem| problem.path.clone()));
+    }
+    let is_refused = |key: &str, in_modes: bool| {
+        let mut paths = refused.iter().filter(|path| path.starts_with("rules.") == in_modes);
+        paths.any(|path| path.split(['.', '[']).any(|part| part == key))
+    };
+    for rule in CATALOGUE {
+        for layer in rule.layers {
+            let at = (Some(*layer), rule.key.to_owned());
+            assert!(valid.contains(&at), "no valid fixture has {} at: {}", rule.key, layer.as_str());
+        }
+        assert!(is_refused(rule.key, rule.layers.is_empty()), "no invalid fixture has a mistake in {}", rule.key);
+    }
+    for rule in RuleName::ALL {
+        assert!(valid.contains(&(None, rule.key().to_owned())), "no valid fixture has rules.{}", rule.key());
+    }
 }
 
 #[test]

@@ -8,12 +8,13 @@ use tokio::time::Instant;
 
 use crate::admin::{ListenerView, PolicyError, ProcessView, State, StatusView};
 use crate::app::Shared;
-use crate::policy::explain::{self, Row};
 use crate::policy::model::{AccessLog, Destination, Listener, ListenerTarget, LogFormat, LogMode, Route};
 use crate::policy::snapshot::Snapshot;
 use crate::problems::Sourced;
 use crate::rules::duration;
+use crate::rules::layers::RuleRows;
 use crate::rules::mode::RuleName;
+use crate::rules::rule::{Row, RowContext};
 use crate::runtime::drain::DrainPhase;
 
 /// The process as the admin server sees it; a weak reference, so that the server does not delay the shutdown.
@@ -158,70 +159,55 @@ fn access_log(log: &AccessLog) -> Value {
 }
 
 fn destination(one: &Destination, now: Timestamp) -> Value {
+    let seen = RowContext { now, is_inbound: false };
     // The implicit one, which has what the destination says.
     let below = one.routes.last();
-    let routes = one.routes.iter().map(|route| self::route(route, below, now));
+    let routes = one.routes.iter().map(|route| self::route(route, below, &seen));
     let mut shown = json!({
         "name": one.name,
         "hosts": one.hosts.iter().map(ToString::to_string).collect::<Vec<_>>(),
         "endpoints": one.endpoints.iter().map(ToString::to_string).collect::<Vec<_>>(),
         "protocol": one.protocol.to_string(),
         "tls": one.tls.is_some(),
-        "limits": {
-            "inFlight": set(&one.limits.in_flight, |count| (*count).into()),
-            "queue": set(&one.limits.queue, |count| (*count).into()),
-            "queueTimeout": time(&one.limits.queue_timeout),
-        },
         "connections": {
             "idle": time(&one.connections.idle),
             "maxIdle": set(&one.connections.max_idle, |count| (*count).into()),
         },
         "routes": routes.collect::<Vec<_>>(),
     });
-    for (rule, rows) in explain::rules_of_destination(one) {
-        shown[rule] = values(rule, &rows);
+    for RuleRows { key, rows } in one.rules.rows(None, &seen) {
+        shown[key] = values(&rows);
     }
     shown
 }
 
-/// What a route says, and of the rules only those in which it is not like the route `below`: there may be thousands.
-fn route(one: &Route, below: Option<&Route>, now: Timestamp) -> Value {
-    let limits = &one.timeouts;
+/// What a route says, and of most rules only those in which it is not like the route `below`: there may be thousands.
+fn route(one: &Route, below: Option<&Route>, seen: &RowContext) -> Value {
     let mut shown = json!({
         "name": one.name,
         "match": one.matches.to_string(),
         "stream": one.stream,
         "from": one.origin.to_string(),
-        "timeouts": {
-            "connect": time(&limits.connect),
-            "request": time(&limits.request),
-            "perTry": limits.per_try.as_ref().map(time),
-            "idle": time(&limits.idle),
-            "maxDuration": time(&limits.max_duration),
-        },
     });
     let below = below.filter(|below| !std::ptr::eq(*below, one));
-    for (rule, rows) in explain::rules_of_route(one, below, now) {
-        shown[rule] = values(rule, &rows);
+    for RuleRows { key, rows } in one.rules.rows(below.map(|below| &below.rules), seen) {
+        shown[key] = values(&rows);
     }
     shown
 }
 
-/// A rule's values as `explain` shows them, without its own name before theirs; a row for the rule as a whole stands alone.
-fn values(rule: &str, rows: &[Row]) -> Value {
+/// A rule's values; a row for the rule as a whole stands alone.
+fn values(rows: &[Row]) -> Value {
     let shown = |row: &Row| {
+        if row.is_none {
+            return Value::Null;
+        }
         let number = serde_json::from_str::<Number>(&row.value);
         json!({ "value": number.map_or_else(|_| row.value.as_str().into(), Value::Number), "from": row.origin })
     };
     match rows {
-        [whole] if whole.name == rule => shown(whole),
-        _ => rows
-            .iter()
-            .map(|row| {
-                (row.name.strip_prefix(rule).unwrap_or(&row.name).trim_start_matches('.').to_owned(), shown(row))
-            })
-            .collect::<Map<_, _>>()
-            .into(),
+        [whole] if whole.name.is_empty() => shown(whole),
+        _ => rows.iter().map(|row| (row.name.clone(), shown(row))).collect::<Map<_, _>>().into(),
     }
 }
 

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::hash::{Hash, Hasher};
 use std::net::SocketAddr;
+use std::ops::Deref;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,14 +13,8 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 
 use crate::problems::{Origin, Sourced};
-use crate::rules::circuit_breaker::CircuitBreaker;
-use crate::rules::ejection::Ejection;
-use crate::rules::faults::Faults;
-use crate::rules::limits::Limits;
+use crate::rules::layers::{DestinationRules, RouteRules};
 use crate::rules::mode::Modes;
-use crate::rules::rate_limit::RateLimit;
-use crate::rules::retry::Retry;
-use crate::rules::timeouts::Timeouts;
 use crate::rules::toggle::allow_false;
 use crate::upstream::spec::{Connections, EndpointSpec, UpstreamProtocol, UpstreamTls};
 
@@ -149,7 +144,7 @@ pub struct ListenerTls {
     pub key: PathBuf,
 }
 
-/// Where calls go.
+/// Where calls go. The values of its rules are read like its own: `destination.limits`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Destination {
     /// Unique; the metric label.
@@ -162,18 +157,22 @@ pub struct Destination {
     pub protocol: UpstreamProtocol,
     /// None for plain text.
     pub tls: Option<UpstreamTls>,
-    /// How many calls it gets at once.
-    pub limits: Limits,
-    /// When it gets none for a while.
-    pub circuit_breaker: CircuitBreaker,
-    /// When one of its endpoints gets none for a while.
-    pub ejection: Ejection,
+    /// The rules that hold for it as a whole.
+    pub rules: DestinationRules,
     /// Pooled connections to it.
     pub connections: Connections,
     /// In the order of the file; the last is the implicit one that matches all.
     pub routes: Vec<Route>,
     /// The line of its entry.
     pub origin: Origin,
+}
+
+impl Deref for Destination {
+    type Target = DestinationRules;
+
+    fn deref(&self) -> &DestinationRules {
+        &self.rules
+    }
 }
 
 /// A host that a destination answers for; lower case, no port, IPv6 without brackets. Shows as in a policy.
@@ -197,25 +196,27 @@ impl fmt::Display for HostPattern {
     }
 }
 
-/// How some calls to a destination are treated.
+/// How some calls to a destination are treated. The values of its rules are read like its own: `route.timeouts`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Route {
     /// Unique in its destination; the metric label.
     pub name: String,
     /// Which calls.
     pub matches: RouteMatch,
-    /// How long these calls may take.
-    pub timeouts: Timeouts,
-    /// Which failed calls are sent again.
-    pub retry: Retry,
-    /// How many calls it takes in which time.
-    pub rate_limit: Sourced<Option<RateLimit>>,
-    /// Failures on purpose.
-    pub faults: Faults,
+    /// The rules that hold for it.
+    pub rules: RouteRules,
     /// Lives by `idle` and `max_duration`, not by `request`, once the head of the answer is there.
     pub stream: bool,
     /// The line of its entry; built in for the implicit one.
     pub origin: Origin,
+}
+
+impl Deref for Route {
+    type Target = RouteRules;
+
+    fn deref(&self) -> &RouteRules {
+        &self.rules
+    }
 }
 
 /// Which calls a route takes: all of it must hold.
@@ -285,11 +286,9 @@ impl Model {
             (&l.headers_timeout, &l.idle, &l.max_header_size).hash(&mut state);
         }
         for d in &self.destinations {
-            (&d.name, &d.hosts, &d.endpoints, d.protocol, &d.tls, &d.limits, &d.connections).hash(&mut state);
-            (&d.circuit_breaker, &d.ejection).hash(&mut state);
+            (&d.name, &d.hosts, &d.endpoints, d.protocol, &d.tls, &d.connections, &d.rules).hash(&mut state);
             for r in &d.routes {
-                (&r.name, &r.matches, &r.timeouts, r.stream).hash(&mut state);
-                (&r.retry, &r.rate_limit, &r.faults).hash(&mut state);
+                (&r.name, &r.matches, r.stream, &r.rules).hash(&mut state);
             }
         }
         state.0

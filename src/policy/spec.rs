@@ -14,18 +14,12 @@ use serde::de::{self, Deserializer, Visitor};
 
 use super::model::{Direction, LogFormat, LogMode};
 use crate::problems::InvalidValue;
-use crate::rules::circuit_breaker::CircuitBreakerSpec;
+use crate::rules::catalogue;
 use crate::rules::duration::DurationSpec;
-use crate::rules::ejection::EjectionSpec;
-use crate::rules::faults::FaultSpec;
-use crate::rules::limits::LimitsSpec;
 use crate::rules::mode::ModesSpec;
-use crate::rules::rate_limit::RateLimitSpec;
 use crate::rules::ratio::Ratio;
-use crate::rules::retry::RetrySpec;
+use crate::rules::rule::Rule;
 use crate::rules::size::Size;
-use crate::rules::timeouts::TimeoutsSpec;
-use crate::rules::toggle::Toggle;
 use crate::upstream::spec::{ConnectionsSpec, EndpointSpec, UpstreamProtocol, UpstreamTlsSpec};
 
 /// The shape's version.
@@ -78,23 +72,38 @@ pub struct AccessLogSpec {
     pub ratio: Option<Ratio>,
 }
 
-/// `defaults:`.
-#[derive(Debug, Default, Deserialize, JsonSchema)]
-#[serde(default, deny_unknown_fields, rename_all = "camelCase", expecting = "a mapping of defaults")]
-pub struct DefaultsSpec {
-    /// How long calls may take.
-    pub timeouts: Option<TimeoutsSpec>,
-    /// How many calls a destination gets at once.
-    pub limits: Option<LimitsSpec>,
-    /// Pooled upstream connections.
-    pub connections: Option<ConnectionsSpec>,
-    /// Which failed calls are sent again.
-    pub retry: Option<Toggle<RetrySpec>>,
-    /// When a destination gets no calls for a while.
-    pub circuit_breaker: Option<Toggle<CircuitBreakerSpec>>,
-    /// When one endpoint gets no calls for a while.
-    pub ejection: Option<Toggle<EjectionSpec>>,
+/// A shape with an entry for each rule that may stand in it, where it says `rules,`: serde needs one struct with all fields.
+macro_rules! with_rules {
+    (
+        {
+            $(#[$meta:meta])*
+            pub struct $Spec:ident {
+                $( $(#[$before_meta:meta])* pub $before:ident: $Before:ty, )*
+                rules,
+                $( $(#[$after_meta:meta])* pub $after:ident: $After:ty, )*
+            }
+        }
+        { $( [$field:ident $Rule:ident $key:tt $text:tt $($_of:ident)?] )* }
+    ) => {
+        $(#[$meta])*
+        pub struct $Spec {
+            $( $(#[$before_meta])* pub $before: $Before, )*
+            $( #[doc = $text] #[serde(rename = $key)] pub $field: Option<<crate::rules::$field::$Rule as Rule>::Spec>, )*
+            $( $(#[$after_meta])* pub $after: $After, )*
+        }
+    };
 }
+
+catalogue! { defaults => with_rules! {
+    /// `defaults:`.
+    #[derive(Debug, Default, Deserialize, JsonSchema)]
+    #[serde(default, deny_unknown_fields, rename_all = "camelCase", expecting = "a mapping of defaults")]
+    pub struct DefaultsSpec {
+        rules,
+        /// Pooled upstream connections.
+        pub connections: Option<ConnectionsSpec>,
+    }
+} }
 
 /// One of `listeners:`.
 #[derive(Debug, Default, Deserialize, JsonSchema)]
@@ -145,61 +154,45 @@ pub struct ListenerTlsSpec {
     pub key: Option<String>,
 }
 
-/// One of `destinations:`.
-#[derive(Debug, Default, Deserialize, JsonSchema)]
-#[serde(default, deny_unknown_fields, rename_all = "camelCase", expecting = "a destination with name and more")]
-#[schemars(extend("required" = ["name"]))]
-pub struct DestinationSpec {
-    /// Unique; the metric label.
-    pub name: Option<String>,
-    /// Exact names, `*.suffix` or `*`, without port.
-    pub hosts: Option<Vec<String>>,
-    /// Where its instances are. None: where the caller was going.
-    pub endpoints: Option<Vec<EndpointSpec>>,
-    /// Default auto.
-    pub protocol: Option<UpstreamProtocol>,
-    /// TLS to the upstream; also when empty.
-    pub tls: Option<UpstreamTlsSpec>,
-    /// How long calls may take.
-    pub timeouts: Option<TimeoutsSpec>,
-    /// How many calls it gets at once.
-    pub limits: Option<LimitsSpec>,
-    /// Pooled connections to it.
-    pub connections: Option<ConnectionsSpec>,
-    /// Which failed calls are sent again.
-    pub retry: Option<Toggle<RetrySpec>>,
-    /// When it gets no calls for a while.
-    pub circuit_breaker: Option<Toggle<CircuitBreakerSpec>>,
-    /// When one of its endpoints gets no calls for a while.
-    pub ejection: Option<Toggle<EjectionSpec>>,
-    /// How many calls each of its routes takes in which time.
-    pub rate_limit: Option<Toggle<RateLimitSpec>>,
-    /// Failures on purpose, for those of its routes that have none of their own.
-    pub faults: Option<Vec<FaultSpec>>,
-    /// Calls that are treated differently; the most specific wins, whatever the order.
-    pub routes: Option<Vec<RouteSpec>>,
-}
+catalogue! { destination => with_rules! {
+    /// One of `destinations:`.
+    #[derive(Debug, Default, Deserialize, JsonSchema)]
+    #[serde(default, deny_unknown_fields, rename_all = "camelCase", expecting = "a destination with name and more")]
+    #[schemars(extend("required" = ["name"]))]
+    pub struct DestinationSpec {
+        /// Unique; the metric label.
+        pub name: Option<String>,
+        /// Exact names, `*.suffix` or `*`, without port.
+        pub hosts: Option<Vec<String>>,
+        /// Where its instances are. None: where the caller was going.
+        pub endpoints: Option<Vec<EndpointSpec>>,
+        /// Default auto.
+        pub protocol: Option<UpstreamProtocol>,
+        /// TLS to the upstream; also when empty.
+        pub tls: Option<UpstreamTlsSpec>,
+        rules,
+        /// Pooled connections to it.
+        pub connections: Option<ConnectionsSpec>,
+        /// Calls that are treated differently; the most specific wins, whatever the order.
+        pub routes: Option<Vec<RouteSpec>>,
+    }
+} }
 
-/// One of `routes:`.
-#[derive(Debug, Default, Deserialize, JsonSchema)]
-#[serde(default, deny_unknown_fields, rename_all = "camelCase", expecting = "a route with name and match")]
-#[schemars(extend("required" = ["name"]))]
-pub struct RouteSpec {
-    /// Unique in its destination; the metric label. Not `default`, which stands for all other calls.
-    pub name: Option<String>,
-    /// Which calls. Without it, all.
-    pub r#match: Option<MatchSpec>,
-    /// How long these calls may take.
-    pub timeouts: Option<TimeoutsSpec>,
-    /// Which of these calls are sent again when they fail.
-    pub retry: Option<Toggle<RetrySpec>>,
-    /// How many of these calls are taken in which time.
-    pub rate_limit: Option<Toggle<RateLimitSpec>>,
-    /// Failures on purpose.
-    pub faults: Option<Vec<FaultSpec>>,
-    /// Lives by idle and maxDuration, not by request, once the head of the answer is there.
-    pub stream: Option<bool>,
-}
+catalogue! { route => with_rules! {
+    /// One of `routes:`.
+    #[derive(Debug, Default, Deserialize, JsonSchema)]
+    #[serde(default, deny_unknown_fields, rename_all = "camelCase", expecting = "a route with name and match")]
+    #[schemars(extend("required" = ["name"]))]
+    pub struct RouteSpec {
+        /// Unique in its destination; the metric label. Not `default`, which stands for all other calls.
+        pub name: Option<String>,
+        /// Which calls. Without it, all.
+        pub r#match: Option<MatchSpec>,
+        rules,
+        /// Lives by idle and maxDuration, not by request, once the head of the answer is there.
+        pub stream: Option<bool>,
+    }
+} }
 
 /// `match:` of a route. All that is written must hold.
 #[derive(Debug, Default, Deserialize, JsonSchema)]

@@ -20,6 +20,7 @@ use super::circuit_breaker::{
 };
 use super::count::Count;
 use super::duration::DurationSpec;
+use super::rule::{Row, RowContext, Rule};
 use super::toggle::{Toggle, ToggleKeys};
 use crate::problems::{Cursor, Sourced};
 
@@ -78,22 +79,38 @@ impl Ejection {
     }
 }
 
-impl Toggle<EjectionSpec> {
-    /// Lays this layer over another. Reports a first ejection that is longer than the longest.
-    pub fn check(&self, base: &Ejection, at: &Cursor<'_>) -> Ejection {
-        let Self::On(spec) = self else {
-            return Ejection { on: at.set(false), ..base.clone() };
+impl Rule for Ejection {
+    type Spec = Toggle<EjectionSpec>;
+    type Value = Self;
+
+    const BUILT_IN: Self = Self::built_in();
+
+    /// Reports a first ejection that is longer than the longest.
+    fn check(spec: &Toggle<EjectionSpec>, below: &Self, at: &Cursor<'_>) -> Self {
+        let Toggle::On(spec) = spec else {
+            return Self { on: at.set(false), ..below.clone() };
         };
         let (open_for, open_for_max) =
-            check_open_times((spec.open_for, spec.open_for_max), (&base.open_for, &base.open_for_max), at);
-        Ejection {
+            check_open_times((spec.open_for, spec.open_for_max), (&below.open_for, &below.open_for_max), at);
+        Self {
             on: at.set(true),
             consecutive_failures: spec
                 .consecutive_failures
-                .map_or_else(|| base.consecutive_failures.clone(), |count| at.key("consecutiveFailures").set(count.0)),
+                .map_or_else(|| below.consecutive_failures.clone(), |count| at.key("consecutiveFailures").set(count.0)),
             open_for,
             open_for_max,
         }
+    }
+
+    fn rows(ejection: &Self, _: &RowContext) -> Vec<Row> {
+        if !ejection.on.value {
+            return vec![Row::whole("off", &ejection.on.origin)];
+        }
+        vec![
+            Row::shown("consecutiveFailures", &ejection.consecutive_failures),
+            Row::time("openFor", &ejection.open_for),
+            Row::time("openForMax", &ejection.open_for_max),
+        ]
     }
 }
 

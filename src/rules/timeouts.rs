@@ -9,6 +9,7 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 
 use super::duration::{self, DurationSpec};
+use super::rule::{Row, RowContext, Rule};
 use crate::problems::{Cursor, Origin, Sourced};
 
 /// `timeouts:` of `defaults`, of a destination or of a route.
@@ -55,31 +56,50 @@ impl Timeouts {
     }
 }
 
-impl TimeoutsSpec {
-    /// Lays this layer over another. Reports a part that is longer than the whole, in the layer that makes it so.
-    pub fn check(&self, base: &Timeouts, at: &Cursor<'_>) -> Timeouts {
+impl Rule for Timeouts {
+    type Spec = TimeoutsSpec;
+    type Value = Self;
+
+    const BUILT_IN: Self = Self::built_in();
+    const IS_SHOWN_EVERYWHERE: bool = true;
+
+    /// Reports a part that is longer than the whole, in the layer that makes it so.
+    fn check(spec: &TimeoutsSpec, below: &Self, at: &Cursor<'_>) -> Self {
         let over = |key: &str, spec: Option<DurationSpec>, below: &Sourced<Duration>| {
             spec.map_or_else(|| below.clone(), |span| at.key(key).set(span.0))
         };
-        let mut timeouts = Timeouts {
-            connect: over("connect", self.connect, &base.connect),
-            request: over("request", self.request, &base.request),
-            per_try: self.per_try.map(|span| at.key("perTry").set(span.0)).or_else(|| base.per_try.clone()),
-            idle: over("idle", self.idle, &base.idle),
-            max_duration: over("maxDuration", self.max_duration, &base.max_duration),
+        let mut timeouts = Self {
+            connect: over("connect", spec.connect, &below.connect),
+            request: over("request", spec.request, &below.request),
+            per_try: spec.per_try.map(|span| at.key("perTry").set(span.0)).or_else(|| below.per_try.clone()),
+            idle: over("idle", spec.idle, &below.idle),
+            max_duration: over("maxDuration", spec.max_duration, &below.max_duration),
         };
         // Who asks for 200ms in all must not be told about a 250ms that he never wrote.
         if timeouts.connect.origin == Origin::BuiltIn && timeouts.connect.value > timeouts.request.value {
             timeouts.connect = timeouts.request.clone();
         }
-        let request_is_new = self.request.is_some();
-        if self.connect.is_some() || request_is_new {
-            report_longer(at, "connect", self.connect.is_some(), &timeouts.connect, &timeouts.request);
+        let request_is_new = spec.request.is_some();
+        if spec.connect.is_some() || request_is_new {
+            report_longer(at, "connect", spec.connect.is_some(), &timeouts.connect, &timeouts.request);
         }
-        if let Some(per_try) = timeouts.per_try.as_ref().filter(|_| self.per_try.is_some() || request_is_new) {
-            report_longer(at, "perTry", self.per_try.is_some(), per_try, &timeouts.request);
+        if let Some(per_try) = timeouts.per_try.as_ref().filter(|_| spec.per_try.is_some() || request_is_new) {
+            report_longer(at, "perTry", spec.per_try.is_some(), per_try, &timeouts.request);
         }
         timeouts
+    }
+
+    fn rows(timeouts: &Self, _: &RowContext) -> Vec<Row> {
+        vec![
+            Row::time("connect", &timeouts.connect),
+            Row::time("request", &timeouts.request),
+            match &timeouts.per_try {
+                Some(per_try) => Row::time("perTry", per_try),
+                None => Row::none("perTry", "none: request holds"),
+            },
+            Row::time("idle", &timeouts.idle),
+            Row::time("maxDuration", &timeouts.max_duration),
+        ]
     }
 }
 

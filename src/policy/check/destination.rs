@@ -8,52 +8,28 @@ use crate::policy::model::{Destination, HostPattern};
 use crate::policy::router::normal;
 use crate::policy::spec::DestinationSpec;
 use crate::problems::{Cursor, InvalidValue};
-use crate::rules::faults::Faults;
-use crate::rules::rate_limit::RateLimit;
 use crate::upstream::spec::{EndpointSpec, is_host_name};
 
 pub(super) fn check(spec: &DestinationSpec, base: &Layer, folder: &Path, at: &Cursor<'_>) -> Destination {
     check_not_empty(spec.hosts.as_ref(), "without hosts, only a listener's `to` leads here", &at.key("hosts"));
     let meaning = "without endpoints, calls go where the caller was going";
     check_not_empty(spec.endpoints.as_ref(), meaning, &at.key("endpoints"));
-    let timeouts = match &spec.timeouts {
-        Some(spec) => spec.check(&base.timeouts, &at.key("timeouts")),
-        None => base.timeouts.clone(),
-    };
-    let limits = match &spec.limits {
-        Some(spec) => spec.check(&base.limits, &at.key("limits")),
-        None => base.limits.clone(),
-    };
     let connections = match &spec.connections {
         Some(spec) => spec.check(&base.connections, &at.key("connections")),
         None => base.connections.clone(),
     };
-    let circuit_breaker = match &spec.circuit_breaker {
-        Some(spec) => spec.check(&base.circuit_breaker, &at.key("circuitBreaker")),
-        None => base.circuit_breaker.clone(),
-    };
-    let ejection = match &spec.ejection {
-        Some(spec) => spec.check(&base.ejection, &at.key("ejection")),
-        None => base.ejection.clone(),
-    };
     let protocol = spec.protocol.unwrap_or_default();
-    let below = route::RouteDefaults {
-        timeouts,
-        retry: spec.retry.as_ref().map_or_else(|| base.retry.clone(), |spec| spec.check(&base.retry, &at.key("retry"))),
-        rate_limit: spec.rate_limit.as_ref().map_or_else(RateLimit::built_in, |spec| spec.check(&at.key("rateLimit"))),
-        faults: Faults::check(spec.faults.as_deref().unwrap_or_default(), &at.key("faults")),
-    };
+    let rules = spec.check_rules(&base.rules, at);
+    let routes = spec.routes.as_deref().unwrap_or_default();
     Destination {
         name: required_name(spec.name.as_ref(), at),
         hosts: spec.hosts.iter().flatten().filter_map(|host| parse_host(host).ok()).collect(),
         endpoints: endpoints(spec, &at.key("endpoints")),
         protocol,
         tls: spec.tls.as_ref().map(|tls| tls.check(folder, &at.key("tls"))),
-        limits,
         connections,
-        circuit_breaker,
-        ejection,
-        routes: route::check_all(spec.routes.as_deref().unwrap_or_default(), protocol, &below, &at.key("routes")),
+        routes: route::check_all(routes, protocol, &rules.route, &at.key("routes")),
+        rules: rules.destination,
         origin: at.origin(),
     }
 }

@@ -5,6 +5,7 @@
 //! reached by whom) is judged last, and not at all when a file could not be read.
 
 mod destination;
+mod layers;
 mod listener;
 mod route;
 
@@ -16,12 +17,8 @@ use std::sync::Arc;
 use super::model::{AccessLog, Listener, ListenerTarget, LogMode, Model};
 use super::spec::{AccessLogSpec, DefaultsSpec, PolicySpec};
 use crate::problems::{Cursor, InvalidValue, Origin};
-use crate::rules::circuit_breaker::CircuitBreaker;
-use crate::rules::ejection::Ejection;
-use crate::rules::limits::Limits;
+use crate::rules::layers::RuleValues;
 use crate::rules::mode::Modes;
-use crate::rules::retry::Retry;
-use crate::rules::timeouts::Timeouts;
 use crate::upstream::spec::Connections;
 
 /// One file, read.
@@ -37,12 +34,8 @@ pub struct Document<'a> {
 /// What a destination begins with.
 #[derive(Clone)]
 struct Layer {
-    timeouts: Timeouts,
-    limits: Limits,
+    rules: RuleValues,
     connections: Connections,
-    retry: Retry,
-    circuit_breaker: CircuitBreaker,
-    ejection: Ejection,
 }
 
 /// Checks all files together. `is_complete` says that no file is missing here because it could not be read.
@@ -90,14 +83,7 @@ struct Head {
 
 /// What may stand in one file only.
 fn head(documents: &[Document<'_>]) -> Head {
-    let mut layer = Layer {
-        timeouts: Timeouts::built_in(),
-        limits: Limits::built_in(),
-        connections: Connections::built_in(),
-        retry: Retry::built_in(),
-        circuit_breaker: CircuitBreaker::built_in(),
-        ejection: Ejection::built_in(),
-    };
+    let mut layer = Layer { rules: RuleValues::BUILT_IN, connections: Connections::built_in() };
     let (mut service, mut access_log, mut modes) = (None, AccessLog::default(), Modes::built_in());
     let mut seen: HashMap<&str, Origin> = HashMap::new();
     for Document { spec, at, .. } in documents {
@@ -131,26 +117,11 @@ fn head(documents: &[Document<'_>]) -> Head {
 }
 
 fn check_defaults(spec: &DefaultsSpec, below: &Layer, at: &Cursor<'_>) -> Layer {
-    let mut layer = below.clone();
-    if let Some(timeouts) = &spec.timeouts {
-        layer.timeouts = timeouts.check(&below.timeouts, &at.key("timeouts"));
-    }
-    if let Some(limits) = &spec.limits {
-        layer.limits = limits.check(&below.limits, &at.key("limits"));
-    }
-    if let Some(connections) = &spec.connections {
-        layer.connections = connections.check(&below.connections, &at.key("connections"));
-    }
-    if let Some(retry) = &spec.retry {
-        layer.retry = retry.check(&below.retry, &at.key("retry"));
-    }
-    if let Some(breaker) = &spec.circuit_breaker {
-        layer.circuit_breaker = breaker.check(&below.circuit_breaker, &at.key("circuitBreaker"));
-    }
-    if let Some(ejection) = &spec.ejection {
-        layer.ejection = ejection.check(&below.ejection, &at.key("ejection"));
-    }
-    layer
+    let connections = match &spec.connections {
+        Some(spec) => spec.check(&below.connections, &at.key("connections")),
+        None => below.connections.clone(),
+    };
+    Layer { rules: spec.check_rules(&below.rules, at), connections }
 }
 
 fn check_access_log(spec: &AccessLogSpec, at: &Cursor<'_>) -> AccessLog {

@@ -9,26 +9,15 @@ use super::{Names, check_not_empty, required_name};
 use crate::policy::model::{DEFAULT_ROUTE, PathMatch, Route, RouteMatch};
 use crate::policy::router::{Segment, parse_template, precedence};
 use crate::policy::spec::{MatchSpec, MethodName, RouteSpec};
-use crate::problems::{Cursor, InvalidValue, Origin, Sourced};
-use crate::rules::faults::Faults;
-use crate::rules::rate_limit::RateLimit;
-use crate::rules::retry::Retry;
-use crate::rules::timeouts::Timeouts;
+use crate::problems::{Cursor, InvalidValue, Origin};
+use crate::rules::layers::RouteRules;
 use crate::upstream::spec::UpstreamProtocol;
 
-/// What the routes of a destination begin with.
-pub(super) struct RouteDefaults {
-    pub(super) timeouts: Timeouts,
-    pub(super) retry: Retry,
-    pub(super) rate_limit: Sourced<Option<RateLimit>>,
-    pub(super) faults: Faults,
-}
-
-/// Checks all routes of a destination and adds the implicit last one.
+/// Checks all routes of a destination and adds the implicit last one. `base` is what the destination says.
 pub(super) fn check_all(
     specs: &[RouteSpec],
     protocol: UpstreamProtocol,
-    base: &RouteDefaults,
+    base: &RouteRules,
     at: &Cursor<'_>,
 ) -> Vec<Route> {
     let mut names = Names::default();
@@ -46,41 +35,19 @@ pub(super) fn check_all(
     routes.push(Route {
         name: DEFAULT_ROUTE.into(),
         matches: RouteMatch::default(),
-        timeouts: base.timeouts.clone(),
-        retry: base.retry.clone(),
-        rate_limit: base.rate_limit.clone(),
-        faults: base.faults.clone(),
+        rules: base.clone(),
         stream: false,
         origin: Origin::BuiltIn,
     });
     routes
 }
 
-fn check(spec: &RouteSpec, protocol: UpstreamProtocol, base: &RouteDefaults, at: &Cursor<'_>) -> Route {
+fn check(spec: &RouteSpec, protocol: UpstreamProtocol, base: &RouteRules, at: &Cursor<'_>) -> Route {
     let matches_at = at.key("match");
-    let timeouts = match &spec.timeouts {
-        Some(spec) => spec.check(&base.timeouts, &at.key("timeouts")),
-        None => base.timeouts.clone(),
-    };
-    let retry = match &spec.retry {
-        Some(spec) => spec.check_route(&base.retry, &at.key("retry")),
-        None => base.retry.clone(),
-    };
-    let rate_limit = match &spec.rate_limit {
-        Some(spec) => spec.check(&at.key("rateLimit")),
-        None => base.rate_limit.clone(),
-    };
-    let faults = match &spec.faults {
-        Some(specs) => Faults::check(specs, &at.key("faults")),
-        None => base.faults.clone(),
-    };
     Route {
         name: required_name(spec.name.as_ref(), at),
         matches: spec.r#match.as_ref().map_or_else(RouteMatch::default, |spec| matches(spec, protocol, &matches_at)),
-        timeouts,
-        retry,
-        rate_limit,
-        faults,
+        rules: spec.check_rules(base, at),
         stream: spec.stream.unwrap_or(false),
         origin: at.origin(),
     }

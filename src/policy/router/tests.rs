@@ -4,25 +4,10 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::problems::Origin;
-use crate::rules::circuit_breaker::CircuitBreaker;
-use crate::rules::ejection::Ejection;
-use crate::rules::faults::Faults;
-use crate::rules::rate_limit::RateLimit;
-use crate::rules::retry::Retry;
-use crate::rules::timeouts::Timeouts;
+use crate::rules::layers::{DestinationRules, RouteRules};
 
 fn route(matches: RouteMatch) -> Route {
-    let timeouts = Timeouts::built_in();
-    Route {
-        name: String::new(),
-        matches,
-        timeouts,
-        retry: Retry::built_in(),
-        rate_limit: RateLimit::built_in(),
-        faults: Faults::default(),
-        stream: false,
-        origin: Origin::BuiltIn,
-    }
+    Route { name: String::new(), matches, rules: RouteRules::BUILT_IN, stream: false, origin: Origin::BuiltIn }
 }
 
 fn template(template: &str) -> RouteMatch {
@@ -135,14 +120,12 @@ fn destination(hosts: &[&str]) -> Destination {
         None => HostPattern::Exact((*text).into()),
     };
     Destination {
-        circuit_breaker: CircuitBreaker::built_in(),
-        ejection: Ejection::built_in(),
         name: String::new(),
         hosts: hosts.iter().map(host).collect(),
         endpoints: Vec::new(),
         protocol: crate::upstream::spec::UpstreamProtocol::Auto,
         tls: None,
-        limits: crate::rules::limits::Limits::built_in(),
+        rules: DestinationRules::BUILT_IN,
         connections: crate::upstream::spec::Connections::built_in(),
         routes: Vec::new(),
         origin: Origin::BuiltIn,

@@ -13,6 +13,7 @@ use crate::problems::{Cursor, Origin, Sourced};
 use crate::rules::count::Count;
 use crate::rules::duration::{self, DurationSpec};
 use crate::rules::ratio::Ratio;
+use crate::rules::rule::{Row, RowContext, Rule};
 use crate::rules::toggle::{Toggle, ToggleKeys};
 
 /// `circuitBreaker:` of `defaults` or of a destination, where it is not `off`.
@@ -101,29 +102,49 @@ impl CircuitBreaker {
     }
 }
 
-impl Toggle<CircuitBreakerSpec> {
-    /// Lays this layer over another. Reports a first opening that is longer than the longest.
-    pub fn check(&self, base: &CircuitBreaker, at: &Cursor<'_>) -> CircuitBreaker {
-        let Self::On(spec) = self else {
-            return CircuitBreaker { on: at.set(false), ..base.clone() };
+impl Rule for CircuitBreaker {
+    type Spec = Toggle<CircuitBreakerSpec>;
+    type Value = Self;
+
+    const BUILT_IN: Self = Self::built_in();
+
+    /// Reports a first opening that is longer than the longest.
+    fn check(spec: &Toggle<CircuitBreakerSpec>, below: &Self, at: &Cursor<'_>) -> Self {
+        let Toggle::On(spec) = spec else {
+            return Self { on: at.set(false), ..below.clone() };
         };
         let count = |key: &str, spec: Option<Count<1>>, below: &Sourced<u32>| {
             spec.map_or_else(|| below.clone(), |count| at.key(key).set(count.0))
         };
         let (open_for, open_for_max) =
-            check_open_times((spec.open_for, spec.open_for_max), (&base.open_for, &base.open_for_max), at);
-        CircuitBreaker {
+            check_open_times((spec.open_for, spec.open_for_max), (&below.open_for, &below.open_for_max), at);
+        Self {
             on: at.set(true),
-            consecutive_failures: count("consecutiveFailures", spec.consecutive_failures, &base.consecutive_failures),
+            consecutive_failures: count("consecutiveFailures", spec.consecutive_failures, &below.consecutive_failures),
             failure_rate: spec
                 .failure_rate
-                .map_or_else(|| base.failure_rate.clone(), |ratio| at.key("failureRate").set(ratio.0)),
-            window: spec.window.map_or_else(|| base.window.clone(), |span| at.key("window").set(span.0)),
-            min_requests: count("minRequests", spec.min_requests, &base.min_requests),
+                .map_or_else(|| below.failure_rate.clone(), |ratio| at.key("failureRate").set(ratio.0)),
+            window: spec.window.map_or_else(|| below.window.clone(), |span| at.key("window").set(span.0)),
+            min_requests: count("minRequests", spec.min_requests, &below.min_requests),
             open_for,
             open_for_max,
-            probes: count("probes", spec.probes, &base.probes),
+            probes: count("probes", spec.probes, &below.probes),
         }
+    }
+
+    fn rows(breaker: &Self, _: &RowContext) -> Vec<Row> {
+        if !breaker.on.value {
+            return vec![Row::whole("off", &breaker.on.origin)];
+        }
+        vec![
+            Row::shown("consecutiveFailures", &breaker.consecutive_failures),
+            Row::shown("failureRate", &breaker.failure_rate),
+            Row::time("window", &breaker.window),
+            Row::shown("minRequests", &breaker.min_requests),
+            Row::time("openFor", &breaker.open_for),
+            Row::time("openForMax", &breaker.open_for_max),
+            Row::shown("probes", &breaker.probes),
+        ]
     }
 }
 
@@ -206,7 +227,7 @@ mod tests {
         let spec: Toggle<CircuitBreakerSpec> = Deserialize::deserialize(Offer(json)).unwrap();
         let (file, spot) = (Arc::from("p.yaml"), Anything(Position { span: 0..1, line: 7, column: 1 }));
         let problems = RefCell::new(Problems::default());
-        let breaker = spec.check(base, &Cursor::root(&file, &spot, &problems));
+        let breaker = CircuitBreaker::check(&spec, base, &Cursor::root(&file, &spot, &problems));
         let messages = problems.borrow().iter().map(|p| format!("{}: {} / {:?}", p.path, p.message, p.hint)).collect();
         (breaker, messages)
     }

@@ -16,7 +16,9 @@ use http::header::{HOST, HeaderName, HeaderValue};
 use jiff::Timestamp;
 
 pub use self::spec::{AbortSpec, AbortStatus, ByteLimit, FaultSpec, FaultUntil, SlowBodySpec};
-use crate::problems::{self, Cursor, Sourced, near_miss};
+use crate::problems::{self, Cursor, Origin, Sourced, near_miss};
+use crate::rules::duration;
+use crate::rules::rule::{Row, RowContext, Rule};
 
 /// The faults of a route, in the order in which they are tried. None by default.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
@@ -81,12 +83,17 @@ impl Hash for Share {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct GrpcCode(u8);
 
-impl Faults {
-    /// Checks a list. It stands in the place of the layer below as a whole; an empty one means no faults.
+impl Rule for Faults {
+    type Spec = Vec<FaultSpec>;
+    type Value = Self;
+
+    const BUILT_IN: Self = Self(Vec::new());
+
+    /// A list stands in the place of the layer below as a whole; an empty one means no faults.
     ///
     /// Reports what an entry lacks, where it contradicts itself, and names that stand twice. Not an `until` that is over:
     /// an old policy must stay readable; see [`Fault::is_over`].
-    pub fn check(specs: &[FaultSpec], at: &Cursor<'_>) -> Self {
+    fn check(specs: &Vec<FaultSpec>, _: &Self, at: &Cursor<'_>) -> Self {
         let mut names: Vec<Sourced<&str>> = Vec::with_capacity(specs.len());
         let mut faults = Vec::with_capacity(specs.len());
         for (index, spec) in specs.iter().enumerate() {
@@ -104,6 +111,16 @@ impl Faults {
         Self(faults)
     }
 
+    fn rows(faults: &Self, seen: &RowContext) -> Vec<Row> {
+        if faults.is_empty() {
+            return vec![Row::whole("none", &Origin::BuiltIn)];
+        }
+        let row = |fault: &Fault| Row::new(&fault.name.value, fault.describe(seen.now), &fault.name.origin);
+        faults.iter().map(row).collect()
+    }
+}
+
+impl Faults {
     /// The fault that this call meets: the first that is not over, whose headers the call has, and whose share is drawn.
     ///
     /// `header` gives a call's value of a header, `random` a number from 0 up to but not including 1. Each fault is drawn
@@ -135,6 +152,30 @@ impl Fault {
     /// Whether its end has come.
     pub fn is_over(&self, now: Timestamp) -> bool {
         now >= self.until.value
+    }
+
+    /// What it does, to which calls, and until when, in one line.
+    fn describe(&self, now: Timestamp) -> String {
+        let mut parts: Vec<String> = Vec::new();
+        parts.extend(self.delay.as_ref().map(|delay| format!("delay {}", duration::format(delay.value))));
+        match &self.ending {
+            FaultAction::Answer { cut_after, bytes_per_second } => {
+                parts.extend(cut_after.as_ref().map(|size| format!("cut after {} bytes", size.value)));
+                parts.extend(bytes_per_second.as_ref().map(|rate| format!("{} bytes a second", rate.value)));
+            }
+            FaultAction::Abort(abort) => parts.push(match abort.value {
+                Abort::Status(status) => format!("abort with {}", status.as_u16()),
+                Abort::Grpc(code) => format!("abort with grpc {}", code.as_str()),
+            }),
+            FaultAction::Reset(_) => parts.push("reset".into()),
+        }
+        parts.push(format!("share {}", self.share.value.get()));
+        for (name, value) in &self.headers {
+            parts.push(format!("if {name}: {}", String::from_utf8_lossy(value.as_bytes())));
+        }
+        let end = if self.is_over(now) { "over since" } else { "until" };
+        parts.push(format!("{end} {}", self.until.value));
+        parts.join(", ")
     }
 }
 

@@ -9,7 +9,7 @@ use crate::rules::tests::checked;
 const NOW: &str = "2026-06-01T12:00:00Z";
 
 fn check(yaml: &str) -> (Faults, Vec<String>) {
-    checked(yaml, |specs: &Vec<FaultSpec>, at| Faults::check(specs, at))
+    checked(yaml, |specs: &Vec<FaultSpec>, at| Faults::check(specs, &Faults::BUILT_IN, at))
 }
 
 /// One fault, of which only what it does is given.

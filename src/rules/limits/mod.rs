@@ -13,6 +13,7 @@ pub use self::concurrency_limit::{ConcurrencyLimit, ConcurrencyPermit, QueueFull
 use crate::problems::{Cursor, Sourced};
 use crate::rules::count::Count;
 use crate::rules::duration::DurationSpec;
+use crate::rules::rule::{Row, RowContext, Rule};
 
 /// `limits:` of `defaults` or of a destination.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize, JsonSchema)]
@@ -48,15 +49,27 @@ impl Limits {
     }
 }
 
-impl LimitsSpec {
-    /// Lays this layer over another.
-    pub fn check(&self, base: &Limits, at: &Cursor<'_>) -> Limits {
-        Limits {
-            in_flight: self.in_flight.map_or_else(|| base.in_flight.clone(), |n| at.key("inFlight").set(n.0)),
-            queue: self.queue.map_or_else(|| base.queue.clone(), |n| at.key("queue").set(n.0)),
-            queue_timeout: self
+impl Rule for Limits {
+    type Spec = LimitsSpec;
+    type Value = Self;
+
+    const BUILT_IN: Self = Self::built_in();
+
+    fn check(spec: &LimitsSpec, below: &Self, at: &Cursor<'_>) -> Self {
+        Self {
+            in_flight: spec.in_flight.map_or_else(|| below.in_flight.clone(), |n| at.key("inFlight").set(n.0)),
+            queue: spec.queue.map_or_else(|| below.queue.clone(), |n| at.key("queue").set(n.0)),
+            queue_timeout: spec
                 .queue_timeout
-                .map_or_else(|| base.queue_timeout.clone(), |span| at.key("queueTimeout").set(span.0)),
+                .map_or_else(|| below.queue_timeout.clone(), |span| at.key("queueTimeout").set(span.0)),
         }
+    }
+
+    fn rows(limits: &Self, _: &RowContext) -> Vec<Row> {
+        vec![
+            Row::shown("inFlight", &limits.in_flight),
+            Row::shown("queue", &limits.queue),
+            Row::time("queueTimeout", &limits.queue_timeout),
+        ]
     }
 }

@@ -18,6 +18,7 @@ use serde::de::{self, Deserializer, Visitor};
 pub use self::limiter::{MOST_KEYS, RateLimitExceeded, RateLimitKey, RateLimiter};
 use super::count::Count;
 use super::duration::{self, DurationSpec};
+use super::rule::{Row, RowContext, Rule};
 use super::toggle::{Toggle, ToggleKeys};
 use crate::problems::{Cursor, InvalidValue, Sourced, near_miss};
 
@@ -79,22 +80,34 @@ pub enum CountBy {
     Header(HeaderName),
 }
 
-impl RateLimit {
-    /// What holds where no policy says otherwise: no limit.
-    pub const fn built_in() -> Sourced<Option<Self>> {
-        Sourced::built_in(None)
-    }
-}
+impl Rule for RateLimit {
+    type Spec = Toggle<RateLimitSpec>;
 
-impl Toggle<RateLimitSpec> {
-    /// The limit, or None for `off`, with the line of the entry. It stands in the place of the layer below as a whole.
+    /// The limit, or None without one, with the line of the entry.
+    type Value = Sourced<Option<Self>>;
+
+    const BUILT_IN: Sourced<Option<Self>> = Sourced::built_in(None);
+
+    /// It stands in the place of the layer below as a whole.
     ///
     /// Reports a missing `requests`, and numbers that cannot be kept exactly.
-    pub fn check(&self, at: &Cursor<'_>) -> Sourced<Option<RateLimit>> {
-        match self {
-            Self::Off => at.set(None),
-            Self::On(spec) => at.set(spec.check(at)),
+    fn check(spec: &Toggle<RateLimitSpec>, _: &Self::Value, at: &Cursor<'_>) -> Self::Value {
+        match spec {
+            Toggle::Off => at.set(None),
+            Toggle::On(spec) => at.set(spec.check(at)),
         }
+    }
+
+    fn rows(limit: &Self::Value, _: &RowContext) -> Vec<Row> {
+        let Some(values) = &limit.value else {
+            return vec![Row::whole("none", &limit.origin)];
+        };
+        vec![
+            Row::shown("requests", &values.requests),
+            Row::time("per", &values.per),
+            Row::shown("burst", &values.burst),
+            Row::shown("by", &values.by),
+        ]
     }
 }
 

@@ -10,7 +10,7 @@ use crate::problems::Origin;
 use crate::rules::tests::checked;
 
 fn check(yaml: &str) -> (Sourced<Option<RateLimit>>, Vec<String>) {
-    checked(yaml, |spec: &RateLimitSpec, at| Toggle::On(spec.clone()).check(at))
+    checked(yaml, |spec: &RateLimitSpec, at| RateLimit::check(&Toggle::On(spec.clone()), &RateLimit::BUILT_IN, at))
 }
 
 fn good(yaml: &str) -> RateLimit {
@@ -28,7 +28,7 @@ fn what_is_left_out_has_the_documented_default() {
         (&CountBy::Route, &Origin::BuiltIn, &Origin::BuiltIn)
     );
     assert_eq!(limit.burst.origin, limit.requests.origin);
-    assert_eq!(RateLimit::built_in().value, None);
+    assert_eq!(RateLimit::BUILT_IN.value, None);
 }
 
 #[test]
@@ -44,7 +44,8 @@ fn off_is_a_word_that_keeps_its_line() {
     let word = Toggle::<RateLimitSpec>::deserialize(StrDeserializer::<ValueError>::new("off"));
     let flag = Toggle::<RateLimitSpec>::deserialize(BoolDeserializer::<ValueError>::new(false));
     for read in [word, flag] {
-        let (limit, problems) = checked("off", |_: &String, at| read.unwrap().check(at));
+        let (limit, problems) =
+            checked("off", |_: &String, at| RateLimit::check(&read.unwrap(), &RateLimit::BUILT_IN, at));
         assert_eq!((limit.value, problems.len()), (None, 0));
         assert_eq!(limit.origin.to_string(), "p.yaml:1");
     }

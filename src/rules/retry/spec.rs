@@ -10,6 +10,7 @@ use crate::problems::{Cursor, InvalidValue, Origin, Sourced};
 use crate::rules::count::Count;
 use crate::rules::duration::{self, DurationSpec};
 use crate::rules::retry::budget::{RetryBudgetLimits, RetryBudgetSpec};
+use crate::rules::rule::{Row, RowContext, Rule};
 use crate::rules::size::Size;
 use crate::rules::toggle::{Toggle, ToggleKeys};
 
@@ -97,22 +98,47 @@ impl Retry {
     }
 }
 
-impl Toggle<RetrySpec> {
-    /// Lays this layer, of `defaults` or of a destination, over another.
-    pub fn check(&self, base: &Retry, at: &Cursor<'_>) -> Retry {
-        match self {
-            Self::Off => Retry { enabled: at.set(false), ..base.clone() },
-            Self::On(values) => values.check(base, at),
+impl Rule for Retry {
+    type Spec = Toggle<RetrySpec>;
+    type Value = Self;
+
+    const BUILT_IN: Self = Self::built_in();
+
+    fn check(spec: &Toggle<RetrySpec>, below: &Self, at: &Cursor<'_>) -> Self {
+        match spec {
+            Toggle::Off => Self { enabled: at.set(false), ..below.clone() },
+            Toggle::On(values) => values.check(below, at),
         }
     }
 
-    /// The same for a route, which has no budget of its own: all calls of a destination draw on the same one.
-    pub fn check_route(&self, base: &Retry, at: &Cursor<'_>) -> Retry {
-        if let Self::On(RetrySpec { budget: Some(_), .. }) = self {
+    /// A route has no budget of its own: all calls of a destination draw on the same one.
+    fn check_route(spec: &Toggle<RetrySpec>, below: &Self, at: &Cursor<'_>) -> Self {
+        if let Toggle::On(RetrySpec { budget: Some(_), .. }) = spec {
             let hint = "move it to `retry` of the destination: all its routes share one budget";
             at.key("budget").report_key(InvalidValue::new("a route has no budget of its own", hint));
         }
-        self.check(base, at)
+        Self::check(spec, below, at)
+    }
+
+    fn rows(retry: &Self, seen: &RowContext) -> Vec<Row> {
+        if !retry.enabled.value {
+            return vec![Row::whole("off", &retry.enabled.origin)];
+        }
+        let mut rows = vec![
+            Row::shown("attempts", &retry.attempts),
+            Row::shown("on", &retry.on),
+            Row::shown("idempotent", &retry.idempotent),
+            Row::time("backoff.base", &retry.backoff.base),
+            Row::time("backoff.max", &retry.backoff.max),
+            Row::shown("budget.ratio", &retry.budget.ratio),
+            Row::shown("budget.minPerSecond", &retry.budget.min_per_second),
+            Row::shown("replayLimit", &retry.replay_limit),
+        ];
+        // The sidecar before the app leaves most retries to its callers.
+        if seen.is_inbound {
+            rows.push(Row::bare("", "inbound: only calls that the app cannot have seen"));
+        }
+        rows
     }
 }
 

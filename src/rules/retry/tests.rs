@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 
 use super::*;
 use crate::problems::{ChildNode, Cursor, DocumentNode, Origin, Position, Problems};
+use crate::rules::rule::Rule;
 use crate::rules::toggle::{Toggle, ToggleKeys};
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -327,7 +328,7 @@ fn layered(layers: &[Value]) -> (Retry, Vec<String>) {
     for (index, layer) in layers.iter().enumerate() {
         let spec = read(layer).unwrap();
         let is_route = index == 2;
-        retry = if is_route { spec.check_route(&retry, &at) } else { spec.check(&retry, &at) };
+        retry = if is_route { Retry::check_route(&spec, &retry, &at) } else { Retry::check(&spec, &retry, &at) };
     }
     let shown = |problem: &crate::problems::Problem| {
         format!("{}: {} ({})", problem.path, problem.message, problem.hint.as_deref().unwrap_or_default())

@@ -1,7 +1,5 @@
 //! What holds for one call: which listener, destination and route it meets, and every effective value with its line.
 
-mod rows;
-
 use std::fmt;
 
 use http::header::{CONTENT_TYPE, HeaderMap, HeaderValue};
@@ -9,10 +7,11 @@ use http::uri::Scheme;
 use http::{Method, Uri};
 use jiff::Timestamp;
 
-pub use self::rows::Row;
 use super::model::{Destination, Direction, Listener, ListenerTarget, Model, Route};
 use super::router::{HostTable, RouteTable};
-use crate::rules::mode::Modes;
+use crate::rules::layers;
+use crate::rules::mode::{Modes, RuleName};
+use crate::rules::rule::{Row, RowContext};
 
 /// What one call meets. Shows as a table for people.
 #[derive(Debug)]
@@ -177,29 +176,6 @@ fn targets<'a>(model: &'a Model, call: &Call) -> Result<Vec<Reached<'a>>, Explai
     Ok(vec![Reached { destination: at, listeners: model.listeners.iter().filter(leads_there).collect() }])
 }
 
-/// The rules of a destination that no route changes, by their names in the policy.
-pub fn rules_of_destination(destination: &Destination) -> [(&'static str, Vec<Row>); 2] {
-    [
-        ("circuitBreaker", rows::circuit_breaker(&destination.circuit_breaker)),
-        ("ejection", rows::ejection(&destination.ejection)),
-    ]
-}
-
-/// The rules of a route beside its timeouts that differ from those of the route `below`, by their names in the policy.
-pub fn rules_of_route(route: &Route, below: Option<&Route>, now: Timestamp) -> Vec<(&'static str, Vec<Row>)> {
-    let mut rules = Vec::new();
-    if below.is_none_or(|below| below.retry != route.retry) {
-        rules.push(("retry", rows::retry(&route.retry, false)));
-    }
-    if below.is_none_or(|below| below.rate_limit != route.rate_limit) {
-        rules.push(("rateLimit", rows::rate_limit(&route.rate_limit)));
-    }
-    if below.is_none_or(|below| below.faults != route.faults) {
-        rules.push(("faults", rows::faults(&route.faults, now)));
-    }
-    rules
-}
-
 impl Explanation<'_> {
     /// What the call meets: listeners, destination, route, and what is behind them.
     pub fn way(&self) -> Vec<Row> {
@@ -235,23 +211,24 @@ impl Explanation<'_> {
     pub fn values(&self) -> Vec<Row> {
         let Self { listeners, destination, route, modes, now, .. } = self;
         let is_inbound = !listeners.is_empty() && listeners.iter().all(|l| l.direction == Direction::Inbound);
-        let mut rows = rows::modes(modes);
-        rows.extend(rows::timeouts(&route.timeouts));
-        rows.extend(rows::limits(&destination.limits));
-        rows.extend(rows::retry(&route.retry, is_inbound));
-        rows.extend(rows::circuit_breaker(&destination.circuit_breaker));
-        rows.extend(rows::ejection(&destination.ejection));
-        rows.extend(rows::rate_limit(&route.rate_limit));
-        rows.extend(rows::faults(&route.faults, *now));
+        let seen = RowContext { now: *now, is_inbound };
+        let mut rows = weaker(modes);
+        rows.extend(layers::rows(destination, route, &seen));
         rows.push(Row::time("connections.idle", &destination.connections.idle));
         rows.push(Row::shown("connections.maxIdle", &destination.connections.max_idle));
         for l in listeners {
-            rows.push(Row::time(&format!("{}: timeouts.headers", l.name), &l.headers_timeout));
-            rows.push(Row::time(&format!("{}: timeouts.idle", l.name), &l.idle));
-            rows.push(Row::shown(&format!("{}: maxHeaderSize", l.name), &l.max_header_size));
+            rows.push(Row::time(format!("{}: timeouts.headers", l.name), &l.headers_timeout));
+            rows.push(Row::time(format!("{}: timeouts.idle", l.name), &l.idle));
+            rows.push(Row::shown(format!("{}: maxHeaderSize", l.name), &l.max_header_size));
         }
         rows
     }
+}
+
+/// The rules that are not enforced.
+fn weaker(modes: &Modes) -> Vec<Row> {
+    let weaker = RuleName::ALL.into_iter().filter(|rule| !modes.of(*rule).value.is_enforced());
+    weaker.map(|rule| Row::shown(format!("rules.{}", rule.key()), modes.of(rule))).collect()
 }
 
 fn listener_row(l: &Listener) -> Row {
@@ -268,7 +245,7 @@ impl fmt::Display for Explanation<'_> {
         };
         let name_width = widest(|row| row.name.chars().count(), 40);
         let value_width = widest(|row| if row.origin.is_empty() { 0 } else { row.value.chars().count() }, 60);
-        for (index, Row { name, value, origin }) in way.iter().chain(&values).enumerate() {
+        for (index, Row { name, value, origin, .. }) in way.iter().chain(&values).enumerate() {
             if index == way.len() {
                 writeln!(f)?;
             }
