@@ -59,8 +59,7 @@ pub struct SystemResolver(TokioResolver);
 
 impl SystemResolver {
     /// Reads the system's settings. If they cannot be used, the second value says why, and the resolver uses `/etc/hosts`
-    /// and the name server at 127.0.0.1, the default of resolv.conf(5) without a `nameserver`. Per name server: 2 attempts
-    /// of 2 s.
+    /// and the name server at 127.0.0.1, the default of resolv.conf(5) without a `nameserver`. A query has 3 attempts of 2 s.
     ///
     /// # Errors
     /// If no resolver can be built.
@@ -76,6 +75,7 @@ impl SystemResolver {
         };
         let options = builder.options_mut();
         options.timeout = Duration::from_secs(2);
+        // Attempts after the first.
         options.attempts = 2;
         // This module keeps answers for their TTL; a second cache would only return old ones.
         options.cache_size = 0;
