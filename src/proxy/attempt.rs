@@ -73,15 +73,15 @@ pub async fn send(
             true => ConnectionUse::Reused { age: begun.saturating_duration_since(lease.born) },
             false => ConnectionUse::New,
         };
-        live.record.via(address, connection);
+        live.record.set_connection(address, connection);
         match exchange(live, lease).await {
             Ok(Some(answer)) => {
-                live.record.upstream_waited(live.patience.took(live.over_at));
+                live.record.add_upstream_time(live.patience.took(live.over_at));
                 return Ok(answer);
             }
-            Ok(None) => live.record.waited_in_vain(live.over_at.saturating_duration_since(begun)),
+            Ok(None) => live.record.add_failed_upstream_time(live.over_at.saturating_duration_since(begun)),
             Err(refusal) => {
-                live.record.waited_in_vain(live.patience.took(live.over_at));
+                live.record.add_failed_upstream_time(live.patience.took(live.over_at));
                 return Err(refusal);
             }
         }
@@ -104,7 +104,7 @@ async fn faulted(live: &mut RequestContext, pool: &Rc<Pool>) -> Result<Option<Re
         Some(endpoint) => endpoint,
         None => select::pick_known(live, pool).await?.ok_or_else(select::nobody)?,
     };
-    live.record.towards(endpoint.address.socket);
+    live.record.set_endpoint(endpoint.address.socket);
     let began = Instant::now();
     live.patience.try_began = began;
     let happened = fault_injection::happen(live, fault).await;
@@ -117,8 +117,8 @@ async fn faulted(live: &mut RequestContext, pool: &Rc<Pool>) -> Result<Option<Re
     let took = live.patience.took(now);
     weigh(live, &endpoint, &tried, took);
     match &tried {
-        Ok(_) => live.record.upstream_waited(took),
-        Err(_) => live.record.waited_in_vain(took),
+        Ok(_) => live.record.add_upstream_time(took),
+        Err(_) => live.record.add_failed_upstream_time(took),
     }
     tried.map(Some)
 }

@@ -99,7 +99,7 @@ fn asked(grpc: bool, fields: &HeaderMap) -> Result<Option<Duration>, LocalReply>
 fn limit(live: &mut RequestContext, deadline: Deadline, now: Instant) -> Result<(), LocalReply> {
     let left = deadline.left(now).unwrap_or_default();
     let from = if deadline.from == DeadlineSource::Caller { "caller" } else { "inbound" };
-    let notes = live.record.note();
+    let notes = live.record.annotations_mut();
     (notes.deadline, notes.deadline_from) = (Some(left), Some(from));
     let until = ExternalDeadline { at: deadline.at, from: deadline.from, whole: left };
     if !live.view.policy.model.modes.deadline.value.is_enforced() {
@@ -249,7 +249,7 @@ fn place(live: &RequestContext) -> u64 {
 /// Whether a call that failed for good has used up any tries: not if it was turned away before its first one, nor if it
 /// had no second one only because that is not safe.
 fn has_tried_out(live: &RequestContext) -> bool {
-    let (tries, _) = live.record.tries();
+    let (tries, _) = live.record.attempts();
     tries > 1 || (tries == 1 && (live.is_safe || live.route().retry.idempotent.value))
 }
 
@@ -266,7 +266,7 @@ pub fn failed(live: &mut RequestContext, below: Option<&ProxyStatus>, is_final: 
     let here = || live.destination_values().name.as_str().into();
     let at = Some(below.and_then(|mark| mark.at.clone()).unwrap_or_else(here));
     if below.is_some_and(|mark| mark.at.is_some()) {
-        live.record.note().failed_at.clone_from(&at);
+        live.record.annotations_mut().failed_at.clone_from(&at);
     }
     let mark = ProxyStatus { is_final, at, ..ProxyStatus::default() };
     if let Some(causes) = live.ties.as_ref().and_then(|ties| ties.causes.as_ref()) {
@@ -328,7 +328,7 @@ fn blamed(live: &RequestContext) -> Option<ProxyStatus> {
 /// The same, for an answer that says that the app failed: the log names where that came from.
 fn from_below(live: &mut RequestContext) -> Option<ProxyStatus> {
     let mark = blamed(live)?;
-    live.record.note().failed_at.clone_from(&mark.at);
+    live.record.annotations_mut().failed_at.clone_from(&mark.at);
     Some(mark)
 }
 

@@ -41,7 +41,7 @@ pub fn draw<'a>(live: &mut RequestContext, faults: &'a Faults) -> Option<&'a Fau
     let header = |name: &HeaderName| fields?.get(name).map(HeaderValue::as_bytes);
     let fault = faults.draw(header, Timestamp::now(), fastrand::f64)?;
     let name = &fault.name.value;
-    live.record.note().fault = Some(name.as_str().into());
+    live.record.annotations_mut().fault = Some(name.as_str().into());
     if !mode.is_enforced() {
         live.would(RuleName::Faults);
         return None;

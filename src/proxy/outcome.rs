@@ -128,7 +128,7 @@ pub fn judge_complete(live: &mut RequestContext) {
     if live.record.status().is_some_and(|status| is_failed_status(status.as_u16())) {
         return;
     }
-    let code = live.record.grpc_code();
+    let code = live.record.grpc_status();
     // To gRPC an answer without a status is a failure, whatever came before.
     let is_unsaid =
         live.patience.grpc && code.is_none() && live.record.status().is_some_and(|status| status.is_success());
@@ -189,7 +189,7 @@ pub fn streams(live: &mut RequestContext, now: Instant) {
 
 /// Whether what failed, failed further down: the answer's trailers said so, or a call of the app has told.
 fn is_spared(live: &mut RequestContext) -> bool {
-    let is_marked = live.record.notes().is_some_and(|notes| notes.failed_at.is_some());
+    let is_marked = live.record.annotations().is_some_and(|notes| notes.failed_at.is_some());
     let is_below = is_marked || correlation::is_blamed_below(live);
     live.spares(is_below)
 }
@@ -357,7 +357,7 @@ pub fn policy_changed(telemetry: &Telemetry, old: &Snapshot, next: &Snapshot, no
         let health = &destination.cluster.health;
         if health.show(breaker, ejection) {
             let state = health.state_now(now).number();
-            telemetry.breaker_and_endpoints(&destination.values.name, state, health.out_now(now));
+            telemetry.set_health_gauges(&destination.values.name, state, health.out_now(now));
         }
     }
 }

@@ -374,7 +374,7 @@ struct QueueWait<'a> {
 impl Drop for QueueWait<'_> {
     fn drop(&mut self) {
         if !self.is_refused {
-            self.record.queued(self.began.elapsed());
+            self.record.add_queue_time(self.began.elapsed());
         }
     }
 }

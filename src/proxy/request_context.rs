@@ -181,7 +181,7 @@ impl RequestContext {
 
     /// Notes that a rule in `warn` would have acted: for the log line, and for the metric. Once for each call.
     pub fn would(&mut self, rule: RuleName) {
-        let noted = &mut self.record.note().would;
+        let noted = &mut self.record.annotations_mut().dry_run;
         if noted.contains(&rule.as_str()) {
             return;
         }
@@ -294,7 +294,7 @@ pub fn unread(caller: &DownstreamConnection) -> RequestLine {
 
 impl Drop for RequestContext {
     fn drop(&mut self) {
-        self.record.passed(self.flow.request.bytes(), self.flow.response.bytes());
+        self.record.set_body_bytes(self.flow.request.bytes(), self.flow.response.bytes());
         if self.worker.connections.phase() == DrainPhase::Over {
             let detail = "the grace time was over before the call was";
             self.record.refuse(LocalReply::plain(LocalReplyKind::Draining, detail).record());

@@ -46,7 +46,7 @@ pub fn hand_over(
     let mut close = version <= Version::HTTP_11 && (version < Version::HTTP_11 || doubtful || leaving);
     let mut answer = match reply {
         Ok(PipelineReply::Upstream(answer)) => {
-            live.record.head(live.over_at, answer.status());
+            live.record.set_response_head(live.over_at, answer.status());
             let (head, incoming) = answer.into_parts();
             // A gRPC answer ends with its trailers, whatever it says of its length.
             let length = if live.patience.grpc { None } else { length_of(&head, live.record.method()) };
@@ -57,14 +57,14 @@ pub fn hand_over(
         }
         Ok(PipelineReply::Own(answer)) => {
             live.over_at = Instant::now();
-            live.record.head(live.over_at, answer.status());
+            live.record.set_response_head(live.over_at, answer.status());
             live.record.complete();
             answer
         }
         Ok(PipelineReply::Tunnel(mut answer, upstream)) => {
             // A deadline ends no tunnel.
             live.late_at = None;
-            live.record.head(Instant::now(), answer.status());
+            live.record.set_response_head(Instant::now(), answer.status());
             let later = answer.extensions_mut().remove::<OnUpgrade>();
             let caller = Rc::clone(&live.caller);
             let handoff = Handoff { upstream, live };
@@ -117,8 +117,8 @@ fn refuse(live: &mut RequestContext, refusal: &LocalReply) -> Response<ResponseB
     }
     correlation::refused(live, refusal.kind, live.over_at);
     let context = LocalReplyContext {
-        attempt: live.record.tries(),
-        retry: live.record.notes().and_then(|notes| notes.retry),
+        attempt: live.record.attempts(),
+        retry: live.record.annotations().and_then(|notes| notes.retry_withheld),
         mark: live.mark.as_deref(),
         // Who is told when to come again may do so.
         pushes_back: correlation::pushes_back(live) && refusal.kind != local_reply::LocalReplyKind::RateLimited,
@@ -129,9 +129,9 @@ fn refuse(live: &mut RequestContext, refusal: &LocalReply) -> Response<ResponseB
     }
     if is_grpc {
         let message = answer.headers().get(grpc::MESSAGE).cloned();
-        live.record.grpc(refusal.grpc().0 as u32, message);
+        live.record.set_grpc_status(refusal.grpc().0 as u32, message);
     }
-    live.record.head(live.over_at, answer.status());
+    live.record.set_response_head(live.over_at, answer.status());
     live.record.complete();
     answer
 }
@@ -189,7 +189,7 @@ pub fn from_upstream(
 fn grpc_answer(live: &mut RequestContext, present: &HeaderScan, mut answer: Response<UpstreamBody>) -> PipelineReply {
     let fields = answer.headers_mut();
     if let Some((code, message)) = grpc::read_status(fields) {
-        live.record.grpc(code, message);
+        live.record.set_grpc_status(code, message);
         if live.route().retry.is_failure(AttemptFailure::Grpc(code)) {
             correlation::mark_answer(live, StatusCode::OK, fields, present.proxy_status);
         }
@@ -212,7 +212,7 @@ fn grpc_answer(live: &mut RequestContext, present: &HeaderScan, mut answer: Resp
         translated.headers_mut().append(PROXY_STATUS, said.clone());
     }
     correlation::push_back(live, translated.headers_mut());
-    live.record.grpc(code as u32, translated.headers().get(grpc::MESSAGE).cloned());
+    live.record.set_grpc_status(code as u32, translated.headers().get(grpc::MESSAGE).cloned());
     if status.is_success() {
         // A good answer to something else: no service of gRPC is there.
         outcome::judge_complete(live);

@@ -109,7 +109,7 @@ impl ResponseBody {
         if let Some(fields) = frame.trailers_mut() {
             trailers::clean(fields, &live.named);
             if let Some((code, message)) = grpc::read_status(fields) {
-                live.record.grpc(code, message);
+                live.record.set_grpc_status(code, message);
                 outcome::ends_with(live, code);
                 correlation::mark_trailers(live, fields, code, live.over_at);
             }
@@ -167,7 +167,7 @@ impl ResponseBody {
             return Poll::Ready(Some(Err(cut)));
         }
         let mut fields = grpc::status_fields(code, message);
-        live.record.grpc(code as u32, fields.get(grpc::MESSAGE).cloned());
+        live.record.set_grpc_status(code as u32, fields.get(grpc::MESSAGE).cloned());
         let now = live.over_at;
         correlation::mark_trailers(&mut live, &mut fields, code as u32, now);
         Poll::Ready(Some(Ok(Frame::trailers(fields))))

@@ -46,7 +46,7 @@ pub async fn run(live: &mut RequestContext, pool: &Rc<Pool>, switching: bool) ->
     loop {
         let tried = match outcome::admit(live, Instant::now()) {
             Ok(()) => {
-                live.record.attempt(live.attempt, most);
+                live.record.begin_attempt(live.attempt, most);
                 if let Some(because) = because {
                     live.worker.shard.telemetry().retried(&live.destination_values().name, because);
                 }
@@ -329,7 +329,7 @@ async fn pause(live: &mut RequestContext, after: Duration) {
     if !after.is_zero() {
         let begun = Instant::now();
         live.timer.limit(begun + after, std::future::pending::<()>()).await;
-        live.record.note().paused += begun.elapsed();
+        live.record.annotations_mut().retry_wait += begun.elapsed();
     }
 }
 
@@ -337,7 +337,7 @@ async fn pause(live: &mut RequestContext, after: Duration) {
 fn tell(live: &mut RequestContext, report: &AttemptReport, why: NoRetryReason, now: Instant) {
     let is_failure = report.failure.is_some_and(|failure| live.route().retry.is_failure(failure));
     if is_failure && why != NoRetryReason::Off && why != NoRetryReason::NotAFailure {
-        live.record.note().retry = Some(why.name());
+        live.record.annotations_mut().retry_withheld = Some(why.name());
         live.worker.shard.telemetry().retry_withheld(&live.destination_values().name, why.name());
     }
     if is_failure {

@@ -91,7 +91,7 @@ pub async fn bare_stream(live: &mut RequestContext, pool: &Rc<Pool>) -> Result<I
     let terms = terms(live);
     let stream = dial(live, pool, async |endpoint: &Rc<Endpoint>| pool.bare_stream(endpoint, terms).await).await?;
     if let Some(endpoint) = &live.endpoint {
-        live.record.via(endpoint.address.socket, ConnectionUse::New);
+        live.record.set_connection(endpoint.address.socket, ConnectionUse::New);
     }
     Ok(stream)
 }
@@ -120,11 +120,11 @@ async fn dial<T>(
     for left in (0..TRIED).rev() {
         let Some(endpoint) = next.take() else { break };
         live.endpoint = Some(Rc::clone(&endpoint));
-        live.record.towards(endpoint.address.socket);
+        live.record.set_endpoint(endpoint.address.socket);
         let began = Instant::now();
         let opened = within_request(live, endpoint.address.socket, Box::pin(open(&endpoint))).await;
         let now = Instant::now();
-        live.record.connected(now.saturating_duration_since(began));
+        live.record.add_connect_time(now.saturating_duration_since(began));
         let (by, went_nowhere) = match opened {
             Ok(Ok(opened)) => return Ok(opened),
             Ok(Err(error)) => (
@@ -162,7 +162,7 @@ pub async fn pick_known(live: &mut RequestContext, pool: &Rc<Pool>) -> Result<Op
     let began = Instant::now();
     let known = live.timer.limit(until, pool.known()).await;
     // For whoever reads where the time went, the name is a part of the way there.
-    live.record.connected(began.elapsed());
+    live.record.add_connect_time(began.elapsed());
     match known {
         Some(known) => known.map_err(|error| refused(&error))?,
         None => {

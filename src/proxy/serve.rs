@@ -188,7 +188,7 @@ fn record_unread(worker: &Rc<WorkerContext>, caller: &DownstreamConnection, refu
     let line = request_context::unread(caller);
     let mut record = Exchange::begin(Rc::clone(&worker.shard), began, hop, Protocol::Http1, line);
     record.refuse(refusal.record());
-    record.head(Instant::now(), refusal.status());
+    record.set_response_head(Instant::now(), refusal.status());
     record.complete();
 }
 

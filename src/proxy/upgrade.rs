@@ -117,7 +117,7 @@ pub async fn connect(
     mut head: Box<Parts>,
 ) -> Result<PipelineReply, LocalReply> {
     live.record.set_protocol(Protocol::Tunnel);
-    live.record.attempt(1, 1);
+    live.record.begin_attempt(1, 1);
     let upstream = select::bare_stream(live, pool).await;
     // What can be said of the endpoint is said now: a tunnel may last, and how it ends says nothing.
     match &upstream {

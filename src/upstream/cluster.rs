@@ -298,7 +298,7 @@ impl Cluster {
         let after = self.health.out_now(now);
         // An endpoint that is gone is not out any more, and no event says so.
         if let Some(telemetry) = self.health.telemetry.get().filter(|_| before != after) {
-            telemetry.endpoints_out(&self.identity.name, after);
+            telemetry.set_ejected_endpoints(&self.identity.name, after);
         }
         back
     }
@@ -335,7 +335,7 @@ impl Drop for Cluster {
             && let Some(telemetry) = self.health.telemetry.get()
         {
             let (state, out) = (self.health.state_now(now).number(), self.health.out_now(now));
-            telemetry.breaker_and_endpoints(&self.identity.name, state, out);
+            telemetry.set_health_gauges(&self.identity.name, state, out);
         }
     }
 }
