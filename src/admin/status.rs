@@ -173,12 +173,12 @@ pub(super) fn document(view: &StatusView, reasons: Vec<String>, telemetry: &Tele
 }
 
 fn policy<'a>(view: &'a StatusView, telemetry: &Telemetry) -> Policy<'a> {
-    let now = telemetry.wall(Instant::now());
+    let now = telemetry.wall_time(Instant::now());
     let info = telemetry.policy();
     let last_error = view
         .last_error
         .as_ref()
-        .map(|error| LastError { message: &error.message, at: format!("{:.3}", telemetry.wall(error.at)) });
+        .map(|error| LastError { message: &error.message, at: format!("{:.3}", telemetry.wall_time(error.at)) });
     Policy {
         path: &view.policy_path,
         loaded_at: info.as_ref().map(|info| format!("{:.3}", info.loaded)),

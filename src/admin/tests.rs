@@ -102,8 +102,8 @@ impl Fixture {
                 traceparent: None,
             };
             let mut exchange = Exchange::begin(shard.clone(), Instant::now(), hop, Protocol::Http1, request);
-            exchange.upstream_waited(Duration::ZERO);
-            exchange.head(Instant::now(), StatusCode::OK);
+            exchange.add_upstream_time(Duration::ZERO);
+            exchange.set_response_head(Instant::now(), StatusCode::OK);
             exchange.complete();
             if outcome != Outcome::Ok {
                 exchange.refuse(RefusalRecord {

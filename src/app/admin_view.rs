@@ -43,9 +43,9 @@ impl ProcessView for AdminView {
         let policy = shared.policy.load();
         let shown = |error: &Mutex<Option<PolicyError>>| -> Option<Value> {
             let error = error.lock().unwrap_or_else(PoisonError::into_inner).clone()?;
-            Some(json!({ "message": error.message, "at": shared.telemetry.wall(error.at).to_string() }))
+            Some(json!({ "message": error.message, "at": shared.telemetry.wall_time(error.at).to_string() }))
         };
-        let mut document = document(&policy, shared.telemetry.wall(Instant::now()));
+        let mut document = document(&policy, shared.telemetry.wall_time(Instant::now()));
         document["lastError"] = shown(&shared.last_error).into();
         document["certificateError"] = shown(&shared.certificate_error).into();
         format!("{document:#}\n")

@@ -115,7 +115,7 @@ struct QueueWait<'a> {
 impl Drop for QueueWait<'_> {
     fn drop(&mut self) {
         if self.has_waited {
-            self.context.record_mut().queued(self.began.elapsed());
+            self.context.record_mut().add_queue_time(self.began.elapsed());
         }
     }
 }

@@ -254,20 +254,20 @@ pub(super) async fn send(
             true => ConnectionUse::Reused { age: begun.saturating_duration_since(lease.born) },
             false => ConnectionUse::New,
         };
-        context.record_mut().via(lease.endpoint.address.socket, connection);
+        context.record_mut().set_connection(lease.endpoint.address.socket, connection);
         match send_over(context, attempt, retry, lease).await {
             Ok(Some(response)) => {
                 let took = attempt.took(context.ended_at());
-                context.record_mut().upstream_waited(took);
+                context.record_mut().add_upstream_time(took);
                 return Ok(response);
             }
             Ok(None) => {
                 let took = context.ended_at().saturating_duration_since(begun);
-                context.record_mut().waited_in_vain(took);
+                context.record_mut().add_failed_upstream_time(took);
             }
             Err(reply) => {
                 let took = attempt.took(context.ended_at());
-                context.record_mut().waited_in_vain(took);
+                context.record_mut().add_failed_upstream_time(took);
                 return Err(reply);
             }
         }
@@ -291,7 +291,7 @@ async fn inject_fault(
         Some(endpoint) => endpoint,
         None => select::pick_resolved(context, attempt, retry).await?.ok_or_else(select::no_endpoint)?,
     };
-    context.record_mut().towards(endpoint.address.socket);
+    context.record_mut().set_endpoint(endpoint.address.socket);
     attempt.fault_begins(Instant::now());
     let injected = fault_injection::inject(context, attempt, fault).await;
     let now = Instant::now();
@@ -303,8 +303,8 @@ async fn inject_fault(
     let took = attempt.took(now);
     weigh(context, &endpoint, &result, took);
     match &result {
-        Ok(_) => context.record_mut().upstream_waited(took),
-        Err(_) => context.record_mut().waited_in_vain(took),
+        Ok(_) => context.record_mut().add_upstream_time(took),
+        Err(_) => context.record_mut().add_failed_upstream_time(took),
     }
     result.map(Some)
 }

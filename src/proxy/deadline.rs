@@ -92,7 +92,7 @@ fn allowed(is_grpc: bool, headers: &HeaderMap) -> Result<Option<Duration>, Local
 fn adopt(context: &mut RequestContext, deadline: Deadline, now: Instant) -> Result<(), LocalReply> {
     let left = deadline.left(now).unwrap_or_default();
     let from = if deadline.from == DeadlineSource::Caller { "caller" } else { "inbound" };
-    let notes = context.record_mut().note();
+    let notes = context.record_mut().annotations_mut();
     (notes.deadline, notes.deadline_from) = (Some(left), Some(from));
     if !context.modes().deadline.value.is_enforced() {
         context.set_dry_run_deadline(Some(deadline.at));

@@ -60,7 +60,7 @@ pub(super) fn draw<'a>(context: &mut RequestContext, attempt: &Attempt, faults: 
     let header = |name: &HeaderName| headers?.get(name).map(HeaderValue::as_bytes);
     let fault = faults.draw(header, Timestamp::now(), fastrand::f64)?;
     let name = &fault.name.value;
-    context.record_mut().note().fault = Some(name.as_str().into());
+    context.record_mut().annotations_mut().fault = Some(name.as_str().into());
     if !mode.is_enforced() {
         context.record_dry_run(RuleName::Faults);
         return None;

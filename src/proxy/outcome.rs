@@ -171,7 +171,7 @@ pub(super) fn report_complete(context: &mut RequestContext, attempt: &mut Attemp
     if context.record().status().is_some_and(|status| is_failed_status(status.as_u16())) {
         return;
     }
-    let code = context.record().grpc_code();
+    let code = context.record().grpc_status();
     // To gRPC a response without a status is a failure, whatever came before.
     let has_no_status =
         context.is_grpc() && code.is_none() && context.record().status().is_some_and(|status| status.is_success());
@@ -225,7 +225,7 @@ pub(super) fn became_stream(context: &mut RequestContext, attempt: &mut Attempt,
 
 /// Whether the failure happened further down: the trailers of the response said so, or a call of the app has.
 fn is_spared(context: &mut RequestContext) -> bool {
-    let is_marked = context.record().notes().is_some_and(|notes| notes.failed_at.is_some());
+    let is_marked = context.record().annotations().is_some_and(|notes| notes.failed_at.is_some());
     let is_below = is_marked || correlation::has_failed_child(context);
     context.spares_upstream(is_below)
 }
@@ -397,7 +397,7 @@ pub fn policy_changed(telemetry: &Telemetry, old: &Snapshot, next: &Snapshot, no
         let health = &destination.cluster.health;
         if health.show(breaker, ejection) {
             let state = health.state_now(now).number();
-            telemetry.breaker_and_endpoints(&destination.values.name, state, health.out_now(now));
+            telemetry.set_health_gauges(&destination.values.name, state, health.out_now(now));
         }
     }
 }

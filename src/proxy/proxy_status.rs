@@ -34,7 +34,7 @@ pub(super) fn record_failure(context: &mut RequestContext, below: Option<&ProxyS
     let here = || context.route_owner().into();
     let at = Some(below.and_then(|below| below.at.clone()).unwrap_or_else(here));
     if below.is_some_and(|below| below.at.is_some()) {
-        context.record_mut().note().failed_at.clone_from(&at);
+        context.record_mut().annotations_mut().failed_at.clone_from(&at);
     }
     let status = ProxyStatus { is_final, at, ..ProxyStatus::default() };
     correlation::tell_parents(context, &status);
@@ -49,7 +49,7 @@ pub(super) fn record_failure(context: &mut RequestContext, below: Option<&ProxyS
 /// Whether a call that failed for good has used up any retries: not if it was refused before its first attempt, nor if
 /// only its being unsafe to repeat kept it from a second one.
 fn has_used_up_retries(context: &RequestContext) -> bool {
-    let (attempts, _) = context.record().tries();
+    let (attempts, _) = context.record().attempts();
     attempts > 1 || (attempts == 1 && (context.is_idempotent() || context.route().retry.idempotent.value))
 }
 
@@ -96,7 +96,7 @@ pub(super) fn of_local_reply(
 /// The status that a failed call of the app has left; the log line names where that call failed.
 fn of_failed_child(context: &mut RequestContext) -> Option<ProxyStatus> {
     let status = correlation::failed_child(context)?;
-    context.record_mut().note().failed_at.clone_from(&status.at);
+    context.record_mut().annotations_mut().failed_at.clone_from(&status.at);
     Some(status)
 }
 

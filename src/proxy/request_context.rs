@@ -299,7 +299,7 @@ impl RequestContext {
 
     /// Counts and logs, once per call, that a rule in `dryRun` would have acted.
     pub(super) fn record_dry_run(&mut self, rule: RuleName) {
-        let noted = &mut self.record.note().would;
+        let noted = &mut self.record.annotations_mut().dry_run;
         if noted.contains(&rule.as_str()) {
             return;
         }
@@ -352,7 +352,7 @@ pub(super) fn unparsed_request(downstream: &DownstreamConnection) -> RequestLine
 impl Drop for RequestContext {
     fn drop(&mut self) {
         let (sent, received) = (self.flow.request.bytes(), self.flow.response.bytes());
-        self.record.passed(sent, received);
+        self.record.set_body_bytes(sent, received);
         if self.worker.connections.phase() == DrainPhase::Over {
             let detail = "the grace time ended before the call";
             self.record.refuse(LocalReply::plain(LocalReplyKind::Draining, detail).record());

@@ -47,7 +47,7 @@ pub(super) fn hand_over(
         Ok(PipelineReply::Own(response)) => {
             let (context, now) = (&mut exchange.context, Instant::now());
             context.set_ended_at(now);
-            context.record_mut().head(now, response.status());
+            context.record_mut().set_response_head(now, response.status());
             context.record_mut().complete();
             response
         }
@@ -83,7 +83,7 @@ fn from_exchange(
 ) -> Response<ResponseBody> {
     let context = &mut exchange.context;
     let ended_at = context.ended_at();
-    context.record_mut().head(ended_at, response.status());
+    context.record_mut().set_response_head(ended_at, response.status());
     let (head, incoming) = response.into_parts();
     // A gRPC response ends with its trailers, whatever it says of its length.
     let length = if context.is_grpc() { None } else { length_of(&head, context.record().method()) };
@@ -101,7 +101,7 @@ fn begin_tunnel(
     let context = &mut exchange.context;
     // A deadline ends no tunnel.
     context.set_dry_run_deadline(None);
-    context.record_mut().head(Instant::now(), response.status());
+    context.record_mut().set_response_head(Instant::now(), response.status());
     let later = response.extensions_mut().remove::<OnUpgrade>();
     let downstream = Rc::clone(context.downstream());
     let handoff = Handoff { upstream, exchange };
@@ -141,8 +141,8 @@ fn send_local_reply(exchange: &mut ActiveExchange, reply: &LocalReply) -> Respon
     }
     proxy_status::of_local_reply(context, reply.kind, attempt.is_unsent(), retry.was_seen(), now);
     let said = LocalReplyContext {
-        attempt: context.record().tries(),
-        retry: context.record().notes().and_then(|notes| notes.retry),
+        attempt: context.record().attempts(),
+        retry: context.record().annotations().and_then(|notes| notes.retry_withheld),
         status: context.proxy_status(),
         // A caller that is told when to call again may do so.
         pushes_back: proxy_status::forbids_retry(context) && reply.kind != LocalReplyKind::RateLimited,
@@ -153,9 +153,9 @@ fn send_local_reply(exchange: &mut ActiveExchange, reply: &LocalReply) -> Respon
     }
     if is_grpc {
         let message = response.headers().get(grpc::MESSAGE).cloned();
-        context.record_mut().grpc(reply.grpc().0 as u32, message);
+        context.record_mut().set_grpc_status(reply.grpc().0 as u32, message);
     }
-    context.record_mut().head(now, response.status());
+    context.record_mut().set_response_head(now, response.status());
     context.record_mut().complete();
     response
 }
@@ -226,7 +226,7 @@ fn from_grpc_upstream(
 ) -> PipelineReply {
     let headers = response.headers_mut();
     if let Some((code, message)) = grpc::read_status(headers) {
-        context.record_mut().grpc(code, message);
+        context.record_mut().set_grpc_status(code, message);
         if context.route().retry.is_failure(AttemptFailure::Grpc(code)) {
             proxy_status::write(context, StatusCode::OK, headers, scan.proxy_status);
         }
@@ -249,7 +249,7 @@ fn from_grpc_upstream(
         translated.headers_mut().append(PROXY_STATUS, member.clone());
     }
     proxy_status::push_back(context, translated.headers_mut());
-    context.record_mut().grpc(code as u32, translated.headers().get(grpc::MESSAGE).cloned());
+    context.record_mut().set_grpc_status(code as u32, translated.headers().get(grpc::MESSAGE).cloned());
     if status.is_success() {
         // A good response to something else: the upstream has no such gRPC service.
         outcome::report_complete(context, attempt);

@@ -112,7 +112,7 @@ impl ResponseBody {
         if let Some(fields) = frame.trailers_mut() {
             trailers::clean(fields, &response.named_by_connection);
             if let Some((code, message)) = grpc::read_status(fields) {
-                context.record_mut().grpc(code, message);
+                context.record_mut().set_grpc_status(code, message);
                 outcome::trailers_received(context, attempt, code);
                 let now = context.ended_at();
                 proxy_status::write_trailers(context, attempt.number(), fields, code, now);
@@ -169,7 +169,7 @@ impl ResponseBody {
             return Poll::Ready(Some(Err(cut)));
         }
         let mut fields = grpc::status_fields(code, message);
-        context.record_mut().grpc(code as u32, fields.get(grpc::MESSAGE).cloned());
+        context.record_mut().set_grpc_status(code as u32, fields.get(grpc::MESSAGE).cloned());
         proxy_status::write_trailers(context, exchange.attempt.number(), &mut fields, code as u32, now);
         Poll::Ready(Some(Ok(Frame::trailers(fields))))
     }

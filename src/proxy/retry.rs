@@ -108,7 +108,7 @@ pub(super) async fn run(exchange: &mut ActiveExchange, switches_protocol: bool) 
         attempt.begin(number, upstream);
         let result = match admit(context, attempt) {
             Ok(()) => {
-                context.record_mut().attempt(number, most);
+                context.record_mut().begin_attempt(number, most);
                 if let Some(reason) = reason {
                     context.telemetry().retried(context.route_owner(), reason);
                 }
@@ -440,7 +440,7 @@ async fn back_off(context: &mut RequestContext, after: Duration) {
     if !after.is_zero() {
         let begun = Instant::now();
         context.timer().limit(begun + after, std::future::pending::<()>()).await;
-        context.record_mut().note().paused += begun.elapsed();
+        context.record_mut().annotations_mut().retry_wait += begun.elapsed();
     }
 }
 
@@ -454,7 +454,7 @@ fn record_no_retry(
 ) {
     let is_failure = report.failure.is_some_and(|failure| context.route().retry.is_failure(failure));
     if is_failure && why != NoRetryReason::Off && why != NoRetryReason::NotAFailure {
-        context.record_mut().note().retry = Some(why.name());
+        context.record_mut().annotations_mut().retry_withheld = Some(why.name());
         context.telemetry().retry_withheld(context.route_owner(), why.name());
     }
     if is_failure {

@@ -143,7 +143,7 @@ pub(super) async fn bare_stream(
     let open = async |endpoint: &Rc<Endpoint>| pool.bare_stream(endpoint, options).await;
     let stream = open_at_endpoint(context, attempt, retry, open).await?;
     if let Some(endpoint) = attempt.endpoint() {
-        context.record_mut().via(endpoint.address.socket, ConnectionUse::New);
+        context.record_mut().set_connection(endpoint.address.socket, ConnectionUse::New);
     }
     Ok(stream)
 }
@@ -179,11 +179,11 @@ async fn open_at_endpoint<T>(
         let Some(endpoint) = next.take() else { break };
         let address = endpoint.address.socket;
         attempt.keep_endpoint(&endpoint);
-        context.record_mut().towards(address);
+        context.record_mut().set_endpoint(address);
         let began = Instant::now();
         let opened = within_request(context, address, Box::pin(open(&endpoint))).await;
         let now = Instant::now();
-        context.record_mut().connected(now.saturating_duration_since(began));
+        context.record_mut().add_connect_time(now.saturating_duration_since(began));
         let (failed, is_unreachable) = match opened {
             Ok(Ok(opened)) => return Ok(opened),
             Ok(Err(error)) => (
@@ -232,7 +232,7 @@ pub(super) async fn pick_resolved(
     let pool = pool(attempt)?;
     let resolved = context.timer().limit(until, pool.known()).await;
     // Name resolution counts as a part of connecting.
-    context.record_mut().connected(began.elapsed());
+    context.record_mut().add_connect_time(began.elapsed());
     match resolved {
         Some(resolved) => resolved.map_err(|error| connect_error(&error))?,
         None => {

@@ -188,7 +188,7 @@ fn record_unparsed(worker: &Rc<WorkerContext>, downstream: &DownstreamConnection
     let line = unparsed_request(downstream);
     let mut record = Exchange::begin(Rc::clone(&worker.shard), began, hop, Protocol::Http1, line);
     record.refuse(reply.record());
-    record.head(Instant::now(), reply.status());
+    record.set_response_head(Instant::now(), reply.status());
     record.complete();
 }
 

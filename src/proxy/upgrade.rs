@@ -106,7 +106,7 @@ pub(super) fn may_connect(listener: &Listener) -> Result<(), LocalReply> {
 pub(super) async fn connect(exchange: &mut ActiveExchange, mut head: Box<Parts>) -> Result<PipelineReply, LocalReply> {
     let ActiveExchange { context, attempt, retry, .. } = exchange;
     context.record_mut().set_protocol(Protocol::Tunnel);
-    context.record_mut().attempt(1, 1);
+    context.record_mut().begin_attempt(1, 1);
     attempt.begin(1, select::upstream(context, attempt)?);
     let upstream = select::bare_stream(context, attempt, retry).await;
     // The result is reported at once: a tunnel may last, and how it ends says nothing about the endpoint.

@@ -72,11 +72,11 @@ pub struct CorrelationCounters {
 impl CorrelationCounters {
     fn new(telemetry: &Telemetry) -> Self {
         Self {
-            by_trace: telemetry.joins("by_trace_id"),
-            late: telemetry.joins("parent_expired"),
-            only_one: telemetry.joins("only_in_flight"),
-            not_joined: telemetry.joins("ambiguous"),
-            no_inbound: telemetry.joins("no_parent"),
+            by_trace: telemetry.correlation_counter("by_trace_id"),
+            late: telemetry.correlation_counter("parent_expired"),
+            only_one: telemetry.correlation_counter("only_in_flight"),
+            not_joined: telemetry.correlation_counter("ambiguous"),
+            no_inbound: telemetry.correlation_counter("no_parent"),
         }
     }
 }

@@ -58,25 +58,25 @@ impl Telemetry {
     pub fn ejection_changed(&self, destination: &str, result: &'static str, ejected: usize) {
         let labels = vec![("destination", destination.to_owned()), ("result", result.to_owned())];
         self.counter(EJECTIONS, labels).increment();
-        self.endpoints_out(destination, ejected);
+        self.set_ejected_endpoints(destination, ejected);
     }
 
     /// Sets the number of ejected endpoints of `destination`, for a change without an event: ejected endpoints that are
     /// no longer in the list.
-    pub fn endpoints_out(&self, destination: &str, ejected: usize) {
+    pub fn set_ejected_endpoints(&self, destination: &str, ejected: usize) {
         let count = i64::try_from(ejected).unwrap_or(i64::MAX);
         self.instruments.gauge(EJECTED, vec![("destination", destination.to_owned())], None).set(count);
     }
 
     /// Sets the gauges of circuit breaker and ejected endpoints of `destination` after a reload, without a change to
     /// count. A gauge that does not exist yet is created only for a value other than 0.
-    pub fn breaker_and_endpoints(&self, destination: &str, breaker: i64, ejected: usize) {
+    pub fn set_health_gauges(&self, destination: &str, breaker: i64, ejected: usize) {
         let labels = vec![("destination", destination.to_owned())];
         if breaker != 0 || self.instruments.has(BREAKER_STATE, &labels) {
             self.instruments.gauge(BREAKER_STATE, labels.clone(), None).set(breaker);
         }
         if ejected != 0 || self.instruments.has(EJECTED, &labels) {
-            self.endpoints_out(destination, ejected);
+            self.set_ejected_endpoints(destination, ejected);
         }
     }
 
@@ -94,7 +94,7 @@ impl Telemetry {
 
     /// The counter of outbound calls with this result of correlation, one of a closed set. Takes a lock: resolve once
     /// and keep the result, because it is used for every outbound call.
-    pub fn joins(&self, result: &'static str) -> Counter {
+    pub fn correlation_counter(&self, result: &'static str) -> Counter {
         self.counter(CORRELATIONS, vec![("result", result.to_owned())])
     }
 }

@@ -14,7 +14,7 @@ use tokio::time::Instant;
 use super::hop::HopId;
 use super::log_line;
 use super::outcome::{Outcome, Protocol};
-use super::record::{ConnectionUse, Notes, Record, RefusalRecord, RequestLine};
+use super::record::{Annotations, ConnectionUse, Record, RefusalRecord, RequestLine};
 use super::shard::Shard;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,65 +77,65 @@ impl Exchange {
     }
 
     /// Adds time in the queue of the concurrency limit. Call it only for an exchange that was queued.
-    pub fn queued(&mut self, time: Duration) {
+    pub fn add_queue_time(&mut self, time: Duration) {
         *self.record.queue.get_or_insert_default() += time;
     }
 
     /// Begins attempt `number` (from 1) of at most `limit`.
-    pub fn attempt(&mut self, number: u16, limit: u16) {
+    pub fn begin_attempt(&mut self, number: u16, limit: u16) {
         self.record.attempt = number;
         self.record.attempts = limit;
     }
 
     /// The number of the current attempt and the most attempts allowed; zeros before the first attempt.
-    pub fn tries(&self) -> (u16, u16) {
+    pub fn attempts(&self) -> (u16, u16) {
         (self.record.attempt, self.record.attempts)
     }
 
     /// Sets endpoint and connection of the current attempt.
-    pub fn via(&mut self, endpoint: SocketAddr, connection: ConnectionUse) {
+    pub fn set_connection(&mut self, endpoint: SocketAddr, connection: ConnectionUse) {
         self.record.endpoint = Some(endpoint);
         self.record.connection = Some(connection);
     }
 
     /// Sets the endpoint of the current attempt while the attempt has no connection yet.
-    pub fn towards(&mut self, endpoint: SocketAddr) {
+    pub fn set_endpoint(&mut self, endpoint: SocketAddr) {
         self.record.endpoint = Some(endpoint);
         self.record.connection = None;
     }
 
     /// Adds the time to open a connection, also of one that failed to open.
-    pub fn connected(&mut self, time: Duration) {
+    pub fn add_connect_time(&mut self, time: Duration) {
         *self.record.connect.get_or_insert_default() += time;
     }
 
     /// Adds the time of an attempt from sending the request to the response head. The overhead is recorded only for
     /// exchanges with such a time.
-    pub fn upstream_waited(&mut self, time: Duration) {
+    pub fn add_upstream_time(&mut self, time: Duration) {
         *self.record.upstream.get_or_insert_default() += time;
     }
 
     /// Adds the time of an attempt from sending the request to the attempt's end without a response head.
-    pub fn waited_in_vain(&mut self, time: Duration) {
-        self.note().failed_upstream += time;
+    pub fn add_failed_upstream_time(&mut self, time: Duration) {
+        self.annotations_mut().failed_upstream += time;
     }
 
     /// Sets the status of the response head for the caller (the upstream's or a local reply) and the time to first
     /// byte. A later call replaces both.
-    pub fn head(&mut self, now: Instant, status: StatusCode) {
+    pub fn set_response_head(&mut self, now: Instant, status: StatusCode) {
         self.record.status = Some(status);
         self.record.first_byte = Some(now.saturating_duration_since(self.began));
     }
 
     /// Sets the gRPC status and the undecoded `grpc-message`, from trailers or a head. The exchange counts as complete
     /// from then on.
-    pub fn grpc(&mut self, status: u32, message: Option<HeaderValue>) {
+    pub fn set_grpc_status(&mut self, status: u32, message: Option<HeaderValue>) {
         self.record.grpc_status = Some(status);
         self.record.grpc_message = message;
     }
 
     /// Sets the bytes of the request body and of the response body that were passed on.
-    pub fn passed(&mut self, bytes_in: u64, bytes_out: u64) {
+    pub fn set_body_bytes(&mut self, bytes_in: u64, bytes_out: u64) {
         (self.record.bytes_in, self.record.bytes_out) = (bytes_in, bytes_out);
     }
 
@@ -145,7 +145,7 @@ impl Exchange {
     }
 
     /// The gRPC status; `None` before it is known.
-    pub fn grpc_code(&self) -> Option<u32> {
+    pub fn grpc_status(&self) -> Option<u32> {
         self.record.grpc_status
     }
 
@@ -160,13 +160,13 @@ impl Exchange {
     }
 
     /// The annotations, for a rule to add to.
-    pub fn note(&mut self) -> &mut Notes {
-        self.record.notes.get_or_insert_default()
+    pub fn annotations_mut(&mut self) -> &mut Annotations {
+        self.record.annotations.get_or_insert_default()
     }
 
     /// The annotations, if any rule added one.
-    pub fn notes(&self) -> Option<&Notes> {
-        self.record.notes.as_deref()
+    pub fn annotations(&self) -> Option<&Annotations> {
+        self.record.annotations.as_deref()
     }
 
     /// The response is complete: call it at the end of the body, or at once for a response without a body.
@@ -243,8 +243,13 @@ impl Drop for Exchange {
             return;
         };
         let labels = self.shard.labels(self.hop);
-        let entry =
-            log_line::Entry { record: &self.record, outcome, total, began: telemetry.wall(self.began), hop: &labels };
+        let entry = log_line::Entry {
+            record: &self.record,
+            outcome,
+            total,
+            began: telemetry.wall_time(self.began),
+            hop: &labels,
+        };
         self.shard.with_line(|text| {
             log_line::write(text, &entry, format);
             telemetry.access_log.enqueue(text);

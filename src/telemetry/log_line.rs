@@ -156,20 +156,20 @@ fn json_connection(object: &mut Object<'_>, record: &Record) -> fmt::Result {
 }
 
 fn json_annotations(object: &mut Object<'_>, record: &Record) -> fmt::Result {
-    let Some(notes) = record.notes.as_deref() else { return Ok(()) };
-    object.milliseconds("deadline_ms", notes.deadline)?;
+    let Some(annotations) = record.annotations.as_deref() else { return Ok(()) };
+    object.milliseconds("deadline_ms", annotations.deadline)?;
     for (key, value) in [
-        ("deadline_from", notes.deadline_from),
-        ("retry_withheld", notes.retry),
-        ("failed_at", notes.failed_at.as_deref()),
-        ("fault", notes.fault.as_deref()),
+        ("deadline_from", annotations.deadline_from),
+        ("retry_withheld", annotations.retry_withheld),
+        ("failed_at", annotations.failed_at.as_deref()),
+        ("fault", annotations.fault.as_deref()),
     ] {
         if let Some(value) = value {
             object.string(key, value)?;
         }
     }
-    if !notes.would.is_empty() {
-        object.string("dry_run", &notes.would.join(","))?;
+    if !annotations.dry_run.is_empty() {
+        object.string("dry_run", &annotations.dry_run.join(","))?;
     }
     Ok(())
 }
@@ -230,22 +230,24 @@ fn text(out: &mut String, entry: &Entry<'_>) -> fmt::Result {
 }
 
 fn text_annotations(out: &mut String, record: &Record) -> fmt::Result {
-    let Some(notes) = record.notes.as_deref() else { return Ok(()) };
-    if let (Some(deadline), Some(from)) = (notes.deadline, notes.deadline_from) {
+    let Some(annotations) = record.annotations.as_deref() else { return Ok(()) };
+    if let (Some(deadline), Some(from)) = (annotations.deadline, annotations.deadline_from) {
         out.push_str(" deadline ");
         short_duration(out, deadline)?;
         write!(out, " from {from}")?;
     }
-    for (what, value) in
-        [("no retry:", notes.retry), ("failed at", notes.failed_at.as_deref()), ("fault", notes.fault.as_deref())]
-    {
+    for (what, value) in [
+        ("no retry:", annotations.retry_withheld),
+        ("failed at", annotations.failed_at.as_deref()),
+        ("fault", annotations.fault.as_deref()),
+    ] {
         if let Some(value) = value {
             write!(out, " {what} ")?;
             escape(out, value, Quoting::Bare)?;
         }
     }
-    if !notes.would.is_empty() {
-        write!(out, " dry run: {}", notes.would.join(","))?;
+    if !annotations.dry_run.is_empty() {
+        write!(out, " dry run: {}", annotations.dry_run.join(","))?;
     }
     Ok(())
 }

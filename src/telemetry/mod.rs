@@ -54,7 +54,7 @@ pub use host_process::ProcessFigures;
 pub use instruments::{Counter, Family, Gauge, GaugeGuard};
 pub use openmetrics::PageFormat;
 pub use outcome::{Outcome, Protocol};
-pub use record::{ClosedBy, ConnectionUse, Notes, RefusalRecord, RequestLine};
+pub use record::{Annotations, ClosedBy, ConnectionUse, RefusalRecord, RequestLine};
 pub use shard::{Series, SeriesKey, SeriesSums, Shard};
 pub use summary::{DestinationFigures, HopSummary};
 
@@ -117,7 +117,7 @@ impl Telemetry {
     /// compile it.
     pub fn policy_loaded(&self, hash: &str, load_duration: Duration) {
         self.process.reloads_ok.increment();
-        let info = PolicyInfo { hash: hash.to_owned(), loaded: self.wall(Instant::now()), load_duration };
+        let info = PolicyInfo { hash: hash.to_owned(), loaded: self.wall_time(Instant::now()), load_duration };
         *self.policy.lock().unwrap_or_else(PoisonError::into_inner) = Some(info);
     }
 
@@ -139,7 +139,7 @@ impl Telemetry {
 
     /// The wall-clock time of an instant, computed from one pair of readings at the start, so that a step of the system
     /// clock does not reorder exchanges.
-    pub fn wall(&self, at: Instant) -> Timestamp {
+    pub fn wall_time(&self, at: Instant) -> Timestamp {
         let (instant, wall) = self.anchor;
         let after = jiff::SignedDuration::try_from(at.saturating_duration_since(instant)).unwrap_or_default();
         let before = jiff::SignedDuration::try_from(instant.saturating_duration_since(at)).unwrap_or_default();

@@ -75,9 +75,9 @@ pub struct RefusalRecord {
 
 /// What rules add to the record of an exchange. Boxed and made on first use, because most exchanges have none.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Notes {
+pub struct Annotations {
     /// Why a failed attempt was not retried.
-    pub retry: Option<&'static str>,
+    pub retry_withheld: Option<&'static str>,
     /// The destination at which the failure happened, if that is further down than this exchange's own.
     pub failed_at: Option<Box<str>>,
     /// Source of the deadline, if not the policy: `caller` or `inbound`.
@@ -87,9 +87,9 @@ pub struct Notes {
     /// Name of the injected fault.
     pub fault: Option<Box<str>>,
     /// Rules in dry run that would have acted.
-    pub would: Vec<&'static str>,
+    pub dry_run: Vec<&'static str>,
     /// Time between attempts: backoff and pushback.
-    pub paused: Duration,
+    pub retry_wait: Duration,
     /// Time of attempts that ended without a response head, from sending the request on.
     pub failed_upstream: Duration,
 }
@@ -111,7 +111,7 @@ pub(super) struct Record {
     pub(super) first_byte: Option<Duration>,
     pub(super) attempt: u16,
     pub(super) attempts: u16,
-    pub(super) notes: Option<Box<Notes>>,
+    pub(super) annotations: Option<Box<Annotations>>,
     pub(super) bytes_in: u64,
     pub(super) bytes_out: u64,
 }
@@ -133,7 +133,7 @@ impl Record {
             first_byte: None,
             attempt: 0,
             attempts: 0,
-            notes: None,
+            annotations: None,
             bytes_in: 0,
             bytes_out: 0,
         }
@@ -142,7 +142,10 @@ impl Record {
     /// The time that hopguard itself took: time to first byte without queue, connect, upstream (also of attempts
     /// without a response) and the waits between attempts. `None` without a response from the upstream.
     pub(super) fn overhead(&self) -> Option<Duration> {
-        let failed = self.notes.as_ref().map_or(Duration::ZERO, |notes| notes.paused + notes.failed_upstream);
+        let failed = self
+            .annotations
+            .as_ref()
+            .map_or(Duration::ZERO, |annotations| annotations.retry_wait + annotations.failed_upstream);
         let waits = self.upstream? + self.connect.unwrap_or_default() + self.queue.unwrap_or_default() + failed;
         Some(self.first_byte?.saturating_sub(waits))
     }

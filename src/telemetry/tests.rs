@@ -84,8 +84,8 @@ fn each_way_to_end_has_its_outcome() {
         (Protocol::Http2, |ex| done(ex, 503), Outcome::ServerError),
         (Protocol::Http1, |ex| (head(ex, 200), ex.upstream_cut()).0, Outcome::UpstreamCut),
         (Protocol::Http1, |ex| (done(ex, 200), ex.upstream_cut()).0, Outcome::Ok),
-        (Protocol::Grpc, |ex| (head(ex, 200), ex.grpc(0, None)).0, Outcome::Ok),
-        (Protocol::Grpc, |ex| (head(ex, 200), ex.grpc(5, None)).0, Outcome::GrpcError),
+        (Protocol::Grpc, |ex| (head(ex, 200), ex.set_grpc_status(0, None)).0, Outcome::Ok),
+        (Protocol::Grpc, |ex| (head(ex, 200), ex.set_grpc_status(5, None)).0, Outcome::GrpcError),
         (Protocol::Grpc, |ex| done(ex, 200), Outcome::GrpcError),
         (Protocol::Grpc, |ex| head(ex, 200), Outcome::CallerGone),
         (Protocol::Http1, |ex| ex.refuse(timeout()), Outcome::RequestTimeout),
@@ -103,7 +103,7 @@ fn each_way_to_end_has_its_outcome() {
 }
 
 fn head(exchange: &mut Exchange, status: u16) {
-    exchange.head(exchange.began + ms(3), StatusCode::from_u16(status).unwrap());
+    exchange.set_response_head(exchange.began + ms(3), StatusCode::from_u16(status).unwrap());
 }
 
 fn done(exchange: &mut Exchange, status: u16) {
@@ -117,15 +117,15 @@ async fn a_refused_call_is_explained_in_both_formats() {
         let bench = Bench::new(AccessLogMode::Errors, format);
         let mut exchange = bench.exchange(Protocol::Http1, Method::POST, "/payments/7?card=1234");
         exchange.record.request.traceparent = Some(HeaderValue::from_static(TRACE));
-        exchange.queued(ms(1));
-        exchange.attempt(1, 1);
-        exchange.towards(address("10.0.0.7:8080"));
-        exchange.connected(ms(5));
-        exchange.via(address("10.0.0.7:8080"), ConnectionUse::Reused { age: ms(1500) });
-        exchange.passed(11, 0);
+        exchange.add_queue_time(ms(1));
+        exchange.begin_attempt(1, 1);
+        exchange.set_endpoint(address("10.0.0.7:8080"));
+        exchange.add_connect_time(ms(5));
+        exchange.set_connection(address("10.0.0.7:8080"), ConnectionUse::Reused { age: ms(1500) });
+        exchange.set_body_bytes(11, 0);
         tokio::time::advance(ms(2001)).await;
         exchange.refuse(timeout());
-        exchange.head(Instant::now(), StatusCode::GATEWAY_TIMEOUT);
+        exchange.set_response_head(Instant::now(), StatusCode::GATEWAY_TIMEOUT);
         exchange.complete();
         drop(exchange);
         let lines = bench.lines();
@@ -161,10 +161,10 @@ async fn a_refused_call_is_explained_in_both_formats() {
 async fn a_grpc_line_has_the_status_name_and_the_decoded_message() {
     let bench = Bench::new(AccessLogMode::Errors, LineFormat::Text);
     let mut exchange = bench.exchange(Protocol::Grpc, Method::POST, "http://payment/shop.Payment/Charge");
-    exchange.attempt(1, 1);
+    exchange.begin_attempt(1, 1);
     tokio::time::advance(ms(812)).await;
-    exchange.head(Instant::now(), StatusCode::OK);
-    exchange.grpc(14, Some(HeaderValue::from_static("bank%20is \"down\"%0A%1b[31m")));
+    exchange.set_response_head(Instant::now(), StatusCode::OK);
+    exchange.set_grpc_status(14, Some(HeaderValue::from_static("bank%20is \"down\"%0A%1b[31m")));
     drop(exchange);
     let lines = bench.lines();
     let (_, rest) = lines[0].split_once(' ').unwrap();
@@ -174,8 +174,8 @@ async fn a_grpc_line_has_the_status_name_and_the_decoded_message() {
     );
     bench.telemetry.access_log.configure(AccessLogSettings { mode: AccessLogMode::Errors, format: LineFormat::Json });
     let mut exchange = bench.exchange(Protocol::Grpc, Method::POST, "http://payment/shop.Payment/Charge");
-    exchange.head(Instant::now(), StatusCode::OK);
-    exchange.grpc(99, Some(HeaderValue::from_bytes(b"\xff%zz").unwrap()));
+    exchange.set_response_head(Instant::now(), StatusCode::OK);
+    exchange.set_grpc_status(99, Some(HeaderValue::from_bytes(b"\xff%zz").unwrap()));
     drop(exchange);
     let line: serde_json::Value = serde_json::from_str(&bench.lines()[0]).unwrap();
     assert_eq!((&line["grpc_status"], &line["grpc_message"]), (&"99".into(), &"\u{fffd}%zz".into()));
@@ -186,9 +186,9 @@ async fn a_grpc_line_has_the_status_name_and_the_decoded_message() {
 fn a_text_line_ends_with_what_rules_did_or_would_have_done() {
     let bench = Bench::new(AccessLogMode::All, LineFormat::Text);
     let mut exchange = bench.get();
-    let notes = exchange.note();
-    (notes.retry, notes.failed_at) = (Some("budget"), Some("bank".into()));
-    notes.would.extend(["rate_limit", "deadline"]);
+    let annotations = exchange.annotations_mut();
+    (annotations.retry_withheld, annotations.failed_at) = (Some("budget"), Some("bank".into()));
+    annotations.dry_run.extend(["rate_limit", "deadline"]);
     done(&mut exchange, 503);
     drop(exchange);
     let line = &bench.lines()[0];
@@ -200,17 +200,18 @@ fn every_field_is_in_the_documents() {
     let bench = Bench::new(AccessLogMode::All, LineFormat::Json);
     let mut exchange = bench.exchange(Protocol::Grpc, Method::POST, "/shop.Payment/Charge");
     exchange.record.request.traceparent = Some(HeaderValue::from_static(TRACE));
-    exchange.queued(ms(1));
-    exchange.attempt(1, 2);
-    exchange.connected(ms(1));
-    exchange.via(address("[::1]:80"), ConnectionUse::Reused { age: ms(1) });
-    exchange.upstream_waited(ms(1));
-    exchange.grpc(14, Some(HeaderValue::from_static("down")));
+    exchange.add_queue_time(ms(1));
+    exchange.begin_attempt(1, 2);
+    exchange.add_connect_time(ms(1));
+    exchange.set_connection(address("[::1]:80"), ConnectionUse::Reused { age: ms(1) });
+    exchange.add_upstream_time(ms(1));
+    exchange.set_grpc_status(14, Some(HeaderValue::from_static("down")));
     exchange.refuse(timeout());
-    let notes = exchange.note();
-    (notes.deadline, notes.deadline_from) = (Some(ms(300)), Some("caller"));
-    (notes.retry, notes.failed_at, notes.fault) = (Some("budget"), Some("bank".into()), Some("slow".into()));
-    notes.would.push("rate_limit");
+    let annotations = exchange.annotations_mut();
+    (annotations.deadline, annotations.deadline_from) = (Some(ms(300)), Some("caller"));
+    (annotations.retry_withheld, annotations.failed_at, annotations.fault) =
+        (Some("budget"), Some("bank".into()), Some("slow".into()));
+    annotations.dry_run.push("rate_limit");
     done(&mut exchange, 200);
     drop(exchange);
     let line: serde_json::Value = serde_json::from_str(&bench.lines()[0]).unwrap();
@@ -234,7 +235,7 @@ fn the_mode_decides_which_exchanges_get_a_line() {
         for code in [0, 5, 14] {
             let mut exchange = bench.exchange(Protocol::Grpc, Method::POST, "/a.B/C");
             head(&mut exchange, 200);
-            exchange.grpc(code, None);
+            exchange.set_grpc_status(code, None);
             drop(exchange);
             counts.push(bench.lines().len());
         }
@@ -321,9 +322,9 @@ pub(super) fn full_page(format: PageFormat) -> String {
     bench.shard.listener("legacy").accepted.increment();
     record_rule_events(&bench.telemetry);
     let mut exchange = bench.get();
-    exchange.queued(ms(1));
-    exchange.connected(ms(1));
-    exchange.upstream_waited(ms(1));
+    exchange.add_queue_time(ms(1));
+    exchange.add_connect_time(ms(1));
+    exchange.add_upstream_time(ms(1));
     done(&mut exchange, 200);
     drop(exchange);
     drop(bench.get());
@@ -338,7 +339,7 @@ fn record_rule_events(telemetry: &Telemetry) {
     telemetry.ejection_changed("payment", "ejected", 1);
     telemetry.dry_run("payment", "rate_limit");
     telemetry.fault_injected("payment", "slow \"bank\"");
-    telemetry.joins("by_trace_id").increment();
+    telemetry.correlation_counter("by_trace_id").increment();
 }
 
 #[test]
@@ -370,13 +371,13 @@ fn empty_histograms_are_omitted() {
 fn overhead_is_the_time_to_first_byte_without_the_waits() {
     let bench = Bench::new(AccessLogMode::Off, LineFormat::Json);
     let mut exchange = bench.get();
-    exchange.queued(ms(10));
-    exchange.connected(ms(20));
-    exchange.upstream_waited(ms(30));
-    exchange.note().paused = ms(40);
-    exchange.head(exchange.began + ms(101), StatusCode::OK);
+    exchange.add_queue_time(ms(10));
+    exchange.add_connect_time(ms(20));
+    exchange.add_upstream_time(ms(30));
+    exchange.annotations_mut().retry_wait = ms(40);
+    exchange.set_response_head(exchange.began + ms(101), StatusCode::OK);
     assert_eq!(exchange.record.overhead(), Some(ms(1)));
-    exchange.upstream_waited(ms(30));
+    exchange.add_upstream_time(ms(30));
     assert_eq!(exchange.record.overhead(), Some(Duration::ZERO), "waits that overlap never make it negative");
 }
 

@@ -314,7 +314,7 @@ impl Cluster {
         let after = self.health.out_now(now);
         // A removed member is not ejected any more, and no other event reports that.
         if let Some(telemetry) = self.health.telemetry.get().filter(|_| before != after) {
-            telemetry.endpoints_out(&self.identity.name, after);
+            telemetry.set_ejected_endpoints(&self.identity.name, after);
         }
         returned
     }
@@ -351,7 +351,7 @@ impl Drop for Cluster {
             && let Some(telemetry) = self.health.telemetry.get()
         {
             let (state, ejected) = (self.health.state_now(now).number(), self.health.out_now(now));
-            telemetry.breaker_and_endpoints(&self.identity.name, state, ejected);
+            telemetry.set_health_gauges(&self.identity.name, state, ejected);
         }
     }
 }
