@@ -33,13 +33,6 @@ const MAX_LINES: usize = 600;
 /// File names that do not describe the content.
 const EMPTY_NAMES: &[&str] = &["common", "helpers", "impl", "manager", "misc", "types", "util", "utils"];
 
-/// Type names that occur more than once today. Each entry is to be renamed in one of its two modules and then removed.
-const SHARED_TYPE_NAMES: &[&str] = &[
-    "AccessLog",   // policy::model (the settings), telemetry::access_log (the writer)
-    "Destination", // policy::model (the checked values), policy::snapshot (the compiled destination)
-    "Direction",   // policy::model, telemetry::hop: two enums with the same variants
-];
-
 /// Fewest types that a complete walk over `src/` finds.
 const FEWEST_TYPES: usize = 200;
 
@@ -104,15 +97,12 @@ fn every_type_name_has_one_meaning() {
         }
     }
     assert!(places.len() >= FEWEST_TYPES, "only {} types seen", places.len());
-    let shared = |name: &str| places.get(name).is_some_and(|files| files.len() > 1);
     let clashes: Vec<String> = places
         .iter()
-        .filter(|(name, _)| shared(name) && !SHARED_TYPE_NAMES.contains(&name.as_str()))
+        .filter(|(_, files)| files.len() > 1)
         .map(|(name, files)| format!("`{name}` names a type in each of {}: rename one", files.join(", ")))
         .collect();
     assert!(clashes.is_empty(), "\n{}\n", clashes.join("\n"));
-    let resolved: Vec<_> = SHARED_TYPE_NAMES.iter().filter(|name| !shared(name)).collect();
-    assert!(resolved.is_empty(), "remove from SHARED_TYPE_NAMES, each names one type only: {resolved:?}");
 }
 
 #[test]

@@ -14,7 +14,7 @@ use tokio::time::Instant;
 
 use super::*;
 use crate::telemetry::{
-    ClosedBy, Direction, Exchange, HopLabels, Outcome, Protocol, RefusalRecord, RequestLine, Sink, Telemetry,
+    ClosedBy, DirectionLabel, Exchange, HopLabels, Outcome, Protocol, RefusalRecord, RequestLine, Sink, Telemetry,
 };
 
 /// Stands in for the composition root.
@@ -92,7 +92,7 @@ impl Fixture {
     /// Records `count` exchanges that end with `outcome`.
     fn exchanges(&self, route: &str, outcome: Outcome, count: usize) {
         let shard = self.telemetry.shard(0);
-        let hop = self.telemetry.hops.register(HopLabels::new("order", "payment", route, Direction::Outbound));
+        let hop = self.telemetry.hops.register(HopLabels::new("order", "payment", route, DirectionLabel::Outbound));
         for _ in 0..count {
             let request = RequestLine {
                 method: Method::GET,

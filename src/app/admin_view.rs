@@ -8,7 +8,7 @@ use tokio::time::Instant;
 
 use crate::admin::{ListenerView, PolicyError, ProcessView, State, StatusView};
 use crate::app::Shared;
-use crate::policy::model::{AccessLog, Destination, Listener, ListenerTarget, LogFormat, LogMode, Route};
+use crate::policy::model::{AccessLogConfig, Destination, Listener, ListenerTarget, LogFormat, LogMode, Route};
 use crate::policy::snapshot::Snapshot;
 use crate::problems::Sourced;
 use crate::rules::duration;
@@ -144,7 +144,7 @@ fn listener(policy: &Snapshot, one: &Listener) -> Value {
     })
 }
 
-fn access_log(log: &AccessLog) -> Value {
+fn access_log(log: &AccessLogConfig) -> Value {
     let mode = match log.mode {
         LogMode::Off => "off",
         LogMode::Errors => "errors",

@@ -27,7 +27,7 @@ pub struct Model {
     /// Who we are, when the policy says so.
     pub service: Option<String>,
     /// Which exchanges get a log line.
-    pub access_log: AccessLog,
+    pub access_log: AccessLogConfig,
     /// How strictly each rule is kept.
     pub modes: Modes,
     /// In the order of the files.
@@ -42,7 +42,7 @@ pub struct Model {
 
 /// Which exchanges get a log line, and in which form.
 #[derive(Debug, Clone, PartialEq)]
-pub struct AccessLog {
+pub struct AccessLogConfig {
     /// Which.
     pub mode: LogMode,
     /// Which form.
@@ -51,7 +51,7 @@ pub struct AccessLog {
     pub ratio: f64,
 }
 
-impl Default for AccessLog {
+impl Default for AccessLogConfig {
     fn default() -> Self {
         Self { mode: LogMode::Errors, format: LogFormat::Json, ratio: 0.01 }
     }

@@ -174,10 +174,10 @@ impl Snapshot {
     }
 }
 
-fn label(direction: Direction) -> telemetry::Direction {
+fn label(direction: Direction) -> telemetry::DirectionLabel {
     match direction {
-        Direction::Inbound => telemetry::Direction::Inbound,
-        Direction::Outbound => telemetry::Direction::Outbound,
+        Direction::Inbound => telemetry::DirectionLabel::Inbound,
+        Direction::Outbound => telemetry::DirectionLabel::Outbound,
     }
 }
 

@@ -13,7 +13,7 @@ pub const MAX_HOPS: usize = 16_384;
 
 /// Direction of calls, seen from the service beside hopguard.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Direction {
+pub enum DirectionLabel {
     /// Calls to the service beside hopguard.
     Inbound,
     /// Calls that this service makes.
@@ -22,13 +22,13 @@ pub enum Direction {
     Other,
 }
 
-impl Direction {
+impl DirectionLabel {
     /// The label value.
     pub const fn as_str(self) -> &'static str {
         match self {
-            Direction::Inbound => "inbound",
-            Direction::Outbound => "outbound",
-            Direction::Other => "other",
+            DirectionLabel::Inbound => "inbound",
+            DirectionLabel::Outbound => "outbound",
+            DirectionLabel::Other => "other",
         }
     }
 }
@@ -43,7 +43,7 @@ pub struct HopLabels {
     /// Name of the route in the policy; never a path.
     pub route: Arc<str>,
     /// Direction of the calls.
-    pub direction: Direction,
+    pub direction: DirectionLabel,
 }
 
 impl HopLabels {
@@ -52,13 +52,13 @@ impl HopLabels {
         source: impl Into<Arc<str>>,
         destination: impl Into<Arc<str>>,
         route: impl Into<Arc<str>>,
-        direction: Direction,
+        direction: DirectionLabel,
     ) -> Self {
         Self { source: source.into(), destination: destination.into(), route: route.into(), direction }
     }
 
     /// Labels for exchanges that end before their destination is known: destination and route are `none`.
-    pub fn unrouted(source: impl Into<Arc<str>>, direction: Direction) -> Self {
+    pub fn unrouted(source: impl Into<Arc<str>>, direction: DirectionLabel) -> Self {
         Self::new(source, "none", "none", direction)
     }
 }
@@ -92,7 +92,7 @@ pub struct Hops {
 
 impl Default for Hops {
     fn default() -> Self {
-        let other = HopLabels::new("other", "other", "other", Direction::Other);
+        let other = HopLabels::new("other", "other", "other", DirectionLabel::Other);
         Self {
             table: Mutex::new(Table { ids: HashMap::default(), labels: vec![Arc::new(other)] }),
             overflowed: AtomicU64::new(0),
@@ -142,17 +142,17 @@ mod tests {
     #[test]
     fn the_same_labels_give_the_same_id_and_the_table_is_bounded() {
         let hops = Hops::default();
-        let first = hops.register(HopLabels::new("order", "payment", "pay", Direction::Outbound));
+        let first = hops.register(HopLabels::new("order", "payment", "pay", DirectionLabel::Outbound));
         assert_ne!(first, HopId::OTHER);
-        assert_eq!(first, hops.register(HopLabels::new("order", "payment", "pay", Direction::Outbound)));
-        assert_ne!(first, hops.register(HopLabels::new("order", "payment", "pay", Direction::Inbound)));
+        assert_eq!(first, hops.register(HopLabels::new("order", "payment", "pay", DirectionLabel::Outbound)));
+        assert_ne!(first, hops.register(HopLabels::new("order", "payment", "pay", DirectionLabel::Inbound)));
         for route in 0..MAX_HOPS {
-            hops.register(HopLabels::new("order", "payment", route.to_string(), Direction::Outbound));
+            hops.register(HopLabels::new("order", "payment", route.to_string(), DirectionLabel::Outbound));
         }
         assert_eq!(hops.overflowed(), 3, "two named hops and the overflow itself had been there");
-        let late = hops.register(HopLabels::new("order", "late", "late", Direction::Outbound));
+        let late = hops.register(HopLabels::new("order", "late", "late", DirectionLabel::Outbound));
         assert_eq!(late, HopId::OTHER);
         assert_eq!(&*hops.labels(late).route, "other");
-        assert_eq!(hops.register(HopLabels::new("order", "payment", "pay", Direction::Outbound)), first);
+        assert_eq!(hops.register(HopLabels::new("order", "payment", "pay", DirectionLabel::Outbound)), first);
     }
 }

@@ -49,7 +49,7 @@ pub use events::RetryReason;
 pub use exchange::Exchange;
 pub use families::{DestinationMetrics, ListenerMetrics, ProcessMetrics};
 pub use histogram::{Buckets, Histogram, LATENCY_BOUNDS, LatencyHistogram, OVERHEAD_BOUNDS, OverheadHistogram};
-pub use hop::{Direction, HopId, HopLabels, Hops, MAX_HOPS};
+pub use hop::{DirectionLabel, HopId, HopLabels, Hops, MAX_HOPS};
 pub use host_process::ProcessFigures;
 pub use instruments::{Counter, Family, Gauge, GaugeGuard};
 pub use openmetrics::PageFormat;

@@ -185,12 +185,12 @@ impl std::fmt::Debug for Shard {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::telemetry::{Direction, Sink};
+    use crate::telemetry::{DirectionLabel, Sink};
 
     #[test]
     fn a_series_exists_from_its_first_use_and_is_the_same_one_afterwards() {
         let telemetry = Telemetry::new(Sink::memory().0);
-        let hop = telemetry.hops.register(HopLabels::new("a", "b", "c", Direction::Inbound));
+        let hop = telemetry.hops.register(HopLabels::new("a", "b", "c", DirectionLabel::Inbound));
         let shard = telemetry.shard(0);
         assert_eq!(telemetry.sums().len(), 0);
         shard.series(hop, Protocol::Grpc, Outcome::Draining).count();

@@ -24,7 +24,7 @@ impl Bench {
         let telemetry = Telemetry::new(sink);
         telemetry.access_log.configure(AccessLogSettings { mode, format });
         let shard = telemetry.shard(0);
-        let hop = telemetry.hops.register(HopLabels::new("order", "payment", "pay", Direction::Outbound));
+        let hop = telemetry.hops.register(HopLabels::new("order", "payment", "pay", DirectionLabel::Outbound));
         Self { telemetry, lines, shard, hop }
     }
 

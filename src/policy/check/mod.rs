@@ -14,7 +14,7 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::model::{AccessLog, Listener, ListenerTarget, LogMode, Model};
+use super::model::{AccessLogConfig, Listener, ListenerTarget, LogMode, Model};
 use super::spec::{AccessLogSpec, DefaultsSpec, PolicySpec};
 use crate::problems::{Cursor, InvalidValue, Origin};
 use crate::rules::layers::RuleValues;
@@ -76,7 +76,7 @@ pub fn check(documents: &[Document<'_>], files: Vec<Arc<str>>, is_complete: bool
 
 struct Head {
     service: Option<String>,
-    access_log: AccessLog,
+    access_log: AccessLogConfig,
     modes: Modes,
     layer: Layer,
 }
@@ -84,7 +84,7 @@ struct Head {
 /// What may stand in one file only.
 fn head(documents: &[Document<'_>]) -> Head {
     let mut layer = Layer { rules: RuleValues::BUILT_IN, connections: Connections::built_in() };
-    let (mut service, mut access_log, mut modes) = (None, AccessLog::default(), Modes::built_in());
+    let (mut service, mut access_log, mut modes) = (None, AccessLogConfig::default(), Modes::built_in());
     let mut seen: HashMap<&str, Origin> = HashMap::new();
     for Document { spec, at, .. } in documents {
         at.missing("apiVersion", "write `apiVersion: hopguard.dev/v1alpha1`");
@@ -124,14 +124,14 @@ fn check_defaults(spec: &DefaultsSpec, below: &Layer, at: &Cursor<'_>) -> Layer 
     Layer { rules: spec.check_rules(&below.rules, at), connections }
 }
 
-fn check_access_log(spec: &AccessLogSpec, at: &Cursor<'_>) -> AccessLog {
-    let built_in = AccessLog::default();
+fn check_access_log(spec: &AccessLogSpec, at: &Cursor<'_>) -> AccessLogConfig {
+    let built_in = AccessLogConfig::default();
     let mode = spec.mode.unwrap_or(built_in.mode);
     if spec.ratio.is_some() && mode != LogMode::Sampled && !(spec.mode.is_none() && at.key("mode").is_given()) {
         at.key("ratio").report("`ratio` has no effect without `mode: sampled`", "set the mode, or remove the ratio");
     }
     let ratio = spec.ratio.map_or(built_in.ratio, |ratio| ratio.0);
-    AccessLog { mode, format: spec.format.unwrap_or(built_in.format), ratio }
+    AccessLogConfig { mode, format: spec.format.unwrap_or(built_in.format), ratio }
 }
 
 /// A destination as a listener's `to` looks for it.

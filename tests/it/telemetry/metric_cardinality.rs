@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use hopguard::telemetry::{Direction, HopLabels, MAX_HOPS, RetryReason};
+use hopguard::telemetry::{DirectionLabel, HopLabels, MAX_HOPS, RetryReason};
 use hyper::{Request, Response};
 
 use crate::support::Mesh;
@@ -69,7 +69,7 @@ async fn hops_beyond_the_bound_count_together_as_other() {
     // As many reloads with other names would leave them behind.
     let hops = &mesh.app().telemetry().hops;
     for number in 0..MAX_HOPS {
-        hops.register(HopLabels::new("shop", "app", format!("was{number}"), Direction::Inbound));
+        hops.register(HopLabels::new("shop", "app", format!("was{number}"), DirectionLabel::Inbound));
     }
     let overflowed = mesh.metric("hopguard_hops_overflowed_total", &[]);
     let ask = async |path: &str, times: usize| {
