@@ -1,4 +1,4 @@
-//! What is different when the call is a gRPC one: status codes, and answers that have only trailers.
+//! What differs for a gRPC call: status codes, and responses that consist of trailers only.
 //!
 //! Sources: grpc/grpc doc/PROTOCOL-HTTP2.md, doc/http-grpc-status-mapping.md, doc/statuscodes.md.
 
@@ -9,12 +9,12 @@ use http::{Response, StatusCode, header};
 
 /// `grpc-status`
 pub const STATUS: HeaderName = HeaderName::from_static("grpc-status");
-/// `grpc-retry-pushback-ms`: when to try again; negative for never (gRFC A6).
+/// `grpc-retry-pushback-ms`: when to retry; negative for never (gRFC A6).
 pub const PUSHBACK: HeaderName = HeaderName::from_static("grpc-retry-pushback-ms");
 /// `grpc-message`
 pub const MESSAGE: HeaderName = HeaderName::from_static("grpc-message");
 
-/// The codes that we give ourselves.
+/// The status codes of hopguard's own responses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u32)]
 pub enum GrpcStatus {
@@ -37,7 +37,7 @@ pub enum GrpcStatus {
 }
 
 impl GrpcStatus {
-    /// What an HTTP status means where an answer has no `grpc-status`.
+    /// The status that an HTTP status stands for, where a response has no `grpc-status`.
     pub fn of_http(status: StatusCode) -> Self {
         match status.as_u16() {
             400 | 431 => Self::Internal,
@@ -74,7 +74,7 @@ pub fn as_http(code: u32) -> StatusCode {
     }
 }
 
-/// Fields of an answer, or trailers, that carry a status.
+/// The fields of a response head or of trailers that carry a status.
 pub fn status_fields(code: impl Into<u32>, message: &str) -> HeaderMap {
     let mut fields = HeaderMap::with_capacity(4);
     fields.insert(STATUS, HeaderValue::from(code.into()));
@@ -84,7 +84,7 @@ pub fn status_fields(code: impl Into<u32>, message: &str) -> HeaderMap {
     fields
 }
 
-/// An answer that consists of its trailers alone.
+/// A response that consists of its trailers alone.
 pub fn trailers_only<B>(code: impl Into<u32>, message: &str, body: B) -> Response<B> {
     let mut answer = Response::new(body);
     *answer.headers_mut() = status_fields(code, message);
@@ -92,7 +92,7 @@ pub fn trailers_only<B>(code: impl Into<u32>, message: &str, body: B) -> Respons
     answer
 }
 
-/// The status that fields carry, with the undecoded message.
+/// The status that the fields carry, with the undecoded message.
 pub fn read_status(fields: &HeaderMap) -> Option<(u32, Option<HeaderValue>)> {
     let code = fields.get(STATUS)?.to_str().ok()?.parse().ok()?;
     Some((code, fields.get(MESSAGE).cloned()))

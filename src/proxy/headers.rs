@@ -1,21 +1,20 @@
-//! Header fields on their way through: what ends at this hop, and what we add (RFC 9110 sections 7.6.1 and 7.6.3).
+//! Header fields on their way through: what ends at this hop, and what this hop adds (RFC 9110, 7.6.1 and 7.6.3).
 //!
-//! One pass over the fields finds out which of the special ones are there, so that the usual message, which has
-//! none of them, costs no look-ups.
+//! One pass over the fields finds the special ones, so that the usual message, which has none, costs no look-ups.
 
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::{Extensions, Version};
 
 use crate::policy::router;
 
-/// Which try of one hop a request is, counted from 1 as Envoy does.
+/// The number of the attempt of one hop, counted from 1 as Envoy does.
 pub const ATTEMPT_COUNT: HeaderName = HeaderName::from_static("x-envoy-attempt-count");
 
 const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
 const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
 const HTTP2_SETTINGS: HeaderName = HeaderName::from_static("http2-settings");
 
-/// Content types that make a difference on the way.
+/// Content types that change how a message is passed on.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum ContentKind {
     /// gRPC.
@@ -72,7 +71,7 @@ pub struct HeaderScan {
     pub te: bool,
     /// `Host`.
     pub hosts: usize,
-    /// What `Content-Type` says, as far as it makes a difference here.
+    /// What `Content-Type` says, as far as it changes how the message is passed on.
     pub kind: ContentKind,
     /// A `Content-Length` that is not one plain number.
     odd_length: bool,
@@ -83,11 +82,11 @@ pub struct HeaderScan {
 }
 
 impl HeaderScan {
-    /// Looks through the fields once.
+    /// Reads the fields once.
     pub fn scan(fields: &HeaderMap) -> Self {
         let mut found = Self::default();
         for (name, value) in fields {
-            // `name: value` and the line's end.
+            // `name: value` and the end of the line.
             found.size += name.as_str().len() + value.len() + 4;
             match *name {
                 header::CONTENT_LENGTH => {
@@ -113,7 +112,7 @@ impl HeaderScan {
                     "x-envoy-attempt-count" => found.attempt_count = true,
                     "grpc-retry-pushback-ms" => found.pushback = true,
                     "proxy-status" => found.proxy_status = true,
-                    // By an empty one nobody can tell the second request from the first.
+                    // An empty key does not tell the second request from the first.
                     "idempotency-key" => {
                         found.idempotency_key |= value.as_bytes().iter().any(|byte| !b" \t\"".contains(byte))
                     }
@@ -124,16 +123,16 @@ impl HeaderScan {
         found
     }
 
-    /// The name of the longest field, to be named when the section is too long.
+    /// The longest field with its size in bytes, for the local reply to a section that is too long.
     pub fn longest(fields: &HeaderMap) -> Option<(&HeaderName, usize)> {
         fields.iter().map(|(name, value)| (name, name.as_str().len() + value.len())).max_by_key(|(_, size)| *size)
     }
 }
 
-/// What the connection-level fields said before they were taken out.
+/// What the hop-by-hop fields said before they were removed.
 #[derive(Debug, Default)]
 pub struct HopByHop {
-    /// Fields that `ConnectionUse` named; they may not pass as trailers either.
+    /// Fields that `Connection` named; they may not pass as trailers either.
     pub named: Vec<HeaderName>,
     /// The sender can take trailers (`TE: trailers`).
     pub trailers: bool,
@@ -142,14 +141,14 @@ pub struct HopByHop {
 }
 
 impl HopByHop {
-    /// How long the sender of an answer of this version keeps its connection, in seconds. One of HTTP/1.0 may have
-    /// kept it, but not for a request of HTTP/1.1.
+    /// How long the sender of a response of this version keeps its connection, in seconds; 0 for HTTP/1.0, whose
+    /// persistent connections do not serve HTTP/1.1 requests.
     pub fn kept_for(&self, version: Version) -> Option<u32> {
         if version < Version::HTTP_11 { Some(0) } else { self.keep_alive }
     }
 }
 
-/// Takes out everything that ends at this hop.
+/// Removes every field that ends at this hop.
 pub fn strip(fields: &mut HeaderMap, present: &HeaderScan) -> HopByHop {
     let mut said = HopByHop::default();
     if present.te {
@@ -201,7 +200,7 @@ fn has_token(value: &HeaderValue, token: &str) -> bool {
     value.as_bytes().split(|&byte| byte == b',').any(|one| one.trim_ascii().eq_ignore_ascii_case(token.as_bytes()))
 }
 
-/// True if a field such as `ConnectionUse` or `Upgrade` lists the token.
+/// True if a field such as `Connection` or `Upgrade` lists the token.
 pub fn lists(fields: &HeaderMap, name: &HeaderName, token: &str) -> bool {
     fields.get_all(name).iter().any(|value| has_token(value, token))
 }
@@ -213,7 +212,7 @@ fn keep_alive_seconds(value: &HeaderValue) -> Option<u32> {
     })
 }
 
-/// True if the body is framed by `chunked` alone. Any other coding would reach the next hop without the field that says so.
+/// True if `chunked` alone frames the body. Any other coding would reach the next hop without the field that names it.
 pub fn only_chunked(fields: &HeaderMap, present: &HeaderScan) -> bool {
     present.codings == 0
         || (present.codings == 1
@@ -222,7 +221,7 @@ pub fn only_chunked(fields: &HeaderMap, present: &HeaderScan) -> bool {
                 .is_some_and(|value| value.as_bytes().trim_ascii().eq_ignore_ascii_case(b"chunked")))
 }
 
-/// Says the body's length once. hyper and h2 have made sure that all the values are the same number.
+/// Writes the body's length once. hyper and h2 have checked that all values are the same number.
 pub fn one_length(fields: &mut HeaderMap, present: &HeaderScan) {
     if present.lengths < 2 && !present.odd_length {
         return;
@@ -245,24 +244,24 @@ pub fn join_cookies(fields: &mut HeaderMap, present: &HeaderScan) {
     }
 }
 
-/// Takes out what hyper attached to a message; none of it is meant for the other side.
+/// Removes what hyper attached to a message; it belongs to this side only.
 pub fn forget(extensions: &mut Extensions) {
     if !extensions.is_empty() {
         extensions.clear();
     }
 }
 
-/// What one listener writes into `Via`, and how it knows its own hand again.
+/// The member that one listener adds to `Via`, and by which it recognises its own requests.
 pub struct Via {
     mark: String,
     values: [HeaderValue; 3],
 }
 
-/// So often may a request come by: an application that copies all fields and calls itself is no loop yet.
+/// How often a request may pass: an application that copies all fields and calls itself is not yet a loop.
 const PASSES: usize = 10;
 
 impl Via {
-    /// A hand of its own for each listener: `mark` has to be unique among all listeners of all processes.
+    /// The member of one listener: `mark` has to be unique among all listeners of all processes.
     pub fn new(mark: &str) -> Self {
         let mark = format!("({mark})");
         let value = |version: &str| {
@@ -272,7 +271,7 @@ impl Via {
         Self { values: [value("1.0"), value("1.1"), value("2.0")], mark }
     }
 
-    /// Adds this hop to a message that came in with `version`.
+    /// Adds this hop to a message that came with `version`.
     pub fn add(&self, fields: &mut HeaderMap, version: Version) {
         let value = match version {
             Version::HTTP_10 => &self.values[0],
@@ -282,7 +281,7 @@ impl Via {
         fields.append(header::VIA, value.clone());
     }
 
-    /// True if the message has been here more often than any honest one.
+    /// True if the message has passed this listener too often.
     pub fn is_loop(&self, fields: &HeaderMap) -> bool {
         let passes = fields
             .get_all(header::VIA)

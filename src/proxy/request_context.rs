@@ -317,7 +317,7 @@ impl RequestContext {
         is_below && mode.is_enforced()
     }
 
-    /// Whether the upstream's sidecar is believed when it says that its app never got the request.
+    /// Whether the statement of the upstream's sidecar that its app never got the request is used.
     pub(super) fn believes_unsent(&mut self, is_said: bool) -> bool {
         let mode = self.modes().unsent.value;
         if is_said && mode == Mode::DryRun {

@@ -1,6 +1,6 @@
-//! Where a request wants to go: its host and port, from whichever form the target came in.
+//! The target of a request: its host and port, from each form that a target can have.
 //!
-//! Everything ambiguous ends here, before anything is forwarded (RFC 9112 sections 3.2 and 3.3, RFC 9113 section
+//! Every ambiguous target ends here, before any byte is forwarded (RFC 9112 sections 3.2 and 3.3, RFC 9113 section
 //! 8.3.1): no host, two hosts, two different ones, user information, a target in a form that the method does not have.
 
 use http::header::HeaderMap;
@@ -159,9 +159,9 @@ fn is_encoded_well(host: &[u8]) -> bool {
     host.split(|&byte| byte == b'%').skip(1).all(|part| part.len() >= 2 && part[..2].iter().all(u8::is_ascii_hexdigit))
 }
 
-/// Encodes what a caller has put into a path or a query although no URI holds it (RFC 3986, 2): quotes, backslashes,
-/// bytes beyond ASCII and the like, which the next hop might read in its own way. A query without a path gets the path that
-/// it means (RFC 9110, 4.2.3). `None` if there is nothing to do.
+/// Encodes the characters in a path or a query that no URI may contain (RFC 3986, 2): quotes, backslashes, bytes beyond
+/// ASCII and the like, which the next hop might read differently. A query without a path gets the path `/` (RFC 9110,
+/// 4.2.3). `None` if nothing needs encoding.
 pub(super) fn encode(path: &str) -> Option<String> {
     let odd = |byte: u8| {
         !byte.is_ascii_graphic() || matches!(byte, b'"' | b'<' | b'>' | b'\\' | b'^' | b'`' | b'{' | b'|' | b'}')
