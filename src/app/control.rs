@@ -135,6 +135,10 @@ fn reload(shared: &Arc<Shared>, path: &Path, before: Option<Waiting>, certificat
             return None;
         }
     };
+    // A policy that waits is loaded again and again.
+    if before.is_none() {
+        log_warnings(&model);
+    }
     let files = certificate_files(&model);
     // What they hold before they are read: if they change afterwards, the next look is to see it.
     for (file, content) in contents(&files) {
@@ -170,6 +174,13 @@ fn refuse(shared: &Shared, message: &str) {
     );
     let error = PolicyError { message: message.to_owned(), at: Instant::now() };
     *lock(&shared.last_error) = Some(error);
+}
+
+/// Logs what the policy is warned of.
+pub(super) fn log_warnings(model: &Model) {
+    for warning in model.warnings.problems.iter() {
+        tracing::warn!(hint = warning.hint, "{warning}");
+    }
 }
 
 /// Puts a checked policy into force; `begun` is when the work on it began.

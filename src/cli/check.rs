@@ -1,4 +1,4 @@
-//! `hopguard check`: all problems of some policies at once, and what is no problem but has no effect any more.
+//! `hopguard check`: all errors and warnings of some policies at once, and faults that have no effect any more.
 
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -19,7 +19,7 @@ pub enum Form {
 }
 
 /// Checks each path as a policy of its own: `ok` lines go to `out`, problems and warnings to `err` (as JSON, all to
-/// `out`). Returns the exit code: 0, or 1 when anything is wrong.
+/// `out`). Returns the exit code: 1 if there is an error, else 0.
 ///
 /// # Errors
 /// When a line cannot be written.
@@ -34,12 +34,14 @@ pub fn check(
         let name = name_given(path).display();
         match (load_given(path), form) {
             (Ok(model), Form::Text) => {
+                write!(err, "{}", model.warnings.render(colour))?;
                 for warning in warnings(&model, Timestamp::now()) {
                     writeln!(err, "warning: {warning}")?;
                 }
                 writeln!(out, "ok: {name} ({})", counts(&model))?;
             }
             (Ok(model), Form::Json) => {
+                write!(out, "{}", model.warnings.problems.to_json())?;
                 let hash = format!("{:016x}", model.hash);
                 let mut line = serde_json::json!({ "ok": name.to_string(), "hash": hash });
                 let warnings = warnings(&model, Timestamp::now());
