@@ -75,6 +75,11 @@ impl<T: std::hash::Hash> std::hash::Hash for Sourced<T> {
     }
 }
 
+/// An old word in a document, and the word to write instead.
+pub fn old_word(old: &str, new: &str) -> InvalidValue {
+    InvalidValue::new(format!("`{old}` is the old word for `{new}`"), format!("write `{new}`"))
+}
+
 /// Why a single value was refused, before its place is known: what is wrong, and what to write instead.
 ///
 /// Shows as the message, then the hint on a line of its own. A document reader relies on that form to tell the two
@@ -139,9 +144,30 @@ pub trait DocumentNode {
     fn is_scalar(&self) -> bool;
 }
 
-/// One thing that is wrong.
+/// How bad a problem is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Severity {
+    /// The document cannot be used.
+    Error,
+    /// The document is used as it is.
+    Warning,
+}
+
+impl Severity {
+    /// `error` or `warning`.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Error => "error",
+            Self::Warning => "warning",
+        }
+    }
+}
+
+/// One error or warning, with its place in a document.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Problem {
+    /// Whether the document can be used nevertheless.
+    pub severity: Severity,
     /// The file's name as the user gave it.
     pub file: Arc<str>,
     /// Line, column and bytes; line 0 where the file as a whole is meant.
@@ -155,10 +181,10 @@ pub struct Problem {
 }
 
 /// The texts that problems point into, by file name.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Sources(Vec<Source>);
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 struct Source {
     file: Arc<str>,
     text: String,
@@ -181,39 +207,61 @@ impl Sources {
     }
 }
 
-/// All that is wrong, over all files.
-#[derive(Debug, Clone, Default)]
+/// All errors and warnings, over all files.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Problems {
     kept: Vec<Problem>,
-    more: usize,
+    more_errors: usize,
+    more_warnings: usize,
     is_cut: bool,
 }
 
 impl Problems {
-    /// Adds one, or only counts it when there are very many already.
+    /// Adds one, or only counts it when there are very many of its severity already.
     pub fn push(&mut self, problem: Problem) {
-        if self.kept.len() < KEPT {
+        let severity = problem.severity;
+        if self.kept.iter().filter(|kept| kept.severity == severity).count() < KEPT {
             self.kept.push(problem);
-        } else {
-            self.more += 1;
+            return;
+        }
+        match severity {
+            Severity::Error => self.more_errors += 1,
+            Severity::Warning => self.more_warnings += 1,
         }
     }
 
-    /// Whether nothing is wrong.
+    /// Whether there is neither an error nor a warning.
     pub fn is_empty(&self) -> bool {
         self.kept.is_empty()
     }
 
-    /// How many there are, those that were only counted included.
-    pub fn len(&self) -> usize {
-        self.kept.len() + self.more
+    /// Whether there is an error: the documents cannot be used.
+    pub fn has_errors(&self) -> bool {
+        self.kept.iter().any(|problem| problem.severity == Severity::Error)
     }
 
-    /// How many there are, in words.
+    /// How many there are, those that were only counted included.
+    pub fn len(&self) -> usize {
+        self.kept.len() + self.more_errors + self.more_warnings
+    }
+
+    fn len_of(&self, severity: Severity) -> usize {
+        let more = match severity {
+            Severity::Error => self.more_errors,
+            Severity::Warning => self.more_warnings,
+        };
+        more + self.kept.iter().filter(|problem| problem.severity == severity).count()
+    }
+
+    /// How many there are, in words: `2 problems`, `1 problem or more, 1 warning`.
     pub fn count(&self) -> String {
-        let plural = if self.len() == 1 { "problem" } else { "problems" };
+        let counted = |count: usize, word: &str| format!("{count} {word}{}", if count == 1 { "" } else { "s" });
         let more = if self.is_cut { " or more" } else { "" };
-        format!("{} {plural}{more}", self.len())
+        let errors = format!("{}{more}", counted(self.len_of(Severity::Error), "problem"));
+        match self.len_of(Severity::Warning) {
+            0 => errors,
+            warnings => format!("{errors}, {}", counted(warnings, "warning")),
+        }
     }
 
     /// Those that were kept: in reading order after [`Problems::sort`].
@@ -240,8 +288,9 @@ impl Problems {
             out.push_str(&problem.render(sources.text(&problem.file), &renderer));
             out.push_str("\n\n");
         }
-        if self.more > 0 {
-            out.push_str(&format!("and {} more\n", self.more));
+        let more = self.more_errors + self.more_warnings;
+        if more > 0 {
+            out.push_str(&format!("and {more} more\n"));
         }
         if self.is_cut {
             out.push_str("and perhaps more: a file was not read to its end\n");
@@ -249,23 +298,35 @@ impl Problems {
         out
     }
 
-    /// One JSON object a line: `file`, `line`, `column`, `path`, `message`, and `hint` (or null).
+    /// One JSON object a line, as of [`Problem::to_json`].
     pub fn to_json(&self) -> String {
-        let line = |p: &Problem| {
-            let object = serde_json::json!({
-                "file": &*p.file, "line": p.place.line, "column": p.place.column,
-                "path": p.path, "message": p.message, "hint": p.hint,
-            });
-            format!("{object}\n")
-        };
-        self.kept.iter().map(line).collect()
+        self.kept.iter().map(|problem| format!("{}\n", problem.to_json())).collect()
     }
 }
 
-/// The short form, for a log line: place and message of the first, and how many more there are.
+/// Warnings about documents that are used, and the texts to show them in.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Warnings {
+    /// In reading order.
+    pub problems: Problems,
+    /// Empty without a warning.
+    pub sources: Sources,
+}
+
+impl Warnings {
+    /// Each warning with its line of source marked.
+    pub fn render(&self, colour: bool) -> String {
+        self.problems.render(&self.sources, colour)
+    }
+}
+
+/// The short form, for a log line: place and message of the first error, and how many more problems there are.
 impl fmt::Display for Problems {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Some(first) = self.kept.first() else { return f.write_str("no problems") };
+        let is_error = |problem: &&Problem| problem.severity == Severity::Error;
+        let Some(first) = self.kept.iter().find(is_error).or(self.kept.first()) else {
+            return f.write_str("no problems");
+        };
         write!(f, "{first}")?;
         match self.len() - 1 {
             0 => Ok(()),
@@ -284,12 +345,24 @@ impl fmt::Display for Problem {
 }
 
 impl Problem {
+    /// `severity`, `file`, `line`, `column`, `path`, `message`, and `hint` (or null).
+    pub fn to_json(&self) -> serde_json::Value {
+        serde_json::json!({
+            "severity": self.severity.as_str(), "file": &*self.file, "line": self.place.line,
+            "column": self.place.column, "path": self.path, "message": self.message, "hint": self.hint,
+        })
+    }
+
     fn render(&self, text: &str, renderer: &Renderer) -> String {
         let (message, file) = (printable(&self.message), printable(&self.file));
         let hint = self.hint.as_deref().map(printable);
+        let level = match self.severity {
+            Severity::Error => Level::ERROR,
+            Severity::Warning => Level::WARNING,
+        };
         let title = match self.place.line {
-            0 => Level::ERROR.primary_title(format!("{file}: {message}")),
-            _ => Level::ERROR.primary_title(message),
+            0 => level.primary_title(format!("{file}: {message}")),
+            _ => level.primary_title(message),
         };
         let help = hint.map(|hint| Level::HELP.message(hint));
         if self.place.line == 0 {
@@ -402,19 +475,33 @@ impl<'a> Cursor<'a> {
         Sourced { value, origin: self.origin() }
     }
 
-    /// Reports a problem with what stands here.
+    /// Reports an error in what stands here.
     pub fn report(&self, message: impl Into<String>, hint: impl Into<String>) {
-        self.push(self.place(), message.into(), Some(hint.into()));
+        self.report_fault(InvalidValue::new(message, hint));
     }
 
-    /// Reports a fault of the value that stands here.
+    /// Reports an error in the value that stands here.
     pub fn report_fault(&self, fault: InvalidValue) {
-        self.push(self.place(), fault.message, fault.hint);
+        self.push(Severity::Error, self.place(), fault);
     }
 
-    /// Reports a fault of the key, not of its value.
+    /// Reports an error in the key, not in its value.
     pub fn report_key(&self, fault: InvalidValue) {
-        self.push(self.key.unwrap_or_else(|| self.place()), fault.message, fault.hint);
+        self.push(Severity::Error, self.key_place(), fault);
+    }
+
+    /// Warns of the value that stands here: it is taken as it is.
+    pub fn warn(&self, warning: InvalidValue) {
+        self.push(Severity::Warning, self.place(), warning);
+    }
+
+    /// Warns of the key, not of its value.
+    pub fn warn_key(&self, warning: InvalidValue) {
+        self.push(Severity::Warning, self.key_place(), warning);
+    }
+
+    fn key_place(&self) -> &'a Position {
+        self.key.unwrap_or_else(|| self.place())
     }
 
     /// Reports that an entry is not here. Says nothing when the entry is here but was refused already.
@@ -446,9 +533,9 @@ impl<'a> Cursor<'a> {
         self.problems.borrow().len()
     }
 
-    fn push(&self, place: &Position, message: String, hint: Option<String>) {
+    fn push(&self, severity: Severity, place: &Position, InvalidValue { message, hint }: InvalidValue) {
         let (file, path, place) = (Arc::clone(self.file), self.path(), place.clone());
-        self.problems.borrow_mut().push(Problem { file, place, path, message, hint });
+        self.problems.borrow_mut().push(Problem { severity, file, place, path, message, hint });
     }
 }
 
@@ -471,7 +558,12 @@ mod tests {
 
     fn problem(message: &str, span: Range<usize>, line: u32) -> Problem {
         let place = Position { span, line, column: 1 };
-        Problem { file: "p.yaml".into(), place, path: String::new(), message: message.into(), hint: None }
+        let severity = Severity::Error;
+        Problem { severity, file: "p.yaml".into(), place, path: String::new(), message: message.into(), hint: None }
+    }
+
+    fn warning(message: &str, line: u32) -> Problem {
+        Problem { severity: Severity::Warning, ..problem(message, 0..1, line) }
     }
 
     #[test]
@@ -518,6 +610,30 @@ mod tests {
         }
         assert_eq!((problems.len(), problems.iter().count()), (KEPT + 7, KEPT));
         assert!(problems.render(&Sources::default(), false).ends_with("and 7 more\n"));
+    }
+
+    #[test]
+    fn very_many_warnings_do_not_push_an_error_out() {
+        let mut problems = Problems::default();
+        for _ in 0..KEPT + 7 {
+            problems.push(warning("old", 1));
+        }
+        assert!(!problems.has_errors());
+        problems.push(problem("wrong", 0..1, 2));
+        assert!(problems.has_errors());
+        assert_eq!((problems.len(), problems.iter().count()), (KEPT + 8, KEPT + 1));
+        assert_eq!(problems.count(), "1 problem, 207 warnings");
+        assert_eq!(problems.to_string(), "p.yaml:2:1: wrong (and 207 more)");
+    }
+
+    #[test]
+    fn a_problem_shows_its_severity() {
+        let mut problems = Problems::default();
+        problems.push(warning("old", 1));
+        assert!(problems.render(&Sources::default(), false).starts_with("warning: old"));
+        assert_eq!(problems.iter().next().unwrap().to_json()["severity"], "warning");
+        assert_eq!(problem("wrong", 0..1, 1).to_json()["severity"], "error");
+        assert_eq!(problems.to_string(), "p.yaml:1:1: old");
     }
 
     #[test]

@@ -50,8 +50,9 @@ fn every_valid_fixture_loads_and_agrees_with_the_schema() {
     let (paths, validator) = (entries("tests/policies/valid"), validator());
     assert!(paths.len() >= 12, "{} fixtures", paths.len());
     for path in paths {
-        if let Err(error) = load(&path) {
-            panic!("{}", error.render(false));
+        match load(&path) {
+            Ok(model) => assert_eq!(!model.warnings.problems.is_empty(), path.ends_with("old-words.yaml"), "{path:?}"),
+            Err(error) => panic!("{}", error.render(false)),
         }
         if path.is_file() {
             let value = yaml(&path).unwrap();
@@ -67,8 +68,9 @@ fn every_shipped_policy_loads_and_agrees_with_the_schema() {
     paths.push("config/hopguard.yaml".into());
     assert!(paths.len() >= 4, "{} policies", paths.len());
     for path in paths {
-        if let Err(error) = load(&path) {
-            panic!("{}", error.render(false));
+        match load(&path) {
+            Ok(model) => assert!(model.warnings.problems.is_empty(), "{}", model.warnings.render(false)),
+            Err(error) => panic!("{}", error.render(false)),
         }
         assert!(validator().is_valid(&yaml(&path).unwrap()), "{}", path.display());
     }
@@ -76,7 +78,7 @@ fn every_shipped_policy_loads_and_agrees_with_the_schema() {
 
 #[test]
 fn the_policy_to_begin_with_changes_no_call() {
-    let model = load(Path::new("config/examples/first-in-warn.yaml")).unwrap();
+    let model = load(Path::new("config/examples/first-in-dry-run.yaml")).unwrap();
     let enforced = |rule: &RuleName| model.modes.of(*rule).value == Mode::Enforce;
     assert_eq!(RuleName::ALL.into_iter().filter(enforced).collect::<Vec<_>>(), [RuleName::Faults]);
     for route in model.destinations.iter().flat_map(|destination| &destination.routes) {
@@ -253,6 +255,36 @@ fn a_full_policy_has_every_value_and_its_line() {
     assert_eq!(destination.routes[1].timeouts.request.value, Duration::from_secs(2));
     assert_eq!(destination.limits.queue.value, 0);
     assert_eq!(destination.routes[4].origin, Origin::BuiltIn);
+}
+
+#[test]
+fn old_words_mean_the_same_as_the_new_ones_and_are_warned_of() {
+    let path = Path::new("tests/policies/valid/old-words.yaml");
+    let old = load(path).unwrap();
+    let new = fs::read_to_string(path).unwrap().replace("warn", "dryRun").replace("{ openFor: 1s,", "{ ejectFor: 1s,");
+    let new = load_str("p.yaml", &new.replace("      openForMax", "      ejectForMax")).unwrap();
+    assert!(new.warnings.problems.is_empty(), "{}", new.warnings.render(false));
+    assert_eq!(old.hash, new.hash);
+    assert_eq!(old.modes.retry.value, Mode::DryRun);
+    let ejection = &old.destinations[0].ejection;
+    assert_eq!(
+        (ejection.eject_for.value, ejection.eject_for_max.value),
+        (Duration::from_secs(2), Duration::from_secs(10))
+    );
+    insta::assert_snapshot!("old_words", old.warnings.render(false));
+}
+
+#[test]
+fn the_schema_takes_old_words_and_marks_them() {
+    let schema: Value = serde_json::from_str(&schema()).unwrap();
+    let ejection = &schema["$defs"]["EjectionSpec"]["properties"];
+    let is_old = |value: &Value| value["deprecated"] == true;
+    assert!(is_old(&ejection["openFor"]) && is_old(&ejection["openForMax"]) && !is_old(&ejection["ejectFor"]));
+    let modes = schema["$defs"]["Mode"]["oneOf"].as_array().unwrap();
+    let old: Vec<_> = modes.iter().filter(|word| is_old(word)).map(|word| &word["const"]).collect();
+    assert_eq!(old, ["warn"]);
+    let breaker = &schema["$defs"]["CircuitBreakerSpec"]["properties"];
+    assert!(breaker["openFor"].is_object() && !is_old(&breaker["openFor"]));
 }
 
 #[test]
@@ -467,6 +499,17 @@ fn check_says_ok_or_everything_that_is_wrong() {
     assert_eq!(err, format!("warning: {warning}: remove it\n"));
     let (_, out, _) = run(&["valid/rules.yaml"], Form::Json);
     assert!(out.contains(&format!(r#""warnings":["{warning}: remove it"]"#)), "{out}");
+    let (code, out, err) = run(&["valid/old-words.yaml"], Form::Text);
+    assert_eq!((code, out.lines().count()), (0, 1));
+    assert!(err.starts_with("warning: `warn` is the old word for `dryRun`\n"), "{err}");
+    assert!(err.contains(" --> tests/policies/valid/old-words.yaml:6:10\n"), "{err}");
+    let (code, out, err) = run(&["valid/old-words.yaml"], Form::Json);
+    assert_eq!((code, out.lines().count(), err.as_str()), (0, 4, ""));
+    let lines: Vec<Value> = out.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert!(lines[..3].iter().all(|warning| warning["severity"] == "warning") && lines[3]["ok"].is_string(), "{out}");
+    let (code, out, err) = run(&["invalid/old-and-new-word.yaml"], Form::Text);
+    assert_eq!((code, out.as_str()), (1, ""));
+    assert!(err.ends_with("old-and-new-word.yaml: 4 problems, 3 warnings\n"), "{err}");
     let (code, out, err) = run(&["valid/minimal.yaml", "invalid/five-mistakes.yaml"], Form::Text);
     assert_eq!((code, out.lines().count()), (1, 1));
     assert!(err.ends_with("tests/policies/invalid/five-mistakes.yaml: 5 problems\n"), "{err}");

@@ -10,7 +10,7 @@ use crate::admin::{ListenerView, PolicyError, ProcessView, State, StatusView};
 use crate::app::Shared;
 use crate::policy::model::{AccessLogConfig, Destination, Listener, ListenerTarget, LogFormat, LogMode, Route};
 use crate::policy::snapshot::Snapshot;
-use crate::problems::Sourced;
+use crate::problems::{Problem, Sourced};
 use crate::rules::duration;
 use crate::rules::layers::RuleRows;
 use crate::rules::mode::RuleName;
@@ -115,6 +115,7 @@ fn document(policy: &Snapshot, now: Timestamp) -> Value {
     json!({
         "hash": policy.hash,
         "loaded": policy.loaded.to_string(),
+        "warnings": policy.model.warnings.problems.iter().map(Problem::to_json).collect::<Vec<_>>(),
         "files": policy.model.files.iter().map(|file| &**file).collect::<Vec<_>>(),
         "service": &*policy.service,
         "accessLog": access_log(&policy.model.access_log),

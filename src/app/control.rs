@@ -144,6 +144,10 @@ fn reload(
             return None;
         }
     };
+    // A policy that waits is loaded again and again.
+    if before.is_none() {
+        log_warnings(&model);
+    }
     let files = certificate_files(&model);
     // Hashed before the files are read, so that the next check sees every later change.
     for (file, hash) in hashes(&files) {
@@ -180,6 +184,13 @@ fn reject(shared: &Shared, message: &str) {
     );
     let error = PolicyError { message: message.to_owned(), at: Instant::now() };
     *lock(&shared.last_error) = Some(error);
+}
+
+/// Logs each warning of a policy that is applied.
+pub(super) fn log_warnings(model: &Model) {
+    for warning in model.warnings.problems.iter() {
+        tracing::warn!(hint = warning.hint, "{warning}");
+    }
 }
 
 /// Applies a checked policy. The load duration in the metrics is measured from `begun`.

@@ -103,6 +103,7 @@ impl App {
         let telemetry = Telemetry::new(sink);
         let (discovery, requests) = Discovery::new();
         let begun = tokio::time::Instant::now();
+        control::log_warnings(&model);
         control::configure_log(&telemetry, &model);
         let follow = |cluster: &_| discovery.follow(cluster);
         let snapshot = Snapshot::compile(model, &settings.service, None, &telemetry.hops, follow)?;

@@ -1,4 +1,4 @@
-//! `hopguard check`: reports all problems of the given policies at once, and warns of faults that have ended.
+//! `hopguard check`: reports all errors and warnings of the given policies at once, and faults that have ended.
 
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -20,7 +20,7 @@ pub enum Form {
 }
 
 /// Checks each path as a separate policy. Text: `ok` lines to `out`, problems and warnings to `err`. JSON: all lines to `out`.
-/// Returns the exit code: 0, or 1 if a policy has a problem.
+/// Returns the exit code: 0, or 1 if a policy has an error.
 ///
 /// # Errors
 /// If a line cannot be written.
@@ -35,12 +35,14 @@ pub fn check(
         let name = name_given(path).display();
         match (load_given(path), form) {
             (Ok(model), Form::Text) => {
+                write!(err, "{}", model.warnings.render(colour))?;
                 for warning in warnings(&model, Timestamp::now()) {
                     writeln!(err, "warning: {warning}")?;
                 }
                 writeln!(out, "ok: {name} ({})", counts(&model))?;
             }
             (Ok(model), Form::Json) => {
+                write!(out, "{}", model.warnings.problems.to_json())?;
                 let hash = format!("{:016x}", model.hash);
                 let mut line = serde_json::json!({ "ok": name.to_string(), "hash": hash });
                 let warnings = warnings(&model, Timestamp::now());

@@ -16,7 +16,7 @@ use super::ast::{self, Node};
 use super::check::{Document, check};
 use super::model::{Fnv, Model};
 use super::spec::PolicySpec;
-use crate::problems::{Cursor, Position, Problem, Problems, Sources};
+use crate::problems::{Cursor, Position, Problem, Problems, Severity, Sources, Warnings};
 
 /// A larger file is refused: etcd, and so a ConfigMap, ends here too.
 const LARGEST: u64 = 1 << 20;
@@ -24,7 +24,7 @@ const LARGEST: u64 = 1 << 20;
 /// Why there is no model.
 #[derive(Debug, Clone)]
 pub struct LoadError {
-    /// What is wrong, in reading order; never empty.
+    /// Errors, at least one, and warnings, in reading order.
     pub problems: Problems,
     /// The texts, to show the problems in.
     pub sources: Sources,
@@ -163,7 +163,11 @@ fn text_of(source: impl Read) -> Result<String, String> {
 }
 
 fn of_file(path: &Path, message: String, hint: Option<String>) -> Problem {
-    Problem { file: name(path), place: Position::default(), path: String::new(), message, hint }
+    of_place(path, Position::default(), message, hint)
+}
+
+fn of_place(path: &Path, place: Position, message: String, hint: Option<String>) -> Problem {
+    Problem { severity: Severity::Error, file: name(path), place, path: String::new(), message, hint }
 }
 
 fn name(path: &Path) -> Arc<str> {
@@ -188,13 +192,16 @@ fn build(texts: Vec<(PathBuf, String)>, mut problems: Problems) -> Result<Model,
     }
     let is_complete = problems.is_empty();
     let problems = RefCell::new(problems);
-    let model = read_and_check(&parsed, &sources, is_complete, &problems);
+    let mut model = read_and_check(&parsed, &sources, is_complete, &problems);
     let mut problems = problems.into_inner();
-    if problems.is_empty() {
-        return Ok(model);
-    }
     problems.sort();
-    Err(LoadError { problems, sources })
+    if problems.has_errors() {
+        return Err(LoadError { problems, sources });
+    }
+    if !problems.is_empty() {
+        model.warnings = Warnings { problems, sources };
+    }
+    Ok(model)
 }
 
 fn parse(path: &Path, text: &str) -> Result<Parsed, Problem> {
@@ -206,9 +213,7 @@ fn parse(path: &Path, text: &str) -> Result<Parsed, Problem> {
             let folder = std::path::absolute(folder).unwrap_or_else(|_| folder.to_owned());
             Ok(Parsed { name: name(path), folder, tree })
         }
-        Err((fault, place)) => {
-            Err(Problem { file: name(path), place, path: String::new(), message: fault.message, hint: fault.hint })
-        }
+        Err((fault, place)) => Err(of_place(path, place, fault.message, fault.hint)),
     }
 }
 

@@ -12,7 +12,7 @@ use http::header::{HeaderName, HeaderValue};
 use schemars::JsonSchema;
 use serde::Deserialize;
 
-use crate::problems::{Origin, Sourced};
+use crate::problems::{Origin, Sourced, Warnings};
 use crate::rules::layers::{DestinationRules, RouteRules};
 use crate::rules::mode::Modes;
 use crate::rules::toggle::allow_false;
@@ -38,6 +38,8 @@ pub struct Model {
     pub hash: u64,
     /// The files, as the user named them.
     pub files: Vec<Arc<str>>,
+    /// What the files say in words that have been replaced since.
+    pub warnings: Warnings,
 }
 
 /// Which exchanges get a log line, and in which form.

@@ -22,9 +22,9 @@ use super::count::Count;
 use super::duration::DurationSpec;
 use super::rule::{Row, RowContext, Rule};
 use super::toggle::{Toggle, ToggleKeys};
-use crate::problems::{Cursor, Sourced};
+use crate::problems::{Cursor, InvalidValue, Sourced, old_word};
 
-/// An endpoint is asked with one call; a second one goes only when that has hung for a quarter of `openFor`.
+/// An endpoint is asked with one call; a second one goes only when that has hung for a quarter of `ejectFor`.
 const PROBES: u32 = 2;
 
 /// `ejection:` of `defaults` or of a destination, where it is not `off`.
@@ -34,13 +34,19 @@ pub struct EjectionSpec {
     /// So many failures one after the other eject an endpoint. Default 5.
     pub consecutive_failures: Option<Count<1>>,
     /// How long it is out the first time; half to the whole of it, by chance. Default 5s.
-    pub open_for: Option<DurationSpec>,
+    pub eject_for: Option<DurationSpec>,
     /// The longest time out: each ejection in a row doubles the one before, up to this. Default 60s.
+    pub eject_for_max: Option<DurationSpec>,
+    /// The old word for ejectFor.
+    #[schemars(extend("deprecated" = true))]
+    pub open_for: Option<DurationSpec>,
+    /// The old word for ejectForMax.
+    #[schemars(extend("deprecated" = true))]
     pub open_for_max: Option<DurationSpec>,
 }
 
 impl ToggleKeys for EjectionSpec {
-    const KEYS: &'static [&'static str] = &["consecutiveFailures", "openFor", "openForMax"];
+    const KEYS: &'static [&'static str] = &["consecutiveFailures", "ejectFor", "ejectForMax", "openFor", "openForMax"];
 }
 
 /// When endpoints of a destination are ejected, and for how long.
@@ -50,10 +56,10 @@ pub struct Ejection {
     pub on: Sourced<bool>,
     /// So many failures one after the other eject an endpoint; at least 1.
     pub consecutive_failures: Sourced<u32>,
-    /// The longest that it is out the first time; never longer than `open_for_max`.
-    pub open_for: Sourced<Duration>,
+    /// The longest that it is out the first time; never longer than `eject_for_max`.
+    pub eject_for: Sourced<Duration>,
     /// The longest that it is out.
-    pub open_for_max: Sourced<Duration>,
+    pub eject_for_max: Sourced<Duration>,
 }
 
 impl Ejection {
@@ -62,8 +68,8 @@ impl Ejection {
         Self {
             on: Sourced::built_in(true),
             consecutive_failures: Sourced::built_in(5),
-            open_for: Sourced::built_in(Duration::from_secs(5)),
-            open_for_max: Sourced::built_in(Duration::from_secs(60)),
+            eject_for: Sourced::built_in(Duration::from_secs(5)),
+            eject_for_max: Sourced::built_in(Duration::from_secs(60)),
         }
     }
 
@@ -72,8 +78,8 @@ impl Ejection {
         self.on.value.then_some(Thresholds {
             consecutive_failures: self.consecutive_failures.value,
             rate: None,
-            open_for: self.open_for.value,
-            open_for_max: self.open_for_max.value,
+            open_for: self.eject_for.value,
+            open_for_max: self.eject_for_max.value,
             probes: PROBES,
         })
     }
@@ -90,15 +96,17 @@ impl Rule for Ejection {
         let Toggle::On(spec) = spec else {
             return Self { on: at.set(false), ..below.clone() };
         };
-        let (open_for, open_for_max) =
-            check_open_times((spec.open_for, spec.open_for_max), (&below.open_for, &below.open_for_max), at);
+        let first = written(("ejectFor", spec.eject_for), ("openFor", spec.open_for), at);
+        let longest = written(("ejectForMax", spec.eject_for_max), ("openForMax", spec.open_for_max), at);
+        let (eject_for, eject_for_max) =
+            check_open_times((first, &below.eject_for), (longest, &below.eject_for_max), at);
         Self {
             on: at.set(true),
             consecutive_failures: spec
                 .consecutive_failures
                 .map_or_else(|| below.consecutive_failures.clone(), |count| at.key("consecutiveFailures").set(count.0)),
-            open_for,
-            open_for_max,
+            eject_for,
+            eject_for_max,
         }
     }
 
@@ -108,10 +116,29 @@ impl Rule for Ejection {
         }
         vec![
             Row::shown("consecutiveFailures", &ejection.consecutive_failures),
-            Row::time("openFor", &ejection.open_for),
-            Row::time("openForMax", &ejection.open_for_max),
+            Row::time("ejectFor", &ejection.eject_for),
+            Row::time("ejectForMax", &ejection.eject_for_max),
         ]
     }
+}
+
+/// A value under its present key or its old one, with the key that is written. Warns of the old one, and reports both.
+fn written(
+    (key, value): (&'static str, Option<DurationSpec>),
+    (old_key, old_value): (&'static str, Option<DurationSpec>),
+    at: &Cursor<'_>,
+) -> (&'static str, Option<DurationSpec>) {
+    let old_at = at.key(old_key);
+    if !old_at.is_given() {
+        return (key, value);
+    }
+    if at.key(key).is_given() {
+        let hint = format!("remove `{old_key}`: it is the old word for `{key}`");
+        old_at.report_key(InvalidValue::new(format!("`{old_key}` and `{key}` stand together"), hint));
+        return (key, value);
+    }
+    old_at.warn_key(old_word(old_key, key));
+    (old_key, old_value)
 }
 
 /// The endpoints of one destination.

@@ -85,7 +85,7 @@ macro_rules! catalogue {
                     destination "Failures on purpose, for those of its routes that have none of their own."
                     route "Failures on purpose."
                 }
-                mode "Failures on purpose; `warn` logs the fault and does nothing."
+                mode "Failures on purpose; `dryRun` logs the fault and does nothing."
             }
         }
     };

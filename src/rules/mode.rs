@@ -1,4 +1,4 @@
-//! How strictly each rule is kept: `enforce`, `warn` (counts and logs what it would have done) or `off`.
+//! How strictly each rule is kept: `enforce`, `dryRun` (counts and logs what it would have done) or `off`.
 //!
 //! The pipeline asks for the mode of a rule before it acts on the rule's decision; the rules themselves know no mode.
 //! [`RuleName`] is the closed list of rules that have one, with the names they bear in metrics, logs and the policy; it is
@@ -6,22 +6,21 @@
 
 use std::fmt;
 
-use schemars::JsonSchema;
-use serde::Deserialize;
+use schemars::{JsonSchema, Schema};
+use serde::de::{self, Deserialize, Deserializer, EnumAccess, VariantAccess, Visitor};
+use serde_json::{Value, json};
 
 use super::toggle::allow_false;
-use crate::problems::{Cursor, Sourced};
+use crate::problems::{Cursor, Sourced, old_word};
 
 /// How strictly a rule is kept. Shows as in a policy.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Deserialize, JsonSchema)]
-#[serde(rename_all = "lowercase")]
-#[schemars(transform = allow_false)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, JsonSchema)]
+#[schemars(rename_all = "camelCase", transform = allow_old_word, transform = allow_false)]
 pub enum Mode {
     /// Its decisions hold.
     #[default]
     Enforce,
     /// Its decisions are counted and logged, and change nothing.
-    #[serde(rename = "warn")]
     DryRun,
     /// It is not asked.
     Off,
@@ -38,13 +37,68 @@ impl Mode {
         matches!(self, Self::Off)
     }
 
-    /// The stable name: `enforce`, `warn` or `off`.
+    /// The stable name: `enforce`, `dryRun` or `off`.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Enforce => "enforce",
-            Self::DryRun => "warn",
+            Self::DryRun => "dryRun",
             Self::Off => "off",
         }
+    }
+}
+
+/// The word for `dryRun` in policies that were written before it had that name.
+const OLD_DRY_RUN: &str = "warn";
+
+/// A mode as a policy says it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ModeSpec {
+    mode: Mode,
+    is_old_word: bool,
+}
+
+impl ModeSpec {
+    const WORDS: &'static [&'static str] = &[Mode::Enforce.as_str(), Mode::DryRun.as_str(), Mode::Off.as_str()];
+
+    fn parse(word: &str) -> Option<Self> {
+        let is_old_word = word == OLD_DRY_RUN;
+        let mode = [Mode::Enforce, Mode::DryRun, Mode::Off].into_iter().find(|mode| mode.as_str() == word);
+        mode.or(is_old_word.then_some(Mode::DryRun)).map(|mode| Self { mode, is_old_word })
+    }
+
+    /// Warns of the old word.
+    fn check(self, at: &Cursor<'_>) -> Sourced<Mode> {
+        if self.is_old_word {
+            at.warn(old_word(OLD_DRY_RUN, Mode::DryRun.as_str()));
+        }
+        at.set(self.mode)
+    }
+}
+
+impl<'de> Deserialize<'de> for ModeSpec {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct ModeVisitor;
+        impl<'de> Visitor<'de> for ModeVisitor {
+            type Value = ModeSpec;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a mode")
+            }
+
+            fn visit_enum<A: EnumAccess<'de>>(self, data: A) -> Result<ModeSpec, A::Error> {
+                let (word, rest) = data.variant::<String>()?;
+                rest.unit_variant()?;
+                ModeSpec::parse(&word).ok_or_else(|| de::Error::unknown_variant(&word, ModeSpec::WORDS))
+            }
+        }
+        deserializer.deserialize_enum("Mode", Self::WORDS, ModeVisitor)
+    }
+}
+
+fn allow_old_word(schema: &mut Schema) {
+    if let Some(Value::Array(words)) = schema.get_mut("oneOf") {
+        let description = "The old word for dryRun.";
+        words.push(json!({ "const": OLD_DRY_RUN, "deprecated": true, "description": description, "type": "string" }));
     }
 }
 
@@ -82,10 +136,15 @@ macro_rules! modes {
         }
 
         /// `rules:` of a policy.
-        #[derive(Debug, Clone, Default, PartialEq, Deserialize, JsonSchema)]
+        #[derive(Debug, Clone, Default, PartialEq, serde::Deserialize, JsonSchema)]
         #[serde(default, deny_unknown_fields, expecting = "a mapping of rules and their modes")]
         pub struct ModesSpec {
-            $( #[doc = concat!($text, " Default enforce.")] #[serde(rename = $key)] pub $field: Option<Mode>, )*
+            $(
+                #[doc = concat!($text, " Default enforce.")]
+                #[serde(rename = $key)]
+                #[schemars(with = "Option<Mode>")]
+                pub $field: Option<ModeSpec>,
+            )*
         }
 
         /// The mode of each rule.
@@ -109,10 +168,10 @@ macro_rules! modes {
         }
 
         impl ModesSpec {
-            /// Lays this layer over another. Nothing in it can be wrong once it was read.
+            /// Lays this layer over another. Warns of old words; nothing in it can be wrong once it was read.
             pub fn check(&self, base: &Modes, at: &Cursor<'_>) -> Modes {
-                let over = |rule: RuleName, mode: Option<Mode>| {
-                    mode.map_or_else(|| base.of(rule).clone(), |mode| at.key(rule.key()).set(mode))
+                let over = |rule: RuleName, mode: Option<ModeSpec>| {
+                    mode.map_or_else(|| base.of(rule).clone(), |mode| mode.check(&at.key(rule.key())))
                 };
                 Modes { $( $field: over(RuleName::$Rule, self.$field), )* }
             }
@@ -151,13 +210,22 @@ mod tests {
     #[test]
     fn each_key_sets_the_mode_of_its_own_rule_and_no_other() {
         for rule in RuleName::ALL {
-            let modes = check(&format!("{}: warn", rule.key()));
+            let modes = check(&format!("{}: dryRun", rule.key()));
             for other in RuleName::ALL {
                 let mode = modes.of(other);
                 assert_eq!(mode.value, if other == rule { Mode::DryRun } else { Mode::Enforce }, "{rule}: {other}");
                 assert_eq!(mode.origin == Origin::BuiltIn, other != rule);
             }
         }
+    }
+
+    #[test]
+    fn the_old_word_for_a_dry_run_is_read_with_a_warning() {
+        let (modes, problems) = checked("retry: warn", |spec: &ModesSpec, at| spec.check(&Modes::built_in(), at));
+        assert_eq!(modes.retry.value, Mode::DryRun);
+        assert_eq!(problems, ["retry: `warn` is the old word for `dryRun` | write `dryRun`"]);
+        let error = serde_json::from_value::<ModeSpec>("wran".into()).unwrap_err();
+        assert!(error.to_string().contains("expected one of `enforce`, `dryRun`, `off`"), "{error}");
     }
 
     #[test]
@@ -171,7 +239,8 @@ mod tests {
     #[test]
     fn a_mode_is_read_as_it_is_shown() {
         for mode in [Mode::Enforce, Mode::DryRun, Mode::Off] {
-            assert_eq!(serde_json::from_value::<Mode>(mode.as_str().into()).unwrap(), mode);
+            let read = serde_json::from_value::<ModeSpec>(mode.as_str().into()).unwrap();
+            assert_eq!(read, ModeSpec { mode, is_old_word: false });
         }
         assert!(Mode::Off.is_off() && !Mode::DryRun.is_off() && !Mode::DryRun.is_enforced());
     }

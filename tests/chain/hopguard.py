@@ -99,7 +99,7 @@ def destination(host, ports, rules):
             made["retry"]["budget"] = {"ratio": rules.retry.budget_percent / 100}
     if rules.breaker:
         made["circuitBreaker"] = {"consecutiveFailures": rules.breaker.consecutive}
-        made["ejection"] = {"consecutiveFailures": rules.breaker.consecutive, "openFor": f"{round(rules.breaker.open_s * 1000)}ms"}
+        made["ejection"] = {"consecutiveFailures": rules.breaker.consecutive, "ejectFor": f"{round(rules.breaker.open_s * 1000)}ms"}
     limits = {"inFlight": rules.in_flight, "queue": rules.queue}
     if any(value is not None for value in limits.values()):
         made["limits"] = {name: value for name, value in limits.items() if value is not None}

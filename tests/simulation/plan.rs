@@ -200,8 +200,8 @@ fn policies(rng: &mut Rng, layers: usize, is_roomy: bool) -> Vec<Policy> {
     breaker.open_for_max.value = breaker.open_for.value * (1 + rng.u32(..4));
     let mut ejection = Ejection::built_in();
     ejection.consecutive_failures.value = 2 + rng.u32(..5);
-    ejection.open_for.value = ms(rng.u64(200..3000));
-    ejection.open_for_max.value = ejection.open_for.value * (1 + rng.u32(..4));
+    ejection.eject_for.value = ms(rng.u64(200..3000));
+    ejection.eject_for_max.value = ejection.eject_for.value * (1 + rng.u32(..4));
     let request = ms(rng.u64(300..2000));
     let policy = Policy {
         retry,

@@ -16,7 +16,7 @@ use std::sync::Arc;
 
 use super::model::{AccessLogConfig, Listener, ListenerTarget, LogMode, Model};
 use super::spec::{AccessLogSpec, DefaultsSpec, PolicySpec};
-use crate::problems::{Cursor, InvalidValue, Origin};
+use crate::problems::{Cursor, InvalidValue, Origin, Warnings};
 use crate::rules::layers::RuleValues;
 use crate::rules::mode::Modes;
 use crate::upstream::spec::Connections;
@@ -40,7 +40,7 @@ struct Layer {
 
 /// Checks all files together. `is_complete` says that no file is missing here because it could not be read.
 ///
-/// The result is to be used only if nothing was reported.
+/// The result is to be used only if no error was reported.
 pub fn check(documents: &[Document<'_>], files: Vec<Arc<str>>, is_complete: bool) -> Model {
     let head = head(documents);
     let mut destinations = Vec::new();
@@ -62,6 +62,7 @@ pub fn check(documents: &[Document<'_>], files: Vec<Arc<str>>, is_complete: bool
         destinations,
         hash: 0,
         files,
+        warnings: Warnings::default(),
     };
     check_listeners(documents, &mut model, is_complete);
     // A `to` that leads nowhere was meant for one of the destinations.

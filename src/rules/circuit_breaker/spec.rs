@@ -116,8 +116,9 @@ impl Rule for CircuitBreaker {
         let count = |key: &str, spec: Option<Count<1>>, below: &Sourced<u32>| {
             spec.map_or_else(|| below.clone(), |count| at.key(key).set(count.0))
         };
+        let first = (("openFor", spec.open_for), &below.open_for);
         let (open_for, open_for_max) =
-            check_open_times((spec.open_for, spec.open_for_max), (&below.open_for, &below.open_for_max), at);
+            check_open_times(first, (("openForMax", spec.open_for_max), &below.open_for_max), at);
         Self {
             on: at.set(true),
             consecutive_failures: count("consecutiveFailures", spec.consecutive_failures, &below.consecutive_failures),
@@ -148,18 +149,21 @@ impl Rule for CircuitBreaker {
     }
 }
 
-/// `openFor` and `openForMax` of a layer over those of the layer below.
+/// One of the two open times of a layer: its key and what the layer says, and the value of the layer below.
+type OpenTime<'a> = ((&'static str, Option<DurationSpec>), &'a Sourced<Duration>);
+
+/// The first and the longest open time of a layer over those of the layer below.
 ///
 /// A built-in value gives way to one that was written, and stays built in: a layer above is not told about what nobody
 /// wrote. Two written ones that contradict each other
 /// are reported.
 pub(in crate::rules) fn check_open_times(
-    (first, longest): (Option<DurationSpec>, Option<DurationSpec>),
-    below: (&Sourced<Duration>, &Sourced<Duration>),
+    ((first_key, first), first_below): OpenTime<'_>,
+    ((longest_key, longest), longest_below): OpenTime<'_>,
     at: &Cursor<'_>,
 ) -> (Sourced<Duration>, Sourced<Duration>) {
-    let mut open_for = first.map_or_else(|| below.0.clone(), |span| at.key("openFor").set(span.0));
-    let mut open_for_max = longest.map_or_else(|| below.1.clone(), |span| at.key("openForMax").set(span.0));
+    let mut open_for = first.map_or_else(|| first_below.clone(), |span| at.key(first_key).set(span.0));
+    let mut open_for_max = longest.map_or_else(|| longest_below.clone(), |span| at.key(longest_key).set(span.0));
     if open_for.value <= open_for_max.value {
         return (open_for, open_for_max);
     }
@@ -169,11 +173,11 @@ pub(in crate::rules) fn check_open_times(
     } else if open_for.origin == Origin::BuiltIn {
         open_for.value = open_for_max.value;
     } else if first.is_some() {
-        let message = format!("`openFor` {long} is longer than `openForMax` {short} ({})", open_for_max.origin);
-        at.key("openFor").report(message, format!("at most {short}, or a longer `openForMax`"));
+        let message = format!("`{first_key}` {long} is longer than `{longest_key}` {short} ({})", open_for_max.origin);
+        at.key(first_key).report(message, format!("at most {short}, or a longer `{longest_key}`"));
     } else if longest.is_some() {
-        let message = format!("`openForMax` {short} is shorter than `openFor` {long} ({})", open_for.origin);
-        at.key("openForMax").report(message, format!("at least {long}, or a shorter `openFor` here"));
+        let message = format!("`{longest_key}` {short} is shorter than `{first_key}` {long} ({})", open_for.origin);
+        at.key(longest_key).report(message, format!("at least {long}, or a shorter `{first_key}` here"));
     }
     (open_for, open_for_max)
 }

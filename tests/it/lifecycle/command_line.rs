@@ -74,6 +74,52 @@ async fn check_reports_all_mistakes_at_once() {
 }
 
 #[tokio::test]
+async fn check_warns_of_old_words_and_accepts_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = written(folder.path(), &POLICY.replace("defaults:\n", "rules: { retry: warn }\ndefaults:\n"));
+    let ended = run(&["check", &file]).await;
+    assert_eq!(ended.code, Some(0), "{}{}", ended.out, ended.error);
+    assert!(ended.out.starts_with("ok: "), "{}", ended.out);
+    for wanted in ["warning: `warn` is the old word for `dryRun`", "policy.yaml:5:17", "help: write `dryRun`"] {
+        assert!(ended.error.contains(wanted), "{wanted} is not in:\n{}", ended.error);
+    }
+    let json = run(&["check", "--format", "json", &file]).await;
+    assert_eq!((json.code, json.error.as_str()), (Some(0), ""));
+    let lines: Vec<Value> = json.out.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let warning = &lines[0];
+    assert_eq!(
+        (&warning["severity"], &warning["line"], &warning["column"]),
+        (&"warning".into(), &5.into(), &17.into())
+    );
+    assert!(lines[1]["ok"].is_string() && lines.len() == 2, "{}", json.out);
+}
+
+#[tokio::test]
+async fn a_policy_in_old_words_is_followed_and_each_load_says_so_once() {
+    let upstream = Upstream::fixed("hello").await;
+    let folder = tempfile::tempdir().unwrap();
+    let text = policy(upstream.addr, "    ejection: { openFor: 1s }");
+    let file = written(folder.path(), &text);
+    let program = Program::run(Path::new(&file), &[]).await;
+    let line = 1 + text.lines().position(|line| line.contains("openFor")).unwrap();
+    let wanted = format!("{file}:{line}:17: `openFor` is the old word for `ejectFor`");
+    assert_eq!(program.said(&wanted).await["hint"], "write `ejectFor`");
+    let warnings = program.document("/policy").await["warnings"].take();
+    assert_eq!((&warnings[0]["line"], &warnings[0]["severity"]), (&line.into(), &"warning".into()), "{warnings:#}");
+    assert_eq!(crate::support::http::get(program.addr("in").await.unwrap(), "/").await.body, "hello");
+    crate::support::program::replace(Path::new(&file), &text.replace("openFor: 1s", "openFor: 2s"));
+    let ejection = |policy: &Value| policy["destinations"][0]["ejection"]["ejectFor"]["value"].clone();
+    program.policy_until(crate::support::SOON, |policy| ejection(policy) == "2s").await;
+    program.said("the policy was reloaded").await;
+    let times = program.log().matches("is the old word for").count();
+    assert_eq!(times, 2, "once at the start, once for the reload:\n{}", program.log());
+    assert_eq!(program.metric("hopguard_policy_reloads_total", &["result=\"failed\""]).await, 0.0);
+    crate::support::program::replace(Path::new(&file), &text.replace("openFor: 1s", "ejectFor: 2s"));
+    let policy = program.policy_until(crate::support::SOON, |policy| policy["warnings"] == serde_json::json!([])).await;
+    assert_eq!(ejection(&policy), "2s");
+}
+
+#[tokio::test]
 async fn check_names_the_file_that_is_not_there() {
     let ended = run(&["check", "/no/such/file.yaml"]).await;
     assert!(ended.code == Some(1) || ended.code == Some(3), "{:?}", ended.code);

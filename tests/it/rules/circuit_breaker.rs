@@ -117,7 +117,7 @@ async fn without_the_rule_every_call_goes_to_the_upstream_that_fails() {
 #[tokio::test]
 async fn in_warn_every_call_goes_through_and_those_that_would_not_are_counted() {
     let shop = Shop::open(500).await;
-    let mesh = shop.mesh(&format!("{LONG}\nrules: {{ circuitBreaker: warn }}")).await;
+    let mesh = shop.mesh(&format!("{LONG}\nrules: {{ circuitBreaker: dryRun }}")).await;
     fail(&mesh, 8, 500).await;
     assert_eq!(shop.upstream.requests(), 8);
     assert_eq!(mesh.count("circuit_open"), 0.0);
@@ -126,7 +126,7 @@ async fn in_warn_every_call_goes_through_and_those_that_would_not_are_counted() 
     eventually(|| (mesh.log().len() == 8).then_some(())).await;
     let would = mesh.log().iter().filter(|line| line.contains("\"dry_run\":\"circuit_breaker\"")).count();
     assert_eq!(would, 3, "{:#?}", mesh.log());
-    assert_eq!((state(&mesh), changes(&mesh, "open")), (2.0, 1.0), "in warn its state is shown as well");
+    assert_eq!((state(&mesh), changes(&mesh, "open")), (2.0, 1.0), "in a dry run its state is shown as well");
     mesh.stop().await;
 }
 

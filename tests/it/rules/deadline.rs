@@ -128,7 +128,7 @@ async fn without_the_rule_a_call_takes_as_long_as_the_policy_lets_it() {
 #[tokio::test]
 async fn in_warn_the_call_goes_on_and_is_counted_as_late() {
     let bank = Bank::open(false).await;
-    let more = "    timeouts: { request: 500ms }\nrules: { deadline: warn }";
+    let more = "    timeouts: { request: 500ms }\nrules: { deadline: dryRun }";
     let mesh = Mesh::start(&policy(bank.upstream.addr, more)).await;
     let answer = expecting(mesh.addr("in"), "/slow", "100").await;
     let line = mesh.refused(&answer, "request_timeout", "timeouts.request", "500ms").await;
@@ -298,7 +298,7 @@ async fn a_malformed_grpc_timeout_is_not_taken_for_no_timeout() {
     assert_eq!(answer.grpc_status(), "13", "{answer:?}");
     assert_eq!((mesh.only("bad_request").await["status"].as_u64(), bank.upstream.requests()), (Some(200), 0));
     mesh.stop().await;
-    for (mode, noted) in [("warn", 1.0), ("off", 0.0)] {
+    for (mode, noted) in [("dryRun", 1.0), ("off", 0.0)] {
         let more = format!("    protocol: http2\nrules: {{ deadline: {mode} }}");
         let mesh = Mesh::start(&policy(bank.upstream.addr, &more)).await;
         let answer = grpc_within(mesh.addr("in"), CHARGE, "soon").await;

@@ -509,7 +509,7 @@ async fn aborts_open_the_breaker() {
 #[tokio::test]
 async fn a_rule_that_is_off_injects_nothing_and_one_in_warn_only_says_so() {
     let upstream = Upstream::fixed("fine").await;
-    for (mode, fault, would) in [("off", None, None), ("warn", Some("test"), Some("faults"))] {
+    for (mode, fault, would) in [("off", None, None), ("dryRun", Some("test"), Some("faults"))] {
         let policy =
             faulty(&upstream, "delay: 5s, abort: { status: 418 }", "") + &format!("rules: {{ faults: {mode} }}\n");
         let mesh = Mesh::start(&policy).await;

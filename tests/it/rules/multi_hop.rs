@@ -325,7 +325,7 @@ async fn with_the_rule_off_every_hop_multiplies_the_tries() {
 #[tokio::test]
 async fn in_warn_every_hop_retries_and_says_that_it_would_not_have() {
     for (speaks, script) in DOWN {
-        let chain = Chain::start(speaks, script, "retryInOnePlace: warn", RETRIES_ONLY).await;
+        let chain = Chain::start(speaks, script, "retryInOnePlace: dryRun", RETRIES_ONLY).await;
         let answer = chain.call("GET", 1).await;
         assert!(failed(speaks, &answer), "{answer:?}");
         assert_eq!(chain.bank.tries(), 27, "{speaks:?}");
@@ -446,7 +446,7 @@ async fn a_body_that_breaks_off_further_down_opens_no_breaker_here() {
 
 #[tokio::test]
 async fn blame_in_warn_says_so_and_opens_all_the_same() {
-    let chain = Chain::start(Speaks::Http1, DOWN[0].1, "blameInOnePlace: warn", TOUCHY).await;
+    let chain = Chain::start(Speaks::Http1, DOWN[0].1, "blameInOnePlace: dryRun", TOUCHY).await;
     let answer = chain.call("GET", 1).await;
     assert_eq!(answer.status, 503);
     assert!(!answer.header("proxy-status").contains("hopguard-at"), "{answer:?}");
@@ -512,7 +512,7 @@ async fn without_the_mark_a_502_is_only_a_502() {
 
 #[tokio::test]
 async fn in_warn_a_post_that_never_reached_its_app_is_only_counted() {
-    let (_bank, answers, mesh) = half_down("unsent: warn", "").await;
+    let (_bank, answers, mesh) = half_down("unsent: dryRun", "").await;
     let bad = answers.iter().filter(|answer| answer.status == 502).count();
     assert!(bad >= 1, "{answers:?}");
     assert_eq!(mesh.metric("hopguard_dry_run_total", &["app", "rule=\"unsent\""]), bad as f64);

@@ -104,7 +104,7 @@ fn guarded(endpoints: &[Endpoint], breaker: &str, more: &str) -> String {
 }
 
 /// Out for the whole of a test.
-const LONG: &str = "    ejection: { openFor: 50s, openForMax: 60s }";
+const LONG: &str = "    ejection: { ejectFor: 50s, ejectForMax: 60s }";
 
 /// Calls that may be under way to the bad endpoint when the fifth one fails; on a busy machine they come in bunches.
 const AT_ONCE: usize = 10;
@@ -267,7 +267,7 @@ async fn an_endpoint_that_refuses_is_out_and_no_call_is_lost() {
 
 #[tokio::test]
 async fn in_warn_it_stays_in_and_what_would_have_been_is_counted() {
-    let site = Site::open(&format!("{LONG}\nrules: {{ ejection: warn }}")).await;
+    let site = Site::open(&format!("{LONG}\nrules: {{ ejection: dryRun }}")).await;
     site.bad().turn(Does::Fail);
     let load = Load::begin(site.mesh.addr("in"));
     eventually(|| (site.bad().calls() > 30).then_some(())).await;
@@ -279,7 +279,7 @@ async fn in_warn_it_stays_in_and_what_would_have_been_is_counted() {
 
 #[tokio::test]
 async fn it_comes_back_with_one_call_that_tries_it() {
-    let site = Site::open("    ejection: { openFor: 400ms, openForMax: 400ms }").await;
+    let site = Site::open("    ejection: { ejectFor: 400ms, ejectForMax: 400ms }").await;
     site.eject().await;
     let before = site.bad().calls();
     let load = Load::begin(site.mesh.addr("in"));
@@ -326,7 +326,7 @@ async fn an_endpoint_that_a_call_did_not_get_to_is_not_blamed_for_it() {
     }
     let addresses: Vec<SocketAddr> = gone.iter().map(|upstream| upstream.addr).collect();
     drop(gone);
-    let first_failure = "    ejection: { consecutiveFailures: 1, openFor: 60s, openForMax: 60s }";
+    let first_failure = "    ejection: { consecutiveFailures: 1, ejectFor: 60s, ejectForMax: 60s }";
     let mesh = Mesh::start(&policy(&addresses, first_failure)).await;
     assert_eq!(get(mesh.addr("in"), "/").await.status, 502);
     mesh.ended("connect_failed", 1).await;
@@ -399,7 +399,7 @@ async fn a_shorter_ejection_holds_for_who_is_out_already() {
     let site = Site::open(LONG).await;
     site.eject().await;
     site.bad().turn(Does::Answer);
-    site.mesh.reload(&site.policy("    ejection: { openFor: 100ms, openForMax: 200ms }")).await;
+    site.mesh.reload(&site.policy("    ejection: { ejectFor: 100ms, ejectForMax: 200ms }")).await;
     let load = Load::begin(site.mesh.addr("in"));
     eventually(|| (ejections(&site.mesh, "returned") == 1.0).then_some(())).await;
     assert_eq!((ejections(&site.mesh, "probed"), out_now(&site.mesh)), (1.0, 0.0));
@@ -427,7 +427,7 @@ async fn each_change_is_told_once_with_its_endpoint_and_its_cause() {
     endpoints[0].turn(Does::Fail);
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("policy.yaml");
-    let more = "    ejection: { openFor: 200ms, openForMax: 5s }";
+    let more = "    ejection: { ejectFor: 200ms, ejectForMax: 5s }";
     std::fs::write(&file, policy(&addresses(&endpoints), more)).unwrap();
     let program = Program::run(&file, &[]).await;
     let load = Load::begin(program.addr("in").await.unwrap());
@@ -505,7 +505,7 @@ async fn one_endpoint_that_loses_all_its_calls_at_once_does_not_open_the_breaker
 async fn a_destination_whose_last_endpoint_goes_on_failing_is_back_as_soon_as_others_are() {
     let takes = Duration::ZERO;
     let endpoints = [Endpoint::open(takes).await, Endpoint::open(takes).await, Endpoint::open(takes).await];
-    let one_is_enough = "    ejection: { consecutiveFailures: 1, openFor: 50s, openForMax: 60s }";
+    let one_is_enough = "    ejection: { consecutiveFailures: 1, ejectFor: 50s, ejectForMax: 60s }";
     let mesh = Mesh::start(&guarded(&endpoints, "openFor: 20ms, openForMax: 40ms", one_is_enough)).await;
     let to = mesh.addr("in");
     let [first, second, last] = &endpoints;

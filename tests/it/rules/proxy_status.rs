@@ -86,7 +86,7 @@ async fn a_grpc_caller_is_told_not_to_try_again_wherever_that_is_said() {
 async fn in_warn_and_when_off_nothing_is_written_and_nothing_obeyed() {
     const MARKED: &[Say] = &[Say::With(503, &[("proxy-status", "hopguard; hopguard-final; hopguard-at=\"deep\"")])];
     let all = |mode: &str| format!("retryInOnePlace: {mode}, unsent: {mode}, blameInOnePlace: {mode}");
-    for (mode, marks, tries) in [("enforce", true, 1), ("warn", false, 3), ("off", false, 3)] {
+    for (mode, marks, tries) in [("enforce", true, 1), ("dryRun", false, 3), ("off", false, 3)] {
         let bank = Bank::http1(&[Say::Status(503)]).await;
         let mesh = Mesh::start(&behind_a_caller(&[bank.addr()], &all(mode), QUICK)).await;
         let said = get(mesh.addr("in"), "/").await.header("proxy-status").to_owned();
@@ -106,7 +106,7 @@ async fn in_warn_and_when_off_nothing_is_written_and_nothing_obeyed() {
         get(reader.addr("in"), "/").await;
         assert_eq!(marked.tries(), tries, "{mode}");
         let would = |rule: &str| reader.metric("hopguard_dry_run_total", &[&format!("rule=\"{rule}\"")]);
-        let counted = if mode == "warn" { 1.0 } else { 0.0 };
+        let counted = if mode == "dryRun" { 1.0 } else { 0.0 };
         assert_eq!((would("retry_in_one_place"), would("blame_in_one_place")), (counted, counted), "{mode}");
         for mesh in [mesh, refused, before, reader] {
             mesh.stop().await;
@@ -265,7 +265,7 @@ async fn that_nobody_has_seen_a_call_is_believed_of_the_nearest_proxy_and_in_spi
         (&[Say::With(503, &[("proxy-status", "hopguard; hopguard-unsent")])], "", 3, 0.0),
         (&[Say::With(503, &[("proxy-status", "hopguard; hopguard-unsent, edge; received-status=503")])], "", 1, 0.0),
         (BOTH, "", 2, 0.0),
-        (BOTH, "retryInOnePlace: warn", 3, 1.0),
+        (BOTH, "retryInOnePlace: dryRun", 3, 1.0),
     ];
     for (script, rules, tries, would) in table {
         let banks = [Bank::http1(script).await, Bank::http1(script).await];

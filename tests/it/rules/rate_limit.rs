@@ -90,7 +90,7 @@ async fn without_the_rule_every_call_passes() {
 #[tokio::test]
 async fn in_warn_every_call_passes_and_those_beyond_the_limit_are_counted() {
     let upstream = shop().await;
-    let mesh = Mesh::start(&policy(upstream.addr, &format!("{ONE}\nrules: {{ rateLimit: warn }}"))).await;
+    let mesh = Mesh::start(&policy(upstream.addr, &format!("{ONE}\nrules: {{ rateLimit: dryRun }}"))).await;
     assert_eq!(statuses(mesh.addr("in"), &["/"; 5]).await, [200; 5]);
     assert_eq!((upstream.requests(), mesh.count("rate_limited")), (5, 0.0));
     assert_eq!(mesh.metric("hopguard_dry_run_total", &["rule=\"rate_limit\"", "app"]), 4.0);

@@ -468,7 +468,7 @@ async fn the_sidecar_before_the_app_leaves_retries_to_the_callers() {
 async fn in_warn_it_says_what_it_would_have_done_and_does_nothing() {
     for (method, would) in [("GET", "retry"), ("POST", "")] {
         let bank = Bank::http1(ONCE).await;
-        let mesh = Mesh::start(&behind_a_caller(&[bank.addr()], "retry: warn", "")).await;
+        let mesh = Mesh::start(&behind_a_caller(&[bank.addr()], "retry: dryRun", "")).await;
         let answer = ask(mesh.addr("in"), call(method, None)).await;
         assert_eq!((answer.status.as_u16(), bank.tries()), (503, 1), "{answer:?}");
         let line = mesh.only("server_error").await;

@@ -206,7 +206,7 @@ async fn the_policy_in_force_shows_the_rules_too() {
       - { name: plain, match: { path: /plain } }
 ",
     );
-    let mesh = Mesh::start(&text.replace("service: shop\n", "service: shop\nrules: { rateLimit: warn }\n")).await;
+    let mesh = Mesh::start(&text.replace("service: shop\n", "service: shop\nrules: { rateLimit: dryRun }\n")).await;
     let shown: Value = serde_json::from_slice(&admin(&mesh, "GET", "/policy").await.body).unwrap();
     let at = |pointer: &str| {
         let Some(set) = shown.pointer(pointer) else { panic!("no {pointer} in {shown:#}") };
@@ -215,7 +215,7 @@ async fn the_policy_in_force_shows_the_rules_too() {
     let destination = "/destinations/0";
     let (own, plain, rest) = ("/destinations/0/routes/0", "/destinations/0/routes/1", "/destinations/0/routes/2");
     for (pointer, value, is_built_in) in [
-        ("/rules/rateLimit".to_owned(), json!("warn"), false),
+        ("/rules/rateLimit".to_owned(), json!("dryRun"), false),
         ("/rules/retry".to_owned(), json!("enforce"), true),
         (format!("{destination}/circuitBreaker/minRequests"), json!(20), true),
         (format!("{destination}/ejection"), json!("off"), false),

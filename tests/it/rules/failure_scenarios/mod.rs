@@ -293,7 +293,7 @@ async fn twenty_changes_of_the_rules_under_load_lose_no_call_and_bring_nobody_ba
     assert!(steady(without.addr("in"), 20, millis(2)).await.iter().any(Call::failed), "without the rule calls fail");
     without.stop().await;
 
-    let long = "{ openFor: 50s, openForMax: 60s }";
+    let long = "{ ejectFor: 50s, ejectForMax: 60s }";
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("policy.yaml");
     let put = |text: &str| {
