@@ -1,7 +1,7 @@
 //! All pools of one worker, and the task that sweeps their idle connections.
 //!
 //! `proxy` gets the pool of a request's cluster or dynamic host here. Invariants: one pool per cluster and worker; at most
-//! [`MAX_DYNAMIC_HOSTS`] pools of dynamic hosts; the sweep runs only while a pool has an idle or a shared connection.
+//! 256 pools of dynamic hosts; the sweep runs only while a pool has an idle or a shared connection.
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
