@@ -367,7 +367,7 @@ fn report_to_endpoint(
             telemetry.ejection_changed(name, "kept", cluster.health.out_now(now));
             tracing::warn!(
                 destination = name,
-                dynamic_host = cluster.dynamic_host,
+                dynamic_host = cluster.place,
                 endpoint = %member.address(),
                 consecutive,
                 "the endpoint fails but is the last one in: it is not ejected"
@@ -407,7 +407,7 @@ fn breaker_changed(telemetry: &Telemetry, cluster: &Cluster, change: &StateChang
     telemetry.breaker_changed(name, change.to.as_str(), cluster.health.state_now(now).number());
     tracing::warn!(
         destination = name,
-        dynamic_host = cluster.dynamic_host,
+        dynamic_host = cluster.place,
         from = change.from.as_str(),
         to = change.to.as_str(),
         cause = change.cause.as_str(),

@@ -106,7 +106,7 @@ async fn a_place_stays_open_and_connections_stay_when_the_names_of_their_destina
 }
 
 #[tokio::test]
-async fn the_log_names_the_place() {
+async fn the_log_names_the_dynamic_host() {
     let (server, _) = server().await;
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("policy.yaml");
@@ -117,7 +117,7 @@ async fn the_log_names_the_place() {
         assert_eq!(call(to, server.addr).await.status, 503);
     }
     let said = program.said("the circuit breaker changed its state").await;
-    assert_eq!((&said["destination"], &said["place"]), (&"others".into(), &server.addr.to_string().into()), "{said}");
+    assert_eq!((&said["destination"], &said["dynamic_host"]), (&"others".into(), &server.addr.to_string().into()), "{said}");
 }
 
 /// A server that can be reached at many addresses, and fails at one of them.
