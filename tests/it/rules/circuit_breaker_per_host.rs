@@ -117,7 +117,11 @@ async fn the_log_names_the_dynamic_host() {
         assert_eq!(call(to, server.addr).await.status, 503);
     }
     let said = program.said("the circuit breaker changed its state").await;
-    assert_eq!((&said["destination"], &said["dynamic_host"]), (&"others".into(), &server.addr.to_string().into()), "{said}");
+    assert_eq!(
+        (&said["destination"], &said["dynamic_host"]),
+        (&"others".into(), &server.addr.to_string().into()),
+        "{said}"
+    );
 }
 
 /// A server that can be reached at many addresses, and fails at one of them.

@@ -1,4 +1,4 @@
-//! One attempt at one endpoint: sends the request over the connection that [`select`] found, and waits for the response head.
+//! Sends an attempt over the connection that [`select`] found, and waits for the response head.
 //!
 //! A request that a pooled connection hands back unsent goes out over the next connection: the upstream has not seen it.
 
@@ -10,20 +10,18 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use http::{Request, Response, header};
+use http::{Response, header};
 use tokio::time::Instant;
 
-use crate::net::body::RequestBody;
-use crate::proxy::fault_injection::{self, BodyFault, PendingFault};
+use super::Attempt;
 use crate::proxy::local_reply::{LocalReply, LocalReplyKind};
-use crate::proxy::outcome::{self, HeldPermit, Permits};
 use crate::proxy::request_context::RequestContext;
 use crate::proxy::retry::RetryState;
 use crate::proxy::timeouts::{TimeoutVerdict, WaitingFor};
-use crate::proxy::{admission, correlation, select, upstream_request};
+use crate::proxy::{admission, correlation, fault_injection, outcome, select, upstream_request};
 use crate::telemetry::ConnectionUse;
 use crate::upstream::endpoint::Endpoint;
-use crate::upstream::pool::{Lease, Pool, ProtocolPreference, Transport};
+use crate::upstream::pool::{Lease, ProtocolPreference, Transport};
 use crate::upstream::response::{SendError, UpstreamBody, UpstreamError};
 use crate::upstream::spec::UpstreamProtocol;
 
@@ -34,196 +32,11 @@ const UNSENT: usize = 3;
 /// `timeouts.request` or `timeouts.perTry` where that is shorter.
 const CONTINUE_AFTER: Duration = Duration::from_secs(1);
 
-/// Where an attempt goes: a destination of the policy, and this worker's pool for it.
-#[derive(Clone)]
-pub(super) struct Upstream {
-    /// The destination's position in the policy.
-    pub(super) destination: usize,
-    /// Its pool, or that of the dynamic host that the caller named.
-    pub(super) pool: Rc<Pool>,
-}
-
-/// One attempt: where it goes, what it sends, and what it holds.
-pub(super) struct Attempt {
-    number: u16,
-    upstream: Option<Upstream>,
-    request: Option<Request<RequestBody>>,
-    /// An endpoint that a connection is to be opened to.
-    picked: Option<Rc<Endpoint>>,
-    endpoint: Option<Rc<Endpoint>>,
-    permits: Permits,
-    lease: Option<Lease>,
-    fault: Option<Box<PendingFault>>,
-    began: Instant,
-    is_reused: bool,
-    is_unsent: bool,
-    connection_ended: bool,
-}
-
-impl Attempt {
-    /// No attempt yet.
-    pub(super) fn before_routing(now: Instant) -> Self {
-        Self {
-            number: 0,
-            upstream: None,
-            request: None,
-            picked: None,
-            endpoint: None,
-            permits: Permits::default(),
-            lease: None,
-            fault: None,
-            began: now,
-            is_reused: false,
-            is_unsent: false,
-            connection_ended: false,
-        }
-    }
-
-    /// Begins the attempt with this number (from 1) at an upstream. Only the request is kept of the attempt before.
-    pub(super) fn begin(&mut self, number: u16, upstream: Upstream) {
-        (self.number, self.upstream) = (number, Some(upstream));
-        self.permits = Permits::default();
-        (self.is_reused, self.is_unsent, self.connection_ended) = (false, false, false);
-        (self.fault, self.picked) = (None, None);
-    }
-
-    /// Sets the permit that the circuit breaker has given.
-    pub(super) fn set_breaker_permit(&mut self, permit: HeldPermit) {
-        self.permits.destination = permit;
-    }
-
-    /// Counted from 1; 0 before the first.
-    pub(super) fn number(&self) -> u16 {
-        self.number
-    }
-
-    /// Where it goes; `None` before routing.
-    pub(super) fn upstream(&self) -> Option<&Upstream> {
-        self.upstream.as_ref()
-    }
-
-    /// The request as it goes out, until a connection has it.
-    pub(super) fn request(&self) -> Option<&Request<RequestBody>> {
-        self.request.as_ref()
-    }
-
-    /// Takes the request for a connection.
-    pub(super) fn take_request(&mut self) -> Option<Request<RequestBody>> {
-        self.request.take()
-    }
-
-    /// Sets the request of the next attempt.
-    pub(super) fn set_request(&mut self, request: Request<RequestBody>) {
-        self.request = Some(request);
-    }
-
-    /// The endpoint that the attempt goes to.
-    pub(super) fn endpoint(&self) -> Option<&Rc<Endpoint>> {
-        self.endpoint.as_ref()
-    }
-
-    /// Takes the endpoint away; the next attempt goes elsewhere.
-    pub(super) fn take_endpoint(&mut self) -> Option<Rc<Endpoint>> {
-        self.endpoint.take()
-    }
-
-    /// Goes to another endpoint; the permit stays that of the one before, to which the result is reported.
-    pub(super) fn keep_endpoint(&mut self, endpoint: &Rc<Endpoint>) {
-        self.endpoint = Some(Rc::clone(endpoint));
-    }
-
-    /// Sets the endpoint, with the permit that it has given.
-    pub(super) fn set_endpoint(&mut self, endpoint: Option<Rc<Endpoint>>, permit: HeldPermit) {
-        (self.endpoint, self.permits.endpoint) = (endpoint, permit);
-    }
-
-    /// Keeps a picked endpoint until a connection to it is opened.
-    pub(super) fn keep_picked(&mut self, endpoint: Option<Rc<Endpoint>>) {
-        self.picked = endpoint;
-    }
-
-    /// Takes the picked endpoint.
-    pub(super) fn take_picked(&mut self) -> Option<Rc<Endpoint>> {
-        self.picked.take()
-    }
-
-    /// The permits whose results are still to be reported.
-    pub(super) fn permits_mut(&mut self) -> &mut Permits {
-        &mut self.permits
-    }
-
-    /// Takes the permits, to report their results.
-    pub(super) fn take_permits(&mut self) -> Permits {
-        std::mem::take(&mut self.permits)
-    }
-
-    /// The upstream connection, from the moment there is one.
-    pub(super) fn lease(&self) -> Option<&Lease> {
-        self.lease.as_ref()
-    }
-
-    /// The same, to drive it.
-    pub(super) fn lease_mut(&mut self) -> Option<&mut Lease> {
-        self.lease.as_mut()
-    }
-
-    /// Takes the connection, to give it back or to close it.
-    pub(super) fn take_lease(&mut self) -> Option<Lease> {
-        self.lease.take()
-    }
-
-    /// Takes what a fault does to the body of the response.
-    pub(super) fn take_body_fault(&mut self) -> Option<BodyFault> {
-        self.fault.take()?.body
-    }
-
-    /// How long it has taken at `now`.
-    pub(super) fn took(&self, now: Instant) -> Duration {
-        now.saturating_duration_since(self.began)
-    }
-
-    /// When the request went to its connection.
-    pub(super) fn sent_at(&self) -> Instant {
-        self.began + self.fault.as_ref().map_or(Duration::ZERO, |fault| fault.lost)
-    }
-
-    /// What the time limits wait for before the head of the response.
-    pub(super) fn waiting(&self) -> WaitingFor {
-        WaitingFor::Head { attempt_began: self.began }
-    }
-
-    /// The attempt went over a connection that had been used before, and nothing but its close has ended the attempt.
-    pub(super) fn is_reused(&self) -> bool {
-        self.is_reused
-    }
-
-    /// The attempt ended before the upstream could have seen the request.
-    pub(super) fn is_unsent(&self) -> bool {
-        self.is_unsent
-    }
-
-    /// That was so because its connection came to its end.
-    pub(super) fn has_connection_ended(&self) -> bool {
-        self.connection_ended
-    }
-
-    /// An injected fault begins: seen from above, the upstream has the request from now on.
-    pub(super) fn fault_begins(&mut self, now: Instant) {
-        (self.is_unsent, self.is_reused, self.began) = (false, false, now);
-    }
-
-    /// The injected fault is over and the request goes on to the upstream; `fault` is what it leaves.
-    pub(super) fn fault_ends(&mut self, fault: PendingFault) {
-        self.is_unsent = true;
-        self.fault = Some(Box::new(fault));
-    }
-}
-
 /// Sends a request and returns the head of its response; the connection stays in the attempt.
 ///
 /// # Errors
 /// The local reply that the caller gets instead.
-pub(super) async fn send(
+pub(in crate::proxy) async fn send(
     context: &mut RequestContext,
     attempt: &mut Attempt,
     retry: &mut RetryState,
