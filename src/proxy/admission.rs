@@ -8,9 +8,11 @@ use http::header::HeaderMap;
 use tokio::time::Instant;
 
 use crate::proxy::attempt::Upstream;
-use crate::proxy::exchange::InFlightPermit;
+
 use crate::proxy::local_reply::{LocalReply, LocalReplyKind, RuleRef};
+use crate::proxy::permits::InFlightPermit;
 use crate::proxy::request_context::RequestContext;
+use crate::proxy::timeouts;
 use crate::rules::duration;
 use crate::rules::limits::QueueFull;
 use crate::rules::mode::RuleName;
@@ -82,7 +84,7 @@ pub(super) async fn queue(context: &mut RequestContext, upstream: &Upstream) -> 
     let until = (began + limits.queue_timeout.value).min(request_at);
     let waiting = upstream.pool.metrics.queued.hold();
     let mut wait = QueueWait { context, began, has_waited: true };
-    let entered = wait.context.timer().limit(until, entered).await;
+    let entered = timeouts::within(wait.context, until, entered).await;
     drop(waiting);
     // A call that the full queue refuses has not waited.
     wait.has_waited = !matches!(entered, Some(Err(QueueFull)));
@@ -95,7 +97,7 @@ pub(super) async fn queue(context: &mut RequestContext, upstream: &Upstream) -> 
         }
         None if Instant::now() >= request_at => {
             let detail = "no permit of the destination in time";
-            Err(context.times().expired_unsent(context.limits(), LocalReplyKind::RequestTimeout, detail))
+            Err(context.timeout_state().expired_unsent(context.timeouts(), LocalReplyKind::RequestTimeout, detail))
         }
         None => {
             let detail = format!("{} calls were in flight for too long", limits.in_flight.value);

@@ -12,29 +12,13 @@ use http::request::Parts;
 use tokio::time::Instant;
 
 use crate::policy::model::Direction;
-use crate::proxy::deadline::{MOST_RESERVED, reserve};
+use crate::proxy::correlation_state::{ABANDONED, Correlated};
 use crate::proxy::local_reply::LocalReplyKind;
 use crate::proxy::request_context::RequestContext;
-use crate::rules::inflight::{Correlation, InflightGuard, ParentRequests};
+use crate::rules::deadline::reserve;
+use crate::rules::inflight::{Correlation, ParentRequests};
 use crate::rules::proxy_status::ProxyStatus;
-use crate::rules::retry_history::RetryHistory;
 use crate::rules::trace::{self, TraceKeys, X_REQUEST_ID};
-
-/// What correlates an exchange with others; only where the policy has listeners on both sides of the app.
-#[derive(Default)]
-pub(super) struct Correlated {
-    /// The ids of the exchange.
-    pub(super) keys: TraceKeys,
-    /// The entry of an inbound request in the registry.
-    pub(super) registration: Option<InflightGuard>,
-    /// The inbound requests that may have caused an outbound call.
-    pub(super) parents: Option<ParentRequests>,
-    /// The parent request is over for its caller; its deadline is, or was, then.
-    pub(super) late_at: Option<Instant>,
-}
-
-/// The call id under which abandoned inbound requests are remembered: no call has it.
-const ABANDONED: u64 = 0;
 
 /// Correlates an outbound call with its parent request, by trace id or because only one is in flight; gives an inbound
 /// request an id where it has none.
@@ -73,7 +57,7 @@ pub(super) fn register(context: &mut RequestContext, at: Instant) {
     if context.direction() != Direction::Inbound {
         return;
     }
-    let stream_deadline = stream_deadline(context);
+    let stream_deadline = context.timeout_state().stream_deadline();
     let Some(keys) = context.correlation().map(|correlated| correlated.keys) else { return };
     let at = at.checked_sub(reserve(at.saturating_duration_since(context.began()))).unwrap_or(at);
     let registration = context.worker().inflight.enter(keys, at);
@@ -89,13 +73,8 @@ pub(super) fn register(context: &mut RequestContext, at: Instant) {
 /// The exchange has shown that it is a stream: the calls that it causes are no longer held to the time of a unary call.
 pub(super) fn lift_unary_deadline(context: &RequestContext) {
     if let Some(registration) = context.correlation().and_then(|correlated| correlated.registration.as_ref()) {
-        registration.inbound().lift(stream_deadline(context));
+        registration.inbound().lift(context.timeout_state().stream_deadline());
     }
-}
-
-/// The deadline of the exchange if it is a stream: only gRPC streams have one.
-fn stream_deadline(context: &RequestContext) -> Option<Instant> {
-    context.times().deadline.filter(|_| context.is_grpc()).map(|deadline| deadline.at)
 }
 
 /// Keeps the ids of an outbound call that failed, for the retry history. Where nothing correlates the call with others they
@@ -159,41 +138,4 @@ pub(super) fn ended_locally(context: &RequestContext, kind: LocalReplyKind, now:
     let (Direction::Inbound, Some(correlated)) = (context.direction(), context.correlation()) else { return };
     let is_late = matches!(kind, LocalReplyKind::RequestTimeout | LocalReplyKind::DeadlineExceeded);
     correlated.abandon(&context.worker().abandoned, is_late.then_some(now), now);
-}
-
-/// The exchange is over: what that means for calls which the app still makes for it.
-pub(super) fn exchange_ended(context: &RequestContext) {
-    let (Direction::Inbound, Some(correlated)) = (context.direction(), context.correlation()) else { return };
-    let abandoned = &context.worker().abandoned;
-    let record = context.record();
-    if record.status().is_none() && context.is_routed() {
-        correlated.abandon(abandoned, would_end_at(context), Instant::now());
-    } else if record.status().is_some() && record.refusal().is_none() {
-        // Later calls under these ids may be what is left of this request, and no more of an earlier, abandoned one.
-        abandoned.forget(correlated.keys, ABANDONED);
-    }
-}
-
-/// When an inbound call whose caller has gone would have ended.
-fn would_end_at(context: &RequestContext) -> Option<Instant> {
-    match context.times().is_unary() {
-        true => Some(context.request_at()),
-        // A stream lives longer, unless it came with a deadline of its own.
-        false => stream_deadline(context),
-    }
-}
-
-impl Correlated {
-    /// The caller waits no longer for the app, which may work on. Calls under these ids have as much time as the request
-    /// had, which ends at `at`, where that is known.
-    fn abandon(&self, abandoned: &RetryHistory, at: Option<Instant>, now: Instant) {
-        if let Some(registration) = &self.registration {
-            registration.inbound().abandon();
-        }
-        if let Some(at) = at {
-            // Callers wait for the same deadline, and theirs can end a moment before ours.
-            let is_as_good_as_over = at <= now + MOST_RESERVED;
-            abandoned.note(self.keys, ABANDONED, if is_as_good_as_over { now } else { at }, now);
-        }
-    }
 }

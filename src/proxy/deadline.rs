@@ -16,8 +16,8 @@ use crate::proxy::correlation;
 use crate::proxy::headers::HeaderScan;
 use crate::proxy::local_reply::{LocalReply, LocalReplyKind, RuleRef};
 use crate::proxy::request_context::RequestContext;
-use crate::proxy::timeouts::ExternalDeadline;
-use crate::rules::deadline::{self, Deadline, DeadlineSource, EXPECTED_RQ_TIMEOUT_MS, GRPC_TIMEOUT};
+use crate::proxy::timeout_state::ExternalDeadline;
+use crate::rules::deadline::{self, Deadline, DeadlineSource, EXPECTED_RQ_TIMEOUT_MS, GRPC_TIMEOUT, reserve};
 use crate::rules::inflight::ParentRequests;
 use crate::rules::mode::RuleName;
 
@@ -28,9 +28,6 @@ const LEAST: Duration = Duration::from_millis(1);
 /// is not there, and its app might work on after the caller has gone.
 pub(super) const LEAST_FOR_ATTEMPT: Duration = Duration::from_millis(2);
 
-/// The most that a hop keeps of the time for the way back.
-pub(super) const MOST_RESERVED: Duration = Duration::from_millis(10);
-
 /// Sets the deadline of a routed request, and correlates the request with others.
 ///
 /// # Errors
@@ -38,7 +35,7 @@ pub(super) const MOST_RESERVED: Duration = Duration::from_millis(10);
 pub(super) fn set(context: &mut RequestContext, head: &mut Parts, scan: &HeaderScan) -> Result<(), LocalReply> {
     let correlated = correlation::correlate(context, head);
     let now = context.began();
-    let request = context.limits().request.value;
+    let request = context.timeouts().request.value;
     if context.modes().deadline.value.is_off() {
         context.set_correlation(correlated);
         // The registry carries the proxy status of failed calls up through the app as well.
@@ -107,22 +104,17 @@ fn adopt(context: &mut RequestContext, deadline: Deadline, now: Instant) -> Resu
     Err(LocalReply::ruled(LocalReplyKind::DeadlineSpent, external.rule(), detail))
 }
 
-/// What a hop keeps of the time for the way back: a hundredth, 1 ms to [`MOST_RESERVED`].
-pub(super) fn reserve(left: Duration) -> Duration {
-    (left / 100).clamp(Duration::from_millis(1), MOST_RESERVED)
-}
-
 /// Writes the time that is left into the request, for the next hop.
 pub(super) fn write_remaining(context: &RequestContext, headers: &mut HeaderMap, now: Instant) {
     if !context.modes().deadline.value.is_enforced() {
         return;
     }
-    let (times, is_grpc) = (context.times(), context.is_grpc());
+    let (times, is_grpc) = (context.timeout_state(), context.is_grpc());
     let at = match times.deadline {
         Some(deadline) => deadline.at,
         // Whether a gRPC call is a stream shows later, and a timeout meant for unary calls must not end a stream.
         None if is_grpc || times.is_stream => return,
-        None => times.began + context.limits().request.value,
+        None => times.began + context.timeouts().request.value,
     };
     let left = at.saturating_duration_since(now);
     let left = left.saturating_sub(reserve(left));

@@ -3,15 +3,12 @@
 //! It stays in one box from the request head to the last byte, so that only a pointer moves. Dropping it, at whatever
 //! point, releases the permit, returns or closes the connection, and writes the record.
 
-use std::rc::Rc;
-
 use http::header::HeaderName;
 
 use crate::proxy::attempt::Attempt;
+use crate::proxy::permits::InFlightPermit;
+use crate::proxy::replay::RetryState;
 use crate::proxy::request_context::RequestContext;
-use crate::proxy::retry::RetryState;
-use crate::rules::limits::ConcurrencyPermit;
-use crate::upstream::pool::Pool;
 
 /// One exchange in progress. The fields are dropped in this order: the next queued call gets the permit first.
 pub(super) struct ActiveExchange {
@@ -47,30 +44,4 @@ pub(super) struct ResponseFacts {
     pub(super) named_by_connection: Vec<HeaderName>,
     /// How long the upstream keeps the idle connection, in seconds (`Keep-Alive: timeout=`).
     pub(super) keep_alive: Option<u32>,
-}
-
-/// A call in flight to one destination: its permit, and its count in the gauge `hopguard_in_flight_requests`.
-pub(super) struct InFlightPermit {
-    /// `None` where `limits` is not enforced.
-    _permit: Option<ConcurrencyPermit>,
-    pool: Rc<Pool>,
-}
-
-impl InFlightPermit {
-    /// Counts the call as in flight until the result is dropped.
-    pub(super) fn new(permit: Option<ConcurrencyPermit>, pool: Rc<Pool>) -> Self {
-        pool.metrics.in_flight.increment();
-        Self { _permit: permit, pool }
-    }
-
-    /// Whether the permit is one for this pool. A call that goes on to another destination needs a permit of that one.
-    pub(super) fn is_for(&self, pool: &Rc<Pool>) -> bool {
-        Rc::ptr_eq(&self.pool, pool)
-    }
-}
-
-impl Drop for InFlightPermit {
-    fn drop(&mut self) {
-        self.pool.metrics.in_flight.decrement();
-    }
 }

@@ -20,35 +20,15 @@ use http_body::{Body, Frame, SizeHint};
 use jiff::Timestamp;
 use tokio::time::Instant;
 
-use crate::proxy::attempt::Attempt;
-use crate::proxy::grpc;
+use crate::proxy::attempt::{Attempt, BodyFault, PendingFault};
 use crate::proxy::local_reply::{BodyError, LocalReply, LocalReplyKind, RuleRef};
 use crate::proxy::request_context::RequestContext;
-use crate::proxy::timeouts::TimeoutVerdict;
+use crate::proxy::timeout_state::TimeoutVerdict;
+use crate::proxy::{grpc, timeouts};
 use crate::rules::faults::{Abort, Fault, FaultAction, Faults};
 use crate::rules::mode::RuleName;
 use crate::runtime::timer::{Timer, Timers};
 use crate::upstream::response::UpstreamBody;
-
-/// What a fault leaves to the attempt that goes on after it.
-pub(super) struct PendingFault {
-    /// How much of the attempt's time the fault has used up, as if the upstream had taken it.
-    pub(super) lost: Duration,
-    /// What the fault does to the body of the response.
-    pub(super) body: Option<BodyFault>,
-}
-
-/// What a fault does to the body of a response.
-pub(super) struct BodyFault {
-    /// The fault's name.
-    name: Box<str>,
-    /// After so many bytes the body breaks off.
-    cut_after: Option<u64>,
-    /// Bytes per second.
-    rate: Option<u64>,
-    /// The fault ends then.
-    until: Instant,
-}
 
 /// The fault that the attempt meets, if any: logged and counted. In a dry run it is only logged.
 pub(super) fn draw<'a>(context: &mut RequestContext, attempt: &Attempt, faults: &'a Faults) -> Option<&'a Fault> {
@@ -65,7 +45,7 @@ pub(super) fn draw<'a>(context: &mut RequestContext, attempt: &Attempt, faults: 
         context.record_dry_run(RuleName::Faults);
         return None;
     }
-    context.telemetry().fault_injected(context.route_owner(), name);
+    context.telemetry().fault_injected(context.destination_name(), name);
     Some(fault)
 }
 
@@ -118,12 +98,12 @@ async fn wait(context: &mut RequestContext, attempt: &Attempt, until: Instant) -
         if now >= until {
             return Ok(());
         }
-        let verdict = context.times().judge(attempt.waiting(), now, context.limits(), context.flow());
+        let verdict = context.timeout_state().check(attempt.waiting(), now, context.timeouts(), context.flow());
         let at = match verdict {
             TimeoutVerdict::Expired(reply) => return Err(reply),
             TimeoutVerdict::Wait(at) => at.min(until),
         };
-        context.timer().limit(at, pending::<()>()).await;
+        timeouts::within(context, at, pending::<()>()).await;
     }
 }
 

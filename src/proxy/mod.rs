@@ -6,23 +6,25 @@
 //! | a request is planned and carried out | [`pipeline`], on an [`exchange`] with its [`request_context`] |
 //! | it may pass, and has a target | [`request_checks`], [`target`], [`headers`] |
 //! | it has a route | [`routing`] |
-//! | it has a deadline, and a parent request | [`deadline`], [`correlation`] |
-//! | it is admitted: rate limit, concurrency limit | [`admission`] |
-//! | it is attempted, and retried | [`retry`], [`attempt`] |
-//! | an attempt reports to circuit breaker and ejection | [`outcome`] |
+//! | it has a deadline, and a parent request | [`deadline`], [`correlation`], [`correlation_state`] |
+//! | it is admitted: rate limit, concurrency limit | [`admission`], [`permits`] |
+//! | it is attempted, and retried | [`retry`], [`attempt`], [`attempt_report`], [`replay`] |
+//! | an attempt reports to circuit breaker and ejection | [`outlier_detection`] |
 //! | an attempt has an endpoint and a connection | [`select`] |
-//! | an attempt meets an injected fault, or is sent | [`fault_injection`], [`upstream_request`] |
-//! | a timeout ends it | [`timeouts`] |
+//! | an attempt meets an injected fault, or is sent | [`fault_injection`], [`send`], [`upstream_request`] |
+//! | a timeout is armed, and ends it | [`timeouts`], [`timeout_state`] |
 //! | the response goes back | [`response`], [`response_body`], [`grpc`] |
-//! | hopguard replies itself, and tells the hops above | [`local_reply`], [`proxy_status`] |
+//! | hopguard replies itself (503, 504, ...), and tells the hops above | [`send_local_reply`], [`local_reply`], [`proxy_status`] |
 //! | the connection becomes a tunnel | [`upgrade`], [`tunnel`] |
 //!
 //! [`worker_context`] is what all requests of one worker share.
 
 mod admission;
 mod attempt;
+mod attempt_report;
 mod connection_timeouts;
 mod correlation;
+mod correlation_state;
 mod deadline;
 pub mod downstream;
 mod exchange;
@@ -30,9 +32,11 @@ mod fault_injection;
 pub mod grpc;
 pub mod headers;
 pub mod local_reply;
-pub mod outcome;
+pub mod outlier_detection;
+mod permits;
 mod pipeline;
 mod proxy_status;
+mod replay;
 mod request_checks;
 mod request_context;
 mod response;
@@ -40,8 +44,11 @@ mod response_body;
 mod retry;
 mod routing;
 mod select;
+mod send;
+mod send_local_reply;
 pub mod serve;
 mod target;
+mod timeout_state;
 mod timeouts;
 mod tunnel;
 mod upgrade;

@@ -31,7 +31,7 @@ pub(super) fn record_failure(context: &mut RequestContext, below: Option<&ProxyS
     }
     let in_one_place = context.modes().retry_in_one_place.value;
     let is_final = !in_one_place.is_off() && (is_final || below.is_some_and(|below| below.is_final));
-    let here = || context.route_owner().into();
+    let here = || context.destination_name().into();
     let at = Some(below.and_then(|below| below.at.clone()).unwrap_or_else(here));
     if below.is_some_and(|below| below.at.is_some()) {
         context.record_mut().annotations_mut().failed_at.clone_from(&at);

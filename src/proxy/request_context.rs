@@ -4,7 +4,6 @@
 //! context is dropped with the exchange, and then writes the record: one metric sample, one log line.
 
 use std::rc::Rc;
-use std::task::{Context, Poll};
 
 use http::header::HeaderName;
 use http::{HeaderValue, Request, header};
@@ -13,11 +12,11 @@ use tokio::time::Instant;
 use crate::net::flow::Flow;
 use crate::policy::model::{Direction, Route};
 use crate::policy::snapshot::{CompiledDestination, RouteId};
-use crate::proxy::correlation::Correlated;
+use crate::proxy::correlation_state::Correlated;
 use crate::proxy::downstream::DownstreamConnection;
 use crate::proxy::headers::{ContentKind, HeaderScan};
 use crate::proxy::local_reply::{LocalReply, LocalReplyKind};
-use crate::proxy::timeouts::{ExternalDeadline, TimeoutState, WaitingFor, poll_expired};
+use crate::proxy::timeout_state::{ExternalDeadline, TimeoutState};
 use crate::proxy::worker_context::{PolicyView, WorkerContext};
 use crate::rules::mode::{Mode, Modes, RuleName};
 use crate::rules::proxy_status::ProxyStatus;
@@ -136,7 +135,7 @@ impl RequestContext {
     }
 
     /// The time limits of the route.
-    pub(super) fn limits(&self) -> &Timeouts {
+    pub(super) fn timeouts(&self) -> &Timeouts {
         &self.route().timeouts
     }
 
@@ -146,7 +145,7 @@ impl RequestContext {
     }
 
     /// The name of the destination that the route belongs to, as metrics and log bear it.
-    pub(super) fn route_owner(&self) -> &str {
+    pub(super) fn destination_name(&self) -> &str {
         &self.view.destination(self.route_id().owner()).values.name
     }
 
@@ -190,11 +189,10 @@ impl RequestContext {
         &mut self.timer
     }
 
-    /// Ready with the time limit that ends the response while its body is on the way; until then the timer is set to it.
-    pub(super) fn poll_body_timeout(&mut self, cx: &mut Context<'_>) -> Poll<LocalReply> {
-        let (times, flow) = (&self.times, &self.flow);
+    /// The timer, and what the time limits depend on.
+    pub(super) fn timer_and_limits(&mut self) -> (&mut Timer, &TimeoutState, &Timeouts, &Flow) {
         let limits = &self.view.policy.route(self.route.unwrap_or_default()).timeouts;
-        poll_expired(cx, &mut self.timer, |now| times.judge(WaitingFor::Body, now, limits, flow))
+        (&mut self.timer, &self.times, limits, &self.flow)
     }
 
     /// `inbound` or `outbound`, of the listener.
@@ -207,8 +205,8 @@ impl RequestContext {
         self.times.began
     }
 
-    /// What the time limits are judged by.
-    pub(super) fn times(&self) -> &TimeoutState {
+    /// What the time limits depend on.
+    pub(super) fn timeout_state(&self) -> &TimeoutState {
         &self.times
     }
 
@@ -219,7 +217,7 @@ impl RequestContext {
 
     /// When a unary call ends: at the policy's `request`, or earlier where its deadline is.
     pub(super) fn request_at(&self) -> Instant {
-        self.times.request_at(self.limits())
+        self.times.request_at(self.timeouts())
     }
 
     /// Notes that the response is a stream.
@@ -327,6 +325,28 @@ impl RequestContext {
     }
 }
 
+impl RequestContext {
+    /// The exchange is over: what that means for calls which the app still makes for it.
+    fn end_correlation(&self) {
+        let (Direction::Inbound, Some(correlated)) = (self.direction, &self.correlation) else { return };
+        let abandoned = &self.worker.abandoned;
+        if self.record.status().is_none() && self.is_routed() {
+            correlated.abandon(abandoned, self.would_end_at(), Instant::now());
+        } else if self.record.status().is_some() && self.record.refusal().is_none() {
+            correlated.answered(abandoned);
+        }
+    }
+
+    /// When an inbound call whose caller has gone would have ended.
+    fn would_end_at(&self) -> Option<Instant> {
+        match self.times.is_unary() {
+            true => Some(self.request_at()),
+            // A stream lives longer, unless it came with a deadline of its own.
+            false => self.times.stream_deadline(),
+        }
+    }
+}
+
 fn request_line<B>(downstream: &DownstreamConnection, request: &Request<B>, scan: &HeaderScan) -> RequestLine {
     let headers = request.headers();
     RequestLine {
@@ -361,7 +381,7 @@ impl Drop for RequestContext {
         if self.dry_run_deadline.is_some_and(|at| Instant::now() > at) {
             self.record_dry_run(RuleName::Deadline);
         }
-        super::correlation::exchange_ended(self);
+        self.end_correlation();
         self.flow.finish();
         self.downstream.finish(self.ended_at);
     }

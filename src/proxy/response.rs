@@ -15,11 +15,12 @@ use crate::proxy::attempt::Attempt;
 use crate::proxy::exchange::{ActiveExchange, ResponseFacts};
 use crate::proxy::grpc::{self, GrpcStatus};
 use crate::proxy::headers::{self, ContentKind, HeaderScan};
-use crate::proxy::local_reply::{LocalReply, LocalReplyContext, LocalReplyKind, PROXY_STATUS};
+use crate::proxy::local_reply::{LocalReply, LocalReplyKind, PROXY_STATUS};
 use crate::proxy::request_context::RequestContext;
 use crate::proxy::response_body::ResponseBody;
+use crate::proxy::send_local_reply::send_local_reply;
 use crate::proxy::tunnel::Handoff;
-use crate::proxy::{outcome, proxy_status};
+use crate::proxy::{outlier_detection, proxy_status};
 use crate::rules::retry::AttemptFailure;
 use crate::runtime::tasks;
 use crate::upstream::response::UpstreamBody;
@@ -129,37 +130,6 @@ fn length_of(head: &http::response::Parts, method: &Method) -> Option<u64> {
     head.headers.get(header::CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
 }
 
-/// Records a local reply and makes the response of it: the only place where a 503, a 504 or any other local reply is sent.
-fn send_local_reply(exchange: &mut ActiveExchange, reply: &LocalReply) -> Response<ResponseBody> {
-    let ActiveExchange { context, attempt, retry, .. } = exchange;
-    let (is_grpc, now) = (context.is_grpc(), Instant::now());
-    context.set_ended_at(now);
-    // A caller that left during its body gets no reply.
-    let has_left = reply.kind == LocalReplyKind::BadRequest && context.flow().request.left();
-    if !has_left {
-        context.record_mut().refuse(reply.record());
-    }
-    proxy_status::of_local_reply(context, reply.kind, attempt.is_unsent(), retry.was_seen(), now);
-    let said = LocalReplyContext {
-        attempt: context.record().attempts(),
-        retry: context.record().annotations().and_then(|notes| notes.retry_withheld),
-        status: context.proxy_status(),
-        // A caller that is told when to call again may do so.
-        pushes_back: proxy_status::forbids_retry(context) && reply.kind != LocalReplyKind::RateLimited,
-    };
-    let response = reply.response(is_grpc, &said, ResponseBody::whole);
-    if has_left {
-        return response;
-    }
-    if is_grpc {
-        let message = response.headers().get(grpc::MESSAGE).cloned();
-        context.record_mut().set_grpc_status(reply.grpc().0 as u32, message);
-    }
-    context.record_mut().set_response_head(now, response.status());
-    context.record_mut().complete();
-    response
-}
-
 /// Makes the head of an upstream's response fit for the caller.
 ///
 /// # Errors
@@ -195,9 +165,9 @@ pub(super) fn from_upstream(
     if scan.kind == ContentKind::Events {
         context.set_stream();
     }
-    if context.times().is_stream {
+    if context.timeout_state().is_stream {
         let now = context.ended_at();
-        outcome::became_stream(context, attempt, now);
+        outlier_detection::became_stream(context, attempt, now);
     }
     Ok(PipelineReply::Upstream(response))
 }
@@ -252,11 +222,11 @@ fn from_grpc_upstream(
     context.record_mut().set_grpc_status(code as u32, translated.headers().get(grpc::MESSAGE).cloned());
     if status.is_success() {
         // A good response to something else: the upstream has no such gRPC service.
-        outcome::report_complete(context, attempt);
+        outlier_detection::report_complete(context, attempt);
     } else {
         // A bad status was reported when it came; any other is a response of the upstream's own.
         let now = context.ended_at();
-        outcome::report_probes(context, attempt, now);
+        outlier_detection::report_probes(context, attempt, now);
     }
     PipelineReply::Own(translated)
 }

@@ -17,8 +17,8 @@ use crate::proxy::exchange::ActiveExchange;
 use crate::proxy::fault_injection::FaultyBody;
 use crate::proxy::grpc::{self, GrpcStatus};
 use crate::proxy::local_reply::{BodyError, LocalReply, LocalReplyKind};
-use crate::proxy::timeouts::{TimeoutVerdict, WaitingFor};
-use crate::proxy::{admission, correlation, outcome, proxy_status, select};
+use crate::proxy::timeout_state::{TimeoutVerdict, WaitingFor};
+use crate::proxy::{admission, correlation, outlier_detection, proxy_status, select, timeouts};
 use crate::upstream::pool::{Lease, Transport};
 use crate::upstream::response::UpstreamBody;
 
@@ -113,7 +113,7 @@ impl ResponseBody {
             trailers::clean(fields, &response.named_by_connection);
             if let Some((code, message)) = grpc::read_status(fields) {
                 context.record_mut().set_grpc_status(code, message);
-                outcome::trailers_received(context, attempt, code);
+                outlier_detection::trailers_received(context, attempt, code);
                 let now = context.ended_at();
                 proxy_status::write_trailers(context, attempt.number(), fields, code, now);
             }
@@ -124,7 +124,7 @@ impl ResponseBody {
             if context.is_grpc() && frame.is_data() {
                 // A response that goes on after its first message; the response to a unary call is over now anyway.
                 let now = context.ended_at();
-                outcome::became_stream(context, attempt, now);
+                outlier_detection::became_stream(context, attempt, now);
             }
             self.set_cutoff();
         }
@@ -135,7 +135,7 @@ impl ResponseBody {
     fn set_cutoff(&mut self) {
         if let Some(exchange) = &self.exchange {
             let context = &exchange.context;
-            context.flow().cut_by(Some(context.times().cutoff(context.limits())));
+            context.flow().cut_by(Some(context.timeout_state().cutoff(context.timeouts())));
         }
     }
 
@@ -144,7 +144,7 @@ impl ResponseBody {
     fn overdue(&self) -> Option<LocalReply> {
         let context = &self.exchange.as_ref()?.context;
         let flow = context.flow();
-        match context.times().judge(WaitingFor::Body, flow.last(), context.limits(), flow) {
+        match context.timeout_state().check(WaitingFor::Body, flow.last(), context.timeouts(), flow) {
             TimeoutVerdict::Expired(reply) => Some(reply),
             TimeoutVerdict::Wait(_) => None,
         }
@@ -219,10 +219,10 @@ impl ResponseBody {
         if let Some(exchange) = &mut self.exchange {
             let ActiveExchange { context, attempt, .. } = &mut **exchange;
             let now = Instant::now();
-            outcome::report_probes(context, attempt, now);
+            outlier_detection::report_probes(context, attempt, now);
             if let Some(at) = at {
                 let still = now.saturating_duration_since(at);
-                reply = context.times().blame_slow_reader(reply, still, context.limits());
+                reply = context.timeout_state().blame_slow_reader(reply, still, context.timeouts());
             }
         }
         self.end_with(&reply)
@@ -239,7 +239,7 @@ impl ResponseBody {
     /// Ready with the time limit that ends the response.
     fn poll_timeout(&mut self, cx: &mut Context<'_>) -> Poll<LocalReply> {
         let Some(exchange) = &mut self.exchange else { return Poll::Pending };
-        exchange.context.poll_body_timeout(cx)
+        timeouts::poll_expired(&mut exchange.context, WaitingFor::Body, cx)
     }
 }
 
@@ -247,7 +247,7 @@ impl ResponseBody {
 /// the response to the parent request.
 fn report_early_end(exchange: &mut ActiveExchange, kind: LocalReplyKind, now: Instant) {
     let ActiveExchange { context, attempt, .. } = exchange;
-    outcome::report_broken_response(context, attempt, kind, now);
+    outlier_detection::report_broken_response(context, attempt, kind, now);
     if kind.is_of_the_callee() && !context.is_grpc() && context.proxy_status().is_none() {
         let is_final = context.route().retry.is_final(attempt.number().into(), context.is_idempotent(), None);
         proxy_status::record_failure(context, None, is_final, now);
@@ -262,7 +262,7 @@ fn finish(mut exchange: Box<ActiveExchange>, cx: &mut Context<'_>) {
     let now = Instant::now();
     context.set_ended_at(now);
     context.record_mut().complete_at(now);
-    outcome::report_complete(context, attempt);
+    outlier_detection::report_complete(context, attempt);
     let Some(lease) = attempt.take_lease() else { return };
     // A caller that is still sending what the upstream will not read leaves the connection without a clean end.
     if context.flow().request.ended() {
@@ -281,9 +281,9 @@ impl Drop for ResponseBody {
         } else if flow.was_cut() {
             let ActiveExchange { context, attempt, .. } = &mut *exchange;
             let now = Instant::now();
-            if let Some(reply) = context.times().unread_cutoff(now, context.limits(), context.flow()) {
+            if let Some(reply) = context.timeout_state().unread_cutoff(now, context.timeouts(), context.flow()) {
                 // The caller was waited for, whichever limit ended the wait: the upstream is not at fault.
-                outcome::report_probes(context, attempt, now);
+                outlier_detection::report_probes(context, attempt, now);
                 context.record_mut().refuse(reply.record());
             }
         }

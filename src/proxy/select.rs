@@ -16,10 +16,11 @@ use crate::net::io::Io;
 use crate::policy::model::Direction;
 use crate::proxy::attempt::{Attempt, Upstream};
 use crate::proxy::local_reply::{LocalReply, LocalReplyKind};
-use crate::proxy::outcome::{self, HeldPermit};
+use crate::proxy::permits::HeldPermit;
+use crate::proxy::replay::RetryState;
 use crate::proxy::request_context::RequestContext;
-use crate::proxy::retry::RetryState;
 use crate::proxy::target::RequestTarget;
+use crate::proxy::{outlier_detection, timeouts};
 use crate::telemetry::ConnectionUse;
 use crate::upstream::connect::ConnectError;
 use crate::upstream::dial::ConnectOptions;
@@ -27,7 +28,7 @@ use crate::upstream::endpoint::Endpoint;
 use crate::upstream::pool::{Lease, Pool, ProtocolPreference};
 
 /// Endpoints that are asked for one connection, each of them once.
-const ASKED: usize = 3;
+const MAX_CONNECT_ENDPOINTS: usize = 3;
 
 /// The upstream of the next attempt: the destination that the route belongs to, and this worker's pool for it. The pool of
 /// the attempt before is kept: a reload in between may have replaced it.
@@ -96,12 +97,12 @@ pub(super) fn pick(
     let upstream = attempt.upstream()?;
     let destination = upstream.destination;
     let obeys = context.destination(destination).ejects;
-    let mut endpoint = upstream.pool.pick_now(now, retry.asked(), obeys)?;
-    let mut permit = outcome::admit_at_endpoint(context, destination, &endpoint, now);
+    let mut endpoint = upstream.pool.pick_now(now, retry.attempted(), obeys)?;
+    let mut permit = outlier_detection::admit_at_endpoint(context, destination, &endpoint, now);
     if permit.is_none() {
         // Another call is just probing it.
-        endpoint = upstream.pool.pick_now(now, retry.asked(), obeys)?;
-        permit = outcome::admit_at_endpoint(context, destination, &endpoint, now);
+        endpoint = upstream.pool.pick_now(now, retry.attempted(), obeys)?;
+        permit = outlier_detection::admit_at_endpoint(context, destination, &endpoint, now);
     }
     attempt.set_endpoint(Some(Rc::clone(&endpoint)), permit.unwrap_or_default());
     Some(endpoint)
@@ -155,7 +156,7 @@ fn pool(attempt: &Attempt) -> Result<Rc<Pool>, LocalReply> {
 fn options(context: &RequestContext, attempt: &Attempt) -> ConnectOptions {
     let destination = attempt.upstream().map_or(context.route_id().owner(), |upstream| upstream.destination);
     let keep = &context.destination(destination).values.connections;
-    let connect = context.limits().connect.value;
+    let connect = context.timeouts().connect.value;
     ConnectOptions { connect, keep: keep.idle.value, most: keep.max_idle.value as usize }
 }
 
@@ -175,10 +176,10 @@ async fn open_at_endpoint<T>(
     };
     let mut reply = None;
     // Nothing has been sent, so that any endpoint which can be reached may have the call.
-    for left in (0..ASKED).rev() {
+    for left in (0..MAX_CONNECT_ENDPOINTS).rev() {
         let Some(endpoint) = next.take() else { break };
         let address = endpoint.address.socket;
-        attempt.keep_endpoint(&endpoint);
+        attempt.switch_endpoint(&endpoint);
         context.record_mut().set_endpoint(address);
         let began = Instant::now();
         let opened = within_request(context, address, Box::pin(open(&endpoint))).await;
@@ -191,7 +192,7 @@ async fn open_at_endpoint<T>(
                 matches!(error, ConnectError::Network(_) | ConnectError::Late),
             ),
             // A short deadline says nothing about the endpoint.
-            Err(late) if !outcome::is_upstreams_fault(context, late.kind) => return Err(late),
+            Err(late) if !outlier_detection::is_upstreams_fault(context, late.kind) => return Err(late),
             Err(late) => (late, false),
         };
         endpoint.load.failed(now.saturating_duration_since(began), now);
@@ -203,8 +204,8 @@ async fn open_at_endpoint<T>(
         reply = Some(failed);
         // A permit is taken only of an endpoint that will be asked: the result is reported to the last one.
         if left > 0 && has_other_endpoint(attempt, retry) {
-            outcome::report_unreachable(context, attempt, &endpoint, now);
-            retry.add_asked(address);
+            outlier_detection::report_unreachable(context, attempt, &endpoint, now);
+            retry.add_attempted(address);
             next = pick(context, attempt, retry, now);
         }
     }
@@ -214,7 +215,7 @@ async fn open_at_endpoint<T>(
 /// Whether the upstream has an endpoint that the call has not asked.
 pub(super) fn has_other_endpoint(attempt: &Attempt, retry: &RetryState) -> bool {
     let (Some(upstream), Some(endpoint)) = (attempt.upstream(), attempt.endpoint()) else { return false };
-    upstream.pool.has_other(retry.asked(), endpoint)
+    upstream.pool.has_other(retry.attempted(), endpoint)
 }
 
 /// The same as [`pick`], once the pool knows its endpoints: a name that has never been resolved is waited for as long as the
@@ -230,14 +231,14 @@ pub(super) async fn pick_resolved(
     let until = context.request_at();
     let began = Instant::now();
     let pool = pool(attempt)?;
-    let resolved = context.timer().limit(until, pool.known()).await;
+    let resolved = timeouts::within(context, until, pool.known()).await;
     // Name resolution counts as a part of connecting.
     context.record_mut().add_connect_time(began.elapsed());
     match resolved {
         Some(resolved) => resolved.map_err(|error| connect_error(&error))?,
         None => {
             let detail = "the name was not resolved in time";
-            return Err(context.times().expired_unsent(context.limits(), LocalReplyKind::DnsFailed, detail));
+            return Err(context.timeout_state().expired_unsent(context.timeouts(), LocalReplyKind::DnsFailed, detail));
         }
     }
     Ok(pick(context, attempt, retry, Instant::now()))
@@ -255,15 +256,15 @@ async fn within_request<F: Future>(
     future: F,
 ) -> Result<F::Output, LocalReply> {
     let request_at = context.request_at();
-    let output = context.timer().limit(request_at, future).await;
+    let output = timeouts::within(context, request_at, future).await;
     output.ok_or_else(|| {
-        context.times().expired_unsent(context.limits(), LocalReplyKind::ConnectTimeout, not_in_time(address))
+        context.timeout_state().expired_unsent(context.timeouts(), LocalReplyKind::ConnectTimeout, not_in_time(address))
     })
 }
 
 fn connect_failed(context: &RequestContext, error: &ConnectError, address: SocketAddr) -> LocalReply {
     if matches!(error, ConnectError::Late) {
-        let limit = &context.limits().connect;
+        let limit = &context.timeouts().connect;
         return LocalReply::timed(LocalReplyKind::ConnectTimeout, "timeouts.connect", limit, not_in_time(address));
     }
     let mut reply = connect_error(error);

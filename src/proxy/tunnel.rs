@@ -18,7 +18,7 @@ impl Handoff {
     pub(super) async fn join(self, downstream: Io) {
         let Self { upstream, mut exchange } = self;
         let context = &mut exchange.context;
-        let limits = context.limits().clone();
+        let limits = context.timeouts().clone();
         let (idle, life) = (limits.idle.value, limits.max_duration.value);
         let report = tunnel::run(downstream, upstream, idle, life).await;
         context.flow().request.add(report.sent);

@@ -17,7 +17,7 @@ use crate::proxy::headers::{self, HeaderScan};
 use crate::proxy::local_reply::{LocalReply, LocalReplyKind};
 use crate::proxy::response::PipelineReply;
 use crate::proxy::response_body::ResponseBody;
-use crate::proxy::{outcome, select};
+use crate::proxy::{outlier_detection, select, timeouts};
 use crate::rules::circuit_breaker::CallResult;
 use crate::telemetry::Protocol;
 use crate::upstream::pool::Lease;
@@ -73,16 +73,16 @@ pub(super) async fn switch(
     let mut connection = attempt.take_lease().and_then(Lease::into_http1).ok_or_else(unasked)?;
     // hyper hands the stream out when it has seen the end of the HTTP part.
     let until = context.request_at();
-    if context.timer().limit(until, poll_fn(|cx| connection.drive(cx))).await.is_none() {
+    if timeouts::within(context, until, poll_fn(|cx| connection.drive(cx))).await.is_none() {
         let detail = "the upstream did not finish switching protocols";
-        return Err(context.times().expired_unsent(context.limits(), LocalReplyKind::RequestTimeout, detail));
+        return Err(context.timeout_state().expired_unsent(context.timeouts(), LocalReplyKind::RequestTimeout, detail));
     }
     let (upstream, early) = connection.into_stream();
     context.record_mut().set_protocol(Protocol::WebSocket);
     let now = context.ended_at();
-    outcome::became_stream(context, attempt, now);
+    outlier_detection::became_stream(context, attempt, now);
     // How the tunnel ends says nothing about the upstream, which has switched.
-    outcome::report(context, attempt, CallResult::Success, now);
+    outlier_detection::report(context, attempt, CallResult::Success, now);
     let (head, _no_body) = response.into_parts();
     Ok(PipelineReply::Tunnel(Response::from_parts(head, ResponseBody::empty()), upstream.with_prefix(early)))
 }
@@ -112,8 +112,8 @@ pub(super) async fn connect(exchange: &mut ActiveExchange, mut head: Box<Parts>)
     // The result is reported at once: a tunnel may last, and how it ends says nothing about the endpoint.
     let now = Instant::now();
     match &upstream {
-        Ok(_) => outcome::report(context, attempt, CallResult::Success, now),
-        Err(reply) => outcome::report_local_reply(context, attempt, reply.kind, now),
+        Ok(_) => outlier_detection::report(context, attempt, CallResult::Success, now),
+        Err(reply) => outlier_detection::report_local_reply(context, attempt, reply.kind, now),
     }
     let upstream = upstream?;
     let mut response = Response::new(ResponseBody::empty());

@@ -12,8 +12,8 @@ use crate::net::body::RequestBody;
 use crate::proxy::attempt::Attempt;
 use crate::proxy::deadline;
 use crate::proxy::headers::ATTEMPT_COUNT;
+use crate::proxy::replay::RetryState;
 use crate::proxy::request_context::RequestContext;
-use crate::proxy::retry::RetryState;
 use crate::upstream::endpoint::Endpoint;
 
 const PREVIOUS_ATTEMPTS: HeaderName = HeaderName::from_static("grpc-previous-rpc-attempts");

@@ -161,6 +161,14 @@ impl fmt::Display for DeadlineSource {
     }
 }
 
+/// The most that a hop keeps of the time for the way back.
+pub const MOST_RESERVED: Duration = Duration::from_millis(10);
+
+/// What a hop keeps of the time for the way back: a hundredth, 1 ms to [`MOST_RESERVED`].
+pub fn reserve(left: Duration) -> Duration {
+    (left / 100).clamp(Duration::from_millis(1), MOST_RESERVED)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

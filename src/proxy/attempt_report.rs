@@ -6,16 +6,19 @@ use http::header::HeaderMap;
 use http::{Response, header};
 use jiff::Timestamp;
 
-use super::{AttemptResult, RetryState};
 use crate::policy::model::Direction;
 use crate::proxy::attempt::Attempt;
 use crate::proxy::headers::HeaderScan;
-use crate::proxy::local_reply::LocalReplyKind;
+use crate::proxy::local_reply::{LocalReply, LocalReplyKind};
+use crate::proxy::replay::RetryState;
 use crate::proxy::request_context::RequestContext;
-use crate::proxy::{grpc, outcome, proxy_status, select};
+use crate::proxy::{grpc, outlier_detection, proxy_status, select};
 use crate::rules::proxy_status::ProxyStatus;
 use crate::rules::retry::{AttemptFailure, Pushback};
 use crate::upstream::response::UpstreamBody;
+
+/// The head of the upstream's response, or the local reply that the caller gets instead.
+pub(super) type AttemptResult = Result<Response<UpstreamBody>, LocalReply>;
 
 /// What is known of an attempt that may have failed.
 pub(super) struct AttemptReport {
@@ -39,7 +42,7 @@ impl AttemptReport {
         retry: &RetryState,
         result: &AttemptResult,
     ) -> Self {
-        let counts = outcome::counts_against_upstream(context, result);
+        let counts = outlier_detection::counts_against_upstream(context, result);
         match result {
             Ok(response) => Self::of_response(context, attempt, retry, response, counts),
             Err(reply) => Self {
@@ -63,7 +66,7 @@ impl AttemptReport {
         let headers = response.headers();
         let scan = HeaderScan::scan(headers);
         let status = if scan.proxy_status { proxy_status::read(headers) } else { None };
-        let code = outcome::status_of(context, response);
+        let code = outlier_detection::status_of(context, response);
         let mut failure = code.map_or_else(AttemptFailure::Status, AttemptFailure::Grpc);
         let is_unseen = context.believes_unsent(status.as_ref().is_some_and(|status| status.is_unsent));
         // Where no other endpoint can have it at once, it waits like any other failure.
@@ -73,7 +76,7 @@ impl AttemptReport {
         // A pushback speaks for its own endpoint; where another one can have the call, the call need not wait.
         let obeys = scan.pushback && failure != AttemptFailure::Unsent;
         let pushback = obeys.then(|| pushback(headers, code.is_ok())).flatten();
-        let is_rate_limited = outcome::is_rate_limited(code, headers);
+        let is_rate_limited = outlier_detection::is_rate_limited(code, headers);
         Self { failure: Some(failure), counts, is_rate_limited, is_unseen, status, pushback }
     }
 }

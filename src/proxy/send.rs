@@ -13,12 +13,12 @@ use std::time::Duration;
 use http::{Response, header};
 use tokio::time::Instant;
 
-use super::Attempt;
+use crate::proxy::attempt::Attempt;
 use crate::proxy::local_reply::{LocalReply, LocalReplyKind};
+use crate::proxy::replay::RetryState;
 use crate::proxy::request_context::RequestContext;
-use crate::proxy::retry::RetryState;
-use crate::proxy::timeouts::{TimeoutVerdict, WaitingFor};
-use crate::proxy::{admission, correlation, fault_injection, outcome, select, upstream_request};
+use crate::proxy::timeout_state::WaitingFor;
+use crate::proxy::{admission, correlation, fault_injection, outlier_detection, select, timeouts, upstream_request};
 use crate::telemetry::ConnectionUse;
 use crate::upstream::endpoint::Endpoint;
 use crate::upstream::pool::{Lease, ProtocolPreference, Transport};
@@ -26,7 +26,7 @@ use crate::upstream::response::{SendError, UpstreamBody, UpstreamError};
 use crate::upstream::spec::UpstreamProtocol;
 
 /// Connections that may hand a request back unsent before the attempt fails.
-const UNSENT: usize = 3;
+const MAX_UNSENT: usize = 3;
 
 /// How long a caller's body waits for `100 Continue` before it is sent all the same (RFC 9110, 10.1.1); half of
 /// `timeouts.request` or `timeouts.perTry` where that is shorter.
@@ -36,13 +36,13 @@ const CONTINUE_AFTER: Duration = Duration::from_secs(1);
 ///
 /// # Errors
 /// The local reply that the caller gets instead.
-pub(in crate::proxy) async fn send(
+pub(super) async fn send(
     context: &mut RequestContext,
     attempt: &mut Attempt,
     retry: &mut RetryState,
     switches_protocol: bool,
 ) -> Result<Response<UpstreamBody>, LocalReply> {
-    attempt.is_unsent = true;
+    attempt.begin_unsent();
     if !context.route().faults.is_empty() {
         // Boxed, like everything that few requests meet.
         if let Some(response) = Box::pin(inject_fault(context, attempt, retry)).await? {
@@ -50,7 +50,7 @@ pub(in crate::proxy) async fn send(
         }
     }
     let preference = preference(context, attempt, switches_protocol);
-    for _ in 0..UNSENT {
+    for _ in 0..MAX_UNSENT {
         let mut begun = Instant::now();
         let lease = match select::checkout(context, attempt, retry, preference, begun).await {
             Some(lease) => lease,
@@ -60,9 +60,7 @@ pub(in crate::proxy) async fn send(
                 lease
             }
         };
-        // An injected delay counts as time that the upstream took.
-        attempt.began = attempt.fault.as_ref().and_then(|fault| begun.checked_sub(fault.lost)).unwrap_or(begun);
-        attempt.is_reused = lease.reused;
+        attempt.connected(begun, lease.reused);
         let connection = match lease.reused {
             true => ConnectionUse::Reused { age: begun.saturating_duration_since(lease.born) },
             false => ConnectionUse::New,
@@ -85,7 +83,7 @@ pub(in crate::proxy) async fn send(
             }
         }
     }
-    attempt.connection_ended = true;
+    attempt.ran_out_of_connections();
     let detail = "every connection was closed before the request could be sent";
     Err(LocalReply::plain(LocalReplyKind::UpstreamReset, detail))
 }
@@ -96,7 +94,6 @@ async fn inject_fault(
     attempt: &mut Attempt,
     retry: &RetryState,
 ) -> Result<Option<Response<UpstreamBody>>, LocalReply> {
-    attempt.fault = None;
     let view = Rc::clone(context.view());
     let faults = &view.policy.route(context.route_id()).faults;
     let Some(fault) = fault_injection::draw(context, attempt, faults) else { return Ok(None) };
@@ -109,7 +106,7 @@ async fn inject_fault(
     let injected = fault_injection::inject(context, attempt, fault).await;
     let now = Instant::now();
     let Some(result) = injected.transpose() else {
-        attempt.picked = Some(endpoint);
+        attempt.keep_picked(Some(endpoint));
         return Ok(None);
     };
     context.set_ended_at(now);
@@ -129,7 +126,7 @@ fn weigh(
     result: &Result<Response<UpstreamBody>, LocalReply>,
     took: Duration,
 ) {
-    if outcome::counts_against_upstream(context, result) {
+    if outlier_detection::counts_against_upstream(context, result) {
         endpoint.load.failed(took, context.ended_at());
     } else if result.is_ok() {
         endpoint.load.answered(took, context.ended_at());
@@ -158,14 +155,13 @@ async fn send_over(
     mut lease: Lease,
 ) -> Result<Option<Response<UpstreamBody>>, LocalReply> {
     let endpoint = Rc::clone(&lease.endpoint);
-    attempt.is_unsent = false;
     let continued = hold_for_continue(context, attempt, &mut lease);
     let began = attempt.sent_at();
-    let limits = context.limits();
+    let limits = context.timeouts();
     let whole = limits.per_try.as_ref().map_or(limits.request.value, |per_try| per_try.value.min(limits.request.value));
     let held_until = began + CONTINUE_AFTER.min(whole / 2);
     let mut wait = HeadWait { context, waiting: attempt.waiting(), continued, held_until };
-    wait.judge(began)?;
+    wait.arm(began)?;
     let response = match lease.transport() {
         Some(Transport::Http1(connection)) => {
             let waker = Rc::clone(wait.context.waker());
@@ -206,12 +202,11 @@ async fn send_over(
     context.set_ended_at(now);
     let result = match response {
         Ok(Ok(response)) => {
-            attempt.lease = Some(lease);
+            attempt.set_lease(lease);
             Ok(response)
         }
         Ok(Err(SendError { unsent: Some(back), .. })) => {
-            attempt.request = Some(*back);
-            attempt.is_unsent = true;
+            attempt.handed_back(*back);
             return Ok(None);
         }
         Ok(Err(SendError { error, unsent: None })) => Err(broke_off(context, attempt, &lease, &error, began, now)),
@@ -230,11 +225,9 @@ fn broke_off(
     began: Instant,
     now: Instant,
 ) -> LocalReply {
-    attempt.is_unsent = error.is_unprocessed();
-    attempt.is_reused &= error.is_close();
-    attempt.connection_ended = error.is_go_away();
+    attempt.broke_off(error.is_unprocessed(), error.is_close(), error.is_go_away());
     let reply = broken(context, lease.reused, error);
-    if error.is_close() && outcome::is_upstreams_fault(context, reply.kind) {
+    if error.is_close() && outlier_detection::is_upstreams_fault(context, reply.kind) {
         lease.lost_race(began, now);
     }
     reply
@@ -281,30 +274,25 @@ impl HeadWait<'_> {
         if let Poll::Ready(sent) = sent {
             return Poll::Ready(Ok(sent));
         }
-        while self.context.timer().poll(cx).is_ready() {
-            if let Err(reply) = self.judge(Instant::now()) {
+        while timeouts::poll_armed(self.context, cx).is_ready() {
+            if let Err(reply) = self.arm(Instant::now()) {
                 return Poll::Ready(Err(reply));
             }
         }
         Poll::Pending
     }
 
-    /// Judges the time limits at `now`, and sets the timer to the next one.
-    fn judge(&mut self, now: Instant) -> Result<(), LocalReply> {
-        let context = &mut *self.context;
-        let at = match context.times().judge(self.waiting, now, context.limits(), context.flow()) {
-            TimeoutVerdict::Expired(reply) => return Err(reply),
-            TimeoutVerdict::Wait(at) => at,
-        };
-        if now >= context.request_at() {
-            correlation::lift_unary_deadline(context);
+    /// Checks the time limits at `now`, and arms the timer for the next one.
+    fn arm(&mut self, now: Instant) -> Result<(), LocalReply> {
+        let is_held = self.context.flow().is_held();
+        let earlier = (is_held && now < self.held_until).then_some(self.held_until);
+        timeouts::arm(self.context, self.waiting, now, earlier)?;
+        if now >= self.context.request_at() {
+            correlation::lift_unary_deadline(self.context);
         }
-        let is_held = context.flow().is_held();
         if is_held && now >= self.held_until {
-            context.flow().release();
+            self.context.flow().release();
         }
-        let at = if is_held && now < self.held_until { at.min(self.held_until) } else { at };
-        context.timer().set(at);
         Ok(())
     }
 }
@@ -314,7 +302,7 @@ fn hold_for_continue(context: &RequestContext, attempt: &mut Attempt, lease: &mu
     if !context.expects_continue() {
         return None;
     }
-    let request = attempt.request.as_mut()?;
+    let request = attempt.request_mut()?;
     let body = &context.flow().request;
     let has_begun = body.bytes() > 0 || body.ended();
     if has_begun || !matches!(lease.transport(), Some(Transport::Http1(_))) {

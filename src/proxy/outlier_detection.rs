@@ -16,11 +16,12 @@ use crate::proxy::attempt::{Attempt, Upstream};
 use crate::proxy::correlation;
 use crate::proxy::grpc::{self, GrpcStatus};
 use crate::proxy::local_reply::{LocalReply, LocalReplyKind, RuleRef};
+use crate::proxy::permits::{HeldPermit, Permits};
 use crate::proxy::proxy_status;
 use crate::proxy::request_context::RequestContext;
-use crate::proxy::timeouts::ExternalDeadline;
+use crate::proxy::timeout_state::ExternalDeadline;
 use crate::rules::circuit_breaker::{
-    Admission, Breaker, BreakerPermit, BreakerState, CallResult, Probe, StateChange, is_failed_code, is_failed_status,
+    Admission, Breaker, BreakerState, CallResult, StateChange, is_failed_code, is_failed_status,
 };
 use crate::rules::ejection::EjectionEvent;
 use crate::rules::mode::RuleName;
@@ -28,42 +29,6 @@ use crate::telemetry::Telemetry;
 use crate::upstream::cluster::Cluster;
 use crate::upstream::endpoint::Endpoint;
 use crate::upstream::response::UpstreamBody;
-
-/// A permit of one breaker, from its admission until the result of the attempt is reported.
-#[derive(Default)]
-pub(super) enum HeldPermit {
-    /// None was given, or its result has been reported.
-    #[default]
-    None,
-    /// One of many.
-    Permit(BreakerPermit),
-    /// A probe, one of the few that find out; boxed, because they are rare.
-    Probe(Box<Probe>),
-}
-
-/// The permits of one attempt. Dropping them reports nothing and frees the slots of probes.
-#[derive(Default)]
-pub(super) struct Permits {
-    /// Of the circuit breaker of the destination.
-    pub(super) destination: HeldPermit,
-    /// Of the endpoint.
-    pub(super) endpoint: HeldPermit,
-}
-
-impl Permits {
-    /// Takes the probes out; permits stay.
-    fn take_probes(&mut self) -> Self {
-        let take = |held: &mut HeldPermit| match held {
-            HeldPermit::Probe(_) => std::mem::take(held),
-            HeldPermit::Permit(_) | HeldPermit::None => HeldPermit::None,
-        };
-        Self { destination: take(&mut self.destination), endpoint: take(&mut self.endpoint) }
-    }
-
-    fn is_empty(&self) -> bool {
-        matches!((&self.destination, &self.endpoint), (HeldPermit::None, HeldPermit::None))
-    }
-}
 
 /// Asks the circuit breaker of the destination for a permit.
 ///
@@ -303,7 +268,7 @@ pub(super) fn is_upstreams_fault(context: &RequestContext, kind: LocalReplyKind)
         | LocalReplyKind::RequestTimeout
         | LocalReplyKind::IdleTimeout => true,
         // A stream that goes on until its deadline is what the caller asked for.
-        LocalReplyKind::DeadlineExceeded if context.times().has_shown_a_stream(context.flow()) => false,
+        LocalReplyKind::DeadlineExceeded if context.timeout_state().has_shown_a_stream(context.flow()) => false,
         LocalReplyKind::DeadlineExceeded => !has_short_deadline(context),
         _ => false,
     }
@@ -321,7 +286,7 @@ fn was_cut_for_time(context: &RequestContext, now: Instant) -> bool {
     let is_near = |deadline: &ExternalDeadline| {
         deadline.at.saturating_duration_since(now) <= (deadline.whole / 20).max(Duration::from_millis(5))
     };
-    context.times().deadline.as_ref().is_some_and(is_near) && has_short_deadline(context)
+    context.timeout_state().deadline.as_ref().is_some_and(is_near) && has_short_deadline(context)
 }
 
 /// A short deadline says nothing about the upstream, unless the upstream had a good part of what the policy gives it: a
@@ -329,7 +294,7 @@ fn was_cut_for_time(context: &RequestContext, now: Instant) -> bool {
 /// to have had half, because it may only wait for a hop further down.
 fn has_short_deadline(context: &RequestContext) -> bool {
     let part = if context.direction() == Direction::Inbound { 2 } else { 10 };
-    context.times().deadline.is_some_and(|deadline| deadline.whole < context.limits().request.value / part)
+    context.timeout_state().deadline.is_some_and(|deadline| deadline.whole < context.timeouts().request.value / part)
 }
 
 /// Reports a failure of the endpoint alone: it could not be reached, and another one may take the call.

@@ -1,8 +1,6 @@
 //! One attempt of a request: where it goes, what it sends, and what it holds until its response is complete.
 //!
-//! [`send`] sends it. The fields belong to these two files; the others ask and set by name.
-
-mod send;
+//! State only: [`super::send`] sends it, [`super::outlier_detection`] reports its result.
 
 use std::rc::Rc;
 use std::time::Duration;
@@ -10,11 +8,9 @@ use std::time::Duration;
 use http::Request;
 use tokio::time::Instant;
 
-pub(super) use self::send::send;
 use crate::net::body::RequestBody;
-use crate::proxy::fault_injection::{BodyFault, PendingFault};
-use crate::proxy::outcome::{HeldPermit, Permits};
-use crate::proxy::timeouts::WaitingFor;
+use crate::proxy::permits::{HeldPermit, Permits};
+use crate::proxy::timeout_state::WaitingFor;
 use crate::upstream::endpoint::Endpoint;
 use crate::upstream::pool::{Lease, Pool};
 
@@ -91,6 +87,11 @@ impl Attempt {
         self.request.as_ref()
     }
 
+    /// The same, to be changed.
+    pub(super) fn request_mut(&mut self) -> Option<&mut Request<RequestBody>> {
+        self.request.as_mut()
+    }
+
     /// Takes the request for a connection.
     pub(super) fn take_request(&mut self) -> Option<Request<RequestBody>> {
         self.request.take()
@@ -111,8 +112,8 @@ impl Attempt {
         self.endpoint.take()
     }
 
-    /// Goes to another endpoint; the permit stays that of the one before, to which the result is reported.
-    pub(super) fn keep_endpoint(&mut self, endpoint: &Rc<Endpoint>) {
+    /// Switches to another endpoint without a permit of it: the permit stays that of the endpoint before.
+    pub(super) fn switch_endpoint(&mut self, endpoint: &Rc<Endpoint>) {
         self.endpoint = Some(Rc::clone(endpoint));
     }
 
@@ -149,6 +150,11 @@ impl Attempt {
     /// The same, to drive it.
     pub(super) fn lease_mut(&mut self) -> Option<&mut Lease> {
         self.lease.as_mut()
+    }
+
+    /// Keeps the connection over which the response comes.
+    pub(super) fn set_lease(&mut self, lease: Lease) {
+        self.lease = Some(lease);
     }
 
     /// Takes the connection, to give it back or to close it.
@@ -191,6 +197,36 @@ impl Attempt {
         self.connection_ended
     }
 
+    /// Begins to look for a connection: nothing has been sent.
+    pub(super) fn begin_unsent(&mut self) {
+        self.is_unsent = true;
+    }
+
+    /// The request goes to a connection, opened or checked out at `begun`. An injected delay counts as time that the upstream
+    /// took.
+    pub(super) fn connected(&mut self, begun: Instant, is_reused: bool) {
+        self.began = self.fault.as_ref().and_then(|fault| begun.checked_sub(fault.lost)).unwrap_or(begun);
+        (self.is_reused, self.is_unsent) = (is_reused, false);
+    }
+
+    /// The connection handed the request back unsent.
+    pub(super) fn handed_back(&mut self, request: Request<RequestBody>) {
+        (self.request, self.is_unsent) = (Some(request), true);
+    }
+
+    /// The connection broke off before the response head: whether the upstream cannot have processed the request, whether
+    /// nothing but a close has ended the attempt, and whether the connection had announced its end.
+    pub(super) fn broke_off(&mut self, is_unprocessed: bool, is_close: bool, is_go_away: bool) {
+        self.is_unsent = is_unprocessed;
+        self.is_reused &= is_close;
+        self.connection_ended = is_go_away;
+    }
+
+    /// Each connection came to its end before the request could be sent.
+    pub(super) fn ran_out_of_connections(&mut self) {
+        self.connection_ended = true;
+    }
+
     /// An injected fault begins: seen from above, the upstream has the request from now on.
     pub(super) fn fault_begins(&mut self, now: Instant) {
         (self.is_unsent, self.is_reused, self.began) = (false, false, now);
@@ -201,4 +237,24 @@ impl Attempt {
         self.is_unsent = true;
         self.fault = Some(Box::new(fault));
     }
+}
+
+/// What a fault leaves to the attempt that goes on after it.
+pub(super) struct PendingFault {
+    /// How much of the attempt's time the fault has used up, as if the upstream had taken it.
+    pub(super) lost: Duration,
+    /// What the fault does to the body of the response.
+    pub(super) body: Option<BodyFault>,
+}
+
+/// What a fault does to the body of a response.
+pub(super) struct BodyFault {
+    /// The fault's name.
+    pub(super) name: Box<str>,
+    /// After so many bytes the body breaks off.
+    pub(super) cut_after: Option<u64>,
+    /// Bytes per second.
+    pub(super) rate: Option<u64>,
+    /// The fault ends then.
+    pub(super) until: Instant,
 }

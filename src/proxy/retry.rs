@@ -4,30 +4,25 @@
 //! proxy status of hops further down), has the result reported, waits, and sends the request again from what was kept of it.
 //! A request that succeeds passes through here without a stop.
 
-mod report;
-
-use std::net::SocketAddr;
 use std::ops::ControlFlow;
 use std::pin::Pin;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::header::HeaderMap;
-use http::request::Parts;
-use http::{Request, Response, header};
+use http::{Response, header};
 use http_body::Body;
 use tokio::time::Instant;
 
-use self::report::AttemptReport;
-use crate::net::body::Replay;
 use crate::policy::model::Direction;
-use crate::proxy::attempt::{self, Attempt};
+use crate::proxy::attempt::Attempt;
+use crate::proxy::attempt_report::{AttemptReport, AttemptResult};
 use crate::proxy::exchange::ActiveExchange;
 use crate::proxy::headers::{self, HeaderScan};
 use crate::proxy::local_reply::LocalReply;
+use crate::proxy::replay::RetryState;
 use crate::proxy::request_context::RequestContext;
-use crate::proxy::{admission, correlation, deadline, grpc, outcome, proxy_status, select};
+use crate::proxy::{admission, correlation, deadline, grpc, outlier_detection, proxy_status, select, send, timeouts};
 use crate::rules::circuit_breaker::CallResult;
 use crate::rules::mode::{Mode, RuleName};
 use crate::rules::retry::{AttemptFailure, AttemptSummary, NoRetryReason, RetryDecision};
@@ -35,65 +30,15 @@ use crate::telemetry::RetryReason;
 use crate::upstream::pool::Transport;
 use crate::upstream::response::UpstreamBody;
 
-type AttemptResult = Result<Response<UpstreamBody>, LocalReply>;
-
-/// What further attempts of a request need.
-#[derive(Default)]
-pub(super) struct RetryState {
-    replay: Option<Box<ReplayableRequest>>,
-    asked: Vec<SocketAddr>,
-    was_seen: bool,
-}
-
-/// What a request can be sent again from.
-struct ReplayableRequest {
-    /// The head as it goes out, but for what depends on the connection.
-    head: Parts,
-    /// The body, as far as it was kept.
-    body: Replay,
-}
-
-impl RetryState {
-    /// Keeps the request for further attempts.
-    pub(super) fn keep(&mut self, head: Parts, body: Replay) {
-        self.replay = Some(Box::new(ReplayableRequest { head, body }));
-    }
-
-    /// Drops the kept request: no further attempt follows.
-    pub(super) fn forget_request(&mut self) {
-        self.replay = None;
-    }
-
-    /// The header fields of the request before the first attempt; `None` where the request was not kept.
-    pub(super) fn original_headers(&self) -> Option<&HeaderMap> {
-        self.replay.as_ref().map(|replay| &replay.head.headers)
-    }
-
-    /// The endpoints that this call has asked, without the current one.
-    pub(super) fn asked(&self) -> &[SocketAddr] {
-        &self.asked
-    }
-
-    /// Notes an endpoint that the next pick passes over.
-    pub(super) fn add_asked(&mut self, endpoint: SocketAddr) {
-        self.asked.push(endpoint);
-    }
-
-    /// The upstream may have seen the request in one of the attempts before the current one.
-    pub(super) fn was_seen(&self) -> bool {
-        self.was_seen
-    }
-}
-
 /// Sends the request until there is a response that stands: a good one, or the last bad one.
 ///
 /// # Errors
 /// The local reply that the caller gets instead.
 pub(super) async fn run(exchange: &mut ActiveExchange, switches_protocol: bool) -> AttemptResult {
     let ActiveExchange { permit, context, attempt, retry, .. } = exchange;
-    let most = match retry.replay {
-        Some(_) => 1 + u16::try_from(context.route().retry.attempts.value).unwrap_or(u16::MAX - 1),
-        None => 1,
+    let most = match retry.is_kept() {
+        true => 1 + u16::try_from(context.route().retry.attempts.value).unwrap_or(u16::MAX - 1),
+        false => 1,
     };
     let mut number = 1;
     let mut reason = None;
@@ -111,9 +56,9 @@ pub(super) async fn run(exchange: &mut ActiveExchange, switches_protocol: bool) 
             Ok(()) => {
                 context.record_mut().begin_attempt(number, most);
                 if let Some(reason) = reason {
-                    context.telemetry().retried(context.route_owner(), reason);
+                    context.telemetry().retried(context.destination_name(), reason);
                 }
-                attempt::send(context, attempt, retry, switches_protocol).await
+                send::send(context, attempt, retry, switches_protocol).await
             }
             Err(reply) => Err(reply),
         };
@@ -132,7 +77,7 @@ pub(super) async fn run(exchange: &mut ActiveExchange, switches_protocol: bool) 
 /// Asks the circuit breaker of the attempt's destination.
 fn admit(context: &mut RequestContext, attempt: &mut Attempt) -> Result<(), LocalReply> {
     let Some(upstream) = attempt.upstream() else { return Ok(()) };
-    let permit = outcome::admit(context, upstream, Instant::now())?;
+    let permit = outlier_detection::admit(context, upstream, Instant::now())?;
     attempt.set_breaker_permit(permit);
     Ok(())
 }
@@ -141,12 +86,12 @@ fn admit(context: &mut RequestContext, attempt: &mut Attempt) -> Result<(), Loca
 /// future of every request.
 fn settle(context: &RequestContext, result: AttemptResult) -> ControlFlow<AttemptResult, AttemptResult> {
     match result {
-        Ok(response) if is_fine(context, &response) => ControlFlow::Break(Ok(response)),
+        Ok(response) if stands_at_once(context, &response) => ControlFlow::Break(Ok(response)),
         result => ControlFlow::Continue(result),
     }
 }
 
-fn is_fine(context: &RequestContext, response: &Response<UpstreamBody>) -> bool {
+fn stands_at_once(context: &RequestContext, response: &Response<UpstreamBody>) -> bool {
     let status = response.status().as_u16();
     let is_wanted = status < 400 || (status < 500 && !context.route().retry.is_on(AttemptFailure::Status(status)));
     is_wanted && !(context.is_grpc() && response.headers().contains_key(grpc::STATUS))
@@ -166,7 +111,7 @@ async fn after_failure(
     let report = AttemptReport::of(context, attempt, retry, &result);
     report_result(context, attempt, &report, &result, now);
     let (stands, why) = match decide(context, attempt, retry, &report, now) {
-        RetryDecision::RetryReason { after } => {
+        RetryDecision::Retry { after } => {
             let stands = prepare(context, attempt, retry, result, &report);
             back_off(context, after).await;
             if !correlation::is_abandoned(context) {
@@ -193,15 +138,15 @@ fn report_result(
     let is_marked = report.status.as_ref().is_some_and(|status| status.at.is_some());
     let is_elsewhere = is_marked || correlation::has_failed_child(context);
     if report.is_rate_limited {
-        outcome::report(context, attempt, CallResult::Success, now);
+        outlier_detection::report(context, attempt, CallResult::Success, now);
     }
     if !report.counts {
         return;
     }
     if !context.spares_upstream(is_elsewhere) {
-        outcome::report(context, attempt, CallResult::Failure, now);
+        outlier_detection::report(context, attempt, CallResult::Failure, now);
     } else if result.is_ok() {
-        outcome::report_probes(context, attempt, now);
+        outlier_detection::report_probes(context, attempt, now);
     }
 }
 
@@ -227,7 +172,7 @@ fn decide(
         true => rule.next(&summary, &upstream.pool.cluster.health.budget, now),
         false => rule.decide(&summary),
     };
-    if !matches!(decision, RetryDecision::RetryReason { .. }) {
+    if !matches!(decision, RetryDecision::Retry { .. }) {
         return decision;
     }
     // A request that the upstream has not seen is sent again in spite of the hop below, whatever the mode.
@@ -264,7 +209,7 @@ fn summary(
         is_abandoned: correlation::is_abandoned(context),
         is_marked_final: false,
         pushback: report.pushback,
-        is_replayable: retry.replay.as_ref()?.body.is_replayable(),
+        is_replayable: retry.is_replayable()?,
         left: left.saturating_sub(deadline::LEAST_FOR_ATTEMPT),
         random: fastrand::f64(),
     })
@@ -278,14 +223,12 @@ fn prepare(
     result: AttemptResult,
     report: &AttemptReport,
 ) -> AttemptResult {
-    retry.was_seen |= !report.is_unseen;
+    retry.note_seen(!report.is_unseen);
     if let Some(endpoint) = attempt.take_endpoint() {
-        retry.add_asked(endpoint.address.socket);
+        retry.add_attempted(endpoint.address.socket);
     }
-    if let Some(replay) = &retry.replay
-        && let Some(body) = replay.body.again(context.flow())
-    {
-        attempt.set_request(Request::from_parts(replay.head.clone(), body));
+    if let Some(request) = retry.request(context.flow()) {
+        attempt.set_request(request);
     }
     match result {
         Ok(response) => Ok(discard(context, attempt, response)),
@@ -338,7 +281,7 @@ fn drain_body(context: &RequestContext, attempt: &mut Attempt, mut body: Upstrea
 async fn back_off(context: &mut RequestContext, after: Duration) {
     if !after.is_zero() {
         let begun = Instant::now();
-        context.timer().limit(begun + after, std::future::pending::<()>()).await;
+        timeouts::within(context, begun + after, std::future::pending::<()>()).await;
         context.record_mut().annotations_mut().retry_wait += begun.elapsed();
     }
 }
@@ -354,7 +297,7 @@ fn record_no_retry(
     let is_failure = report.failure.is_some_and(|failure| context.route().retry.is_failure(failure));
     if is_failure && why != NoRetryReason::Off && why != NoRetryReason::NotAFailure {
         context.record_mut().annotations_mut().retry_withheld = Some(why.name());
-        context.telemetry().retry_withheld(context.route_owner(), why.name());
+        context.telemetry().retry_withheld(context.destination_name(), why.name());
     }
     if is_failure {
         let is_safe = context.is_idempotent() || report.is_unseen;
