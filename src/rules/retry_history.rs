@@ -1,8 +1,9 @@
-//! The calls whose tries were used up here a moment ago, so that the same failure is not retried again.
+//! Retry history: the calls whose retries were used up here in the last seconds, so that the same failure is not
+//! retried again.
 //!
-//! Retry in one place needs it where no sidecar carries the mark of a failure up through the app: the app calls once
-//! more under the same id, and the tries of this hop would multiply with its own. Told only of failures, and without any
-//! in the last seconds nobody who asks waits for a lock, so one is enough. Shared by all workers, bounded in time and size.
+//! `retryInOnePlace` needs it if no sidecar carries the proxy status of a failure through the app: the app repeats the
+//! call under the same id, and its attempts would multiply with those of this hop. Written only on failure; while it is
+//! empty, readers skip the lock, so one mutex is enough. Shared by all workers, bounded in time and size.
 
 use std::collections::{HashMap, VecDeque};
 use std::hash::BuildHasher;
@@ -18,37 +19,37 @@ use super::trace::{TraceKey, TraceKeys};
 /// How long a call is remembered.
 pub const REMEMBERED: Duration = Duration::from_secs(10);
 
-/// The most that is remembered; what was noted first goes first.
+/// Upper bound of remembered calls; the oldest is dropped first.
 pub const MOST: usize = 8192;
 
 type Call = (TraceKey, u64);
 
-/// The memory.
+/// The history.
 #[derive(Debug, Default)]
 pub struct RetryHistory {
     memory: Mutex<Memory>,
     hasher: RandomState,
-    /// False while there is nothing to remember: then nobody waits for the lock. Written under it.
+    /// False while the history is empty, so that readers skip the lock. Written under the lock.
     used: AtomicBool,
 }
 
 #[derive(Debug, Default)]
 struct Memory {
     last: HashMap<Call, Instant, RandomState>,
-    /// Each note once, in the order in which they came; a call noted again stands here again, and its older notes no longer
-    /// count. One for later holds up those behind it, which have their own time all the same.
+    /// Entries in the order of recording; recording a call again adds an entry and invalidates the older ones. An entry
+    /// for a later time delays the removal of those behind it, which expire by their own time all the same.
     notes: VecDeque<(Instant, Call)>,
 }
 
 impl RetryHistory {
-    /// What a call is and where it goes: its destination (the hash of that), its method, whom it asks there, and its path.
-    /// That one fails says nothing about what else belongs to the same trace.
+    /// Hash of destination, method, authority and path. A failure of one call says nothing about other calls of the
+    /// same trace.
     pub fn place(&self, destination: u64, method: &str, authority: &[u8], path: &str) -> u64 {
         self.hasher.hash_one((destination, method, authority, path))
     }
 
-    /// Remembers under each of these ids that the tries at a place were used up at `at`. That may be still
-    /// to come: until then nothing is known. What is forgotten meanwhile goes by `now`.
+    /// Records under each of these ids that the retries of a call were used up at `at`. Before that time, which may be
+    /// in the future, the call counts as unknown. Entries expire relative to `now`.
     pub fn note(&self, keys: TraceKeys, place: u64, at: Instant, now: Instant) {
         let mut memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
         for key in keys.iter() {
@@ -60,7 +61,7 @@ impl RetryHistory {
         self.used.store(true, Relaxed);
     }
 
-    /// Forgets what is known of a place under these ids, or would be later on.
+    /// Removes a call under these ids, including entries for a later time.
     pub fn forget(&self, keys: TraceKeys, place: u64) {
         if self.used.load(Relaxed) {
             let mut memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
@@ -74,12 +75,12 @@ impl RetryHistory {
         }
     }
 
-    /// Whether the tries at a place were used up, under any of these ids, less than [`REMEMBERED`] ago.
+    /// Whether the retries of a call were used up under any of these ids less than [`REMEMBERED`] ago.
     pub fn knows(&self, keys: TraceKeys, place: u64, now: Instant) -> bool {
         self.at(keys, place, now).is_some_and(|at| at <= now)
     }
 
-    /// When that was, or will be.
+    /// Time at which the retries were or will be used up.
     pub fn at(&self, keys: TraceKeys, place: u64, now: Instant) -> Option<Instant> {
         if !self.used.load(Relaxed) {
             return None;
@@ -118,7 +119,7 @@ mod tests {
         TraceKey::Trace(id).into()
     }
 
-    /// Something that has happened just now.
+    /// Records a failure of this instant.
     fn note(spent: &RetryHistory, keys: TraceKeys, now: Instant) {
         spent.note(keys, 7, now, now);
     }
@@ -201,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn once_all_is_forgotten_nobody_waits_for_the_lock_any_more() {
+    fn once_the_history_is_empty_readers_skip_the_lock() {
         let (spent, now) = (RetryHistory::default(), Instant::now());
         note(&spent, key(1), now);
         spent.note(key(2), 7, now + REMEMBERED, now);

@@ -1,4 +1,4 @@
-//! Tests of the shape of `rateLimit` and of its check.
+//! The values of `rateLimit` and their check.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 
@@ -103,7 +103,7 @@ fn what_calls_are_counted_by_is_shown_as_it_is_read() {
         ("x-api-key", "`header:x-api-key`"),
         ("headers:x-api-key", "`header:x-api-key`"),
         ("header: x-tenant", "`header:x-tenant`"),
-        ("header:Host", "at each that has one in `hosts`"),
+        ("header:Host", "at the destination that has this host"),
         ("header:", "like `header:x-api-key`"),
         ("header:no name", "like `header:x-api-key`"),
         ("ip", "`route`, `caller`"),
