@@ -190,7 +190,7 @@ mod tests {
     use std::cell::RefCell;
     use std::sync::Arc;
 
-    /// A mapping whose keys are all there, in line 7.
+    /// A mapping that has every key, in line 7.
     struct Anything(Position);
 
     impl DocumentNode for Anything {
@@ -211,7 +211,7 @@ mod tests {
         }
     }
 
-    /// Offers what it has, as the reader of policies does; serde_json insists on a mapping where a struct is asked for.
+    /// Visits with any value, as the reader of policies does; serde_json refuses all but a mapping for a struct.
     struct Offer(serde_json::Value);
 
     impl<'de> Deserializer<'de> for Offer {

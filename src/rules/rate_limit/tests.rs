@@ -62,7 +62,7 @@ fn what_is_neither_off_nor_a_mapping_comes_with_what_to_write() {
 }
 
 #[test]
-fn the_fields_that_a_reader_is_told_of_are_those_of_the_mapping() {
+fn the_list_of_keys_is_that_of_the_fields() {
     let schema = schemars::schema_for!(RateLimitSpec).to_value();
     let mut known: Vec<_> = schema["properties"].as_object().unwrap().keys().map(String::as_str).collect();
     let mut told = RateLimitSpec::KEYS.to_vec();
