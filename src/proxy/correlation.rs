@@ -128,7 +128,7 @@ fn tie(live: &RequestContext, head: &mut Parts) -> Option<Box<Correlated>> {
         }
         return Some(Box::new(Correlated { keys, ..Correlated::default() }));
     }
-    let (join, now) = (worker.inbounds.join(keys), live.patience.began);
+    let (join, now) = (worker.inbounds.correlate(keys), live.patience.began);
     let is_by_trace = matches!(join, Correlation::ByTrace(_));
     let late_at = if is_by_trace { None } else { worker.late.at(keys, LATE, now) };
     let joins = &worker.joins;
@@ -152,10 +152,10 @@ fn enter(live: &mut RequestContext, at: Instant) {
     let own = streams_until(live);
     let Some(ties) = &mut live.ties else { return };
     let at = at.checked_sub(reserve(at.saturating_duration_since(live.patience.began))).unwrap_or(at);
-    let entered = live.worker.inbounds.enter(ties.keys, at);
+    let entered = live.worker.inbounds.register(ties.keys, at);
     if live.patience.grpc {
         let inbound = Arc::clone(entered.inbound());
-        live.flow.when_it_streams(Box::new(move || inbound.lift(own)));
+        live.flow.when_it_streams(Box::new(move || inbound.set_deadline(own)));
     }
     ties.entered = Some(entered);
 }
@@ -164,7 +164,7 @@ fn enter(live: &mut RequestContext, at: Instant) {
 /// what the stream itself has.
 pub fn lift(live: &RequestContext) {
     if let Some(entered) = live.ties.as_ref().and_then(|ties| ties.entered.as_ref()) {
-        entered.inbound().lift(streams_until(live));
+        entered.inbound().set_deadline(streams_until(live));
     }
 }
 
@@ -215,7 +215,7 @@ impl ExternalDeadline {
 
 /// True if the tries of this request were used up here a moment ago: whoever sends it again has tried for us.
 pub fn is_spent(live: &RequestContext, now: Instant) -> bool {
-    live.worker.spent.knows(keys(live), place(live), now)
+    live.worker.spent.contains(keys(live), place(live), now)
 }
 
 /// The ids of a call. Where nothing ties it to others they are read only when it has failed.
@@ -243,7 +243,7 @@ pub fn is_abandoned(live: &RequestContext) -> bool {
 
 fn place(live: &RequestContext) -> u64 {
     let (destination, record) = (live.view.destination(live.destination()).id, &live.record);
-    live.worker.spent.place(destination, record.method().as_str(), record.authority(), record.path())
+    live.worker.spent.call_hash(destination, record.method().as_str(), record.authority(), record.path())
 }
 
 /// Whether a call that failed for good has used up any tries: not if it was turned away before its first one, nor if it
@@ -270,10 +270,10 @@ pub fn failed(live: &mut RequestContext, below: Option<&ProxyStatus>, is_final: 
     }
     let mark = ProxyStatus { is_final, at, ..ProxyStatus::default() };
     if let Some(causes) = live.ties.as_ref().and_then(|ties| ties.causes.as_ref()) {
-        causes.blame(&mark);
+        causes.record_status(&mark);
     }
     if mark.is_final && has_tried_out(live) {
-        live.worker.spent.note(keys(live), place(live), now, now);
+        live.worker.spent.record(keys(live), place(live), now, now);
     }
     live.mark = Some(Box::new(written(live, mark)));
 }
@@ -322,7 +322,7 @@ pub fn ended(live: &RequestContext, kind: LocalReplyKind, now: Instant) {
 
 /// What a failed call of the app has left for the answer to the inbound request that caused it.
 fn blamed(live: &RequestContext) -> Option<ProxyStatus> {
-    live.ties.as_ref()?.entered.as_ref()?.inbound().blamed()
+    live.ties.as_ref()?.entered.as_ref()?.inbound().recorded_status()
 }
 
 /// The same, for an answer that says that the app failed: the log names where that came from.

@@ -43,14 +43,14 @@ impl Correlated {
         }
         if let Some(at) = at {
             let is_as_good_as_over = at <= now + MOST_RESERVED;
-            late.note(self.keys, LATE, if is_as_good_as_over { now } else { at }, now);
+            late.record(self.keys, LATE, if is_as_good_as_over { now } else { at }, now);
         }
     }
 
     /// The app has answered. What it calls under these ids from now on may be what is left of this request, and no more of
     /// an earlier one that was too late.
     pub fn answered(&self, late: &RetryHistory) {
-        late.forget(self.keys, LATE);
+        late.remove(self.keys, LATE);
     }
 }
 

@@ -106,7 +106,7 @@ pub fn judge(live: &mut RequestContext, outcome: CallResult, now: Instant) {
     }
     let (Some(thresholds), Some(cluster)) = (&destination.breaker, live.cluster()) else { return };
     let is_one_well =
-        outcome == CallResult::Failure && destination.ejection.is_some() && cluster.health.group.is_one_well();
+        outcome == CallResult::Failure && destination.ejection.is_some() && cluster.health.group.has_well_member();
     let thresholds = if is_one_well { thresholds.by_share_alone() } else { *thresholds };
     let change = match trial.destination {
         BreakerTurn::None => None,
@@ -117,7 +117,7 @@ pub fn judge(live: &mut RequestContext, outcome: CallResult, now: Instant) {
     breaker_changed(telemetry, cluster, &change, now);
     if change.to == BreakerState::Open && was_in && !is_one_well {
         // Those that are in fail, so a probe to them alone would not find out that others are well again.
-        drop(cluster.health.group.hurry(now));
+        drop(cluster.health.group.end_first_ejection(now));
     }
 }
 

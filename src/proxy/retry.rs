@@ -88,7 +88,7 @@ async fn again(live: &mut RequestContext, pool: &Rc<Pool>, tried: Tried) -> Cont
     let report = AttemptReport::of(live, pool, &tried);
     judge(live, &report, &tried, now);
     let (stands, why) = match decide(live, &report, now) {
-        RetryDecision::RetryReason { after } => {
+        RetryDecision::Retry { after } => {
             let stands = prepare(live, tried, &report);
             pause(live, after).await;
             if !correlation::is_abandoned(live) {
@@ -223,7 +223,7 @@ fn decide(live: &mut RequestContext, report: &AttemptReport, now: Instant) -> Re
         true => live.route().retry.next(&seen, &health.budget, now),
         false => live.route().retry.decide(&seen),
     };
-    if !matches!(decision, RetryDecision::RetryReason { .. }) {
+    if !matches!(decision, RetryDecision::Retry { .. }) {
         return decision;
     }
     // Who has seen nothing of it gets it again in spite of the mark, whatever the mode.

@@ -224,12 +224,12 @@ impl EjectionGroup {
     }
 
     /// Whether an active member has answered since its last failure, so that the failures are those of single members.
-    pub fn is_one_well(&self) -> bool {
+    pub fn has_well_member(&self) -> bool {
         self.present().iter().any(|member| member.breaker.is_closed() && member.breaker.consecutive() == 0)
     }
 
     /// All active members fail: ends the ejection of the member whose ejection would end first, and returns it.
-    pub fn hurry(&self, now: Instant) -> Option<Arc<EjectionMember>> {
+    pub fn end_first_ejection(&self, now: Instant) -> Option<Arc<EjectionMember>> {
         let present = self.present();
         let waits = |member: &&Arc<EjectionMember>| member.breaker.retry_after(now);
         // A half-open member already waits for its probe; nothing makes that faster.
@@ -438,25 +438,25 @@ mod tests {
         let start = Instant::now();
         let (group, members) = group(start, 2);
         eject(&members[0], start);
-        assert!(group.is_one_well());
+        assert!(group.has_well_member());
         call(&members[1], CallResult::Failure, start);
-        assert!(!group.is_one_well());
+        assert!(!group.has_well_member());
         call(&members[1], CallResult::Success, start);
-        assert!(group.is_one_well());
+        assert!(group.has_well_member());
     }
 
     #[test]
     fn the_ejection_that_would_end_first_can_be_ended_at_once() {
         let start = Instant::now();
         let (group, members) = group(start, 3);
-        assert!(group.hurry(start).is_none(), "no member is ejected");
+        assert!(group.end_first_ejection(start).is_none(), "no member is ejected");
         eject(&members[1], start);
         eject(&members[0], start + Duration::from_secs(1));
         let now = start + Duration::from_secs(2);
-        assert_eq!(group.hurry(now).map(|one| one.address()), Some(address(1)));
+        assert_eq!(group.end_first_ejection(now).map(|one| one.address()), Some(address(1)));
         assert!(members[1].is_due(now) && !members[0].is_due(now));
-        assert_eq!(group.hurry(now).map(|one| one.address()), Some(address(0)));
-        assert!(group.hurry(now).is_none());
+        assert_eq!(group.end_first_ejection(now).map(|one| one.address()), Some(address(0)));
+        assert!(group.end_first_ejection(now).is_none());
         let Admission::Probe { change, .. } = members[1].admit(&TWO, now) else { panic!("no probe") };
         assert_eq!(change.map(|change| change.cause.as_str()), Some("no_other_well"));
     }
@@ -469,7 +469,7 @@ mod tests {
         let later = start + TWO.open_for;
         let Admission::Probe { probe: _hangs, .. } = members[0].admit(&TWO, later) else { panic!("no probe") };
         eject(&members[1], later);
-        assert_eq!(group.hurry(later).map(|one| one.address()), Some(address(1)));
+        assert_eq!(group.end_first_ejection(later).map(|one| one.address()), Some(address(1)));
     }
 
     #[test]

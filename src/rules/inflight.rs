@@ -94,7 +94,7 @@ impl InboundRequest {
 
     /// Replaces the deadline: the request has turned out to be a stream, so the timeout of a unary call does not apply
     /// to it or to its outbound calls.
-    pub fn lift(&self, deadline: Option<Instant>) {
+    pub fn set_deadline(&self, deadline: Option<Instant>) {
         *self.deadline.lock().unwrap_or_else(PoisonError::into_inner) = deadline;
     }
 
@@ -106,14 +106,14 @@ impl InboundRequest {
     /// Stores the proxy status of a failed outbound call, replacing an earlier one.
     ///
     /// "Unsent" is not stored: it is about the outbound call, while this request did reach its app.
-    pub fn blame(&self, mark: &ProxyStatus) {
+    pub fn record_status(&self, mark: &ProxyStatus) {
         let mark = ProxyStatus { is_unsent: false, is_limited: false, ..mark.clone() };
         *self.blamed.lock().unwrap_or_else(PoisonError::into_inner) = Some(mark);
     }
 
     /// Proxy status of the last failed outbound call. A later success of another call does not clear it: the app's
     /// response shows whether the failure mattered.
-    pub fn blamed(&self) -> Option<ProxyStatus> {
+    pub fn recorded_status(&self) -> Option<ProxyStatus> {
         self.blamed.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
@@ -131,7 +131,7 @@ impl InflightRequests {
 
     /// Registers a request under each of its ids. Without room under an id, it cannot be found by that id; it still
     /// counts as in progress, so another request is not taken for the only one.
-    pub fn enter(self: &Arc<Self>, keys: TraceKeys, deadline: Instant) -> InflightGuard {
+    pub fn register(self: &Arc<Self>, keys: TraceKeys, deadline: Instant) -> InflightGuard {
         let deadline = Mutex::new(Some(deadline));
         let inbound = Arc::new(InboundRequest { deadline, blamed: Mutex::default(), abandoned: AtomicBool::default() });
         let mut slots = [None, None];
@@ -151,7 +151,7 @@ impl InflightRequests {
     }
 
     /// Parent requests of an outbound call with these ids. The trace id is looked up before the request id.
-    pub fn join(&self, keys: TraceKeys) -> Correlation {
+    pub fn correlate(&self, keys: TraceKeys) -> Correlation {
         let in_flight = self.in_flight();
         if in_flight == 0 {
             return Correlation::NoInbound;
@@ -251,8 +251,8 @@ impl ParentRequests {
     }
 
     /// Stores the proxy status of a failed outbound call at each of them.
-    pub fn blame(&self, mark: &ProxyStatus) {
-        self.iter().for_each(|inbound| inbound.blame(mark));
+    pub fn record_status(&self, mark: &ProxyStatus) {
+        self.iter().for_each(|inbound| inbound.record_status(mark));
     }
 
     /// Each of them.
@@ -336,18 +336,18 @@ mod tests {
     #[test]
     fn a_call_is_joined_by_its_id() {
         let table = InflightRequests::new();
-        let (one, _two) = (table.enter(trace(1), later(100)), table.enter(trace(2), later(200)));
-        let join = table.join(trace(1));
+        let (one, _two) = (table.register(trace(1), later(100)), table.register(trace(2), later(200)));
+        let join = table.correlate(trace(1));
         assert!(matches!(join, Correlation::ByTrace(_)));
         assert_eq!(join.deadline(), one.inbound().deadline());
-        assert!(matches!(table.join(trace(3)), Correlation::NotJoined));
-        assert!(matches!(table.join(TraceKeys::default()), Correlation::NotJoined));
+        assert!(matches!(table.correlate(trace(3)), Correlation::NotJoined));
+        assert!(matches!(table.correlate(TraceKeys::default()), Correlation::NotJoined));
     }
 
     #[test]
     fn either_of_two_ids_is_enough() {
         let table = InflightRequests::new();
-        let (one, two) = (table.enter(both(1), later(100)), table.enter(both(2), later(200)));
+        let (one, two) = (table.register(both(1), later(100)), table.register(both(2), later(200)));
         for key in both(2).iter() {
             let causes = table.find(key).unwrap();
             assert!(Arc::ptr_eq(causes.iter().next().unwrap(), two.inbound()));
@@ -359,35 +359,35 @@ mod tests {
     #[test]
     fn a_call_without_an_id_belongs_to_the_only_request_there_is() {
         let table = InflightRequests::new();
-        assert!(matches!(table.join(trace(1)), Correlation::NoInbound));
+        assert!(matches!(table.correlate(trace(1)), Correlation::NoInbound));
         for keys in [TraceKeys::default(), both(1)] {
-            let only = table.enter(keys, later(100));
+            let only = table.register(keys, later(100));
             for call in [TraceKeys::default(), trace(9)] {
-                let join = table.join(call);
+                let join = table.correlate(call);
                 assert!(matches!(join, Correlation::OnlyOne(_)), "{join:?}");
                 assert_eq!(join.deadline(), only.inbound().deadline());
             }
-            let second = table.enter(TraceKeys::default(), later(100));
-            assert!(matches!(table.join(trace(9)), Correlation::NotJoined));
+            let second = table.register(TraceKeys::default(), later(100));
+            assert!(matches!(table.correlate(trace(9)), Correlation::NotJoined));
             drop(second);
-            assert!(matches!(table.join(trace(9)), Correlation::OnlyOne(_)));
+            assert!(matches!(table.correlate(trace(9)), Correlation::OnlyOne(_)));
         }
-        assert!(matches!(table.join(trace(1)), Correlation::NoInbound));
+        assert!(matches!(table.correlate(trace(1)), Correlation::NoInbound));
     }
 
     #[test]
     fn of_several_with_one_id_the_latest_deadline_holds_and_each_gets_the_status() {
         let table = InflightRequests::new();
-        let mut requests: Vec<_> = [100, 300, 200].map(|millis| table.enter(trace(1), later(millis))).into();
+        let mut requests: Vec<_> = [100, 300, 200].map(|millis| table.register(trace(1), later(millis))).into();
         let causes = table.find(TraceKey::Trace(1)).unwrap();
         assert_eq!(causes.deadline(), requests[1].inbound().deadline());
-        causes.blame(&failed("bank"));
-        assert!(requests.iter().all(|one| one.inbound().blamed().is_some()));
+        causes.record_status(&failed("bank"));
+        assert!(requests.iter().all(|one| one.inbound().recorded_status().is_some()));
         let latest = requests.remove(1);
         drop(latest);
-        assert_eq!(table.join(trace(1)).deadline(), requests[1].inbound().deadline());
+        assert_eq!(table.correlate(trace(1)).deadline(), requests[1].inbound().deadline());
         requests.remove(1);
-        assert_eq!(table.join(trace(1)).deadline(), requests[0].inbound().deadline());
+        assert_eq!(table.correlate(trace(1)).deadline(), requests[0].inbound().deadline());
         requests.clear();
         assert!(is_empty(&table));
     }
@@ -395,20 +395,20 @@ mod tests {
     #[test]
     fn a_stream_among_those_with_one_id_lifts_their_deadline() {
         let table = InflightRequests::new();
-        let requests: Vec<_> = [100, 300].map(|millis| table.enter(trace(1), later(millis))).into();
+        let requests: Vec<_> = [100, 300].map(|millis| table.register(trace(1), later(millis))).into();
         for stream in &requests {
             let own = stream.inbound().deadline();
-            stream.inbound().lift(None);
-            assert_eq!(table.join(trace(1)).deadline(), None);
-            stream.inbound().lift(own);
+            stream.inbound().set_deadline(None);
+            assert_eq!(table.correlate(trace(1)).deadline(), None);
+            stream.inbound().set_deadline(own);
         }
-        assert_eq!(table.join(trace(1)).deadline(), requests[1].inbound().deadline());
+        assert_eq!(table.correlate(trace(1)).deadline(), requests[1].inbound().deadline());
     }
 
     #[test]
     fn calls_are_abandoned_once_each_request_that_may_have_caused_them_is() {
         let table = InflightRequests::new();
-        let requests = [100, 300].map(|millis| table.enter(trace(1), later(millis)));
+        let requests = [100, 300].map(|millis| table.register(trace(1), later(millis)));
         let causes = table.find(TraceKey::Trace(1)).unwrap();
         for one in requests {
             assert!(!causes.are_abandoned());
@@ -420,18 +420,18 @@ mod tests {
     #[test]
     fn the_last_blame_stays_and_never_says_unsent() {
         let table = InflightRequests::new();
-        let request = table.enter(trace(1), later(100));
-        assert_eq!(request.inbound().blamed(), None);
-        request.inbound().blame(&failed("bank"));
-        request.inbound().blame(&failed("stock"));
+        let request = table.register(trace(1), later(100));
+        assert_eq!(request.inbound().recorded_status(), None);
+        request.inbound().record_status(&failed("bank"));
+        request.inbound().record_status(&failed("stock"));
         let expected = ProxyStatus { is_final: true, at: Some("stock".into()), ..ProxyStatus::default() };
-        assert_eq!(request.inbound().blamed(), Some(expected));
+        assert_eq!(request.inbound().recorded_status(), Some(expected));
     }
 
     #[test]
     fn the_table_is_bounded_in_all_and_per_id() {
         let table = InflightRequests::new();
-        let requests: Vec<_> = (0..=MOST as u128).map(|id| table.enter(trace(id + 1), later(100))).collect();
+        let requests: Vec<_> = (0..=MOST as u128).map(|id| table.register(trace(id + 1), later(100))).collect();
         assert_eq!(table.in_flight(), MOST + 1);
         assert!(table.find(TraceKey::Trace(MOST as u128)).is_some());
         assert!(table.find(TraceKey::Trace(MOST as u128 + 1)).is_none());
@@ -440,7 +440,7 @@ mod tests {
         let room: usize = table.shards.iter().map(|shard| shard.lock().unwrap().capacity()).sum();
         assert!(room <= SHARDS * ROOM, "room for {room} is kept");
 
-        let same: Vec<_> = (0..=MOST_PER_KEY).map(|_| table.enter(trace(1), later(100))).collect();
+        let same: Vec<_> = (0..=MOST_PER_KEY).map(|_| table.register(trace(1), later(100))).collect();
         assert_eq!(table.find(TraceKey::Trace(1)).unwrap().iter().count(), MOST_PER_KEY);
         drop(same);
         assert!(is_empty(&table));
@@ -455,12 +455,14 @@ mod tests {
                 let table = &table;
                 scope.spawn(move || {
                     for round in 0..2_000_u128 {
-                        let shared = table.enter(trace(1 + round % 7), later(50));
+                        let shared = table.register(trace(1 + round % 7), later(50));
                         let keys = trace(1_000_000 * (thread + 1) + round);
-                        let own = table.enter(keys, later(100));
-                        let Correlation::ByTrace(causes) = table.join(keys) else { panic!("its own is not found") };
+                        let own = table.register(keys, later(100));
+                        let Correlation::ByTrace(causes) = table.correlate(keys) else {
+                            panic!("its own is not found")
+                        };
                         assert!(causes.iter().all(|one| Arc::ptr_eq(one, own.inbound())));
-                        causes.blame(&failed("bank"));
+                        causes.record_status(&failed("bank"));
                         drop(shared);
                     }
                 });

@@ -80,7 +80,7 @@ pub struct AttemptSummary {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RetryDecision {
     /// Send the request again.
-    RetryReason {
+    Retry {
         /// Wait before the next attempt.
         after: Duration,
     },
@@ -129,7 +129,7 @@ impl Retry {
     /// it is the first that an upstream gets.
     pub fn next(&self, seen: &AttemptSummary, budget: &RetryBudget, now: Instant) -> RetryDecision {
         let decision = self.decide(seen);
-        let costs = matches!(decision, RetryDecision::RetryReason { .. }) && seen.failure != AttemptFailure::Unsent;
+        let costs = matches!(decision, RetryDecision::Retry { .. }) && seen.failure != AttemptFailure::Unsent;
         if costs && !budget.try_spend(&self.budget, now) {
             return RetryDecision::Stop(NoRetryReason::RetryBudget);
         }
@@ -141,7 +141,7 @@ impl Retry {
         match self.reason_against(seen) {
             Some(why) => RetryDecision::Stop(why),
             None => match self.wait(seen) {
-                after if after < seen.left => RetryDecision::RetryReason { after },
+                after if after < seen.left => RetryDecision::Retry { after },
                 _ => RetryDecision::Stop(NoRetryReason::Deadline),
             },
         }

@@ -38,14 +38,14 @@ fn seen(failure: AttemptFailure) -> AttemptSummary {
 }
 
 fn again(after: u64) -> RetryDecision {
-    RetryDecision::RetryReason { after: millis(after) }
+    RetryDecision::Retry { after: millis(after) }
 }
 
 #[test]
 fn each_failure_is_retried_if_the_policy_names_it() {
     use AttemptFailure::{Grpc, Refused, Reset, Status, Timeout, Unsent};
     use RetryDecision::Stop;
-    let half_of_the_base = RetryDecision::RetryReason { after: Duration::from_micros(12_500) };
+    let half_of_the_base = RetryDecision::Retry { after: Duration::from_micros(12_500) };
     let table = [
         (Status(200), Stop(NoRetryReason::NotAFailure)),
         (Status(404), Stop(NoRetryReason::NotAFailure)),
@@ -249,7 +249,7 @@ fn the_wait_doubles_up_to_its_maximum_and_is_a_random_part_of_that() {
         for (random, wanted) in [(0.0, 0.0), (0.5, 0.5), (0.999, 0.999), (7.0, 1.0), (f64::NAN, 1.0), (-1.0, 1.0)] {
             let decision = retry.decide(&AttemptSummary { tries, random, ..seen(AttemptFailure::Reset) });
             let after = Duration::from_micros(most * 1000).mul_f64(wanted);
-            assert_eq!(decision, RetryDecision::RetryReason { after }, "try {tries}, random {random}");
+            assert_eq!(decision, RetryDecision::Retry { after }, "try {tries}, random {random}");
         }
     }
 }
@@ -272,7 +272,7 @@ fn the_budget_is_checked_last_and_not_charged_for_an_unsent_call() {
         assert_eq!(retry.next(&seen(AttemptFailure::Unsent), &budget, now), again(0));
     }
     for _ in 0..10 {
-        assert!(matches!(retry.next(&seen(AttemptFailure::Reset), &budget, now), RetryDecision::RetryReason { .. }));
+        assert!(matches!(retry.next(&seen(AttemptFailure::Reset), &budget, now), RetryDecision::Retry { .. }));
     }
     assert_eq!(retry.next(&seen(AttemptFailure::Reset), &budget, now), RetryDecision::Stop(NoRetryReason::RetryBudget));
     assert_eq!(
