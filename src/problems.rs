@@ -1,8 +1,8 @@
-//! What is wrong with a document, and where: problems, the cursor that finds their place, and their rendering.
+//! Problems of documents: errors and warnings with their position, the cursor that finds positions, and the rendering.
 //!
-//! A check walks a document with an [`Cursor`]. Whatever it reports lands in one [`Problems`] with file, line, column, byte
-//! range and path, so that all problems of all files come out together. The only file that uses annotate-snippets.
-//! It knows no document format: a parsed document shows itself through [`DocumentNode`].
+//! A check walks a document with a [`Cursor`]. Its reports go to one [`Problems`] with file, line, column, byte range
+//! and path, so that the problems of all files are reported together. The only file that uses annotate-snippets.
+//! Independent of the document format: a parsed document implements [`DocumentNode`].
 
 use std::borrow::Cow;
 use std::cell::RefCell;
@@ -13,22 +13,23 @@ use std::sync::Arc;
 
 use annotate_snippets::{AnnotationKind, Level, Renderer, Snippet};
 
-/// More problems than this are counted, not kept: nobody reads further, and a hostile file must not fill the memory.
+/// Upper bound of kept problems per severity; further ones are only counted, so that a hostile file does not fill the
+/// memory.
 const KEPT: usize = 200;
 
-/// Where an effective value comes from. Shows as `built in` or `policy.yaml:12`.
+/// Origin of an effective value. Displays as `built in` or `policy.yaml:12`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Origin {
-    /// hopguard's own default.
+    /// Default of hopguard.
     BuiltIn,
-    /// Written in a document.
+    /// Entry of a document.
     Line {
         /// The file's name as the user gave it.
         file: Arc<str>,
         /// Counted from 1.
         line: u32,
     },
-    /// Said by a request; who, in words.
+    /// Field of a request; the sender, in words.
     Request(&'static str),
 }
 
@@ -42,20 +43,20 @@ impl fmt::Display for Origin {
     }
 }
 
-/// An effective value and where it comes from.
+/// An effective value and its origin.
 ///
-/// Equality and hash look at the value only: a value that moved to another line is unchanged, and what depends on it
-/// (a limit's counters, a pool) must not be rebuilt for it.
+/// Equality and hash use only the value: a value that moved to another line is unchanged, and state that depends on it
+/// (a limit's counters, a pool) is not rebuilt.
 #[derive(Debug, Clone)]
 pub struct Sourced<T> {
     /// The value in force.
     pub value: T,
-    /// Who said so.
+    /// Origin of the value.
     pub origin: Origin,
 }
 
 impl<T> Sourced<T> {
-    /// A value that no document changed.
+    /// The default, unchanged by a document.
     pub const fn built_in(value: T) -> Self {
         Self { value, origin: Origin::BuiltIn }
     }
@@ -75,15 +76,15 @@ impl<T: std::hash::Hash> std::hash::Hash for Sourced<T> {
     }
 }
 
-/// An old word in a document, and the word to write instead.
+/// Warning about a deprecated word, with the word to write instead.
 pub fn old_word(old: &str, new: &str) -> InvalidValue {
     InvalidValue::new(format!("`{old}` is the old word for `{new}`"), format!("write `{new}`"))
 }
 
-/// Why a single value was refused, before its place is known: what is wrong, and what to write instead.
+/// Why a value was refused, before its position is known: what is wrong, and what to write instead.
 ///
-/// Shows as the message, then the hint on a line of its own. A document reader relies on that form to tell the two
-/// apart again, because a serde error carries nothing but text.
+/// Displays as the message, then the hint on a line of its own. A document reader splits the two again, because a serde
+/// error carries only text.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct InvalidValue {
     /// What is wrong; one line.
@@ -93,7 +94,7 @@ pub struct InvalidValue {
 }
 
 impl InvalidValue {
-    /// A fault with a hint.
+    /// A refusal with a hint.
     pub fn new(message: impl Into<String>, hint: impl Into<String>) -> Self {
         Self { message: message.into(), hint: Some(hint.into()) }
     }
@@ -108,48 +109,48 @@ impl fmt::Display for InvalidValue {
 
 impl std::error::Error for InvalidValue {}
 
-/// A piece of a document's text.
+/// A range in the text of a document.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Default)]
 pub struct Position {
     /// Bytes from the start of the document.
     pub span: Range<usize>,
-    /// Counted from 1; 0 where a whole file is meant.
+    /// Counted from 1; 0 for a whole file.
     pub line: u32,
-    /// Counted from 1, in characters; 0 where a whole file is meant.
+    /// Counted from 1, in characters; 0 for a whole file.
     pub column: u32,
 }
 
-/// What a step down in a document leads to.
+/// Child of a document node.
 #[derive(Clone, Copy)]
 pub struct ChildNode<'a> {
-    /// The key's place, for an entry of a mapping.
+    /// Position of the key, for an entry of a mapping.
     pub key: Option<&'a Position>,
-    /// The index in the text, for an element of a list.
+    /// Index in the text, for an element of a list.
     pub index: usize,
-    /// What is there.
+    /// The child itself.
     pub spot: &'a dyn DocumentNode,
 }
 
-/// A node of a parsed document, as far as a cursor must know it.
+/// Interface of a document node for a cursor.
 pub trait DocumentNode {
-    /// An entry of a mapping. Also finds one that the reader refused.
+    /// An entry of a mapping, also a refused one.
     fn entry(&self, key: &str) -> Option<ChildNode<'_>>;
-    /// The element that stands at this index among those that the reader accepted.
+    /// The element with this index among the accepted ones.
     fn item(&self, index: usize) -> Option<ChildNode<'_>>;
-    /// How many elements or entries the text has here, those that the reader refused included; 0 for a single value.
+    /// Number of elements or entries in the text, including refused ones; 0 for a single value.
     fn size(&self) -> usize;
-    /// Where the node stands.
+    /// Position of the node.
     fn place(&self) -> &Position;
-    /// Whether the node is a single value, and so can be marked as a whole.
+    /// Whether the node is a single value, which is marked as a whole.
     fn is_scalar(&self) -> bool;
 }
 
-/// How bad a problem is.
+/// Severity of a problem.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Severity {
     /// The document cannot be used.
     Error,
-    /// The document is used as it is.
+    /// The document can be used.
     Warning,
 }
 
@@ -163,16 +164,16 @@ impl Severity {
     }
 }
 
-/// One error or warning, with its place in a document.
+/// One error or warning, with its position in a document.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Problem {
-    /// Whether the document can be used nevertheless.
+    /// Error or warning.
     pub severity: Severity,
     /// The file's name as the user gave it.
     pub file: Arc<str>,
-    /// Line, column and bytes; line 0 where the file as a whole is meant.
+    /// Line, column and bytes; line 0 for a whole file.
     pub place: Position,
-    /// Where in the document, like `destinations[2].timeouts.request`; empty where the file as a whole is meant.
+    /// Path in the document, like `destinations[2].timeouts.request`; empty for a whole file.
     pub path: String,
     /// What is wrong and what is allowed; one line.
     pub message: String,
@@ -180,7 +181,7 @@ pub struct Problem {
     pub hint: Option<String>,
 }
 
-/// The texts that problems point into, by file name.
+/// Texts of documents by file name, for the rendering of problems.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Sources(Vec<Source>);
 
@@ -191,23 +192,23 @@ struct Source {
 }
 
 impl Sources {
-    /// Keeps a file's text for rendering.
+    /// Adds the text of a file.
     pub fn add(&mut self, file: Arc<str>, text: String) {
         self.0.push(Source { file, text });
     }
 
-    /// The text of a file; empty for a file that could not be read.
+    /// Text of a file; empty if it could not be read.
     pub fn text(&self, file: &str) -> &str {
         self.0.iter().find(|source| &*source.file == file).map_or("", |source| &source.text)
     }
 
-    /// The files, in the order in which they were read.
+    /// The files, in reading order.
     pub fn files(&self) -> impl Iterator<Item = &Arc<str>> {
         self.0.iter().map(|source| &source.file)
     }
 }
 
-/// All errors and warnings, over all files.
+/// Errors and warnings of all files.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Problems {
     kept: Vec<Problem>,
@@ -217,7 +218,7 @@ pub struct Problems {
 }
 
 impl Problems {
-    /// Adds one, or only counts it when there are very many of its severity already.
+    /// Adds a problem, or only counts it above the bound of its severity.
     pub fn push(&mut self, problem: Problem) {
         let severity = problem.severity;
         if self.kept.iter().filter(|kept| kept.severity == severity).count() < KEPT {
@@ -230,17 +231,17 @@ impl Problems {
         }
     }
 
-    /// Whether there is neither an error nor a warning.
+    /// Whether there is no problem at all.
     pub fn is_empty(&self) -> bool {
         self.kept.is_empty()
     }
 
-    /// Whether there is an error: the documents cannot be used.
+    /// Whether there is an error, so that the documents cannot be used.
     pub fn has_errors(&self) -> bool {
         self.kept.iter().any(|problem| problem.severity == Severity::Error)
     }
 
-    /// How many there are, those that were only counted included.
+    /// Number of problems, including those that were only counted.
     pub fn len(&self) -> usize {
         self.kept.len() + self.more_errors + self.more_warnings
     }
@@ -253,7 +254,7 @@ impl Problems {
         more + self.kept.iter().filter(|problem| problem.severity == severity).count()
     }
 
-    /// How many there are, in words: `2 problems`, `1 problem or more, 1 warning`.
+    /// Number of problems in words: `2 problems`, `1 problem or more, 1 warning`.
     pub fn count(&self) -> String {
         let counted = |count: usize, word: &str| format!("{count} {word}{}", if count == 1 { "" } else { "s" });
         let more = if self.is_cut { " or more" } else { "" };
@@ -264,13 +265,13 @@ impl Problems {
         }
     }
 
-    /// Those that were kept: in reading order after [`Problems::sort`].
+    /// The kept problems: in reading order after [`Problems::sort`].
     pub fn iter(&self) -> impl Iterator<Item = &Problem> {
         self.kept.iter()
     }
 
-    /// Brings them into reading order: file by file, top to bottom. A mistake under an anchor, which each alias has met
-    /// again, is left there once.
+    /// Sorts into reading order: file by file, top to bottom. A mistake below an anchor is reported by each alias; one
+    /// of these reports is kept.
     pub fn sort(&mut self) {
         self.kept.sort_by(|a, b| {
             let key = |p: &Problem| (p.place.line, p.place.column);
@@ -280,7 +281,7 @@ impl Problems {
         self.kept.retain(|p| seen.insert((Arc::clone(&p.file), p.place.clone(), p.message.clone(), p.hint.clone())));
     }
 
-    /// Each problem with its line of source, the value marked, and the hint; as rustc prints its own.
+    /// Each problem with its line of source, the value marked, and the hint, in the form of rustc.
     pub fn render(&self, sources: &Sources, colour: bool) -> String {
         let renderer = if colour { Renderer::styled() } else { Renderer::plain() };
         let mut out = String::new();
@@ -298,13 +299,13 @@ impl Problems {
         out
     }
 
-    /// One JSON object a line, as of [`Problem::to_json`].
+    /// One JSON object per line; see [`Problem::to_json`].
     pub fn to_json(&self) -> String {
         self.kept.iter().map(|problem| format!("{}\n", problem.to_json())).collect()
     }
 }
 
-/// Warnings about documents that are used, and the texts to show them in.
+/// Warnings about a policy that is used, and the texts for their rendering.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Warnings {
     /// In reading order.
@@ -320,7 +321,7 @@ impl Warnings {
     }
 }
 
-/// The short form, for a log line: place and message of the first error, and how many more problems there are.
+/// The short form, for a log line: position and message of the first error, and the number of other problems.
 impl fmt::Display for Problems {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let is_error = |problem: &&Problem| problem.severity == Severity::Error;
@@ -379,7 +380,7 @@ impl Problem {
         }])
     }
 
-    /// The bytes to mark: the first line of the place, and always within the text, whatever the parser said.
+    /// The bytes to mark: the first line of the position, clamped to the text.
     fn marked(&self, text: &str) -> Range<usize> {
         let mut start = self.place.span.start.min(text.len());
         while !text.is_char_boundary(start) {
@@ -392,7 +393,7 @@ impl Problem {
     }
 }
 
-/// A document's words go to a terminal: control characters in them must not.
+/// Escapes control characters, which must not reach a terminal from a document.
 fn printable(text: &str) -> Cow<'_, str> {
     if text.chars().any(char::is_control) { Cow::Owned(text.escape_debug().to_string()) } else { Cow::Borrowed(text) }
 }
@@ -404,9 +405,9 @@ enum Step<'a> {
     Index(usize),
 }
 
-/// A cursor in a document: knows the path that a check has walked, finds places, and takes reports.
+/// A cursor in a document: knows the path from the root, finds positions, and takes reports.
 ///
-/// A step to what is not in the document is fine: the cursor then stands at the nearest parent that is.
+/// A step to a missing entry is allowed: the position is then that of the nearest parent in the document.
 #[derive(Clone, Copy)]
 pub struct Cursor<'a> {
     file: &'a Arc<str>,
@@ -418,23 +419,23 @@ pub struct Cursor<'a> {
 }
 
 impl<'a> Cursor<'a> {
-    /// A cursor at the top of a document.
+    /// A cursor at the root of a document.
     pub fn root(file: &'a Arc<str>, spot: &'a dyn DocumentNode, problems: &'a RefCell<Problems>) -> Self {
         Self { file, problems, parent: None, step: Step::Root, key: None, spot: Some(spot) }
     }
 
-    /// The value behind a key.
+    /// The value of a key.
     pub fn key(&'a self, key: &'a str) -> Cursor<'a> {
         self.step(Step::Key(key), self.spot.and_then(|spot| spot.entry(key)))
     }
 
-    /// An element of a list; the index is that of the list as it was read, the path shows that of the text.
+    /// An element of a list; the index counts the accepted elements, the path shows the index in the text.
     pub fn index(&'a self, index: usize) -> Cursor<'a> {
         let found = self.spot.and_then(|spot| spot.item(index));
         self.step(Step::Index(found.map_or(index, |found| found.index)), found)
     }
 
-    /// A step that the caller has found himself: to `key`, or without one to the element of a list.
+    /// A step to a child that the caller has found: an entry with `key`, or an element of a list.
     pub fn found(&'a self, key: Option<&'a str>, found: ChildNode<'a>) -> Cursor<'a> {
         self.step(key.map_or(Step::Index(found.index), Step::Key), Some(found))
     }
@@ -444,17 +445,18 @@ impl<'a> Cursor<'a> {
         Cursor { parent: Some(self), step, key, spot, ..*self }
     }
 
-    /// Whether the document says anything here, be it good or already refused.
+    /// Whether the document has an entry here, accepted or refused.
     pub fn is_given(&self) -> bool {
         self.spot.is_some()
     }
 
-    /// How many elements or entries the document has here, good or refused.
+    /// Number of elements or entries in the document, accepted or refused.
     pub fn size(&self) -> usize {
         self.spot.map_or(0, DocumentNode::size)
     }
 
-    /// The value itself where it is a single one, else its key, else its first line, else the nearest parent.
+    /// Position of the value if it is a single one, else of its key, else of its first line, else of the nearest
+    /// parent.
     pub fn place(&self) -> &'a Position {
         match (self.spot, self.key, self.parent) {
             (Some(spot), _, _) if spot.is_scalar() => spot.place(),
@@ -465,37 +467,37 @@ impl<'a> Cursor<'a> {
         }
     }
 
-    /// File and line of this place.
+    /// File and line of the cursor.
     pub fn origin(&self) -> Origin {
         Origin::Line { file: Arc::clone(self.file), line: self.place().line }
     }
 
-    /// A value that was written here.
+    /// A value with the cursor's line as its origin.
     pub fn set<T>(&self, value: T) -> Sourced<T> {
         Sourced { value, origin: self.origin() }
     }
 
-    /// Reports an error in what stands here.
+    /// Reports an error in the value here.
     pub fn report(&self, message: impl Into<String>, hint: impl Into<String>) {
         self.report_fault(InvalidValue::new(message, hint));
     }
 
-    /// Reports an error in the value that stands here.
+    /// Reports an error in the value here.
     pub fn report_fault(&self, fault: InvalidValue) {
         self.push(Severity::Error, self.place(), fault);
     }
 
-    /// Reports an error in the key, not in its value.
+    /// Reports an error in the key instead of its value.
     pub fn report_key(&self, fault: InvalidValue) {
         self.push(Severity::Error, self.key_place(), fault);
     }
 
-    /// Warns of the value that stands here: it is taken as it is.
+    /// Warns about the value here, which is used as it is.
     pub fn warn(&self, warning: InvalidValue) {
         self.push(Severity::Warning, self.place(), warning);
     }
 
-    /// Warns of the key, not of its value.
+    /// Warns about the key instead of its value.
     pub fn warn_key(&self, warning: InvalidValue) {
         self.push(Severity::Warning, self.key_place(), warning);
     }
@@ -504,14 +506,14 @@ impl<'a> Cursor<'a> {
         self.key.unwrap_or_else(|| self.place())
     }
 
-    /// Reports that an entry is not here. Says nothing when the entry is here but was refused already.
+    /// Reports a missing entry. A refused entry is not missing.
     pub fn missing(&'a self, key: &'a str, hint: impl Into<String>) {
         if !self.key(key).is_given() {
             self.report(format!("`{key}` is missing"), hint);
         }
     }
 
-    /// The path walked so far, like `destinations[2].timeouts.request`.
+    /// Path from the root, like `destinations[2].timeouts.request`.
     pub fn path(&self) -> String {
         let mut path = self.parent.map_or_else(String::new, Cursor::path);
         match self.step {
@@ -523,12 +525,12 @@ impl<'a> Cursor<'a> {
         path
     }
 
-    /// Notes that the document is not read any further, although it may have more problems.
+    /// Records that the rest of the document is not read, although it may have more problems.
     pub fn give_up(&self) {
         self.problems.borrow_mut().is_cut = true;
     }
 
-    /// How many problems were reported so far, by whichever cursor of this check.
+    /// Number of problems reported so far, by all cursors of this check.
     pub fn reported(&self) -> usize {
         self.problems.borrow().len()
     }
@@ -539,10 +541,10 @@ impl<'a> Cursor<'a> {
     }
 }
 
-/// The candidate nearest to a word that was mistyped, if any is near enough to be meant.
+/// The most similar candidate for a mistyped word, if it is similar enough.
 pub fn near_miss<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     let word = word.to_lowercase();
-    // A third of the letters may differ; of two letters none, or every short name would be near every other.
+    // A third of the letters may differ; of two letters none, or every short name would be similar to every other.
     let allowed = |length: usize| (length / 3).max(usize::from(length > 2));
     candidates
         .into_iter()
@@ -567,7 +569,7 @@ mod tests {
     }
 
     #[test]
-    fn only_near_words_are_taken_for_a_slip() {
+    fn only_similar_words_are_suggested() {
         let words = ["request", "perTry", "connect", "to"];
         let table = [
             ("requests", Some("request")),

@@ -352,7 +352,7 @@ fn what_cannot_be_read_is_a_problem() {
 }
 
 #[test]
-fn a_pipe_in_a_folder_is_named_and_holds_nobody_up() {
+fn a_pipe_in_a_folder_is_named_and_does_not_block() {
     let folder = tempfile::tempdir().unwrap();
     fs::write(folder.path().join("a.yaml"), HEAD).unwrap();
     let made = std::process::Command::new("mkfifo").arg(folder.path().join("pipe")).status().unwrap();

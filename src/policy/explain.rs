@@ -1,4 +1,4 @@
-//! What holds for one call: which listener, destination and route it meets, and every effective value with its line.
+//! Explains one call: its listener, destination and route, and every effective value with its line.
 
 use std::fmt;
 
@@ -13,43 +13,43 @@ use crate::rules::layers;
 use crate::rules::mode::{Modes, RuleName};
 use crate::rules::rule::{Row, RowContext};
 
-/// What one call meets. Shows as a table for people.
+/// Explanation of one call. Displays as a table.
 #[derive(Debug)]
 pub struct Explanation<'a> {
-    /// Those through which the call can come; empty when no listener leads to the destination.
+    /// Listeners through which the call can come; empty if no listener leads to the destination.
     pub listeners: Vec<&'a Listener>,
-    /// Where it goes.
+    /// Destination of the call.
     pub destination: &'a Destination,
-    /// How it is treated.
+    /// Route of the call.
     pub route: &'a Route,
-    /// How strictly each rule is kept.
+    /// Modes of the rules.
     pub modes: &'a Modes,
-    /// When this was asked: faults have an end.
+    /// Time of the explanation, by which faults are over or not.
     pub now: Timestamp,
-    /// A CONNECT, which the destination sees nothing of.
+    /// The call is a CONNECT; the destination sees only bytes.
     pub is_tunnel: bool,
-    /// It asks for `https` where the destination gets plain text.
+    /// The call is for `https`, but the destination has no `tls`.
     pub is_exposed: bool,
 }
 
-/// Why there is nothing to explain.
+/// Why a call cannot be explained.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum ExplainError {
-    /// No method, or not one that HTTP allows.
-    #[error("`{0}` is no method; write one like GET, or GRPC for a gRPC call")]
+    /// The method is missing or malformed.
+    #[error("`{0}` is not a method; write one like GET, or GRPC for a gRPC call")]
     BadMethod(String),
-    /// Neither `http://HOST/PATH` nor `/PATH`.
-    #[error("`{0}` is no URL of a call; write one like http://payment/orders/1, or only the path")]
+    /// The URL is neither `http://HOST/PATH` nor `/PATH`.
+    #[error("`{0}` is not a URL; write one like http://payment/orders/1, or only the path")]
     BadUrl(String),
-    /// Not `HOST:PORT`.
-    #[error("`{0}` is nothing to CONNECT to; write a host and a port, like bank.example:443")]
+    /// The target is not `HOST:PORT`.
+    #[error("`{0}` is not a target of CONNECT; write a host and a port, like bank.example:443")]
     BadTunnel(String),
-    /// The policy leads such a call nowhere.
+    /// The policy has no destination for the call.
     #[error("no destination: {0}")]
     NoDestination(String),
 }
 
-/// A call to explain: `GRPC` as method stands for a POST with the content type of gRPC.
+/// A call to explain. The method `GRPC` stands for a POST with the content type of gRPC.
 #[derive(Debug)]
 pub struct Call {
     method: Method,
@@ -58,11 +58,11 @@ pub struct Call {
 }
 
 impl Call {
-    /// Reads method and URL; a URL without scheme and host is a path, one without scheme an authority, which is all that
-    /// CONNECT takes.
+    /// Parses method and URL. A URL without scheme and host is a path, one without scheme an authority, the only form
+    /// that CONNECT takes.
     ///
     /// # Errors
-    /// What is no method or no URL.
+    /// A malformed method or URL.
     pub fn parse(method: &str, url: &str, mut headers: HeaderMap) -> Result<Self, ExplainError> {
         let method = if method.eq_ignore_ascii_case("GRPC") {
             headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
@@ -79,14 +79,14 @@ impl Call {
     }
 }
 
-/// A target of CONNECT, by the same rules as those of a request.
+/// A target of CONNECT, with the checks of a request.
 fn read_tunnel(target: &str) -> Option<Uri> {
     let uri: Uri = target.parse().ok()?;
     let is_bare = uri.scheme().is_none() && uri.port_u16().is_some_and(|port| port > 0);
     (is_bare && !has_user(&uri)).then_some(uri)
 }
 
-/// A target of any other method, by the same rules as those of a request.
+/// A target of any other method, with the checks of a request.
 fn read_url(method: &Method, url: &str) -> Option<Uri> {
     if url == "*" {
         return (method == Method::OPTIONS).then(|| Uri::from_static("*"));
@@ -97,7 +97,7 @@ fn read_url(method: &Method, url: &str) -> Option<Uri> {
     (is_http && !has_user(&uri) && has_good_port(&uri)).then_some(uri)
 }
 
-/// Whether the port is one, where something is written for it.
+/// Whether the port, if there is one, is a number in range.
 fn has_good_port(uri: &Uri) -> bool {
     let Some(authority) = uri.authority() else { return true };
     let after = authority.as_str().strip_prefix(authority.host()).unwrap_or_default();
@@ -111,10 +111,10 @@ fn has_user(uri: &Uri) -> bool {
     uri.authority().is_some_and(|authority| authority.as_str().contains('@'))
 }
 
-/// Explains a call as it would be treated at `now`. A bare path is explained for each listener with `to`.
+/// Explains a call at time `now`. A path without a host is explained for each listener with `to`.
 ///
 /// # Errors
-/// That the policy leads the call nowhere.
+/// The policy has no destination for the call.
 pub fn explain<'a>(model: &'a Model, call: &Call, now: Timestamp) -> Result<Vec<Explanation<'a>>, ExplainError> {
     let targets = targets(model, call)?;
     let explanations = targets.into_iter().map(|Reached { destination, listeners }| {
@@ -135,7 +135,7 @@ pub fn explain<'a>(model: &'a Model, call: &Call, now: Timestamp) -> Result<Vec<
     Ok(explanations.collect())
 }
 
-/// A destination, and the listeners through which a call gets there.
+/// A destination, and the listeners that lead to it.
 struct Reached<'a> {
     destination: usize,
     listeners: Vec<&'a Listener>,
@@ -159,7 +159,7 @@ fn targets<'a>(model: &'a Model, call: &Call) -> Result<Vec<Reached<'a>>, Explai
     if is_tunnel && model.listeners.iter().all(|l| l.target != ListenerTarget::Forward) {
         return Err(ExplainError::NoDestination("CONNECT needs a listener with `forward: true`".into()));
     }
-    // Who writes the address of a listener asks for what stands behind it.
+    // A URL with the address of a listener means the destination of that listener.
     let port = call.uri.port_u16();
     let is_here = |l: &&Listener| {
         let same_address = host == l.bind.ip().to_string() || host == "localhost" || host.starts_with("127.");
@@ -177,12 +177,12 @@ fn targets<'a>(model: &'a Model, call: &Call) -> Result<Vec<Reached<'a>>, Explai
 }
 
 impl Explanation<'_> {
-    /// What the call meets: listeners, destination, route, and what is behind them.
+    /// The way of the call: listeners, destination, route, endpoints.
     pub fn way(&self) -> Vec<Row> {
         let Self { listeners, destination, route, .. } = self;
         let mut rows: Vec<Row> = listeners.iter().map(|l| listener_row(l)).collect();
         if rows.is_empty() {
-            rows.push(Row::bare("listener", "none leads here"));
+            rows.push(Row::bare("listener", "none for this destination"));
         }
         rows.push(Row::new("destination", &destination.name, &destination.origin));
         rows.push(Row::new("route", format!("{} ({})", route.name, route.matches), &route.origin));
@@ -196,7 +196,7 @@ impl Explanation<'_> {
         };
         rows.push(Row::bare("life", life));
         let endpoints: Vec<String> = destination.endpoints.iter().map(ToString::to_string).collect();
-        let there = if endpoints.is_empty() { "where the caller was going".into() } else { endpoints.join(", ") };
+        let there = if endpoints.is_empty() { "the host and port of the request".into() } else { endpoints.join(", ") };
         rows.push(Row::bare("endpoints", there));
         rows.push(Row::bare("protocol", destination.protocol.to_string()));
         if let Some(tls) = &destination.tls {
@@ -207,12 +207,12 @@ impl Explanation<'_> {
         rows
     }
 
-    /// Every effective value, rules that are not enforced first.
+    /// Every effective value; first the modes that are not `enforce`.
     pub fn values(&self) -> Vec<Row> {
         let Self { listeners, destination, route, modes, now, .. } = self;
         let is_inbound = !listeners.is_empty() && listeners.iter().all(|l| l.direction == Direction::Inbound);
         let seen = RowContext { now: *now, is_inbound };
-        let mut rows = weaker(modes);
+        let mut rows = not_enforced(modes);
         rows.extend(layers::rows(destination, route, &seen));
         rows.push(Row::time("connections.idle", &destination.connections.idle));
         rows.push(Row::shown("connections.maxIdle", &destination.connections.max_idle));
@@ -225,10 +225,10 @@ impl Explanation<'_> {
     }
 }
 
-/// The rules that are not enforced.
-fn weaker(modes: &Modes) -> Vec<Row> {
-    let weaker = RuleName::ALL.into_iter().filter(|rule| !modes.of(*rule).value.is_enforced());
-    weaker.map(|rule| Row::shown(format!("rules.{}", rule.key()), modes.of(rule))).collect()
+/// The modes that are not `enforce`.
+fn not_enforced(modes: &Modes) -> Vec<Row> {
+    let not_enforced = RuleName::ALL.into_iter().filter(|rule| !modes.of(*rule).value.is_enforced());
+    not_enforced.map(|rule| Row::shown(format!("rules.{}", rule.key()), modes.of(rule))).collect()
 }
 
 fn listener_row(l: &Listener) -> Row {

@@ -1,8 +1,8 @@
-//! Reads a policy from a file, or from a directory of files, into a checked model.
+//! Loads a policy from a file or a directory into a checked model.
 //!
-//! All problems of all files come out together, a file that cannot be read among them. A directory's files are those
-//! that end in `.yaml` or `.yml`, in the order of their names; folders and names that begin with a dot are skipped, so
-//! that a mounted ConfigMap (whose files are links through `..data`) is read once.
+//! The problems of all files are reported together, including files that cannot be read. The files of a directory are
+//! those that end in `.yaml` or `.yml`, in the order of their names; folders and names that begin with a dot are
+//! skipped, so that a mounted ConfigMap (whose files are links through `..data`) is read once.
 
 use std::cell::RefCell;
 use std::fmt;
@@ -18,15 +18,15 @@ use super::model::{Fnv, Model};
 use super::spec::PolicySpec;
 use crate::problems::{Cursor, Position, Problem, Problems, Severity, Sources, Warnings};
 
-/// A larger file is refused: etcd, and so a ConfigMap, ends here too.
+/// Larger files are refused; etcd, and so a ConfigMap, has the same limit.
 const LARGEST: u64 = 1 << 20;
 
-/// Why there is no model.
+/// Problems that prevent a model.
 #[derive(Debug, Clone)]
 pub struct LoadError {
-    /// Errors, at least one, and warnings, in reading order.
+    /// At least one error, and the warnings, in reading order.
     pub problems: Problems,
-    /// The texts, to show the problems in.
+    /// Texts of the files, for rendering.
     pub sources: Sources,
 }
 
@@ -49,7 +49,7 @@ impl LoadError {
 /// Loads a file or a directory.
 ///
 /// # Errors
-/// Everything that is wrong with it.
+/// All problems of the policy.
 pub fn load(path: &Path) -> Result<Model, LoadError> {
     let mut problems = Problems::default();
     let mut texts = Vec::new();
@@ -71,11 +71,11 @@ pub fn load(path: &Path) -> Result<Model, LoadError> {
     build(texts, problems)
 }
 
-/// Loads what a command line names: a file, a directory, or `-` for the standard input, in which relative paths are
+/// Loads a path of the command line: a file, a directory, or `-` for the standard input, in which relative paths are
 /// relative to the current directory.
 ///
 /// # Errors
-/// Everything that is wrong with it.
+/// All problems of the policy.
 pub fn load_given(path: &Path) -> Result<Model, LoadError> {
     let name = name_given(path);
     if name == path {
@@ -90,7 +90,7 @@ pub fn load_given(path: &Path) -> Result<Model, LoadError> {
     build(texts, problems)
 }
 
-/// What the problems of such a path are shown under.
+/// File name of such a path in problems.
 pub fn name_given(path: &Path) -> &Path {
     if path == Path::new("-") { Path::new("stdin") } else { path }
 }
@@ -98,13 +98,13 @@ pub fn name_given(path: &Path) -> &Path {
 /// Loads one policy from a text; relative paths in it are relative to the current directory.
 ///
 /// # Errors
-/// Everything that is wrong with it.
+/// All problems of the policy.
 pub fn load_str(name: &str, yaml: &str) -> Result<Model, LoadError> {
     build(vec![(PathBuf::from(name), yaml.to_owned())], Problems::default())
 }
 
-/// A number that is another one whenever a file's name or content is, also when something cannot be read: the cheap
-/// way to see that nothing changed.
+/// Hash of the names and contents of the files. It changes with each of them, also if a file cannot be read; a cheap
+/// check for changes.
 pub fn fingerprint(path: &Path) -> u64 {
     let mut state = Fnv(0xcbf2_9ce4_8422_2325);
     for file in files(path).unwrap_or_default() {
@@ -138,7 +138,7 @@ fn files(path: &Path) -> io::Result<Vec<PathBuf>> {
 
 fn read(path: &Path) -> Result<String, String> {
     let cannot = |error: io::Error| format!("cannot be read: {error}");
-    // A pipe or a device would block, even to open it, or never end.
+    // A pipe or a device would block, even at opening, or never end.
     if !fs::metadata(path).map_err(cannot)?.is_file() {
         return Err("is not a regular file".into());
     }

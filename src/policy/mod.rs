@@ -1,8 +1,9 @@
-//! The policy: from YAML to a checked model, and the indexes that find a destination and a route in it.
+//! The policy: from YAML to a checked model, and the tables that find destination and route of a request.
 //!
-//! `load` reads files, `ast` parses them, `spec` is their shape, `check` turns the shapes into a [`model::Model`] or
-//! reports everything that is wrong, `router` finds routes on the hot path, `explain` shows what holds for a call,
-//! `schema` describes the shape to editors, `watch` says when to look again.
+//! `load` reads files, `ast` parses them, `spec` is their shape, `check` makes a [`model::Model`] of the shapes or
+//! reports all problems, `snapshot` compiles the model for the data path, `router` finds routes on the hot path,
+//! `explain` shows the effective values of a call, `schema` describes the shape to editors, `watch` notices changes of
+//! the files.
 
 mod ast;
 pub mod check;

@@ -1,4 +1,5 @@
-//! The checked policy: every value decided, every contradiction gone. Compiling it into a snapshot cannot fail.
+//! The checked policy: every value is present and no two contradict each other. Only certificates can fail when it is
+//! compiled into a snapshot.
 
 use std::fmt;
 use std::hash::{Hash, Hasher};
@@ -18,38 +19,38 @@ use crate::rules::mode::Modes;
 use crate::rules::toggle::allow_false;
 use crate::upstream::spec::{Connections, EndpointSpec, UpstreamProtocol, UpstreamTls};
 
-/// The name of the route that takes what no other route of its destination does.
+/// Name of the implicit route for calls that match no other route of the destination.
 pub const DEFAULT_ROUTE: &str = "default";
 
 /// All files of a policy as one.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Model {
-    /// Who we are, when the policy says so.
+    /// Name of this service, if the policy has one.
     pub service: Option<String>,
-    /// Which exchanges get a log line.
+    /// Access log.
     pub access_log: AccessLogConfig,
-    /// How strictly each rule is kept.
+    /// Mode of each rule.
     pub modes: Modes,
     /// In the order of the files.
     pub listeners: Vec<Listener>,
     /// In the order of the files.
     pub destinations: Vec<Destination>,
-    /// Of everything above but the lines it comes from: two policies that mean the same have the same.
+    /// Hash of the fields above without their lines: equal for policies with the same meaning.
     pub hash: u64,
     /// The files, as the user named them.
     pub files: Vec<Arc<str>>,
-    /// What the files say in words that have been replaced since.
+    /// Warnings about deprecated words in the files.
     pub warnings: Warnings,
 }
 
-/// Which exchanges get a log line, and in which form.
+/// Access log: the exchanges that are logged, and the format.
 #[derive(Debug, Clone, PartialEq)]
 pub struct AccessLogConfig {
-    /// Which.
+    /// Which exchanges are logged.
     pub mode: LogMode,
-    /// Which form.
+    /// Format of a line.
     pub format: LogFormat,
-    /// The share of exchanges with a line, above 0 and up to 1; only `sampled` looks at it.
+    /// Share of the exchanges that are logged with mode `sampled`; above 0, at most 1.
     pub ratio: f64,
 }
 
@@ -59,40 +60,40 @@ impl Default for AccessLogConfig {
     }
 }
 
-/// Which exchanges get a log line.
+/// Which exchanges are logged.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 #[schemars(transform = allow_false)]
 pub enum LogMode {
     /// None.
     Off,
-    /// Those that failed.
+    /// Failed exchanges.
     #[default]
     Errors,
-    /// All.
+    /// All exchanges.
     All,
-    /// Those that failed, and a share of the others.
+    /// Failed exchanges, and a share of the others.
     Sampled,
 }
 
-/// The form of a log line.
+/// Format of a log line.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub enum LogFormat {
-    /// One JSON object a line.
+    /// One JSON object per line.
     #[default]
     Json,
-    /// One readable line.
+    /// Readable text.
     Text,
 }
 
-/// Whose calls come through a listener. Shows as in a policy and as the metric label.
+/// Traffic direction of a listener. Displays as in a policy and as the metric label.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub enum Direction {
-    /// Of others, to our service.
+    /// Calls to the service beside hopguard.
     Inbound,
-    /// Of our service, to others.
+    /// Calls that this service makes.
     Outbound,
 }
 
@@ -105,67 +106,67 @@ impl fmt::Display for Direction {
     }
 }
 
-/// A door for calls.
+/// A listener: an address and port for downstream connections.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Listener {
     /// Unique.
     pub name: String,
     /// Unique.
     pub bind: SocketAddr,
-    /// Who gets the calls.
+    /// Destination of its calls.
     pub target: ListenerTarget,
-    /// Whose calls these are.
+    /// Traffic direction.
     pub direction: Direction,
-    /// For a caller to send a whole request head.
+    /// Timeout for a whole request head.
     pub headers_timeout: Sourced<Duration>,
-    /// For a caller's connection without a request.
+    /// Timeout of a downstream connection without a request.
     pub idle: Sourced<Duration>,
-    /// The whole header section of a request, in bytes.
+    /// Upper bound of a request's header section, in bytes.
     pub max_header_size: Sourced<u32>,
-    /// None for plain text.
+    /// `None` for plain text.
     pub tls: Option<ListenerTls>,
-    /// The line of its entry.
+    /// Line of its entry.
     pub origin: Origin,
 }
 
-/// Who gets a listener's calls.
+/// Destination of a listener's calls.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ListenerTarget {
-    /// One destination: an index into the model's.
+    /// One destination: an index into the model's list.
     To(usize),
-    /// The destination that the request's host names.
+    /// The destination with the request's host.
     Forward,
 }
 
-/// Files of a listener's certificate; whether they can be read is seen when they are.
+/// Certificate files of a listener; they are read when the policy is compiled.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct ListenerTls {
-    /// PEM, the chain.
+    /// Certificate chain, PEM.
     pub certificate: PathBuf,
-    /// PEM.
+    /// Private key, PEM.
     pub key: PathBuf,
 }
 
-/// Where calls go. The values of its rules are read like its own: `destination.limits`.
+/// A destination of calls. Derefs to the values of its rules: `destination.limits`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Destination {
     /// Unique; the metric label.
     pub name: String,
-    /// No host stands in two destinations.
+    /// Each host belongs to one destination.
     pub hosts: Vec<HostPattern>,
-    /// Empty: where the caller was going, which only forward listeners know.
+    /// Empty: the host and port of the request (dynamic hosts), which only forward listeners have.
     pub endpoints: Vec<EndpointSpec>,
-    /// How it is spoken to.
+    /// Protocol of the upstream.
     pub protocol: UpstreamProtocol,
-    /// None for plain text.
+    /// `None` for plain text.
     pub tls: Option<UpstreamTls>,
-    /// The rules that hold for it as a whole.
+    /// Values of the rules that belong to the destination.
     pub rules: DestinationRules,
-    /// Pooled connections to it.
+    /// Pooled connections to the upstream.
     pub connections: Connections,
-    /// In the order of the file; the last is the implicit one that matches all.
+    /// In the order of the file; the last one is the implicit route that matches all calls.
     pub routes: Vec<Route>,
-    /// The line of its entry.
+    /// Line of its entry.
     pub origin: Origin,
 }
 
@@ -177,10 +178,10 @@ impl Deref for Destination {
     }
 }
 
-/// A host that a destination answers for; lower case, no port, IPv6 without brackets. Shows as in a policy.
+/// A host pattern of a destination; lower case, no port, IPv6 without brackets. Displays as in a policy.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum HostPattern {
-    /// This name.
+    /// Exactly this name.
     Exact(String),
     /// Every name that ends in a dot and this.
     Suffix(String),
@@ -198,18 +199,18 @@ impl fmt::Display for HostPattern {
     }
 }
 
-/// How some calls to a destination are treated. The values of its rules are read like its own: `route.timeouts`.
+/// A route: calls of a destination that share values. Derefs to the values of its rules: `route.timeouts`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Route {
     /// Unique in its destination; the metric label.
     pub name: String,
-    /// Which calls.
+    /// Calls of the route.
     pub matches: RouteMatch,
-    /// The rules that hold for it.
+    /// Values of the rules that belong to the route.
     pub rules: RouteRules,
-    /// Lives by `idle` and `max_duration`, not by `request`, once the head of the answer is there.
+    /// Once the response head is received, `idle` and `max_duration` apply instead of `request`.
     pub stream: bool,
-    /// The line of its entry; built in for the implicit one.
+    /// Line of its entry; built in for the implicit route.
     pub origin: Origin,
 }
 
@@ -221,30 +222,30 @@ impl Deref for Route {
     }
 }
 
-/// Which calls a route takes: all of it must hold.
+/// Match of a route: all conditions must hold.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
 pub struct RouteMatch {
-    /// One of these, or any when empty. Sorted.
+    /// One of these methods, or any if empty. Sorted.
     pub methods: Vec<http::Method>,
-    /// On which path.
+    /// Condition on the path.
     pub path: PathMatch,
-    /// Each of these with exactly this value. Sorted by name.
+    /// Each of these headers with exactly this value. Sorted by name.
     pub headers: Vec<(HeaderName, HeaderValue)>,
 }
 
-/// On which path a route is.
+/// Condition on the path of a call.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
 pub enum PathMatch {
-    /// On every path.
+    /// Any path.
     #[default]
     Any,
-    /// On those that fit the template.
+    /// A path that matches the template.
     Template(String),
     /// A call of one gRPC method.
     GrpcMethod {
-        /// With its package.
+        /// Name of the service with its package.
         service: String,
-        /// Its bare name.
+        /// Name of the method alone.
         method: String,
     },
     /// A call of any method of a gRPC service.
@@ -277,7 +278,7 @@ impl fmt::Display for RouteMatch {
 }
 
 impl Model {
-    /// Of the content, not of the lines: FNV-1a over the values, the same in every process of one build.
+    /// Hash of the content without lines: FNV-1a over the values, the same in every process of one build.
     pub fn content_hash(&self) -> u64 {
         let mut state = Fnv(0xcbf2_9ce4_8422_2325);
         self.service.hash(&mut state);
@@ -297,7 +298,7 @@ impl Model {
     }
 }
 
-/// FNV-1a: the standard library's hasher is another one in each process, and a policy's hash is compared across pods.
+/// FNV-1a: the standard library's hasher differs per process, while the hash of a policy is compared across pods.
 pub(super) struct Fnv(pub(super) u64);
 
 impl Hasher for Fnv {

@@ -1,4 +1,4 @@
-//! The JSON Schema of a policy file, for editors. Made from the same types that are read, so it cannot drift.
+//! JSON Schema of a policy file, for editors. Generated from the types that serde reads, so it cannot drift.
 
 use serde_json::Value;
 
@@ -11,7 +11,7 @@ pub fn schema() -> String {
     format!("{schema:#}\n")
 }
 
-/// What is optional may be left out, but an entry without a value is refused, so the schema must not allow null.
+/// An optional entry may be absent, but one without a value is refused, so the schema must not allow null.
 fn refuse_null(value: &mut Value) {
     match value {
         Value::Object(object) => {

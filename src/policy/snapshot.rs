@@ -1,7 +1,7 @@
-//! The compiled policy: what the data path reads for every request. Immutable; a reload makes another one.
+//! Snapshot: the compiled policy that requests read. Immutable; a reload makes another one.
 //!
-//! Live state (addresses, connections, calls in flight) moves over from the snapshot before wherever the
-//! values that it depends on are unchanged, so a reload forgets nothing that it need not forget.
+//! Live state (addresses, connections, calls in flight) moves over from the previous snapshot if the values that it
+//! depends on are unchanged, so a reload keeps all state that it can.
 
 use std::collections::HashMap;
 use std::sync::{Arc, OnceLock};
@@ -22,23 +22,23 @@ use crate::telemetry::{self, HopId, HopLabels, Hops};
 use crate::upstream::cluster::{Cluster, ClusterIdentity, Health};
 use crate::upstream::spec::EndpointSpec;
 
-/// One policy, ready for use.
+/// One compiled policy.
 pub struct Snapshot {
-    /// Who we are.
+    /// Name of this service.
     pub service: Arc<str>,
-    /// The content's hash, as `/policy` and the metrics show it.
+    /// Hash of the content, as `/policy` and the metrics show it.
     pub hash: String,
-    /// When it came into force.
+    /// Time at which the snapshot came into force.
     pub loaded: Timestamp,
     /// The listeners; each worker finds its own by name.
     pub listeners: Vec<Listener>,
     /// The destinations, in the order of the model.
     pub destinations: Vec<CompiledDestination>,
-    /// Which destination a host belongs to.
+    /// Finds the destination of a host.
     pub hosts: HostTable,
-    /// The checked policy itself, to be shown.
+    /// The checked policy, for display.
     pub model: Arc<Model>,
-    /// Whether there are listeners on both sides of the app, so that an outbound call has a parent request.
+    /// There are inbound and outbound listeners, so outbound calls can be correlated with inbound requests.
     pub correlates: bool,
     unrouted: [HopId; 2],
 }
@@ -61,35 +61,36 @@ impl RouteId {
     }
 }
 
-/// One destination, with its live state.
+/// One destination with its live state.
 pub struct CompiledDestination {
     /// Its checked values.
     pub values: model::Destination,
-    /// Its endpoints.
+    /// Its endpoints and their connections.
     pub cluster: Arc<Cluster>,
     /// Its calls in flight.
     pub concurrency: Arc<ConcurrencyLimit>,
-    /// Which of its routes a request meets.
+    /// Finds the route of a request.
     pub index: RouteTable,
-    /// What the circuit breaker goes by; `None` where it is off.
+    /// Thresholds of the circuit breaker; `None` if it is off.
     pub breaker: Option<Thresholds>,
-    /// What ejection goes by; `None` where it is off.
+    /// Thresholds of ejection; `None` if it is off.
     pub ejection: Option<Thresholds>,
     /// Whether ejected endpoints get no calls.
     pub ejects: bool,
-    /// The rate limiters of the routes that have a rate limit, by the routes' position.
+    /// Rate limiters by the position of the route; `None` for routes without a rate limit.
     pub limiters: Vec<Option<Arc<RateLimiter>>>,
-    /// Of its name: the same in every policy.
+    /// Hash of its name, the same in every policy.
     pub id: u64,
-    /// What calls that name no host are for: the first name that it is known by.
+    /// Host for calls without one: server name, first exact host, first endpoint, or name.
     pub host: String,
     hops: Vec<[OnceLock<HopId>; 2]>,
 }
 
 impl Snapshot {
-    /// Compiles a checked policy. State moves over from `previous`; new clusters are handed to `follow`.
+    /// Compiles a checked policy. State moves over from `previous`; `follow` is called with each new cluster.
     ///
-    /// Fails only if certificates that the policy names cannot be used.
+    /// # Errors
+    /// Certificates of the policy cannot be used.
     pub fn compile(
         model: Model,
         service: &str,
@@ -131,17 +132,21 @@ impl Snapshot {
         })
     }
 
-    /// Tells the live parts that this policy is in force now, and `told` of each endpoint that is taken back by that.
-    pub fn take_effect(&self, now: Instant, mut told: impl FnMut(&CompiledDestination, &EjectionMember, &StateChange)) {
+    /// Applies this policy to the live state, and calls `on_change` for each endpoint that is taken back by that.
+    pub fn take_effect(
+        &self,
+        now: Instant,
+        mut on_change: impl FnMut(&CompiledDestination, &EjectionMember, &StateChange),
+    ) {
         for destination in &self.destinations {
             destination.concurrency.set_limit(destination.values.limits.in_flight.value);
             if let Some((member, change)) = destination.cluster.forget_others(now) {
-                told(destination, &member, &change);
+                on_change(destination, &member, &change);
             }
         }
     }
 
-    /// The hop of calls that no destination takes.
+    /// Hop of calls without a destination.
     pub fn unrouted(&self, direction: Direction) -> HopId {
         self.unrouted[direction as usize]
     }
@@ -216,7 +221,7 @@ impl CompiledDestination {
     }
 }
 
-/// One limiter for each route with a rate limit; one whose limit has not changed goes on counting.
+/// One limiter per route with a rate limit; it is kept if the limit has not changed.
 fn limiters(values: &model::Destination, before: Option<&CompiledDestination>) -> Vec<Option<Arc<RateLimiter>>> {
     let counting: HashMap<&str, _> = before
         .into_iter()
@@ -260,7 +265,7 @@ fn host(values: &model::Destination) -> String {
 }
 
 fn identity(values: &model::Destination) -> ClusterIdentity {
-    // What no certificate is asked for may change, and everything else lives on.
+    // Without certificate checks, the host may change without a new cluster.
     let is_checked = values.tls.is_some() && !values.endpoints.is_empty();
     let host = if is_checked { host(values) } else { String::new() };
     ClusterIdentity {

@@ -1,7 +1,7 @@
-//! The shape of a policy file, as serde reads it and as editors are told of it.
+//! Shape of a policy file, as serde reads it and as the JSON Schema describes it.
 //!
-//! Nothing is required here and nothing has a default: what is missing, and what it means that it is, is decided by
-//! `check`, so that a missing entry is reported together with all other problems.
+//! All entries are optional here and none has a default: `check` decides what a missing entry means, so that it is
+//! reported together with all other problems.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -22,15 +22,15 @@ use crate::rules::rule::Rule;
 use crate::rules::size::Size;
 use crate::upstream::spec::{ConnectionsSpec, EndpointSpec, UpstreamProtocol, UpstreamTlsSpec};
 
-/// The shape's version.
+/// Version of the policy format.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, JsonSchema)]
 pub enum ApiVersion {
-    /// The only one so far.
+    /// The only version so far.
     #[serde(rename = "hopguard.dev/v1alpha1")]
     V1Alpha1,
 }
 
-/// What a document is.
+/// Kind of the document.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, JsonSchema)]
 pub enum DocumentKind {
     /// The only kind so far.
@@ -46,17 +46,17 @@ pub struct PolicySpec {
     pub api_version: Option<ApiVersion>,
     /// Always Policy.
     pub kind: Option<DocumentKind>,
-    /// Who we are in metrics, logs and `Via`. Default: $HOPGUARD_SERVICE, else "unknown".
+    /// Name of this service in metrics, logs and `Via`. Default: $HOPGUARD_SERVICE, else "unknown".
     pub service: Option<String>,
-    /// Which exchanges get a log line, and in which form.
+    /// Which exchanges are logged, and in which format.
     pub access_log: Option<AccessLogSpec>,
-    /// Where calls come in.
+    /// Addresses for downstream connections.
     pub listeners: Option<Vec<ListenerSpec>>,
-    /// How strictly each rule is kept.
+    /// Mode of each rule.
     pub rules: Option<ModesSpec>,
-    /// What every destination begins with.
+    /// Values of all destinations that have none of their own.
     pub defaults: Option<DefaultsSpec>,
-    /// Where calls go.
+    /// Named upstreams with their rules.
     pub destinations: Option<Vec<DestinationSpec>>,
 }
 
@@ -64,15 +64,16 @@ pub struct PolicySpec {
 #[derive(Debug, Default, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase", expecting = "a mapping with mode, format and ratio")]
 pub struct AccessLogSpec {
-    /// Which exchanges get a line: none, failures, all, or failures and a sample. Default errors.
+    /// Which exchanges are logged: none, failures, all, or failures and a share of the others. Default errors.
     pub mode: Option<LogMode>,
-    /// Default json.
+    /// Format of a line. Default json.
     pub format: Option<LogFormat>,
-    /// The share of exchanges that get a line, with mode sampled. Default 0.01.
+    /// Share of the exchanges that are logged with mode sampled. Default 0.01.
     pub ratio: Option<Ratio>,
 }
 
-/// A shape with an entry for each rule that may stand in it, where it says `rules,`: serde needs one struct with all fields.
+/// A shape that contains the rules of its layer in the place of `rules,`. serde needs one struct with all fields to
+/// report unknown ones.
 macro_rules! with_rules {
     (
         {
@@ -117,19 +118,19 @@ catalogue! { defaults => with_rules! {
 pub struct ListenerSpec {
     /// Unique.
     pub name: Option<String>,
-    /// Address and port, IPv6 in brackets.
+    /// IP address and port, IPv6 in brackets.
     pub bind: Option<Bind>,
-    /// The destination that gets every call.
+    /// Destination of every call.
     pub to: Option<String>,
-    /// Explicit proxy: each call goes to the destination that its host names.
+    /// Explicit proxy: the host of each call chooses the destination.
     pub forward: Option<bool>,
-    /// Whose calls these are. Default: inbound with `to`, outbound with `forward`.
+    /// Traffic direction. Default: inbound with `to`, outbound with `forward`.
     pub direction: Option<Direction>,
-    /// How long callers may take.
+    /// Timeouts of downstream connections.
     pub timeouts: Option<ListenerTimeoutsSpec>,
-    /// The whole header section of a request, in bytes or KiB/MiB: 1KiB to 256KiB. Default 64KiB.
+    /// Upper bound of a request's header section, in bytes or KiB/MiB: 1KiB to 256KiB. Default 64KiB.
     pub max_header_size: Option<Size<1_024, 262_144>>,
-    /// Certificate and key; without them calls come in as plain text.
+    /// Certificate and key; without them connections are plain text.
     pub tls: Option<ListenerTlsSpec>,
 }
 
@@ -137,9 +138,9 @@ pub struct ListenerSpec {
 #[derive(Debug, Default, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase", expecting = "a mapping with headers and idle")]
 pub struct ListenerTimeoutsSpec {
-    /// For a caller to send a whole request head. Default 10s.
+    /// For a whole request head. Default 10s.
     pub headers: Option<DurationSpec>,
-    /// For a caller's connection without a request. Default 60s.
+    /// For a connection without a request. Default 60s.
     pub idle: Option<DurationSpec>,
 }
 
@@ -164,16 +165,16 @@ catalogue! { destination => with_rules! {
         pub name: Option<String>,
         /// Exact names, `*.suffix` or `*`, without port.
         pub hosts: Option<Vec<String>>,
-        /// Where its instances are. None: where the caller was going.
+        /// Addresses of its instances. Default: the host and port of each request.
         pub endpoints: Option<Vec<EndpointSpec>>,
-        /// Default auto.
+        /// Protocol of the upstream. Default auto.
         pub protocol: Option<UpstreamProtocol>,
-        /// TLS to the upstream; also when empty.
+        /// TLS to the upstream; `{}` suffices.
         pub tls: Option<UpstreamTlsSpec>,
         rules,
         /// Pooled connections to it.
         pub connections: Option<ConnectionsSpec>,
-        /// Calls that are treated differently; the most specific wins, whatever the order.
+        /// Calls with values of their own; the most specific match wins, whatever the order.
         pub routes: Option<Vec<RouteSpec>>,
     }
 } }
@@ -184,17 +185,17 @@ catalogue! { route => with_rules! {
     #[serde(default, deny_unknown_fields, rename_all = "camelCase", expecting = "a route with name and match")]
     #[schemars(extend("required" = ["name"]))]
     pub struct RouteSpec {
-        /// Unique in its destination; the metric label. Not `default`, which stands for all other calls.
+        /// Unique in its destination; the metric label. Not `default`, the name of the implicit route.
         pub name: Option<String>,
-        /// Which calls. Without it, all.
+        /// Calls of the route. Default: all.
         pub r#match: Option<MatchSpec>,
         rules,
-        /// Lives by idle and maxDuration, not by request, once the head of the answer is there.
+        /// Once the response head is received, idle and maxDuration apply instead of request. Default false.
         pub stream: Option<bool>,
     }
 } }
 
-/// `match:` of a route. All that is written must hold.
+/// `match:` of a route. All conditions must hold.
 #[derive(Debug, Default, Deserialize, JsonSchema)]
 #[serde(
     default,
@@ -204,17 +205,17 @@ catalogue! { route => with_rules! {
 )]
 #[schemars(extend("not" = { "required": ["path", "grpc"] }))]
 pub struct MatchSpec {
-    /// Any of these, in upper case.
+    /// Any of these methods, in upper case.
     pub methods: Option<Vec<MethodName>>,
     /// A template like /orders/{id} or /files/{*rest}.
     pub path: Option<String>,
-    /// Exact values.
+    /// Headers with exact values.
     pub headers: Option<BTreeMap<String, String>>,
-    /// gRPC calls of package.Service/Method, or of a whole package.Service.
+    /// gRPC calls of package.Service/Method, or of all methods of package.Service.
     pub grpc: Option<String>,
 }
 
-/// A method like GET. Not a star, which HTTP would allow: it is meant for all methods and would match none.
+/// A method like GET. Not a star: HTTP allows it as a method, but it is meant for all methods and would match none.
 #[derive(Debug, Clone, PartialEq, Eq, JsonSchema)]
 #[schemars(inline, extend("not" = { "const": "*" }))]
 pub struct MethodName(pub String);
@@ -224,13 +225,13 @@ impl<'de> Deserialize<'de> for MethodName {
         let text = String::deserialize(deserializer)?;
         if text == "*" {
             let hint = "remove `methods`: without it, all methods match";
-            return Err(de::Error::custom(InvalidValue::new("`*` is no method", hint)));
+            return Err(de::Error::custom(InvalidValue::new("`*` is not a method", hint)));
         }
         Ok(Self(text))
     }
 }
 
-/// An address to listen at, `IP:PORT`, IPv6 in brackets; port 0 lets the system choose.
+/// An address to listen at, `IP:PORT`, IPv6 in brackets; the system chooses the port for 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Bind(pub SocketAddr);
 
@@ -245,7 +246,7 @@ impl Bind {
             } else {
                 "write an IP address and a port, like `0.0.0.0:8080` or `[::]:8080`".into()
             };
-            InvalidValue::new(format!("`{text}` is no address to listen at"), hint)
+            InvalidValue::new(format!("`{text}` is not an address to listen at"), hint)
         })
     }
 }

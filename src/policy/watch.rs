@@ -1,10 +1,10 @@
-//! Says when to look at files again, because they may have changed.
+//! Watches the policy's files and notices when they may have changed.
 //!
-//! It watches folders, not files: an editor replaces a file by renaming another over it, and a ConfigMap mount swaps
-//! the link `..data`; a watch on the file itself sees the first of these and none after. Links may stand anywhere on the
-//! way to a file, so the folders that hold them are watched too. It looks every five seconds
-//! too, because some mounts send no events, and a folder that was removed and made again needs a new watch. Whether
-//! anything did change is for the reader to compare.
+//! Watches folders, not files: an editor replaces a file by renaming another one over it, and a ConfigMap mount swaps
+//! the link `..data`; a watch on the file itself sees the first replacement and none after it. Any part of a path may
+//! be a link, so the folders that contain those links are watched too. Every five seconds it reports a possible change
+//! without an event, because some mounts send no events, and a folder that was removed and created again needs a new
+//! watch. The caller compares the contents.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -15,35 +15,35 @@ use notify::{RecommendedWatcher, RecursiveMode, Watcher};
 use tokio::sync::Notify;
 use tokio::time::{Instant, timeout_at};
 
-/// Several events of one change come together: it is over when none has come for so long.
+/// Several events of one change come together: the change is complete this long after the last event.
 const SETTLE: Duration = Duration::from_millis(100);
-/// Where they do not cease, so that a change is still seen within a second.
+/// Upper bound of that wait, so that a change is seen within a second even if events keep coming.
 const SETTLE_MOST: Duration = Duration::from_millis(700);
-/// How often to look without an event.
+/// Interval of looks without an event.
 const LOOK: Duration = Duration::from_secs(5);
-/// The same where the system gives us no events, so that a change is still seen within a second.
+/// The same if the system sends no events, so that a change is seen within a second.
 const LOOK_BLIND: Duration = Duration::from_millis(900);
 
-/// A watch over files and directories, which need not exist.
+/// A watch on files and directories, which need not exist.
 pub struct PolicyWatch {
     paths: Vec<PathBuf>,
     watcher: Option<RecommendedWatcher>,
     armed: BTreeSet<PathBuf>,
     event: Arc<Notify>,
-    /// An event has come, and [`PolicyWatch::changed`] has not returned for it yet.
+    /// An event has arrived for which [`PolicyWatch::changed`] has not returned yet.
     is_due: bool,
     next_look: Instant,
 }
 
 impl PolicyWatch {
-    /// Watches these paths from now on. Must be called on a runtime whose timer is on.
+    /// Watches these paths from now on. Must be called on a runtime with a timer.
     ///
-    /// Where the system refuses to watch (its number of watches is used up, say), the files are looked at every second.
+    /// If the system refuses a watch (for example at its limit of watches), `changed` returns every 0.9 s instead.
     pub fn new(paths: impl IntoIterator<Item = PathBuf>) -> Self {
         let event = Arc::new(Notify::new());
         let waker = Arc::clone(&event);
         let watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
-            // Reading a file is an event as well, and our own reader must not wake itself.
+            // Reading a file is an event too, and the loader must not wake itself.
             if !event.is_ok_and(|event| event.kind.is_access()) {
                 waker.notify_one();
             }
@@ -55,10 +55,10 @@ impl PolicyWatch {
         watch
     }
 
-    /// Waits until the files may have changed: a tenth of a second after the last event of several, because a file that
-    /// is being written is half a file, or when five seconds passed.
+    /// Waits until the files may have changed: 0.1 s after the last event, because a file that is still being written
+    /// is incomplete, or after five seconds without an event.
     ///
-    /// Nothing is lost when the future is dropped: the next call returns for the same event.
+    /// Dropping the future loses no event: the next call returns for it.
     pub async fn changed(&mut self) {
         if !self.is_due && timeout_at(self.next_look, self.event.notified()).await.is_err() {
             self.disarm();
@@ -73,14 +73,14 @@ impl PolicyWatch {
         self.arm();
     }
 
-    /// Watches the folders that are there now and are not watched yet.
+    /// Watches the folders that exist now and are not watched yet.
     fn arm(&mut self) {
         let look = if self.watcher.is_some() { LOOK } else { LOOK_BLIND };
         self.next_look = Instant::now() + look;
         let folders: BTreeSet<PathBuf> = self.paths.iter().flat_map(|path| folders(path)).collect();
         let Some(watcher) = &mut self.watcher else { return };
         for gone in self.armed.difference(&folders) {
-            // It may be gone from the disk too, which ended the watch.
+            // If the folder has been removed, its watch has ended by itself.
             watcher.unwatch(gone).ok();
         }
         self.armed.retain(|folder| folders.contains(folder));
@@ -94,7 +94,7 @@ impl PolicyWatch {
         }
     }
 
-    /// Forgets all watches: one on a folder that was removed is dead, and does not say so.
+    /// Drops all watches: a watch on a removed folder is dead, without an event.
     fn disarm(&mut self) {
         if let Some(watcher) = &mut self.watcher {
             for folder in &self.armed {
@@ -105,9 +105,9 @@ impl PolicyWatch {
     }
 }
 
-/// The folders in which a change may change what a path leads to: its own, those that hold links on the way, and the one
-/// at the end, which is the path itself or has the file in it. All are named without links, so that the folder behind
-/// a link is another one when the link leads elsewhere.
+/// The folders in which a change may change the target of a path: its own, those with links on the way, and the one at
+/// the end, which is the path itself or contains the file. All are named without links, so that the folder behind a
+/// link is another one once the link is changed.
 fn folders(path: &Path) -> BTreeSet<PathBuf> {
     let mut links = BTreeSet::new();
     find_links(path, &mut links);
@@ -119,7 +119,7 @@ fn folders(path: &Path) -> BTreeSet<PathBuf> {
     folders
 }
 
-/// Adds all links that a path leads over.
+/// Adds all links on the way of a path.
 fn find_links(path: &Path, links: &mut BTreeSet<PathBuf>) {
     for way in path.ancestors() {
         if let (Ok(target), Some(folder)) = (way.read_link(), way.parent())
@@ -137,7 +137,7 @@ mod tests {
 
     use super::*;
 
-    /// Far below the five seconds after which it looks anyway, far above what an event takes.
+    /// Far below the five seconds between looks, far above the delay of an event.
     const SOON: Duration = Duration::from_secs(2);
 
     async fn is_seen(watch: &mut PolicyWatch) -> bool {
@@ -225,7 +225,7 @@ mod tests {
         assert!(is_seen(&mut watch).await, "removed");
         fs::create_dir(&inner).unwrap();
         fs::write(&file, "b").unwrap();
-        // Its events went with it: this one may have to wait for the next look.
+        // Its events went with it, so this change may be seen only at the next look.
         assert!(tokio::time::timeout(LOOK * 2, watch.changed()).await.is_ok(), "back again");
         fs::write(&file, "c").unwrap();
         assert!(tokio::time::timeout(LOOK * 2, watch.changed()).await.is_ok(), "edited");
@@ -260,7 +260,7 @@ mod tests {
                 begun.elapsed()
             };
             let ((), looked) = tokio::join!(writer, looked);
-            // The clock of the runtime goes in milliseconds.
+            // The clock of the runtime counts milliseconds.
             assert!(looked >= wanted && looked <= wanted + between, "{pieces} pieces: {looked:?}");
         }
     }

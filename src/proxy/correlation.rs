@@ -36,7 +36,7 @@ pub(super) fn correlate(context: &RequestContext, head: &mut Parts) -> Option<Bo
         }
         return Some(Box::new(Correlated { keys, ..Correlated::default() }));
     }
-    let (found, now) = (worker.inflight.join(keys), context.began());
+    let (found, now) = (worker.inflight.correlate(keys), context.began());
     let is_by_trace = matches!(found, Correlation::ByTrace(_));
     let late_at = if is_by_trace { None } else { worker.abandoned.at(keys, ABANDONED, now) };
     let counters = &worker.correlations;
@@ -60,10 +60,10 @@ pub(super) fn register(context: &mut RequestContext, at: Instant) {
     let stream_deadline = context.timeout_state().stream_deadline();
     let Some(keys) = context.correlation().map(|correlated| correlated.keys) else { return };
     let at = at.checked_sub(reserve(at.saturating_duration_since(context.began()))).unwrap_or(at);
-    let registration = context.worker().inflight.enter(keys, at);
+    let registration = context.worker().inflight.register(keys, at);
     if context.is_grpc() {
         let inbound = Arc::clone(registration.inbound());
-        context.flow().when_it_streams(Box::new(move || inbound.lift(stream_deadline)));
+        context.flow().when_it_streams(Box::new(move || inbound.set_deadline(stream_deadline)));
     }
     if let Some(correlated) = context.correlation_mut() {
         correlated.registration = Some(registration);
@@ -73,7 +73,7 @@ pub(super) fn register(context: &mut RequestContext, at: Instant) {
 /// The exchange has shown that it is a stream: the calls that it causes are no longer held to the time of a unary call.
 pub(super) fn lift_unary_deadline(context: &RequestContext) {
     if let Some(registration) = context.correlation().and_then(|correlated| correlated.registration.as_ref()) {
-        registration.inbound().lift(context.timeout_state().stream_deadline());
+        registration.inbound().set_deadline(context.timeout_state().stream_deadline());
     }
 }
 
@@ -89,12 +89,12 @@ pub(super) fn keep_keys(context: &mut RequestContext, headers: &HeaderMap) {
 /// True if the retries of this call were used up here in the last 10 s: the caller sends it again, and the hop that failed
 /// has retried already.
 pub(super) fn has_used_up_retries(context: &RequestContext, destination: u64, now: Instant) -> bool {
-    context.worker().retry_history.knows(keys(context), call_id(context, destination), now)
+    context.worker().retry_history.contains(keys(context), call_id(context, destination), now)
 }
 
 /// Remembers that the retries of this call are used up.
 pub(super) fn remember_used_up_retries(context: &RequestContext, destination: u64, now: Instant) {
-    context.worker().retry_history.note(keys(context), call_id(context, destination), now, now);
+    context.worker().retry_history.record(keys(context), call_id(context, destination), now, now);
 }
 
 fn keys(context: &RequestContext) -> TraceKeys {
@@ -104,7 +104,7 @@ fn keys(context: &RequestContext) -> TraceKeys {
 fn call_id(context: &RequestContext, destination: u64) -> u64 {
     let record = context.record();
     let (method, authority, path) = (record.method().as_str(), record.authority(), record.path());
-    context.worker().retry_history.place(destination, method, authority, path)
+    context.worker().retry_history.call_hash(destination, method, authority, path)
 }
 
 /// True if the caller of the parent request waits no longer.
@@ -118,13 +118,13 @@ pub(super) fn is_abandoned(context: &RequestContext) -> bool {
 /// Leaves the proxy status of a failed outbound call with its parent requests.
 pub(super) fn tell_parents(context: &RequestContext, status: &ProxyStatus) {
     if let Some(parents) = context.correlation().and_then(|correlated| correlated.parents.as_ref()) {
-        parents.blame(status);
+        parents.record_status(status);
     }
 }
 
 /// What a failed call of the app has left for the response to the inbound request that caused it.
 pub(super) fn failed_child(context: &RequestContext) -> Option<ProxyStatus> {
-    context.correlation()?.registration.as_ref()?.inbound().blamed()
+    context.correlation()?.registration.as_ref()?.inbound().recorded_status()
 }
 
 /// Whether an app fails because a call of its own failed. Its response does not say so; the call has.

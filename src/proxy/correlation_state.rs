@@ -33,13 +33,13 @@ impl Correlated {
         if let Some(at) = at {
             // Callers wait for the same deadline, and theirs can end a moment before ours.
             let is_as_good_as_over = at <= now + MOST_RESERVED;
-            abandoned.note(self.keys, ABANDONED, if is_as_good_as_over { now } else { at }, now);
+            abandoned.record(self.keys, ABANDONED, if is_as_good_as_over { now } else { at }, now);
         }
     }
 
     /// The app has answered. Later calls under these ids may be what is left of this request, and no more of an earlier,
     /// abandoned one.
     pub(super) fn answered(&self, abandoned: &RetryHistory) {
-        abandoned.forget(self.keys, ABANDONED);
+        abandoned.remove(self.keys, ABANDONED);
     }
 }

@@ -114,7 +114,7 @@ fn report_with(context: &RequestContext, attempt: &Attempt, permits: Permits, re
     let Some(thresholds) = &destination.breaker else { return };
     let cluster = &upstream.pool.cluster;
     let is_one_well =
-        result == CallResult::Failure && destination.ejection.is_some() && cluster.health.group.is_one_well();
+        result == CallResult::Failure && destination.ejection.is_some() && cluster.health.group.has_well_member();
     let thresholds = if is_one_well { thresholds.by_share_alone() } else { *thresholds };
     let change = match permits.destination {
         HeldPermit::None => None,
@@ -125,7 +125,7 @@ fn report_with(context: &RequestContext, attempt: &Attempt, permits: Permits, re
     breaker_changed(telemetry, cluster, &change, now);
     if change.to == BreakerState::Open && was_in && !is_one_well {
         // The endpoints that are in fail: only a probe of an ejected one can find out that it is well again.
-        drop(cluster.health.group.hurry(now));
+        drop(cluster.health.group.end_first_ejection(now));
     }
 }
 

@@ -1,4 +1,4 @@
-//! A count in a policy: a whole number within bounds that its type names.
+//! A count in a policy: a whole number whose range is part of its type.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -9,7 +9,7 @@ use serde::de::{self, Deserialize, Deserializer, Visitor};
 use super::number::not_a_number;
 use crate::problems::InvalidValue;
 
-/// The largest count that a policy may name.
+/// Upper bound of all counts.
 const MOST: u32 = 1_000_000;
 
 /// A count in a document: a whole number from `LEAST` to `LARGEST`.

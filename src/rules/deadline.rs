@@ -1,8 +1,8 @@
-//! The deadline of a call: one budget for the whole chain, and the two fields that carry it from hop to hop.
+//! Deadline of a call: one time budget for the whole chain, and the two request fields that carry it from hop to hop.
 //!
-//! The budget is the least of what the policy allows, what the caller's field says and what is left of the inbound
-//! request that caused the call. What is written on is rounded down, so that no hop gives more than it has.
-//! Sources: gRPC's `PROTOCOL-HTTP2.md` for `grpc-timeout`, Envoy's router for `x-envoy-expected-rq-timeout-ms`.
+//! The budget is the smallest of the policy's timeout, the caller's field and the rest of the parent request's budget.
+//! The value sent upstream is rounded down, so no hop passes on more time than it has. Sources: gRPC's
+//! `PROTOCOL-HTTP2.md` for `grpc-timeout`, Envoy's router filter for `x-envoy-expected-rq-timeout-ms`.
 
 use std::fmt;
 use std::time::Duration;
@@ -10,7 +10,7 @@ use std::time::Duration;
 use http::HeaderName;
 use tokio::time::Instant;
 
-/// `grpc-timeout`: how long the caller waits for the whole call.
+/// `grpc-timeout`: the caller's timeout for the whole call.
 pub const GRPC_TIMEOUT: HeaderName = HeaderName::from_static("grpc-timeout");
 
 /// `x-envoy-expected-rq-timeout-ms`: the same for HTTP, in milliseconds.
@@ -18,7 +18,7 @@ pub const EXPECTED_RQ_TIMEOUT_MS: HeaderName = HeaderName::from_static("x-envoy-
 
 const NANOS_PER_SECOND: u128 = 1_000_000_000;
 
-/// The units of `grpc-timeout` in nanoseconds, finest first; each is a multiple of the one before.
+/// Units of `grpc-timeout` in nanoseconds, finest first; each is a multiple of the one before.
 const UNITS: [(char, u128); 6] = [
     ('n', 1),
     ('u', 1_000),
@@ -28,24 +28,24 @@ const UNITS: [(char, u128); 6] = [
     ('H', 3600 * NANOS_PER_SECOND),
 ];
 
-/// The largest number that `grpc-timeout` can hold: eight digits.
+/// Largest number in `grpc-timeout`: eight digits.
 const MOST: u128 = 99_999_999;
 
-/// A field that should tell a timeout and does not.
+/// A timeout field that cannot be parsed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum MalformedDeadline {
-    /// Of `grpc-timeout`.
+    /// In `grpc-timeout`.
     #[error("`grpc-timeout` is not one to eight digits with a unit of H, M, S, m, u or n")]
     GrpcTimeout,
-    /// Of `x-envoy-expected-rq-timeout-ms`.
+    /// In `x-envoy-expected-rq-timeout-ms`.
     #[error("`x-envoy-expected-rq-timeout-ms` is not a whole number of milliseconds")]
     ExpectedTimeout,
 }
 
-/// Reads `grpc-timeout`.
+/// Parses `grpc-timeout`.
 ///
-/// Zero is read as zero although the grammar asks for a positive number: clients send `0n` for a deadline that has
-/// passed, and it is to be refused as late, not as malformed.
+/// Zero is accepted although the grammar requires a positive number: clients send `0n` for a deadline that has passed,
+/// and such a call is to be refused as late, not as malformed.
 ///
 /// # Errors
 /// Anything but one to eight digits and one unit.
@@ -65,20 +65,20 @@ pub fn parse_grpc_timeout(value: &[u8]) -> Result<Duration, MalformedDeadline> {
     }
 }
 
-/// Writes `grpc-timeout`: as exact as eight digits allow, rounded down, in the largest unit that loses nothing more.
+/// Formats `grpc-timeout`: as exact as eight digits allow, rounded down, in the largest unit without further loss.
 ///
-/// Zero becomes `1n`, since the grammar knows positive numbers only; a call with nothing left is better not sent.
+/// Zero becomes `1n`, since the grammar has positive numbers only; do not send a call without time left.
 pub fn format_grpc_timeout(left: Duration) -> String {
     let nanos = left.as_nanos().max(1);
     let finest = UNITS.iter().position(|(_, size)| nanos / size <= MOST).unwrap_or(UNITS.len() - 1);
-    // Eleven thousand years are as good as all that is longer.
+    // Longer times than the largest value (11,000 years) are cut to it.
     let rounded = (nanos / UNITS[finest].1).min(MOST) * UNITS[finest].1;
     let exact = UNITS[finest..].iter().rev().find(|(_, size)| rounded.is_multiple_of(*size));
     let (unit, size) = exact.unwrap_or(&UNITS[finest]);
     format!("{}{unit}", rounded / size)
 }
 
-/// Reads `x-envoy-expected-rq-timeout-ms`; None where it says 0, which is Envoy's way of saying "no timeout".
+/// Parses `x-envoy-expected-rq-timeout-ms`; `None` for 0, which means "no timeout" in Envoy.
 ///
 /// # Errors
 /// Anything but digits, and a number beyond 64 bits.
@@ -87,43 +87,43 @@ pub fn parse_expected_rq_timeout_ms(value: &[u8]) -> Result<Option<Duration>, Ma
     Ok((millis > 0).then(|| Duration::from_millis(millis)))
 }
 
-/// What `x-envoy-expected-rq-timeout-ms` is to say: whole milliseconds, rounded down, but at least 1, because 0 would lift
-/// the deadline instead of ending it.
+/// Value of `x-envoy-expected-rq-timeout-ms`: whole milliseconds, rounded down, but at least 1, because 0 would mean
+/// "no timeout".
 pub fn expected_rq_timeout_ms(left: Duration) -> u64 {
     u64::try_from(left.as_millis()).unwrap_or(u64::MAX).max(1)
 }
 
-/// ASCII digits and nothing else; `parse` alone would take a `+`.
+/// ASCII digits only; `parse` alone would accept a `+`.
 fn whole_number(digits: &[u8]) -> Option<u64> {
     let text = std::str::from_utf8(digits).ok()?;
     if text.bytes().all(|b| b.is_ascii_digit()) { text.parse().ok() } else { None }
 }
 
-/// When a call is to be over, and who says so.
+/// Deadline of a call, and its source.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Deadline {
-    /// From this moment on, the call is late.
+    /// The call is late from this instant on.
     pub at: Instant,
-    /// Who asked for it.
+    /// Source of the deadline.
     pub from: DeadlineSource,
 }
 
-/// Who set the deadline of a call.
+/// Source of a deadline.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum DeadlineSource {
-    /// The policy's own timeout.
+    /// The policy's timeout.
     Policy,
     /// A field of the request.
     Caller,
-    /// The inbound request that caused this call.
+    /// The parent request.
     Inbound,
 }
 
 impl Deadline {
-    /// The tightest of the policy's timeout, the caller's field and the deadline of the inbound request that caused the
-    /// call; of two that are equal, the one named first here.
+    /// The earliest of the policy's timeout, the caller's field and the parent request's deadline; on a tie, the first
+    /// in this order.
     ///
-    /// A timeout too long for the clock is none.
+    /// A timeout beyond the range of the clock counts as none.
     pub fn earliest(now: Instant, policy: Duration, caller: Option<Duration>, inbound: Option<Instant>) -> Self {
         let after = |timeout: Duration| now.checked_add(timeout);
         let rest = [(caller.and_then(after), DeadlineSource::Caller), (inbound, DeadlineSource::Inbound)];
@@ -133,19 +133,19 @@ impl Deadline {
             .fold(first, |tightest, other| if other.at < tightest.at { other } else { tightest })
     }
 
-    /// What is left at `now`; None when it is over.
+    /// Time left at `now`; `None` from the deadline on.
     pub fn left(&self, now: Instant) -> Option<Duration> {
         self.at.checked_duration_since(now).filter(|left| !left.is_zero())
     }
 }
 
-/// A year from now, for a timeout that the clock cannot hold.
+/// A year from now, for a timeout beyond the range of the clock.
 fn far_from(now: Instant) -> Instant {
     now.checked_add(Duration::from_secs(365 * 24 * 3600)).unwrap_or(now)
 }
 
 impl DeadlineSource {
-    /// Words for a refusal: "the deadline of …".
+    /// Words for a local reply: "the deadline of …".
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Policy => "the policy",
@@ -255,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn the_tightest_wins_and_says_who_it_was() {
+    fn the_earliest_deadline_wins_and_names_its_source() {
         let now = Instant::now();
         let table = [
             (None, None, 800, DeadlineSource::Policy),
@@ -293,7 +293,8 @@ mod tests {
             let read = parse_grpc_timeout(text.as_bytes()).unwrap();
             prop_assert!(read <= left.max(Duration::from_nanos(1)));
             let longest = Duration::from_secs(99_999_999 * 3600);
-            // A unit is at most a thousand of the one below, so where that has no room, there are 99,999 of it or more.
+            // A unit is at most 1000 of the finer one, so when the finer one does not fit, the number is at least
+            // 99,999.
             prop_assert!(left >= longest || left - read.min(left) <= left / 99_999, "{left:?} became {text}");
         }
 

@@ -1,7 +1,7 @@
-//! Durations as policies write them: `250ms`, `2s`, `1h30m` (GEP-2257), never zero.
+//! Durations in a policy: `250ms`, `2s`, `1h30m` (GEP-2257), never zero.
 //!
-//! Gateway API's own format, so that a value can be copied from an HTTPRoute. More lenient formats (blanks, `PT5S`,
-//! bare numbers) are refused: a `2` that one reader takes for seconds and another for milliseconds is an outage.
+//! The format of the Gateway API, so that a value can be copied from an HTTPRoute. More lenient formats (blanks,
+//! `PT5S`, bare numbers) are refused: a bare `2` means seconds to one reader and milliseconds to another.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -14,14 +14,14 @@ use crate::problems::InvalidValue;
 
 const UNITS: [(&str, u64); 4] = [("ms", 1), ("h", 3_600_000), ("m", 60_000), ("s", 1_000)];
 
-/// A duration in a document; longer than zero.
+/// A duration in a document; above zero.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DurationSpec(pub Duration);
 
-/// Reads a duration: one to four times a number of at most five digits and a unit of `h`, `m`, `s` or `ms`.
+/// Parses a duration: one to four times a number of at most five digits and a unit of `h`, `m`, `s` or `ms`.
 ///
 /// # Errors
-/// Anything else, and zero, with a hint that names what to write.
+/// Anything else, and zero, with a hint what to write.
 pub fn parse(text: &str) -> Result<Duration, InvalidValue> {
     let mut rest = text;
     let mut millis: u64 = 0;
@@ -40,14 +40,14 @@ pub fn parse(text: &str) -> Result<Duration, InvalidValue> {
     match (terms, millis) {
         (0, _) | (5.., _) => Err(not_a_duration(text)),
         (_, 0) => Err(InvalidValue::new(
-            format!("`{text}` is no time at all"),
+            format!("`{text}` is zero"),
             "write a duration longer than zero; there is no value that means \"no timeout\"",
         )),
         _ => Ok(Duration::from_millis(millis)),
     }
 }
 
-/// The shortest form that [`parse`] reads back: `1h`, `1s500ms`.
+/// The shortest form that [`parse`] accepts: `1h`, `1s500ms`.
 pub fn format(duration: Duration) -> String {
     let mut millis = duration.as_millis();
     let mut out = String::new();
@@ -71,7 +71,7 @@ fn not_a_duration(text: &str) -> InvalidValue {
     InvalidValue::new(format!("`{text}` is not a duration"), hint)
 }
 
-/// `1.5s` is meant as `1s500ms`, `100us` is finer than a policy can say, `2 s` has a blank too many.
+/// Suggests `1s500ms` for `1.5s` and `2s` for `2 s`. `100us` gets no suggestion: it is below the resolution.
 fn whole_units(text: &str) -> Option<String> {
     let squeezed: String = text.split_whitespace().collect::<String>().to_ascii_lowercase();
     if squeezed != text && parse(&squeezed).is_ok() {

@@ -1,9 +1,9 @@
-//! Ejection: an endpoint that keeps failing gets no calls for a while, while others of its destination go on.
+//! Ejection: takes a failing endpoint of a destination out of load balancing for a while.
 //!
-//! The shape, the check, the checked value, and the group of a destination's endpoints; each has a breaker of its own.
-//! One group per destination, shared by all workers; it lives through reloads. Invariant: of the members present, at
-//! least one is in. The last one is never ejected (what calls for that is told once per streak of failures), and when
-//! all others go away, one is taken back.
+//! The values of `ejection`, their check and their rows, and the group of a destination's endpoints, each with a
+//! breaker of its own. One group per destination, shared by all workers; it survives reloads. Invariant: at least one
+//! present member is active (not ejected). The last active member is never ejected (reported once per streak of
+//! failures), and if all active members leave the group, one ejected member is taken back.
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
@@ -24,18 +24,19 @@ use super::rule::{Row, RowContext, Rule};
 use super::toggle::{Toggle, ToggleKeys};
 use crate::problems::{Cursor, InvalidValue, Sourced, old_word};
 
-/// An endpoint is asked with one call; a second one goes only when that has hung for a quarter of `ejectFor`.
+/// Concurrent probes of an ejected endpoint: the second one starts when the first has waited for a quarter of
+/// `ejectFor`.
 const PROBES: u32 = 2;
 
-/// `ejection:` of `defaults` or of a destination, where it is not `off`.
+/// `ejection:` of `defaults` or of a destination, as a mapping.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase", expecting = "a mapping of ejection values")]
 pub struct EjectionSpec {
-    /// So many failures one after the other eject an endpoint. Default 5.
+    /// Consecutive failures that eject an endpoint. Default 5.
     pub consecutive_failures: Option<Count<1>>,
-    /// How long it is out the first time; half to the whole of it, by chance. Default 5s.
+    /// Initial ejection time, with 50 % jitter (half to the whole of it). Default 5s.
     pub eject_for: Option<DurationSpec>,
-    /// The longest time out: each ejection in a row doubles the one before, up to this. Default 60s.
+    /// Longest ejection time: each consecutive ejection doubles it, up to this. Default 60s.
     pub eject_for_max: Option<DurationSpec>,
     /// The old word for ejectFor.
     #[schemars(extend("deprecated" = true))]
@@ -49,21 +50,21 @@ impl ToggleKeys for EjectionSpec {
     const KEYS: &'static [&'static str] = &["consecutiveFailures", "ejectFor", "ejectForMax", "openFor", "openForMax"];
 }
 
-/// When endpoints of a destination are ejected, and for how long.
+/// Checked values of a destination's ejection.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Ejection {
-    /// Whether any is.
+    /// Whether endpoints are ejected.
     pub on: Sourced<bool>,
-    /// So many failures one after the other eject an endpoint; at least 1.
+    /// Consecutive failures that eject an endpoint; at least 1.
     pub consecutive_failures: Sourced<u32>,
-    /// The longest that it is out the first time; never longer than `eject_for_max`.
+    /// Initial ejection time before jitter; at most `eject_for_max`.
     pub eject_for: Sourced<Duration>,
-    /// The longest that it is out.
+    /// Longest ejection time.
     pub eject_for_max: Sourced<Duration>,
 }
 
 impl Ejection {
-    /// What holds where no policy says otherwise.
+    /// The built-in values.
     pub const fn built_in() -> Self {
         Self {
             on: Sourced::built_in(true),
@@ -73,7 +74,7 @@ impl Ejection {
         }
     }
 
-    /// The values as the state machine takes them; None when it is off, and then nobody is to be asked whether he is out.
+    /// Thresholds of the state machine; `None` if ejection is off, and then no endpoint counts as ejected.
     pub fn thresholds(&self) -> Option<Thresholds> {
         self.on.value.then_some(Thresholds {
             consecutive_failures: self.consecutive_failures.value,
@@ -91,7 +92,7 @@ impl Rule for Ejection {
 
     const BUILT_IN: Self = Self::built_in();
 
-    /// Reports a first ejection that is longer than the longest.
+    /// Reports an initial ejection time that is longer than the longest one.
     fn check(spec: &Toggle<EjectionSpec>, below: &Self, at: &Cursor<'_>) -> Self {
         let Toggle::On(spec) = spec else {
             return Self { on: at.set(false), ..below.clone() };
@@ -122,7 +123,8 @@ impl Rule for Ejection {
     }
 }
 
-/// A value under its present key or its old one, with the key that is written. Warns of the old one, and reports both.
+/// The value under its present key or its old one, and the key that the file uses. Warns about the old key; both
+/// together are an error.
 fn written(
     (key, value): (&'static str, Option<DurationSpec>),
     (old_key, old_value): (&'static str, Option<DurationSpec>),
@@ -134,7 +136,7 @@ fn written(
     }
     if at.key(key).is_given() {
         let hint = format!("remove `{old_key}`: it is the old word for `{key}`");
-        old_at.report_key(InvalidValue::new(format!("`{old_key}` and `{key}` stand together"), hint));
+        old_at.report_key(InvalidValue::new(format!("`{old_key}` and `{key}` exclude each other"), hint));
         return (key, value);
     }
     old_at.warn_key(old_word(old_key, key));
@@ -146,7 +148,7 @@ fn written(
 pub struct EjectionGroup {
     born: Instant,
     present: Mutex<Vec<Arc<EjectionMember>>>,
-    /// The longest time out, in nanoseconds, that the last call has brought along.
+    /// The longest ejection time that the last admitted call passed, in nanoseconds.
     longest: Arc<AtomicU64>,
 }
 
@@ -155,21 +157,22 @@ pub struct EjectionGroup {
 pub struct EjectionMember {
     address: SocketAddr,
     breaker: Arc<Breaker>,
-    /// Whether it was told already that this one stays in although it fails.
+    /// Whether `Kept` was returned for the current streak of failures.
     is_kept: AtomicBool,
     group: Weak<EjectionGroup>,
-    /// That of the group.
+    /// Shared with the group.
     longest: Arc<AtomicU64>,
 }
 
-/// What a failure of an endpoint led to.
+/// Effect of a failure on an endpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum EjectionEvent {
-    /// It was ejected.
+    /// The endpoint was ejected.
     Ejected(StateChange),
-    /// It would have been, were it not the last one in. Told once, until it answers again or is ejected after all.
+    /// The endpoint has reached the threshold but is the last active one, so it stays. Returned once, until it answers
+    /// again or is ejected.
     Kept {
-        /// Failures one after the other.
+        /// Consecutive failures.
         consecutive: u32,
     },
 }
@@ -181,13 +184,14 @@ impl EjectionGroup {
         Arc::new(Self { born: now, present: Mutex::new(Vec::new()), longest })
     }
 
-    /// The member at an address; a new one is in. Takes a lock: to be asked when addresses change, not for each call.
+    /// The member at an address; a new member is active. Takes a lock: call it when addresses change, not per call.
     pub fn member(self: &Arc<Self>, address: SocketAddr) -> Arc<EjectionMember> {
         self.member_if(address, || true)
     }
 
-    /// The same, but a new one becomes a member only if it `belongs` here, which is asked while nobody is being
-    /// forgotten. One that does not is never ejected, and counts for nobody.
+    /// Like [`Self::member`], but a new member joins the group only if `belongs` returns true; it is called under the
+    /// group's lock, so no member is removed meanwhile. A member outside the group is never ejected and does not count
+    /// as active.
     pub fn member_if(self: &Arc<Self>, address: SocketAddr, belongs: impl FnOnce() -> bool) -> Arc<EjectionMember> {
         let mut present = self.present();
         if let Some(member) = present.iter().find(|member| member.address == address) {
@@ -206,7 +210,8 @@ impl EjectionGroup {
         member
     }
 
-    /// Forgets all members but these. When all that are left are out, takes back the one whose time is over first.
+    /// Removes all members except these. If all remaining ones are ejected, takes back the one whose ejection ends
+    /// first.
     pub fn retain(&self, addresses: &[SocketAddr], now: Instant) -> Option<(Arc<EjectionMember>, StateChange)> {
         let mut present = self.present();
         present.retain(|member| addresses.contains(&member.address));
@@ -218,19 +223,19 @@ impl EjectionGroup {
         Some((Arc::clone(first), change))
     }
 
-    /// Whether one that is in has not failed since it last answered, so that what fails are single members.
-    pub fn is_one_well(&self) -> bool {
+    /// Whether an active member has answered since its last failure, so that the failures are those of single members.
+    pub fn has_well_member(&self) -> bool {
         self.present().iter().any(|member| member.breaker.is_closed() && member.breaker.consecutive() == 0)
     }
 
-    /// Those that are in fail: whoever of the others would be tried first may be tried now. Returns who.
-    pub fn hurry(&self, now: Instant) -> Option<Arc<EjectionMember>> {
+    /// All active members fail: ends the ejection of the member whose ejection would end first, and returns it.
+    pub fn end_first_ejection(&self, now: Instant) -> Option<Arc<EjectionMember>> {
         let present = self.present();
         let waits = |member: &&Arc<EjectionMember>| member.breaker.retry_after(now);
-        // One that is being tried already waits for that, and can be no quicker.
+        // A half-open member already waits for its probe; nothing makes that faster.
         let is_out = |member: &&Arc<EjectionMember>| member.state(now) == BreakerState::Open;
         let first = present.iter().filter(is_out).min_by_key(waits)?;
-        first.breaker.hurry(now);
+        first.breaker.end_open_time_early(now);
         Some(Arc::clone(first))
     }
 
@@ -240,47 +245,47 @@ impl EjectionGroup {
     }
 
     fn present(&self) -> MutexGuard<'_, Vec<Arc<EjectionMember>>> {
-        // Each critical section leaves a whole list behind, whatever happens.
+        // Each critical section leaves a complete list behind, even on a panic.
         self.present.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl EjectionMember {
-    /// Where it is.
+    /// Address of the endpoint.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// Whether it is to get no call now; one atomic load.
+    /// Whether it gets no calls now; one atomic load.
     pub fn is_out(&self, now: Instant) -> bool {
         self.breaker.is_shut(now)
     }
 
-    /// Whether its time is over and it waits for a call that tries it; one atomic load.
+    /// Whether its ejection time is over and the next call is its probe; one atomic load.
     pub fn is_due(&self, now: Instant) -> bool {
         self.breaker.is_due(now)
     }
 
-    /// Closed is in, open is out, half-open is being tried.
+    /// Closed: active; open: ejected; half-open: being probed.
     pub fn state(&self, now: Instant) -> BreakerState {
         self.breaker.state(now)
     }
 
-    /// Failures one after the other so far.
+    /// Consecutive failures so far.
     pub fn consecutive(&self) -> u32 {
         self.breaker.consecutive()
     }
 
-    /// Lets a call go to it, as one of many or as the one that tries it. Refuses also when another call was quicker to try
-    /// it: pick another member then.
+    /// Admits a call, normally or as a probe. Refuses also if another call has just become the probe: pick another
+    /// member then.
     pub fn admit(&self, thresholds: &Thresholds, now: Instant) -> Admission {
-        self.take_up(thresholds.open_for_max, now);
+        self.apply_longest(thresholds.open_for_max, now);
         self.breaker.admit(thresholds, now)
     }
 
-    /// Who is out gets no calls, and so does not hear that the policy's longest time out has become shorter: whoever
-    /// does get one says so to all. A call of the policy before makes nothing longer again.
-    fn take_up(&self, longest: Duration, now: Instant) {
+    /// Ejected members get no calls, so a shorter longest ejection time of a reload reaches them through the next call
+    /// to any member of the group. A call with the thresholds of the previous policy does not lengthen it again.
+    fn apply_longest(&self, longest: Duration, now: Instant) {
         let nanos = u64::try_from(longest.as_nanos()).unwrap_or(u64::MAX);
         let before = self.longest.load(Relaxed);
         if nanos == before {
@@ -290,34 +295,34 @@ impl EjectionMember {
         if nanos < before
             && let Some(group) = self.group.upgrade()
         {
-            group.present().iter().for_each(|member| member.breaker.limit(longest, now));
+            group.present().iter().for_each(|member| member.breaker.apply_longest_open_time(longest, now));
         }
     }
 
-    /// Counts how a call that was let through has ended. A member that was forgotten meanwhile is never ejected.
+    /// Records the result of an admitted call. A member that has left the group is never ejected.
     ///
-    /// `random` is from 0 to 1 and decides how long it is out, if it is ejected.
+    /// `random`, from 0 to 1, gives the jitter of the ejection time.
     pub fn record(
         &self,
-        pass: BreakerPermit,
+        permit: BreakerPermit,
         thresholds: &Thresholds,
         outcome: CallResult,
         now: Instant,
         random: f64,
     ) -> Option<EjectionEvent> {
-        let cause = self.breaker.note(pass, thresholds, outcome, now);
+        let cause = self.breaker.count_result(permit, thresholds, outcome, now);
         if outcome == CallResult::Success && self.is_kept.load(Relaxed) {
             self.is_kept.store(false, Relaxed);
         }
         let (cause, group) = (cause?, self.group.upgrade()?);
-        // Nobody else is ejected while this lock is held, so whoever is in stays in.
+        // Ejections happen under this lock, so an active member stays active until it is released.
         let present = group.present();
         let is_me = |member: &Arc<Self>| std::ptr::eq(Arc::as_ptr(member), self);
         if !present.iter().any(is_me) {
             return None;
         }
         if present.iter().any(|member| !is_me(member) && member.breaker.is_closed()) {
-            let change = self.breaker.open(pass, cause, thresholds, now, random)?;
+            let change = self.breaker.open(permit, cause, thresholds, now, random)?;
             self.is_kept.store(false, Relaxed);
             return Some(EjectionEvent::Ejected(change));
         }
@@ -352,8 +357,8 @@ mod tests {
 
     fn call(member: &EjectionMember, outcome: CallResult, now: Instant) -> Option<EjectionEvent> {
         match member.admit(&TWO, now) {
-            Admission::Admit(pass) => member.record(pass, &TWO, outcome, now, 1.0),
-            other => panic!("no pass: {other:?}"),
+            Admission::Admit(permit) => member.record(permit, &TWO, outcome, now, 1.0),
+            other => panic!("no permit: {other:?}"),
         }
     }
 
@@ -366,7 +371,7 @@ mod tests {
     }
 
     #[test]
-    fn an_address_is_always_the_same_member() {
+    fn an_address_has_one_member() {
         let (group, members) = group(Instant::now(), 2);
         assert!(Arc::ptr_eq(&group.member(address(1)), &members[1]));
         assert_eq!(group.members().len(), 2);
@@ -387,7 +392,7 @@ mod tests {
         assert!(!members[0].is_out(later) && members[0].is_due(later));
         let Admission::Probe { probe, change } = members[0].admit(&TWO, later) else { panic!("no probe") };
         assert_eq!(change.unwrap().cause, ChangeCause::OpenTimeOver);
-        assert!(members[0].is_out(later), "one call tries it, not all");
+        assert!(members[0].is_out(later), "one call is the probe, not all");
         let change = probe.record(&TWO, CallResult::Failure, later, 1.0).unwrap();
         assert_eq!((change.cause, change.open_for), (ChangeCause::ProbeFailed, Some(TWO.open_for * 2)));
         let later = later + TWO.open_for * 2;
@@ -397,7 +402,7 @@ mod tests {
     }
 
     #[test]
-    fn the_last_one_stays_in_and_that_is_told_once_per_streak() {
+    fn the_last_active_member_stays_and_is_reported_once_per_streak() {
         let start = Instant::now();
         let (_group, members) = group(start, 2);
         eject(&members[0], start);
@@ -411,7 +416,7 @@ mod tests {
     }
 
     #[test]
-    fn the_last_one_is_ejected_as_soon_as_another_is_back() {
+    fn the_last_active_member_is_ejected_as_soon_as_another_is_back() {
         let start = Instant::now();
         let (_group, members) = group(start, 2);
         eject(&members[0], start);
@@ -420,7 +425,7 @@ mod tests {
         }
         let later = start + TWO.open_for;
         let Admission::Probe { probe, .. } = members[0].admit(&TWO, later) else { panic!("no probe") };
-        assert_eq!(call(&members[1], CallResult::Failure, later), None, "one that is being tried is not in");
+        assert_eq!(call(&members[1], CallResult::Failure, later), None, "a member that is being probed is not active");
         probe.record(&TWO, CallResult::Success, later, 1.0).unwrap();
         let Some(EjectionEvent::Ejected(change)) = call(&members[1], CallResult::Failure, later) else {
             panic!("not ejected")
@@ -429,53 +434,53 @@ mod tests {
     }
 
     #[test]
-    fn one_is_well_as_long_as_one_that_is_in_has_not_failed_last() {
+    fn the_group_has_a_well_member_while_an_active_one_has_not_failed_last() {
         let start = Instant::now();
         let (group, members) = group(start, 2);
         eject(&members[0], start);
-        assert!(group.is_one_well());
+        assert!(group.has_well_member());
         call(&members[1], CallResult::Failure, start);
-        assert!(!group.is_one_well());
+        assert!(!group.has_well_member());
         call(&members[1], CallResult::Success, start);
-        assert!(group.is_one_well());
+        assert!(group.has_well_member());
     }
 
     #[test]
-    fn who_would_be_tried_first_can_be_tried_at_once() {
+    fn the_ejection_that_would_end_first_can_be_ended_at_once() {
         let start = Instant::now();
         let (group, members) = group(start, 3);
-        assert!(group.hurry(start).is_none(), "nobody is out");
+        assert!(group.end_first_ejection(start).is_none(), "no member is ejected");
         eject(&members[1], start);
         eject(&members[0], start + Duration::from_secs(1));
         let now = start + Duration::from_secs(2);
-        assert_eq!(group.hurry(now).map(|one| one.address()), Some(address(1)));
+        assert_eq!(group.end_first_ejection(now).map(|one| one.address()), Some(address(1)));
         assert!(members[1].is_due(now) && !members[0].is_due(now));
-        assert_eq!(group.hurry(now).map(|one| one.address()), Some(address(0)));
-        assert!(group.hurry(now).is_none());
+        assert_eq!(group.end_first_ejection(now).map(|one| one.address()), Some(address(0)));
+        assert!(group.end_first_ejection(now).is_none());
         let Admission::Probe { change, .. } = members[1].admit(&TWO, now) else { panic!("no probe") };
         assert_eq!(change.map(|change| change.cause.as_str()), Some("no_other_well"));
     }
 
     #[test]
-    fn one_that_is_being_tried_does_not_stand_before_another_that_can_be() {
+    fn a_member_that_is_being_probed_does_not_hide_an_ejected_one() {
         let start = Instant::now();
         let (group, members) = group(start, 3);
         eject(&members[0], start);
         let later = start + TWO.open_for;
         let Admission::Probe { probe: _hangs, .. } = members[0].admit(&TWO, later) else { panic!("no probe") };
         eject(&members[1], later);
-        assert_eq!(group.hurry(later).map(|one| one.address()), Some(address(1)));
+        assert_eq!(group.end_first_ejection(later).map(|one| one.address()), Some(address(1)));
     }
 
     #[test]
-    fn a_shorter_longest_time_holds_for_who_is_out_as_soon_as_a_call_brings_it() {
+    fn a_shorter_longest_time_reaches_ejected_members_with_the_next_call() {
         let start = Instant::now();
         let (_group, members) = group(start, 3);
         let long = Thresholds { open_for: TWO.open_for_max, ..TWO };
         for member in &members[..2] {
             let cause = [(); 2].map(|()| match member.admit(&long, start) {
-                Admission::Admit(pass) => member.record(pass, &long, CallResult::Failure, start, 1.0),
-                other => panic!("no pass: {other:?}"),
+                Admission::Admit(permit) => member.record(permit, &long, CallResult::Failure, start, 1.0),
+                other => panic!("no permit: {other:?}"),
             });
             assert!(matches!(cause[1], Some(EjectionEvent::Ejected(_))), "{cause:?}");
         }
@@ -485,7 +490,7 @@ mod tests {
         assert!(members[..2].iter().all(|one| one.is_out(early) && !one.is_due(early)), "no shorter than that");
         assert!(members[..2].iter().all(|one| !one.is_out(due) && one.is_due(due)));
         let Admission::Probe { probe, .. } = members[0].admit(&short, due) else { panic!("no probe") };
-        // A call of the policy before makes nothing longer.
+        // A call with the previous policy lengthens nothing.
         assert!(matches!(members[2].admit(&long, due), Admission::Admit(_)));
         assert!(members[1].is_due(due));
         drop(probe);
@@ -493,7 +498,7 @@ mod tests {
     }
 
     #[test]
-    fn a_forgotten_member_is_never_ejected_and_counts_for_nobody() {
+    fn a_removed_member_is_never_ejected_and_does_not_count_as_active() {
         let start = Instant::now();
         let (group, members) = group(start, 2);
         assert!(group.retain(&[address(1), address(7)], start).is_none());
@@ -507,7 +512,7 @@ mod tests {
     }
 
     #[test]
-    fn one_that_does_not_belong_here_is_never_ejected_and_keeps_nobody_out() {
+    fn a_member_outside_the_group_is_never_ejected_and_does_not_count_as_active() {
         let start = Instant::now();
         let (group, members) = group(start, 1);
         let stranger = group.member_if(address(7), || false);
@@ -516,11 +521,14 @@ mod tests {
         }
         assert_eq!(call(&members[0], CallResult::Failure, start), None);
         assert_eq!(call(&members[0], CallResult::Failure, start), Some(EjectionEvent::Kept { consecutive: 2 }));
-        assert!(Arc::ptr_eq(&group.member_if(address(0), || false), &members[0]), "who is there already, is there");
+        assert!(
+            Arc::ptr_eq(&group.member_if(address(0), || false), &members[0]),
+            "a present member is returned as it is"
+        );
     }
 
     #[test]
-    fn when_all_others_go_away_the_one_that_is_out_is_taken_back() {
+    fn when_all_active_members_leave_an_ejected_one_is_taken_back() {
         let start = Instant::now();
         let (group, members) = group(start, 3);
         eject(&members[0], start);
@@ -535,7 +543,7 @@ mod tests {
     }
 
     #[test]
-    fn whatever_happens_one_is_in() {
+    fn one_member_is_always_active() {
         for seed in 0..200 {
             let mut random = fastrand::Rng::with_seed(seed);
             let mut now = Instant::now();
@@ -546,7 +554,7 @@ mod tests {
                 let member = &members[random.usize(..members.len())];
                 let outcome = if random.u8(..4) == 0 { CallResult::Success } else { CallResult::Failure };
                 match member.admit(&TWO, now) {
-                    Admission::Admit(pass) => drop(member.record(pass, &TWO, outcome, now, random.f64())),
+                    Admission::Admit(permit) => drop(member.record(permit, &TWO, outcome, now, random.f64())),
                     Admission::Probe { probe, .. } if random.bool() => {
                         probe.record(&TWO, outcome, now, random.f64());
                     }

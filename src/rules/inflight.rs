@@ -1,9 +1,10 @@
-//! The inbound requests under way, so that an outbound call of the app can be joined with the request that caused it.
+//! In-flight registry: the inbound requests in progress, so that an outbound call of the app can be joined with its
+//! parent request.
 //!
-//! One table per process, shared by all workers. It stands between the two sides of the app: the inbound side enters
-//! each request, the outbound side asks who caused a call. That gives the call the request's deadline where the app
-//! forwards nothing but its trace id, and carries the mark of a failed call up through the app.
-//! Invariants: bounded; no lock is held across anything but a look into a map; a request leaves with its guard.
+//! One registry per process, shared by all workers. The inbound side registers each request, the outbound side looks up
+//! the parent request of a call. So a call gets the deadline of its parent request even if the app forwards only a
+//! trace id, and the proxy status of a failed call reaches the inbound response. Invariants: bounded size; a lock is
+//! held only during a map access; a request leaves the registry when its guard is dropped.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -17,21 +18,21 @@ use tokio::time::Instant;
 use super::proxy_status::ProxyStatus;
 use super::trace::{TraceKey, TraceKeys};
 
-/// The most inbound requests that the table holds.
+/// Upper bound of registered inbound requests.
 pub const MOST: usize = 65_536;
 
-/// The most requests that it holds under one key: whoever sends the same id with each request must not make each look
-/// into the table a walk through all of them.
+/// Upper bound of requests under one id, so that a caller which repeats an id cannot make each lookup walk through all
+/// of its requests.
 pub const MOST_PER_KEY: usize = 64;
 
 const SHARDS: usize = 32;
 
-/// Below this a shard keeps its room.
+/// A shard below this capacity is not shrunk.
 const ROOM: usize = 64;
 
 type Shard = HashMap<Slot, ParentRequests, RandomState>;
 
-/// An inbound request under way.
+/// An inbound request in progress.
 #[derive(Debug)]
 pub struct InboundRequest {
     deadline: Mutex<Option<Instant>>,
@@ -39,7 +40,7 @@ pub struct InboundRequest {
     abandoned: AtomicBool,
 }
 
-/// The table.
+/// The registry.
 #[derive(Debug)]
 pub struct InflightRequests {
     shards: [Mutex<Shard>; SHARDS],
@@ -48,7 +49,7 @@ pub struct InflightRequests {
     nameless: AtomicU64,
 }
 
-/// A request that is in the table until this is dropped.
+/// Keeps a request in the registry until it is dropped.
 #[derive(Debug)]
 pub struct InflightGuard {
     table: Arc<InflightRequests>,
@@ -56,7 +57,7 @@ pub struct InflightGuard {
     slots: [Option<Slot>; 2],
 }
 
-/// Who may have caused an outbound call: one inbound request, or several that bear one id (retries, fan-in).
+/// Possible parent requests of an outbound call: one, or several with the same id (retries, fan-in).
 #[derive(Debug, Clone)]
 pub struct ParentRequests {
     first: Arc<InboundRequest>,
@@ -64,60 +65,61 @@ pub struct ParentRequests {
     others: Vec<Arc<InboundRequest>>,
 }
 
-/// What is known of an outbound call's cause.
+/// Correlation of an outbound call with inbound requests.
 #[derive(Debug, Clone)]
 pub enum Correlation {
-    /// It bears an id of these.
+    /// The call has the id of these requests.
     ByTrace(ParentRequests),
-    /// It bears no id that is known, but there was one inbound request only.
+    /// The call has no known id, but exactly one inbound request is in progress.
     OnlyOne(ParentRequests),
-    /// There are several inbound requests, and nothing tells which it belongs to.
+    /// Several inbound requests are in progress, and the call has the id of none of them.
     NotJoined,
-    /// No inbound request is under way: the app calls of its own accord.
+    /// No inbound request is in progress: the app made the call on its own.
     NoInbound,
 }
 
-/// Where a request stands in the table.
+/// Key of a request in the registry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Slot {
     Key(TraceKey),
-    /// A request without an id; it can still be the only one.
+    /// A request without an id; it can still be the only one in progress.
     Nameless(u64),
 }
 
 impl InboundRequest {
-    /// When it is to be over; `None` if it lives as long as it likes.
+    /// Deadline of the request; `None` if it has none.
     pub fn deadline(&self) -> Option<Instant> {
         *self.deadline.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// It has shown itself as a stream: the time of a unary call is not its own, and not that of the calls that it causes.
-    pub fn lift(&self, deadline: Option<Instant>) {
+    /// Replaces the deadline: the request has turned out to be a stream, so the timeout of a unary call does not apply
+    /// to it or to its outbound calls.
+    pub fn set_deadline(&self, deadline: Option<Instant>) {
         *self.deadline.lock().unwrap_or_else(PoisonError::into_inner) = deadline;
     }
 
-    /// Its caller has left, or got an answer that is not the app's: nobody waits for the app any more.
+    /// Marks the request as abandoned: its caller has gone, or got a response that is not the app's.
     pub fn abandon(&self) {
         self.abandoned.store(true, Relaxed);
     }
 
-    /// Remembers the mark of a failed outbound call, in the place of an earlier one.
+    /// Stores the proxy status of a failed outbound call, replacing an earlier one.
     ///
-    /// "Unsent" is not remembered: it is true of the request that failed, but this one did reach its app.
-    pub fn blame(&self, mark: &ProxyStatus) {
+    /// "Unsent" is not stored: it is about the outbound call, while this request did reach its app.
+    pub fn record_status(&self, mark: &ProxyStatus) {
         let mark = ProxyStatus { is_unsent: false, is_limited: false, ..mark.clone() };
         *self.blamed.lock().unwrap_or_else(PoisonError::into_inner) = Some(mark);
     }
 
-    /// The mark of the last outbound call that failed. A later success of another does not clear it: whether the failure
-    /// mattered shows in the app's own answer.
-    pub fn blamed(&self) -> Option<ProxyStatus> {
+    /// Proxy status of the last failed outbound call. A later success of another call does not clear it: the app's
+    /// response shows whether the failure mattered.
+    pub fn recorded_status(&self) -> Option<ProxyStatus> {
         self.blamed.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
 
 impl InflightRequests {
-    /// An empty table.
+    /// An empty registry.
     pub fn new() -> Arc<Self> {
         Arc::new(Self {
             shards: std::array::from_fn(|_| Mutex::default()),
@@ -127,13 +129,13 @@ impl InflightRequests {
         })
     }
 
-    /// Enters a request under each of its ids. Where there is no room it is not found later on, unless under its other id;
-    /// it is under way all the same, and so is not overlooked when there seems to be only one.
-    pub fn enter(self: &Arc<Self>, keys: TraceKeys, deadline: Instant) -> InflightGuard {
+    /// Registers a request under each of its ids. Without room under an id, it cannot be found by that id; it still
+    /// counts as in progress, so another request is not taken for the only one.
+    pub fn register(self: &Arc<Self>, keys: TraceKeys, deadline: Instant) -> InflightGuard {
         let deadline = Mutex::new(Some(deadline));
         let inbound = Arc::new(InboundRequest { deadline, blamed: Mutex::default(), abandoned: AtomicBool::default() });
         let mut slots = [None, None];
-        // Counted before it can be found, so that whoever counts one finds no second that came before.
+        // Counted before it can be found: if the count is one, no earlier request can be missing from the map.
         if self.in_flight.fetch_add(1, SeqCst) < MOST {
             for (slot, key) in slots.iter_mut().zip(keys.iter()) {
                 *slot = Some(Slot::Key(key));
@@ -148,8 +150,8 @@ impl InflightRequests {
         InflightGuard { table: Arc::clone(self), inbound, slots }
     }
 
-    /// Who caused an outbound call with these ids. An id decides; the trace id comes before the request id.
-    pub fn join(&self, keys: TraceKeys) -> Correlation {
+    /// Parent requests of an outbound call with these ids. The trace id is looked up before the request id.
+    pub fn correlate(&self, keys: TraceKeys) -> Correlation {
         let in_flight = self.in_flight();
         if in_flight == 0 {
             return Correlation::NoInbound;
@@ -163,19 +165,19 @@ impl InflightRequests {
         self.only_one().map_or(Correlation::NotJoined, |inbound| Correlation::OnlyOne(ParentRequests::of(inbound)))
     }
 
-    /// The requests under way that bear this id.
+    /// The requests in progress with this id.
     pub fn find(&self, key: TraceKey) -> Option<ParentRequests> {
         let slot = Slot::Key(key);
         self.shard(slot).get(&slot).cloned()
     }
 
-    /// Requests under way, those included that found no room.
+    /// Requests in progress, including those without room in the registry.
     pub fn in_flight(&self) -> usize {
         self.in_flight.load(SeqCst)
     }
 
-    /// The request that stands alone in the table. A second one that came before the call is seen here, in whichever
-    /// order they entered; so a call is never joined with another request than its own while its own is under way.
+    /// The only request in the registry. A second one that came before the call is seen here, in whichever order they
+    /// were registered, so a call is never joined with a foreign request while its own is in progress.
     fn only_one(&self) -> Option<Arc<InboundRequest>> {
         let mut only: Option<Arc<InboundRequest>> = None;
         for shard in &self.shards {
@@ -201,12 +203,12 @@ impl InflightRequests {
         }
     }
 
-    fn take(&self, slot: Slot, inbound: &Arc<InboundRequest>) {
+    fn remove(&self, slot: Slot, inbound: &Arc<InboundRequest>) {
         let mut shard = self.shard(slot);
         if shard.get_mut(&slot).is_some_and(|causes| causes.remove(inbound)) {
             shard.remove(&slot);
         }
-        // A burst does not keep its memory for ever.
+        // Returns the memory of a burst.
         if shard.capacity() > ROOM && shard.len() < shard.capacity() / 8 {
             let room = (shard.len() * 2).max(ROOM / 2);
             shard.shrink_to(room);
@@ -220,7 +222,7 @@ impl InflightRequests {
 }
 
 impl InflightGuard {
-    /// The request, to be held where its guard cannot be.
+    /// The request, for holders other than the guard.
     pub fn inbound(&self) -> &Arc<InboundRequest> {
         &self.inbound
     }
@@ -229,28 +231,28 @@ impl InflightGuard {
 impl Drop for InflightGuard {
     fn drop(&mut self) {
         for slot in self.slots.iter().flatten() {
-            self.table.take(*slot, &self.inbound);
+            self.table.remove(*slot, &self.inbound);
         }
         self.table.in_flight.fetch_sub(1, SeqCst);
     }
 }
 
 impl ParentRequests {
-    /// The latest of their deadlines, because nothing tells which of them it was, and a call that has time must not
-    /// fail for another's haste; `None` if one has none.
+    /// The latest of the deadlines: the parent is unknown, and a call must not fail by the deadline of another request;
+    /// `None` if one of them has none.
     pub fn deadline(&self) -> Option<Instant> {
         let first = self.first.deadline()?;
         self.others.iter().try_fold(first, |latest, other| Some(latest.max(other.deadline()?)))
     }
 
-    /// Whether nobody waits for any of them any more.
+    /// Whether all of them are abandoned.
     pub fn are_abandoned(&self) -> bool {
         self.iter().all(|inbound| inbound.abandoned.load(Relaxed))
     }
 
-    /// Tells each of them the mark of a failed outbound call.
-    pub fn blame(&self, mark: &ProxyStatus) {
-        self.iter().for_each(|inbound| inbound.blame(mark));
+    /// Stores the proxy status of a failed outbound call at each of them.
+    pub fn record_status(&self, mark: &ProxyStatus) {
+        self.iter().for_each(|inbound| inbound.record_status(mark));
     }
 
     /// Each of them.
@@ -262,7 +264,7 @@ impl ParentRequests {
         Self { first, others: Vec::new() }
     }
 
-    /// False where there is no room.
+    /// False without room.
     fn add(&mut self, inbound: &Arc<InboundRequest>) -> bool {
         let has_room = self.others.len() + 1 < MOST_PER_KEY;
         if has_room {
@@ -271,7 +273,7 @@ impl ParentRequests {
         has_room
     }
 
-    /// True where nobody is left, and this is to go.
+    /// True if none is left, so that the entry is to be removed.
     fn remove(&mut self, inbound: &Arc<InboundRequest>) -> bool {
         if !Arc::ptr_eq(&self.first, inbound) {
             self.others.retain(|other| !Arc::ptr_eq(other, inbound));
@@ -288,7 +290,7 @@ impl ParentRequests {
 }
 
 impl Correlation {
-    /// Who caused the call, if that is known.
+    /// The parent requests, if known.
     pub fn causes(&self) -> Option<&ParentRequests> {
         match self {
             Self::ByTrace(causes) | Self::OnlyOne(causes) => Some(causes),
@@ -296,7 +298,7 @@ impl Correlation {
         }
     }
 
-    /// When the request that caused the call is to be over, if that is known.
+    /// Deadline of the parent request, if known.
     pub fn deadline(&self) -> Option<Instant> {
         self.causes().and_then(ParentRequests::deadline)
     }
@@ -334,18 +336,18 @@ mod tests {
     #[test]
     fn a_call_is_joined_by_its_id() {
         let table = InflightRequests::new();
-        let (one, _two) = (table.enter(trace(1), later(100)), table.enter(trace(2), later(200)));
-        let join = table.join(trace(1));
+        let (one, _two) = (table.register(trace(1), later(100)), table.register(trace(2), later(200)));
+        let join = table.correlate(trace(1));
         assert!(matches!(join, Correlation::ByTrace(_)));
         assert_eq!(join.deadline(), one.inbound().deadline());
-        assert!(matches!(table.join(trace(3)), Correlation::NotJoined));
-        assert!(matches!(table.join(TraceKeys::default()), Correlation::NotJoined));
+        assert!(matches!(table.correlate(trace(3)), Correlation::NotJoined));
+        assert!(matches!(table.correlate(TraceKeys::default()), Correlation::NotJoined));
     }
 
     #[test]
     fn either_of_two_ids_is_enough() {
         let table = InflightRequests::new();
-        let (one, two) = (table.enter(both(1), later(100)), table.enter(both(2), later(200)));
+        let (one, two) = (table.register(both(1), later(100)), table.register(both(2), later(200)));
         for key in both(2).iter() {
             let causes = table.find(key).unwrap();
             assert!(Arc::ptr_eq(causes.iter().next().unwrap(), two.inbound()));
@@ -357,56 +359,56 @@ mod tests {
     #[test]
     fn a_call_without_an_id_belongs_to_the_only_request_there_is() {
         let table = InflightRequests::new();
-        assert!(matches!(table.join(trace(1)), Correlation::NoInbound));
+        assert!(matches!(table.correlate(trace(1)), Correlation::NoInbound));
         for keys in [TraceKeys::default(), both(1)] {
-            let only = table.enter(keys, later(100));
+            let only = table.register(keys, later(100));
             for call in [TraceKeys::default(), trace(9)] {
-                let join = table.join(call);
+                let join = table.correlate(call);
                 assert!(matches!(join, Correlation::OnlyOne(_)), "{join:?}");
                 assert_eq!(join.deadline(), only.inbound().deadline());
             }
-            let second = table.enter(TraceKeys::default(), later(100));
-            assert!(matches!(table.join(trace(9)), Correlation::NotJoined));
+            let second = table.register(TraceKeys::default(), later(100));
+            assert!(matches!(table.correlate(trace(9)), Correlation::NotJoined));
             drop(second);
-            assert!(matches!(table.join(trace(9)), Correlation::OnlyOne(_)));
+            assert!(matches!(table.correlate(trace(9)), Correlation::OnlyOne(_)));
         }
-        assert!(matches!(table.join(trace(1)), Correlation::NoInbound));
+        assert!(matches!(table.correlate(trace(1)), Correlation::NoInbound));
     }
 
     #[test]
-    fn of_several_with_one_id_the_latest_deadline_holds_and_each_is_told() {
+    fn of_several_with_one_id_the_latest_deadline_holds_and_each_gets_the_status() {
         let table = InflightRequests::new();
-        let mut requests: Vec<_> = [100, 300, 200].map(|millis| table.enter(trace(1), later(millis))).into();
+        let mut requests: Vec<_> = [100, 300, 200].map(|millis| table.register(trace(1), later(millis))).into();
         let causes = table.find(TraceKey::Trace(1)).unwrap();
         assert_eq!(causes.deadline(), requests[1].inbound().deadline());
-        causes.blame(&failed("bank"));
-        assert!(requests.iter().all(|one| one.inbound().blamed().is_some()));
+        causes.record_status(&failed("bank"));
+        assert!(requests.iter().all(|one| one.inbound().recorded_status().is_some()));
         let latest = requests.remove(1);
         drop(latest);
-        assert_eq!(table.join(trace(1)).deadline(), requests[1].inbound().deadline());
+        assert_eq!(table.correlate(trace(1)).deadline(), requests[1].inbound().deadline());
         requests.remove(1);
-        assert_eq!(table.join(trace(1)).deadline(), requests[0].inbound().deadline());
+        assert_eq!(table.correlate(trace(1)).deadline(), requests[0].inbound().deadline());
         requests.clear();
         assert!(is_empty(&table));
     }
 
     #[test]
-    fn a_stream_among_those_with_one_id_has_as_much_time_as_it_likes() {
+    fn a_stream_among_those_with_one_id_lifts_their_deadline() {
         let table = InflightRequests::new();
-        let requests: Vec<_> = [100, 300].map(|millis| table.enter(trace(1), later(millis))).into();
+        let requests: Vec<_> = [100, 300].map(|millis| table.register(trace(1), later(millis))).into();
         for stream in &requests {
             let own = stream.inbound().deadline();
-            stream.inbound().lift(None);
-            assert_eq!(table.join(trace(1)).deadline(), None);
-            stream.inbound().lift(own);
+            stream.inbound().set_deadline(None);
+            assert_eq!(table.correlate(trace(1)).deadline(), None);
+            stream.inbound().set_deadline(own);
         }
-        assert_eq!(table.join(trace(1)).deadline(), requests[1].inbound().deadline());
+        assert_eq!(table.correlate(trace(1)).deadline(), requests[1].inbound().deadline());
     }
 
     #[test]
     fn calls_are_abandoned_once_each_request_that_may_have_caused_them_is() {
         let table = InflightRequests::new();
-        let requests = [100, 300].map(|millis| table.enter(trace(1), later(millis)));
+        let requests = [100, 300].map(|millis| table.register(trace(1), later(millis)));
         let causes = table.find(TraceKey::Trace(1)).unwrap();
         for one in requests {
             assert!(!causes.are_abandoned());
@@ -418,18 +420,18 @@ mod tests {
     #[test]
     fn the_last_blame_stays_and_never_says_unsent() {
         let table = InflightRequests::new();
-        let request = table.enter(trace(1), later(100));
-        assert_eq!(request.inbound().blamed(), None);
-        request.inbound().blame(&failed("bank"));
-        request.inbound().blame(&failed("stock"));
+        let request = table.register(trace(1), later(100));
+        assert_eq!(request.inbound().recorded_status(), None);
+        request.inbound().record_status(&failed("bank"));
+        request.inbound().record_status(&failed("stock"));
         let expected = ProxyStatus { is_final: true, at: Some("stock".into()), ..ProxyStatus::default() };
-        assert_eq!(request.inbound().blamed(), Some(expected));
+        assert_eq!(request.inbound().recorded_status(), Some(expected));
     }
 
     #[test]
     fn the_table_is_bounded_in_all_and_per_id() {
         let table = InflightRequests::new();
-        let requests: Vec<_> = (0..=MOST as u128).map(|id| table.enter(trace(id + 1), later(100))).collect();
+        let requests: Vec<_> = (0..=MOST as u128).map(|id| table.register(trace(id + 1), later(100))).collect();
         assert_eq!(table.in_flight(), MOST + 1);
         assert!(table.find(TraceKey::Trace(MOST as u128)).is_some());
         assert!(table.find(TraceKey::Trace(MOST as u128 + 1)).is_none());
@@ -438,7 +440,7 @@ mod tests {
         let room: usize = table.shards.iter().map(|shard| shard.lock().unwrap().capacity()).sum();
         assert!(room <= SHARDS * ROOM, "room for {room} is kept");
 
-        let same: Vec<_> = (0..=MOST_PER_KEY).map(|_| table.enter(trace(1), later(100))).collect();
+        let same: Vec<_> = (0..=MOST_PER_KEY).map(|_| table.register(trace(1), later(100))).collect();
         assert_eq!(table.find(TraceKey::Trace(1)).unwrap().iter().count(), MOST_PER_KEY);
         drop(same);
         assert!(is_empty(&table));
@@ -453,12 +455,14 @@ mod tests {
                 let table = &table;
                 scope.spawn(move || {
                     for round in 0..2_000_u128 {
-                        let shared = table.enter(trace(1 + round % 7), later(50));
+                        let shared = table.register(trace(1 + round % 7), later(50));
                         let keys = trace(1_000_000 * (thread + 1) + round);
-                        let own = table.enter(keys, later(100));
-                        let Correlation::ByTrace(causes) = table.join(keys) else { panic!("its own is not found") };
+                        let own = table.register(keys, later(100));
+                        let Correlation::ByTrace(causes) = table.correlate(keys) else {
+                            panic!("its own is not found")
+                        };
                         assert!(causes.iter().all(|one| Arc::ptr_eq(one, own.inbound())));
-                        causes.blame(&failed("bank"));
+                        causes.record_status(&failed("bank"));
                         drop(shared);
                     }
                 });

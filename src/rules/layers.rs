@@ -1,19 +1,19 @@
-//! The values of all rules in the layers of a policy, made from the catalogue: those of a destination, those of a route.
+//! Values of all rules in the layers of a policy, made from the catalogue: those of a destination and those of a route.
 //!
-//! The rest of the program takes them by name (`route.retry`), or all together (hash, rows). The shapes in YAML are made
-//! in `policy::spec`, their checks in `policy::check`.
+//! Used by name (`route.retry`) or all together (hash, rows). `policy::spec` makes the shapes in YAML, `policy::check`
+//! their checks.
 
 use super::rule::{Row, RowContext, Rule};
 
-/// Takes the catalogue apart into lists, and hands one of them to a macro, each rule as a bracket:
+/// Sorts the catalogue into lists and passes one of them to a macro, each rule in brackets:
 ///
-/// | list | rules | bracket |
+/// | list | rules | brackets |
 /// |---|---|---|
 /// | `all` | all | `[field Type key layers…]` |
-/// | `modes` | with a mode | `[field Type key TEXT]` |
-/// | `defaults`, `destination` | that may stand there | `[field Type key TEXT destination]` or `[… route]`: for which of the two it holds |
-/// | `route` | that hold for a route | `[field Type key TEXT]` |
-/// | `per_destination` | that hold for a destination | `[field Type key TEXT]` |
+/// | `modes` | those with a mode | `[field Type key TEXT]` |
+/// | `defaults`, `destination` | those with this layer | `[field Type key TEXT destination]` or `[… route]`: what the values belong to |
+/// | `route` | those whose values belong to a route | `[field Type key TEXT]` |
+/// | `per_destination` | those whose values belong to a destination | `[field Type key TEXT]` |
 macro_rules! lists {
     ($list:ident $then:ident $args:tt
         $( $field:ident $Rule:ident $key:tt {
@@ -43,7 +43,7 @@ macro_rules! lists {
 }
 pub(crate) use lists;
 
-/// Hands the list of that name to a macro: the first here, or one behind it.
+/// Passes the list of this name to a macro: the first list here, or one behind it.
 macro_rules! pick {
     (all $then:ident $args:tt all $list:tt $($behind:tt)*) => { $then! { $args $list } };
     (modes $then:ident $args:tt modes $list:tt $($behind:tt)*) => { $then! { $args $list } };
@@ -57,7 +57,7 @@ macro_rules! pick {
 }
 pub(crate) use pick;
 
-/// A layer of a policy in which a rule may stand.
+/// A layer of a policy in which values of a rule may stand.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Layer {
     /// `defaults`.
@@ -69,7 +69,7 @@ pub enum Layer {
 }
 
 impl Layer {
-    /// As documentation calls it.
+    /// Name in documentation.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Defaults => "`defaults`",
@@ -79,14 +79,14 @@ impl Layer {
     }
 }
 
-/// What the catalogue says of a rule.
+/// Entry of the catalogue.
 #[derive(Debug, Clone, Copy)]
 pub struct RuleEntry {
-    /// In metrics and logs; snake_case.
+    /// Name in metrics and logs; snake_case.
     pub name: &'static str,
-    /// In YAML; camelCase.
+    /// Key in YAML; camelCase.
     pub key: &'static str,
-    /// Where its values may stand; empty for a rule that has a mode and nothing else.
+    /// Layers of its values; empty for a rule that has only a mode.
     pub layers: &'static [Layer],
 }
 
@@ -100,12 +100,12 @@ macro_rules! entries {
 }
 catalogue! { all => entries! {} }
 
-/// The values of one layer, with those of the layers below where it says nothing.
+/// Values of all rules after one layer has been laid over those below.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RuleValues {
-    /// Of the rules that hold for a destination.
+    /// Values that belong to a destination.
     pub destination: DestinationRules,
-    /// Of the rules that hold for a route.
+    /// Values that belong to a route.
     pub route: RouteRules,
 }
 
@@ -132,10 +132,10 @@ macro_rules! values {
         }
 
         impl $Values {
-            /// What holds where no policy says otherwise.
+            /// The built-in values.
             pub const BUILT_IN: Self = Self { $( $field: <super::$field::$Rule as Rule>::BUILT_IN, )* };
 
-            /// The rows of each rule; of those that are as in `below` only where they are shown everywhere.
+            /// The rows of each rule, without the rules that equal `below`, unless they are shown everywhere.
             pub fn rows(&self, below: Option<&Self>, seen: &RowContext) -> Vec<RuleRows> {
                 let mut shown = Vec::new();
                 $(
@@ -151,15 +151,15 @@ macro_rules! values {
     };
 }
 catalogue! { per_destination => values! {
-    /// The values of the rules that hold for a destination as a whole.
+    /// Values of the rules that belong to a destination.
     DestinationRules
 } }
 catalogue! { route => values! {
-    /// The values of the rules that hold for a route.
+    /// Values of the rules that belong to a route.
     RouteRules
 } }
 
-/// The rows of all rules that have values, in the order of the catalogue.
+/// The rows of all rules with values, in the order of the catalogue.
 pub fn rows(destination: &DestinationRules, route: &RouteRules, seen: &RowContext) -> Vec<Row> {
     let mut rules = destination.rows(None, seen);
     rules.extend(route.rows(None, seen));

@@ -1,27 +1,27 @@
-//! Level 2: the rules. Each has a file or folder of its own: the shape in YAML, its check, the checked value, the rows
-//! that show it, the decision, the tests.
+//! Level 2: the rules. Each has a file or folder of its own with the shape in YAML, the check, the checked values, the rows
+//! that show them, the decision and the tests.
 //!
-//! A rule knows plain values and the `now` it is given: no socket, no HTTP server, no clock, no metric.
+//! A rule uses plain values and a passed `now`: no socket, no HTTP server, no clock, no metric.
 //!
-//! `catalogue!` below names each rule once. From an entry there and the rule's [`rule::Rule`] follow the entries of
-//! `defaults`, destinations and routes with their check (`policy`), the JSON Schema, the mode, and the rows of
-//! `hopguard explain` and `/policy`.
+//! `catalogue!` below lists every rule once. An entry there and the rule's [`rule::Rule`] give the entries of `defaults`,
+//! destinations and routes with their check (`policy`), the JSON Schema, the mode, and the rows of `hopguard explain` and
+//! `/policy`.
 
 /// The rules, in the order in which they are shown.
 ///
 /// ```text
 /// field Type "key" {
-///     per destination { defaults TEXT destination TEXT }       where it may stand, if it holds for a destination
-///     per route { defaults TEXT destination TEXT route TEXT }  where it may stand, if it holds for a route
-///     mode TEXT                                                its entry in `rules:`, if it has a mode
+///     per destination { defaults TEXT destination TEXT }       layers of a rule whose values belong to a destination
+///     per route { defaults TEXT destination TEXT route TEXT }  layers of a rule whose values belong to a route
+///     mode TEXT                                                its entry in `rules:`
 /// }
 /// ```
 ///
-/// `field` is the name in metrics and logs, the file here, and with dashes the page in `docs/rules`; `Type` is the
-/// rule's type in that file; `key` is what YAML calls it. The texts are the descriptions in the JSON Schema. `defaults`
-/// may be left out.
+/// `field` is the name in metrics and logs, the file in this folder, and with dashes the page in `docs/rules`; `Type` is
+/// the rule's type in that file; `key` is the key in YAML. The texts are the descriptions in the JSON Schema. `defaults`,
+/// the layers and the mode are optional.
 ///
-/// `catalogue! { LIST => MACRO! {ARGS} }` calls `MACRO! { {ARGS} {RULES} }`; see [`layers::lists`].
+/// `catalogue! { LIST => MACRO! {ARGS} }` calls `MACRO! { {ARGS} {RULES} }`; see `lists!` in `layers`.
 macro_rules! catalogue {
     ($list:ident => $then:ident! $args:tt) => {
         $crate::rules::layers::lists! { $list $then $args
@@ -30,17 +30,17 @@ macro_rules! catalogue {
             }
             timeouts Timeouts "timeouts" {
                 per route {
-                    defaults "How long calls may take."
-                    destination "How long calls may take."
-                    route "How long these calls may take."
+                    defaults "Timeouts of calls."
+                    destination "Timeouts of its calls."
+                    route "Timeouts of these calls."
                 }
             }
             limits Limits "limits" {
                 per destination {
-                    defaults "How many calls a destination gets at once."
-                    destination "How many calls it gets at once."
+                    defaults "Concurrency limit of a destination."
+                    destination "Concurrency limit of this destination."
                 }
-                mode "So many calls at once."
+                mode "Bounds the calls in flight to a destination."
             }
             retry Retry "retry" {
                 per route {
@@ -48,44 +48,44 @@ macro_rules! catalogue {
                     destination "Which failed calls are sent again."
                     route "Which of these calls are sent again when they fail."
                 }
-                mode "Failed calls are made again."
+                mode "Sends failed calls again."
             }
             retry_in_one_place RetryInOnePlace "retryInOnePlace" {
-                mode "Only the hop at which a call failed makes it again."
+                mode "Only the hop at which a call failed retries it."
             }
             unsent Unsent "unsent" {
-                mode "A call that never reached its app is told from one that failed there."
+                mode "A call that did not reach the app is sent again, whatever its method."
             }
             blame_in_one_place BlameInOnePlace "blameInOnePlace" {
                 mode "A failure counts only at the hop where it happened."
             }
             circuit_breaker CircuitBreaker "circuitBreaker" {
                 per destination {
-                    defaults "When a destination gets no calls for a while."
-                    destination "When it gets no calls for a while."
+                    defaults "Circuit breaker of a destination."
+                    destination "Circuit breaker of this destination."
                 }
-                mode "A destination that fails gets no calls for a while."
+                mode "Refuses calls to a destination that fails."
             }
             ejection Ejection "ejection" {
                 per destination {
-                    defaults "When one endpoint gets no calls for a while."
-                    destination "When one of its endpoints gets no calls for a while."
+                    defaults "Ejection of failing endpoints."
+                    destination "Ejection of its failing endpoints."
                 }
-                mode "An endpoint that fails gets no calls for a while."
+                mode "Takes a failing endpoint out of load balancing."
             }
             rate_limit RateLimit "rateLimit" {
                 per route {
-                    destination "How many calls each of its routes takes in which time."
-                    route "How many of these calls are taken in which time."
+                    destination "Rate limit of each of its routes."
+                    route "Rate limit of these calls."
                 }
-                mode "So many calls a time."
+                mode "Bounds the calls per time."
             }
             faults Faults "faults" {
                 per route {
-                    destination "Failures on purpose, for those of its routes that have none of their own."
-                    route "Failures on purpose."
+                    destination "Faults of its routes, except routes with faults of their own."
+                    route "Faults of these calls."
                 }
-                mode "Failures on purpose; `dryRun` logs the fault and does nothing."
+                mode "Injects faults; `dryRun` only logs them."
             }
         }
     };

@@ -1,8 +1,8 @@
-//! How strictly each rule is kept: `enforce`, `dryRun` (counts and logs what it would have done) or `off`.
+//! Mode of each rule: `enforce`, `dryRun` (the rule decides, and its decisions are only counted and logged) or `off`.
 //!
-//! The pipeline asks for the mode of a rule before it acts on the rule's decision; the rules themselves know no mode.
-//! [`RuleName`] is the closed list of rules that have one, with the names they bear in metrics, logs and the policy; it is
-//! made from the catalogue, as are the shape and the values of `rules:`.
+//! The pipeline checks the mode of a rule before it acts on the rule's decision; the rules themselves do not know their
+//! mode. [`RuleName`] lists all rules with a mode, with their names in metrics, logs and policy; it is made from the
+//! catalogue, as are the shape and the values of `rules:`.
 
 use std::fmt;
 
@@ -13,26 +13,26 @@ use serde_json::{Value, json};
 use super::toggle::allow_false;
 use crate::problems::{Cursor, Sourced, old_word};
 
-/// How strictly a rule is kept. Shows as in a policy.
+/// Mode of a rule. Displays as in a policy.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, JsonSchema)]
 #[schemars(rename_all = "camelCase", transform = allow_old_word, transform = allow_false)]
 pub enum Mode {
-    /// Its decisions hold.
+    /// Its decisions apply.
     #[default]
     Enforce,
     /// Its decisions are counted and logged, and change nothing.
     DryRun,
-    /// It is not asked.
+    /// It does not run.
     Off,
 }
 
 impl Mode {
-    /// Whether decisions of the rule hold.
+    /// Whether the rule's decisions apply.
     pub const fn is_enforced(self) -> bool {
         matches!(self, Self::Enforce)
     }
 
-    /// Whether the rule is not even asked.
+    /// Whether the rule does not run at all.
     pub const fn is_off(self) -> bool {
         matches!(self, Self::Off)
     }
@@ -47,7 +47,7 @@ impl Mode {
     }
 }
 
-/// The word for `dryRun` in policies that were written before it had that name.
+/// Deprecated word for `dryRun`.
 const OLD_DRY_RUN: &str = "warn";
 
 /// A mode as a policy says it.
@@ -66,7 +66,7 @@ impl ModeSpec {
         mode.or(is_old_word.then_some(Mode::DryRun)).map(|mode| Self { mode, is_old_word })
     }
 
-    /// Warns of the old word.
+    /// Warns about the deprecated word.
     fn check(self, at: &Cursor<'_>) -> Sourced<Mode> {
         if self.is_old_word {
             at.warn(old_word(OLD_DRY_RUN, Mode::DryRun.as_str()));
@@ -117,7 +117,7 @@ macro_rules! modes {
         }
 
         impl RuleName {
-            /// All of them, in the order in which they are shown.
+            /// All of them, in the order of the catalogue.
             pub const ALL: [Self; [$( $key ),*].len()] = [$( Self::$Rule ),*];
 
             /// The stable name in metrics and logs; snake_case.
@@ -154,12 +154,12 @@ macro_rules! modes {
         }
 
         impl Modes {
-            /// What holds where no policy says otherwise: every rule is enforced.
+            /// The built-in modes: every rule is enforced.
             pub const fn built_in() -> Self {
                 Self { $( $field: Sourced::built_in(Mode::Enforce), )* }
             }
 
-            /// The mode of one rule, and the line that says so.
+            /// The mode of one rule, and its line.
             pub const fn of(&self, rule: RuleName) -> &Sourced<Mode> {
                 match rule {
                     $( RuleName::$Rule => &self.$field, )*
@@ -168,7 +168,8 @@ macro_rules! modes {
         }
 
         impl ModesSpec {
-            /// Lays this layer over another. Warns of old words; nothing in it can be wrong once it was read.
+            /// Lays this layer over the layer below. Warns about deprecated words; other mistakes are found when it is
+            /// read.
             pub fn check(&self, base: &Modes, at: &Cursor<'_>) -> Modes {
                 let over = |rule: RuleName, mode: Option<ModeSpec>| {
                     mode.map_or_else(|| base.of(rule).clone(), |mode| mode.check(&at.key(rule.key())))

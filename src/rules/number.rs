@@ -1,11 +1,11 @@
-//! A text in a policy where a number is expected.
+//! Text in a policy where a number is expected.
 
 use serde::de::Expected;
 
 use crate::problems::InvalidValue;
 
-/// What is wrong with such a text. Names what to write where only quotes or underscores keep it from being the number;
-/// `is_good` says whether the number would be taken.
+/// Problem of a text in the place of a number. The hint names the number if only quotes or underscores are wrong;
+/// `is_good` says whether that number is in range.
 pub(super) fn not_a_number(text: &str, expected: &dyn Expected, is_good: impl FnOnce(&str) -> bool) -> InvalidValue {
     let bare = text.replace('_', "");
     let hint = is_good(&bare).then(|| match bare == text {

@@ -1,58 +1,59 @@
-//! The mark that one sidecar leaves for the next: what became of a call, told in parameters of `Proxy-Status`.
+//! Proxy status: what a sidecar says about a failed call to the next one downstream, in parameters of `Proxy-Status`.
 //!
-//! The field is a list with one member for each intermediary, the one nearest to the origin first (RFC 9209, in the
-//! syntax of RFC 9651). Ours is named by the token `hopguard`; all others are skipped. The reader takes any bytes: a
-//! value that is not such a list carries no mark, above all no "unsent", by which a payment would be made twice.
+//! The field is a list with one member per intermediary, the one nearest to the origin first (RFC 9209, in the syntax
+//! of RFC 9651). Our member is the token `hopguard`; other members are skipped. The parser accepts any bytes: a
+//! malformed value carries no status, in particular no "unsent", which would cause a second payment.
 
-/// The name of our member.
+/// Token of our member.
 const MEMBER: &[u8] = b"hopguard";
 
 const FINAL: &[u8] = b"hopguard-final";
 const UNSENT: &[u8] = b"hopguard-unsent";
 const PLACE: &[u8] = b"hopguard-at";
 
-/// The parameter of RFC 9209, and the error type that an answer of ours bears where a call was one too many.
+/// Parameter of RFC 9209, with the error type of local replies by a rate limit.
 const ERROR: &[u8] = b"error";
 const DENIED: &[u8] = b"http_request_denied";
 
-/// The longest name of a destination that is carried, in bytes.
+/// Longest destination name that is carried, in bytes.
 const LONGEST_NAME: usize = 256;
 
-/// What the hops below say about a failure.
+/// What hops further upstream say about a failure.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
 pub struct ProxyStatus {
-    /// The tries were used up at the hop where it happened: nobody above retries.
+    /// The retries were used up at the hop of the failure: hops further downstream do not retry.
     pub is_final: bool,
-    /// The app behind the nearest sidecar never got the request: it may be sent again, whatever its method.
+    /// The app behind the nearest sidecar did not get the request: it may be sent again, whatever its method.
     pub is_unsent: bool,
-    /// The nearest sidecar refused it because there were more calls than a rate limit allows.
+    /// The nearest sidecar refused the request by a rate limit.
     pub is_limited: bool,
-    /// The destination at which the failure happened, so that nobody above blames his callee.
+    /// Destination of the failed call, so that hops further downstream do not count the failure against their own
+    /// upstream.
     pub at: Option<Box<str>>,
 }
 
 impl ProxyStatus {
-    /// Reads the mark from the values of `Proxy-Status`, in their order; None where no member of ours says anything.
+    /// Parses the values of `Proxy-Status`, in their order; `None` if no member of ours has a known parameter.
     ///
-    /// Of several members, one is enough for final, the first that names a place gives it (it is the nearest to the
-    /// origin), and only the last of all, the nearest to the reader, can say unsent or limited: the app between two
-    /// sidecars got the request, whatever was said behind it, and so did another proxy. A value that is malformed
-    /// anywhere is skipped as a whole.
+    /// With several members, "final" holds if any says it; the destination is that of the first one, nearest to the
+    /// origin; "unsent" and "limited" hold only if the last member of all, nearest to the reader, says so: if another
+    /// proxy or an app came after it, the request did reach that one. A value with a syntax error is skipped as a
+    /// whole.
     pub fn read<'a>(values: impl Iterator<Item = &'a [u8]>) -> Option<Self> {
         let mut mark = Self::default();
         for value in values {
             let mut in_value = mark.clone();
             match (Cursor { rest: value }).list(&mut in_value) {
                 Some(()) => mark = in_value,
-                // It may have held the last member, which did not say it.
+                // The malformed value may have held the last member, which then did not say it.
                 None => (mark.is_unsent, mark.is_limited) = (false, false),
             }
         }
         mark.says_something().then_some(mark)
     }
 
-    /// The parameters, each with its `; ` before it, to stand behind our member of `Proxy-Status`; empty where there is
-    /// nothing to say. In a name, what is not printable ASCII becomes `?`, and what is longer than 256 is cut off.
+    /// The parameters, each with a leading `; `, to append to our member of `Proxy-Status`; empty without a parameter.
+    /// In a name, bytes that are not printable ASCII become `?`, and the rest after 256 bytes is cut off.
     pub fn write_parameters(&self) -> String {
         let mut text = String::new();
         if self.is_final {
@@ -78,8 +79,8 @@ impl ProxyStatus {
         self.is_final || self.is_unsent || self.is_limited || self.at.is_some()
     }
 
-    /// Adds what a further member of ours says.
-    fn join(&mut self, next: Self) {
+    /// Adds the parameters of a further member of ours.
+    fn merge(&mut self, next: Self) {
         self.is_final |= next.is_final;
         self.is_unsent = next.is_unsent;
         self.is_limited = next.is_limited;
@@ -97,7 +98,7 @@ impl ProxyStatus {
     }
 }
 
-/// The text of a string, whose escapes are known to be whole; None where it is empty or too long to be a name.
+/// Text of a string whose escapes are already validated; `None` if it is empty or too long for a name.
 fn unescaped(text: &[u8]) -> Option<Box<str>> {
     let mut name = String::new();
     let mut bytes = text.iter();
@@ -107,16 +108,16 @@ fn unescaped(text: &[u8]) -> Option<Box<str>> {
     (1..=LONGEST_NAME).contains(&name.len()).then(|| name.into())
 }
 
-/// A bare item; what no parameter of ours can be is not told apart.
+/// A bare item; types that our parameters do not use are not distinguished.
 enum Value<'a> {
     Boolean(bool),
     Token(&'a [u8]),
-    /// What stands between the quotes, escapes included.
+    /// The text between the quotes, with escapes.
     String(&'a [u8]),
     Other,
 }
 
-/// Reads a structured field from the front; None wherever the bytes are not one (RFC 9651 section 4.2).
+/// Parses a structured field from the front; `None` on a syntax error (RFC 9651 section 4.2).
 struct Cursor<'a> {
     rest: &'a [u8],
 }
@@ -140,7 +141,7 @@ impl<'a> Cursor<'a> {
     }
 
     fn member(&mut self, mark: &mut ProxyStatus) -> Option<()> {
-        // Whoever has added this one got the answer from whoever said so before.
+        // The intermediary of this member got a response from the one before it, so the request was sent.
         (mark.is_unsent, mark.is_limited) = (false, false);
         if self.rest.first() == Some(&b'(') {
             self.inner_list()?;
@@ -150,7 +151,7 @@ impl<'a> Cursor<'a> {
         let mut own = ProxyStatus::default();
         self.parameters(|key, value| own.set(key, value))?;
         if is_ours {
-            mark.join(own);
+            mark.merge(own);
         }
         Some(())
     }
@@ -227,7 +228,7 @@ impl<'a> Cursor<'a> {
     }
 
     fn number(&mut self) -> Option<Value<'a>> {
-        // The sign may be missing.
+        // The sign is optional.
         let _ = self.eat(b'-');
         let whole = self.skip(|b| b.is_ascii_digit());
         let has_fraction = self.eat(b'.').is_none() || !self.skip(|b| b.is_ascii_digit()).is_empty();

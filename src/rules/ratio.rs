@@ -1,4 +1,4 @@
-//! Shares as policies write them: a number above 0 and up to 1.
+//! Ratios in a policy: a number above 0, at most 1.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -9,7 +9,7 @@ use serde::de::{self, Deserialize, Deserializer, Visitor};
 use super::number::not_a_number;
 use crate::problems::InvalidValue;
 
-/// A share in a document: more than 0, at most 1, and so never NaN.
+/// A ratio in a document: above 0, at most 1, never NaN.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Ratio(pub f64);
 
@@ -32,7 +32,7 @@ impl<'de> Deserialize<'de> for Ratio {
             }
 
             fn visit_u64<E: de::Error>(self, whole: u64) -> Result<Ratio, E> {
-                // Above one thousand the exact value no longer matters: it is refused.
+                // The exact value does not matter above 1: it is refused.
                 self.visit_f64(f64::from(u16::try_from(whole).unwrap_or(u16::MAX)))
             }
 

@@ -1,7 +1,7 @@
-//! What a rule with values tells about itself: its shape in YAML, what is built in, its check, and its rows.
+//! Interface of a rule with values: its shape in YAML, the built-in values, the check and the rows.
 //!
-//! Layers stand over each other: built in, `defaults`, destination, route. A layer that says nothing has the values of
-//! the layer below; which layers there are for a rule is written in the catalogue.
+//! Layers, the last one wins: built in, `defaults`, destination, route. A layer without an entry has the values of the
+//! layer below. The catalogue says which layers a rule has.
 
 use std::fmt::Display;
 use std::time::Duration;
@@ -11,24 +11,24 @@ use jiff::Timestamp;
 use super::duration;
 use crate::problems::{Cursor, Origin, Sourced};
 
-/// A rule that has values, beside its mode.
+/// A rule with values, beside its mode.
 pub trait Rule {
-    /// What YAML says in one layer.
+    /// The entry in one layer, as YAML has it.
     type Spec;
 
-    /// The checked values, each with its line. Equal when they mean the same, whatever the lines.
+    /// The checked values, each with its line. Values with the same meaning are equal, whatever their lines.
     type Value: Clone + PartialEq;
 
-    /// What holds where no policy says otherwise.
+    /// The built-in values.
     const BUILT_IN: Self::Value;
 
-    /// Whether `/policy` shows the values at every route, also where they are those of the destination.
+    /// Whether `/policy` shows the values at every route, even if they are those of the destination.
     const IS_SHOWN_EVERYWHERE: bool = false;
 
-    /// Lays what a layer says over the layer below, and reports what is wrong with it.
+    /// Lays the entry of a layer over the values of the layer below, and reports its errors.
     fn check(spec: &Self::Spec, below: &Self::Value, at: &Cursor<'_>) -> Self::Value;
 
-    /// The same for a route, where that is not the same.
+    /// The same for an entry of a route, if that has a check of its own.
     fn check_route(spec: &Self::Spec, below: &Self::Value, at: &Cursor<'_>) -> Self::Value {
         Self::check(spec, below, at)
     }
@@ -37,30 +37,30 @@ pub trait Rule {
     fn rows(value: &Self::Value, seen: &RowContext) -> Vec<Row>;
 }
 
-/// For whom, and when, values are shown.
+/// What the rows depend on beside the values.
 #[derive(Debug, Clone, Copy)]
 pub struct RowContext {
-    /// Faults have an end.
+    /// Time by which faults are over or not.
     pub now: Timestamp,
-    /// Every listener that leads to the values stands before the app.
+    /// All listeners that lead to these values are in front of the app.
     pub is_inbound: bool,
 }
 
-/// One effective value. In an explanation it is one line.
+/// One effective value; one line of an explanation.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Row {
-    /// What it is: the key below the rule's own, like `connect`, or nothing for the rule as a whole.
+    /// Key below that of the rule, like `connect`; empty for the rule as a whole.
     pub name: String,
-    /// What holds.
+    /// The value as text.
     pub value: String,
-    /// Who said so: `built in`, a line of a file, or nothing for what follows from other rows.
+    /// `built in`, or file and line; empty if the row follows from others.
     pub origin: String,
-    /// Nothing holds here, which `value` says in words; `null` in JSON.
+    /// There is no value, and `value` is an explanation; `null` in JSON.
     pub is_none: bool,
 }
 
 impl Row {
-    /// A value in words.
+    /// A value as text.
     pub fn new(name: impl Into<String>, value: impl Into<String>, origin: &Origin) -> Self {
         Self { name: name.into(), value: value.into(), origin: origin.to_string(), is_none: false }
     }
@@ -70,27 +70,27 @@ impl Row {
         Self::new("", value, origin)
     }
 
-    /// What follows from other rows.
+    /// A row that follows from other rows.
     pub fn bare(name: impl Into<String>, value: impl Into<String>) -> Self {
         Self { name: name.into(), value: value.into(), origin: String::new(), is_none: false }
     }
 
-    /// Nothing is built in here, and `value` says what holds instead.
+    /// No value; `value` explains what applies instead.
     pub fn none(name: impl Into<String>, value: impl Into<String>) -> Self {
         Self { is_none: true, ..Self::new(name, value, &Origin::BuiltIn) }
     }
 
-    /// A span of time.
+    /// A duration.
     pub fn time(name: impl Into<String>, value: &Sourced<Duration>) -> Self {
         Self::new(name, duration::format(value.value), &value.origin)
     }
 
-    /// A value that shows as in a policy.
+    /// A value that displays as in a policy.
     pub fn shown(name: impl Into<String>, value: &Sourced<impl Display>) -> Self {
         Self::new(name, value.value.to_string(), &value.origin)
     }
 
-    /// The row with the key of its rule before its own name: `timeouts.connect`.
+    /// Prefixes the name with the key of the rule: `timeouts.connect`.
     #[must_use]
     pub fn below(self, key: &str) -> Self {
         let name = if self.name.is_empty() { key.to_owned() } else { format!("{key}.{}", self.name) };

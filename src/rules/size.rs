@@ -1,7 +1,7 @@
-//! Sizes as policies write them: bytes as a number, or `64KiB`, `1MiB`.
+//! Sizes in a policy: bytes as a number, or `64KiB`, `1MiB`.
 //!
-//! Each use names its own range in its type, so that a size out of range is refused where it is read. Powers of 1024
-//! only: a `64KB` that one reader takes for 64000 and another for 65536 is refused.
+//! The range is part of the type, so a size out of range is refused when it is read. Powers of 1024 only: `64KB` is
+//! refused, because it is 64000 to one reader and 65536 to another.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -15,7 +15,7 @@ use crate::problems::InvalidValue;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Size<const LEAST: u32, const MOST: u32>(pub u32);
 
-/// The shortest form that a policy can say it in: `0`, `100`, `64KiB`, `1MiB`.
+/// The shortest form in a policy: `0`, `100`, `64KiB`, `1MiB`.
 pub fn format(bytes: u32) -> String {
     const KIB: u32 = 1 << 10;
     const MIB: u32 = 1 << 20;
@@ -26,7 +26,7 @@ pub fn format(bytes: u32) -> String {
     }
 }
 
-/// The number of bytes that a text says, whatever the range.
+/// The number of bytes, without a check of the range.
 pub(super) fn parse(text: &str) -> Option<u64> {
     let (number, unit) = text.split_at(text.bytes().take_while(u8::is_ascii_digit).count());
     let unit = match unit {
@@ -105,7 +105,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_size_or_out_of_range_comes_with_what_to_write() {
+    fn a_refused_size_comes_with_a_hint() {
         let table = [
             (r#""64KB""#, "like `64KiB`"),
             (r#""""#, "like `64KiB`"),

@@ -1,4 +1,4 @@
-//! A document for the tests of the rules: what is written in it is found, and everything stands in its first line.
+//! A document for the tests of the rules: finds every entry of its YAML; all positions are in line 1.
 
 use std::cell::RefCell;
 
@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use crate::problems::{ChildNode, Cursor, DocumentNode, Position, Problem, Problems};
 
-/// Reads a spec from YAML and checks it. Gives the result, and each problem as `path: message | hint`.
+/// Reads a spec from YAML and checks it. Returns the result, and each problem as `path: message | hint`.
 pub(super) fn checked<S: DeserializeOwned, T>(
     yaml: &str,
     check: impl FnOnce(&S, &Cursor<'_>) -> T,

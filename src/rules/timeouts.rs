@@ -1,7 +1,7 @@
-//! Timeouts: how long a call may take, in all and in its parts. Each has a value; none can be switched off.
+//! Timeouts of a call and of its phases. Each has a value; none can be switched off.
 //!
-//! Layers stand over each other: built in, `defaults`, destination, route. What one layer writes replaces that field
-//! of the layer below and brings its own line along.
+//! Layers: built in, `defaults`, destination, route. A layer replaces the fields that it contains, and each value keeps
+//! the line that it comes from.
 
 use std::time::Duration;
 
@@ -16,35 +16,35 @@ use crate::problems::{Cursor, Origin, Sourced};
 #[derive(Debug, Clone, Default, PartialEq, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase", expecting = "a mapping of timeouts")]
 pub struct TimeoutsSpec {
-    /// Until a connection to the upstream stands, TLS included. Default 250ms.
+    /// Opening a connection to the upstream, including TLS. Default 250ms.
     pub connect: Option<DurationSpec>,
-    /// The whole call: all tries and waits together, to the end of the answer. Default 2s.
+    /// The whole call with all attempts and waits, to the end of the response. Default 2s.
     pub request: Option<DurationSpec>,
-    /// One try, within `request`. Default: as long as `request` allows.
+    /// One attempt, within `request`. Default: as long as `request` allows.
     pub per_try: Option<DurationSpec>,
     /// No byte in either direction. Default 60s.
     pub idle: Option<DurationSpec>,
-    /// The longest life of a stream, which `request` does not end. Default 1h.
+    /// Longest life of a stream, instead of `request`. Default 1h.
     pub max_duration: Option<DurationSpec>,
 }
 
-/// The timeouts of a route, each with its value.
+/// Checked timeouts of a route.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Timeouts {
-    /// Until a connection to the upstream stands, TLS included; never longer than `request`.
+    /// Opening a connection to the upstream, including TLS; at most `request`.
     pub connect: Sourced<Duration>,
-    /// All tries and waits together.
+    /// The whole call with all attempts and waits.
     pub request: Sourced<Duration>,
-    /// One try; never longer than `request`.
+    /// One attempt; at most `request`.
     pub per_try: Option<Sourced<Duration>>,
     /// No byte in either direction.
     pub idle: Sourced<Duration>,
-    /// The longest life of a stream.
+    /// Longest life of a stream.
     pub max_duration: Sourced<Duration>,
 }
 
 impl Timeouts {
-    /// What holds where no policy says otherwise.
+    /// The built-in values.
     pub const fn built_in() -> Self {
         Self {
             connect: Sourced::built_in(Duration::from_millis(250)),
@@ -63,7 +63,7 @@ impl Rule for Timeouts {
     const BUILT_IN: Self = Self::built_in();
     const IS_SHOWN_EVERYWHERE: bool = true;
 
-    /// Reports a part that is longer than the whole, in the layer that makes it so.
+    /// Reports `connect` or `perTry` longer than `request`, in the layer that causes it.
     fn check(spec: &TimeoutsSpec, below: &Self, at: &Cursor<'_>) -> Self {
         let over = |key: &str, spec: Option<DurationSpec>, below: &Sourced<Duration>| {
             spec.map_or_else(|| below.clone(), |span| at.key(key).set(span.0))
@@ -75,7 +75,7 @@ impl Rule for Timeouts {
             idle: over("idle", spec.idle, &below.idle),
             max_duration: over("maxDuration", spec.max_duration, &below.max_duration),
         };
-        // Who asks for 200ms in all must not be told about a 250ms that he never wrote.
+        // A shorter `request` must not be an error because of a built-in `connect` that is not in the file.
         if timeouts.connect.origin == Origin::BuiltIn && timeouts.connect.value > timeouts.request.value {
             timeouts.connect = timeouts.request.clone();
         }

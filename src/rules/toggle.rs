@@ -1,7 +1,7 @@
-//! A rule that can be switched off: the word `off`, or a mapping of its fields. All such rules read the same words.
+//! A value that can be switched off: the word `off`, or a mapping of its fields, with the same words for all rules.
 //!
-//! A mapping always means "on", also an empty one and also over a layer that says `off`. A reader of policies is asked
-//! for a struct, so that it names unknown keys, and has to offer whatever it finds there.
+//! A mapping always means "on", even if it is empty and the layer below says `off`. The deserializer is asked for a
+//! struct, so that it knows the keys, and has to visit with whatever the document contains.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -17,19 +17,19 @@ use crate::problems::InvalidValue;
 /// `off`, or a mapping.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Toggle<T> {
-    /// The word `off`; `false` as well, because YAML 1.1 tools turn the word into that.
+    /// The word `off`, or `false`, which YAML 1.1 tools write for it.
     Off,
     /// A mapping of fields.
     On(T),
 }
 
-/// What a reader is told of a mapping, so that it can name all unknown keys at once and say what to write instead.
+/// Keys and hints for the deserializer, so that it can report all unknown keys at once.
 pub trait ToggleKeys {
-    /// Each key as YAML writes it; the first is the one that a bare number would mean.
+    /// All keys in YAML; a bare number is taken for the value of the first.
     const KEYS: &'static [&'static str];
 
-    /// The mapping to write for it to be on, after "write `off`, or".
-    const ON: &'static str = "a mapping of what shall differ; `{}` switches it on as it is";
+    /// What to write to switch it on, after "write `off`, or".
+    const ON: &'static str = "a mapping of changed fields; `{}` switches it on without changes";
 }
 
 impl<'de, T: Deserialize<'de> + ToggleKeys> Deserialize<'de> for Toggle<T> {
@@ -71,7 +71,7 @@ fn neither<'de, T: Deserialize<'de> + ToggleKeys>(word: &str) -> InvalidValue {
     InvalidValue::new(format!("expected `off` or a mapping, found `{word}`"), hint)
 }
 
-/// Whether a mapping of this field alone would be taken.
+/// Whether a mapping of this field alone would be accepted.
 fn fits<'de, T: Deserialize<'de>>(key: &str, number: &str) -> bool {
     number.parse().is_ok_and(|number: u32| T::deserialize(json!({ key: number })).is_ok())
 }
@@ -90,9 +90,9 @@ impl<T: JsonSchema> JsonSchema for Toggle<T> {
     }
 }
 
-/// Adds `false` to the schema of an enum of words, one of which is `off`: the reader takes the one for the other.
+/// Adds `false` to the schema of an enum with the word `off`: both are read as off.
 pub fn allow_false(schema: &mut Schema) {
     if let Some(Value::Array(words)) = schema.get_mut("oneOf") {
-        words.push(json!({ "const": false, "description": "The same as off, which tools of YAML 1.1 write so." }));
+        words.push(json!({ "const": false, "description": "The same as off; YAML 1.1 tools write it." }));
     }
 }

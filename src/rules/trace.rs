@@ -1,8 +1,8 @@
-//! The ids by which an inbound request and the outbound calls that it causes are known to be one.
+//! Trace and request ids, by which an outbound call is joined with the inbound request that caused it.
 //!
-//! A trace id comes from `traceparent` (W3C Trace Context Level 2, read strictly), else from `b3`, else from
-//! `x-b3-traceid` (B3 propagation). `x-request-id` stands beside it as a second key: an app may forward either of the two
-//! and drop, or renew, the other. A field that comes twice is no field, because nobody knows which of the two is meant.
+//! The trace id comes from `traceparent` (W3C Trace Context Level 2, parsed strictly), else from `b3`, else from
+//! `x-b3-traceid` (B3 propagation). `x-request-id` is a second key: an app may forward either of the two and drop or
+//! renew the other. A field that occurs twice is ignored, because either could be meant.
 
 use std::fmt::Write as _;
 
@@ -15,16 +15,16 @@ const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 const B3: HeaderName = HeaderName::from_static("b3");
 const X_B3_TRACEID: HeaderName = HeaderName::from_static("x-b3-traceid");
 
-/// What two requests have in common that belong together. A request id never equals a trace id.
+/// A key that related requests share. A request id never equals a trace id.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum TraceKey {
     /// A trace id, never zero; one of 64 bits equals the same id padded to 128.
     Trace(u128),
-    /// The hash of a request id.
+    /// Hash of a request id.
     Request(u128),
 }
 
-/// The ids that a request brings: none, one or two.
+/// The ids of a request: none, one or two.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct TraceKeys {
     trace: Option<TraceKey>,
@@ -32,7 +32,7 @@ pub struct TraceKeys {
 }
 
 impl TraceKeys {
-    /// Reads them from the fields of a request. What is malformed is as if it were not there.
+    /// Reads the ids from the fields of a request. Malformed fields are ignored.
     pub fn of(headers: &HeaderMap) -> Self {
         let trace = only(headers, &TRACEPARENT)
             .and_then(traceparent)
@@ -42,7 +42,7 @@ impl TraceKeys {
         Self { trace: trace.map(TraceKey::Trace), request: request.map(TraceKey::Request) }
     }
 
-    /// True if it brings none that can be read.
+    /// Whether the request has no readable id.
     pub const fn is_empty(self) -> bool {
         self.trace.is_none() && self.request.is_none()
     }
@@ -62,12 +62,12 @@ impl From<TraceKey> for TraceKeys {
     }
 }
 
-/// A request id for a request that brings none: a UUID of version 4, made of the random bits given.
+/// A request id for a request without one: a UUID of version 4, made of the given random bits.
 pub fn fresh_request_id(random: u128) -> String {
     let uuid = (random & !(0xf << 76) & !(0x3 << 62)) | (0x4 << 76) | (0x2 << 62);
     let mut text = String::with_capacity(36);
     let (head, tail) = ((uuid >> 64) as u64, uuid as u64);
-    // Writing to a String does not fail.
+    // Writing to a `String` does not fail.
     let _ = write!(
         text,
         "{:08x}-{:04x}-{:04x}-{:04x}-{:012x}",
@@ -86,7 +86,7 @@ fn only<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Option<&'a [u8]> {
     values.next().is_none().then_some(value.as_bytes())
 }
 
-/// `<version>-<trace id>-<parent id>-<flags>`, 55 characters; a version above 00 may go on behind a further `-`.
+/// `<version>-<trace id>-<parent id>-<flags>`, 55 characters; a version above 00 may continue after a further `-`.
 fn traceparent(value: &[u8]) -> Option<u128> {
     let (known, more) = value.split_at_checked(55)?;
     let mut parts = known.split(|&b| b == b'-');
@@ -128,7 +128,7 @@ fn hex(digits: &[u8]) -> Option<u128> {
     })
 }
 
-/// FNV-1a in 128 bits: fixed, so that each worker gets the same key for the same text.
+/// FNV-1a with 128 bits: fixed, so that all workers get the same key for the same text.
 fn fnv_1a(text: &[u8]) -> u128 {
     text.iter().fold(0x6c62_272e_07bb_0142_62b8_2175_6295_c58d, |hash: u128, byte| {
         (hash ^ u128::from(*byte)).wrapping_mul(0x0000_0000_0100_0000_0000_0000_0000_013b)

@@ -1,7 +1,7 @@
-//! A policy's text as a tree that knows the place of every key and value.
+//! Syntax tree of a policy's text, with the position of every key and value.
 //!
-//! The only file that knows the YAML library. `read` makes specs of the tree; what it refuses stays in the tree, marked,
-//! so that a cursor still finds it and nothing refused is called missing.
+//! The only file that uses the YAML library. `read` makes specs of the tree; refused parts stay in the tree, marked, so
+//! that a cursor still finds them and they are not reported as missing.
 
 mod read;
 
@@ -29,7 +29,7 @@ enum Value {
     Bool(bool),
     Unsigned(u64),
     Signed(i64),
-    /// The number, and how it is written: `5.0`, or more digits than a number holds.
+    /// The number and its text: `5.0`, or more digits than a number holds.
     Float(f64, String),
     Text(String),
     List(List),
@@ -39,7 +39,7 @@ enum Value {
 #[derive(Debug)]
 struct List {
     items: Vec<Item>,
-    /// Until then an index in the text is an index in the spec, which makes long lists quick to walk.
+    /// While false, an index in the text is an index in the spec, so that long lists are quick to walk.
     some_refused: Cell<bool>,
 }
 
@@ -53,7 +53,7 @@ struct Item {
 struct Entry {
     key: String,
     key_place: Position,
-    /// The line of the first entry with this key, when this is not the first.
+    /// Line of the first entry with this key, for a duplicate.
     first: Option<u32>,
     node: Node,
     refused: Cell<bool>,
@@ -74,14 +74,14 @@ impl Entry {
 /// Parses one document.
 ///
 /// # Errors
-/// What is no YAML, has more than one document, or is unreasonably deep or large, with the place.
+/// Invalid YAML, a second document, or a document beyond the limits of depth and size, with the position.
 pub(super) fn parse(text: &str) -> Result<Node, (InvalidValue, Position)> {
     let options = serde_yaml::options! {
         strict_booleans: true,
         with_snippet: false,
         duplicate_keys: DuplicateKeyPolicy::PassThrough,
         merge_keys: MergeKeyPolicy::AsOrdinary,
-        // YAML 1.2 knows no `1_000`: every other reader would take it for a text.
+        // YAML 1.2 has no `1_000`: other readers take it for a text.
         underscored_numbers_as_strings: true,
         alias_limits: serde_yaml::alias_limits! { max_total_replayed_events: 100_000 },
         budget: serde_yaml::budget! { max_nodes: 500_000, max_aliases: 1_000, max_anchors: 1_000, max_depth: 32 },
@@ -90,17 +90,14 @@ pub(super) fn parse(text: &str) -> Result<Node, (InvalidValue, Position)> {
         let place = error.location().map_or_else(Position::default, |at| pinned(text, place(&at)));
         (unreadable(&error), place)
     })?;
-    root.note_floats(text);
+    root.keep_float_text(text);
     Ok(root)
 }
 
 fn unreadable(error: &serde_yaml::Error) -> InvalidValue {
     let error = error.without_snippet();
     if matches!(error, serde_yaml::Error::MultipleDocuments { .. }) {
-        return InvalidValue::new(
-            "a second document begins here",
-            "a file is one policy: put each in a file of its own",
-        );
+        return InvalidValue::new("a second document begins here", "a file contains one policy: use a file for each");
     }
     let message = error.to_string();
     let first = message.lines().next().unwrap_or_default();
@@ -108,14 +105,14 @@ fn unreadable(error: &serde_yaml::Error) -> InvalidValue {
     let hint = if bare.contains("tab") {
         "indent with blanks"
     } else if bare.contains("anchor") {
-        "an anchor (`&name`) stands above its aliases (`*name`); a text that begins with `*` or `&` needs quotes"
+        "an anchor (`&name`) must come before its aliases (`*name`); a text that begins with `*` or `&` needs quotes"
     } else {
         "look for a quote or bracket that is not closed, or a wrong indentation, near this place"
     };
     InvalidValue::new(format!("not readable as YAML: {bare}"), hint)
 }
 
-/// A syntax error comes with line and column only.
+/// A syntax error has only line and column.
 fn pinned(text: &str, place: Position) -> Position {
     let above: usize = text.split_inclusive('\n').take(place.line.saturating_sub(1) as usize).map(str::len).sum();
     let before = text[above..].chars().take(place.column.saturating_sub(1) as usize).map(char::len_utf8).sum::<usize>();
@@ -132,20 +129,20 @@ fn place(at: &Location) -> Position {
 }
 
 impl Node {
-    /// Whether the document says nothing at all.
+    /// Whether the document is empty.
     pub(super) fn is_empty(&self) -> bool {
         matches!(self.value, Value::Null)
     }
 
-    /// Only the text knows how a float is written.
-    fn note_floats(&mut self, text: &str) {
+    /// Only the text has the spelling of a float.
+    fn keep_float_text(&mut self, text: &str) {
         match &mut self.value {
             Value::Float(value, written) => {
                 let there = text.get(self.place.span.clone()).filter(|there| there.parse() == Ok(*value));
                 *written = there.map_or_else(|| value.to_string(), str::to_owned);
             }
-            Value::List(list) => list.items.iter_mut().for_each(|item| item.node.note_floats(text)),
-            Value::Map(entries) => entries.iter_mut().for_each(|entry| entry.node.note_floats(text)),
+            Value::List(list) => list.items.iter_mut().for_each(|item| item.node.keep_float_text(text)),
+            Value::Map(entries) => entries.iter_mut().for_each(|entry| entry.node.keep_float_text(text)),
             Value::Null | Value::Bool(_) | Value::Unsigned(_) | Value::Signed(_) | Value::Text(_) => {}
         }
     }
@@ -187,7 +184,7 @@ impl<'de> Deserialize<'de> for Node {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let spanned = Spanned::<Value>::deserialize(deserializer)?;
         let (mut place, value) = (place(&spanned.defined), spanned.value);
-        // The parser gives a list or a mapping the place of its beginning; it reaches to the end of its last child.
+        // The parser gives a list or a mapping the position of its start; it ends at the end of its last child.
         let last = match &value {
             Value::List(list) => list.items.last().map(|item| item.node.place.span.end),
             Value::Map(entries) => entries.last().map(|entry| entry.node.place.span.end.max(entry.key_place.span.end)),
@@ -204,7 +201,7 @@ impl<'de> Deserialize<'de> for Value {
     }
 }
 
-/// Builds a [`Value`] from whatever stands there.
+/// Builds a [`Value`] of any YAML value.
 struct Grow;
 
 impl<'de> Visitor<'de> for Grow {

@@ -1,7 +1,7 @@
-//! Specs read from a policy's tree, with all their mistakes reported at once.
+//! Reads specs from a policy's tree and reports all their mistakes at once.
 //!
-//! serde stops at the first mistake, so reading is a loop: what a spec refuses is reported and marked in the tree as
-//! refused, and the spec is read again without it, until it is complete. Each round marks something, so the loop ends.
+//! serde stops at the first mistake, so reading is a loop: each refused part is reported and marked in the tree, and
+//! the spec is read again without it, until it is complete. Each round marks a part, so the loop ends.
 
 use std::cell::Cell;
 use std::fmt;
@@ -14,11 +14,11 @@ use serde::forward_to_deserialize_any;
 use super::{Entry, List, Node, Value};
 use crate::problems::{Cursor, InvalidValue, near_miss};
 
-/// A file with more mistakes than this is reported as far as they were found.
+/// Upper bound of rounds and of mistakes reported per file.
 const ROUNDS: usize = 200;
 
 impl Node {
-    /// Reads a spec, reporting everything that it refuses. None when there was no end to it.
+    /// Reads a spec and reports everything that it refuses. `None` if the file has too many mistakes.
     pub(in crate::policy) fn read<T: DeserializeOwned>(&self, at: &Cursor<'_>) -> Option<T> {
         let before = at.reported();
         for _ in 0..ROUNDS {
@@ -28,7 +28,7 @@ impl Node {
             match T::deserialize(Reader { node: self, at }) {
                 Ok(spec) => return Some(spec),
                 Err(ReadError::Reported) => {}
-                // Only the root itself has no parent that reports for it; taking it out would leave nothing.
+                // The root has no parent that could report for it, and nothing is left without it.
                 Err(error) => {
                     error.report(self, at);
                     return None;
@@ -56,15 +56,15 @@ impl Node {
 /// Why a round of reading ended early.
 #[derive(Debug)]
 enum ReadError {
-    /// Not reported yet: the nearest entry or element reports it as its own.
+    /// Not reported yet: the nearest entry or element reports it.
     InvalidValue(InvalidValue),
-    /// The same, and what was expected instead of the node.
+    /// The same, with what was expected instead of the node.
     Unexpected(String),
     Reported,
 }
 
 impl ReadError {
-    /// Reports what came out of reading a node. False if that is done already.
+    /// Reports an error of a node. False if it is reported already.
     fn report(self, node: &Node, at: &Cursor<'_>) -> bool {
         let fault = match self {
             Self::InvalidValue(fault) => fault,
@@ -91,14 +91,14 @@ impl fmt::Display for ReadError {
 impl std::error::Error for ReadError {}
 
 impl de::Error for ReadError {
-    /// Takes apart what [`InvalidValue`] shows: the message, then the hint on a line of its own.
+    /// Splits the text of [`InvalidValue`]: the message, then the hint on a line of its own.
     fn custom<T: fmt::Display>(text: T) -> Self {
         let text = text.to_string();
         let (message, hint) = text.split_once('\n').map_or((&*text, None), |(m, h)| (m, Some(h.to_owned())));
         Self::InvalidValue(InvalidValue { message: message.to_owned(), hint })
     }
 
-    /// What was found is best said by the node itself.
+    /// The node itself describes best what was found.
     fn invalid_type(_: de::Unexpected<'_>, expected: &dyn de::Expected) -> Self {
         Self::Unexpected(expected.to_string())
     }
@@ -117,7 +117,7 @@ fn meant(word: &str, allowed: &[&str]) -> String {
         .map_or_else(|| format!("allowed here: {}", allowed.join(", ")), |near| format!("did you mean `{near}`?"))
 }
 
-/// A node as a serde source. The cursor stands where the node does.
+/// A node as a serde deserializer, with a cursor at the node.
 #[derive(Clone, Copy)]
 struct Reader<'n, 'c> {
     node: &'n Node,
@@ -132,13 +132,13 @@ impl Reader<'_, '_> {
         })
     }
 
-    /// What to write for a value that stands where a list is expected: a list of it, if it can be an element.
+    /// Hint for a single value in the place of a list: a list of the value, if it can be an element.
     fn as_list<'de, V: Visitor<'de>>(self, visitor: V) -> Option<String> {
         let (written, is_none) = match &self.node.value {
             Value::Text(text) => (in_brackets(text), matches!(text.as_str(), "off" | "none" | "no")),
             Value::Bool(value) => (value.to_string(), !value),
             Value::Unsigned(number) => (number.to_string(), false),
-            // A mapping would report its own mistakes, as if it stood in the list.
+            // A mapping would report its own mistakes as if it were an element.
             Value::Null | Value::Signed(_) | Value::Float(..) | Value::List(_) | Value::Map(_) => return None,
         };
         match visitor.visit_seq(Alone(Some(self))) {
@@ -151,7 +151,7 @@ impl Reader<'_, '_> {
     }
 }
 
-/// A text as an element between brackets: in quotes where YAML could take it for something else.
+/// A text as an element between brackets: in quotes if YAML could read it as another type.
 fn in_brackets(text: &str) -> String {
     let is_word = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.' | '/' | ':');
     let is_plain = text.starts_with(|c: char| c.is_ascii_alphanumeric()) && text.chars().all(is_word);
@@ -162,7 +162,7 @@ fn in_brackets(text: &str) -> String {
     if is_plain && !is_other { text.to_owned() } else { serde_json::Value::from(text).to_string() }
 }
 
-/// A value as if it stood in a list, alone.
+/// A value as the only element of a list.
 struct Alone<'n, 'c>(Option<Reader<'n, 'c>>);
 
 impl<'de> SeqAccess<'de> for Alone<'_, '_> {
@@ -241,7 +241,7 @@ impl<'de> Deserializer<'de> for Reader<'_, '_> {
     ) -> Result<V::Value, ReadError> {
         match &self.node.value {
             Value::Map(entries) => refuse_keys(entries, self.at, Some(fields))?,
-            // A derived struct would take a list as its fields in order.
+            // A derived struct would accept a list as its fields in order.
             Value::List(_) => return Err(de::Error::invalid_type(de::Unexpected::Seq, &visitor)),
             _ => {}
         }
@@ -256,7 +256,7 @@ impl<'de> Deserializer<'de> for Reader<'_, '_> {
     ) -> Result<V::Value, ReadError> {
         match &self.node.value {
             Value::Text(text) => visitor.visit_enum(text.as_str().into_deserializer()),
-            // Helm and YAML 1.1 tools turn a bare `off` into `false` before we see it.
+            // Helm and YAML 1.1 tools turn a bare `off` into `false`.
             Value::Bool(false) if variants.contains(&"off") => visitor.visit_enum("off".into_deserializer()),
             Value::Bool(true) if variants.contains(&"off") => Err(de::Error::unknown_variant("true", variants)),
             _ => Err(self.refuse(&format!("one of {}", variants.join(", ")), None)),
@@ -269,11 +269,12 @@ impl<'de> Deserializer<'de> for Reader<'_, '_> {
     }
 }
 
-/// Reports all keys that stand twice, have no value, or are none of `fields`, at once: they hide no other mistake.
+/// Reports all duplicate keys, keys without a value and keys that are not in `fields`, at once: they hide no other
+/// mistake.
 fn refuse_keys(entries: &[Entry], at: &Cursor<'_>, fields: Option<&[&str]>) -> Result<(), ReadError> {
     let mut reported = 0;
     for entry in entries.iter().filter(|entry| !entry.refused.get()) {
-        // A file that is something else altogether need not have each of its lines explained.
+        // A file of another format need not have each of its lines reported.
         if reported == ROUNDS {
             break;
         }
@@ -285,7 +286,7 @@ fn refuse_keys(entries: &[Entry], at: &Cursor<'_>, fields: Option<&[&str]>) -> R
             };
             InvalidValue::new(format!("unknown field `{key}`"), hint)
         } else if let Some(line) = entry.first {
-            InvalidValue::new(format!("`{key}` stands twice, first in line {line}"), "remove one of the two")
+            InvalidValue::new(format!("`{key}` appears twice, first in line {line}"), "remove one of the two")
         } else if entry.node.is_empty() {
             InvalidValue::new(format!("`{key}` has no value"), "give it a value, or remove the line")
         } else {
@@ -298,7 +299,7 @@ fn refuse_keys(entries: &[Entry], at: &Cursor<'_>, fields: Option<&[&str]>) -> R
     if reported > 0 { Err(ReadError::Reported) } else { Ok(()) }
 }
 
-/// Reports what came out of reading one entry or element as its own, and takes it out.
+/// Reports the error of one entry or element as its own, and marks it as refused.
 fn settle<T>(result: Result<T, ReadError>, node: &Node, at: &Cursor<'_>, refused: &Cell<bool>) -> Result<T, ReadError> {
     result.map_err(|error| {
         if error.report(node, at) {

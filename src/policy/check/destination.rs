@@ -1,4 +1,4 @@
-//! The check of one destination, and of all their hosts together.
+//! Check of one destination, and of the hosts of all destinations.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -11,8 +11,8 @@ use crate::problems::{Cursor, InvalidValue};
 use crate::upstream::spec::{EndpointSpec, is_host_name};
 
 pub(super) fn check(spec: &DestinationSpec, base: &Layer, folder: &Path, at: &Cursor<'_>) -> Destination {
-    check_not_empty(spec.hosts.as_ref(), "without hosts, only a listener's `to` leads here", &at.key("hosts"));
-    let meaning = "without endpoints, calls go where the caller was going";
+    check_not_empty(spec.hosts.as_ref(), "without hosts, calls come only through a listener's `to`", &at.key("hosts"));
+    let meaning = "without endpoints, calls go to the host and port of the request";
     check_not_empty(spec.endpoints.as_ref(), meaning, &at.key("endpoints"));
     let connections = match &spec.connections {
         Some(spec) => spec.check(&base.connections, &at.key("connections")),
@@ -38,14 +38,14 @@ fn endpoints(spec: &DestinationSpec, at: &Cursor<'_>) -> Vec<EndpointSpec> {
     let mut endpoints: Vec<EndpointSpec> = Vec::new();
     for (index, endpoint) in spec.endpoints.iter().flatten().enumerate() {
         if endpoints.contains(endpoint) {
-            at.index(index).report(format!("`{endpoint}` stands twice"), "remove one of the two");
+            at.index(index).report(format!("`{endpoint}` appears twice"), "remove one of the two");
         }
         endpoints.push(endpoint.clone());
     }
     endpoints
 }
 
-/// Reports hosts that are none, and hosts that stand twice, be it in one destination or in two.
+/// Reports malformed hosts, and hosts that appear twice, in one destination or in two.
 pub(super) fn check_hosts(documents: &[Document<'_>]) {
     let mut seen = HashMap::new();
     for document in documents {
@@ -60,8 +60,8 @@ pub(super) fn check_hosts(documents: &[Document<'_>]) {
                     Err(fault) => at.report_fault(fault),
                     Ok(host) => match seen.get(&host) {
                         Some((owner, origin)) => at.report(
-                            format!("host `{text}` stands already in destination `{owner}`, at {origin}"),
-                            "a host leads to one destination: remove one of the two",
+                            format!("host `{text}` is already in destination `{owner}`, at {origin}"),
+                            "a host belongs to one destination: remove one of the two",
                         ),
                         None => drop(seen.insert(host, (owner, at.origin()))),
                     },
@@ -91,9 +91,9 @@ fn parse_host(text: &str) -> Result<HostPattern, InvalidValue> {
     let hint = if bare != host && is_host_name(bare) {
         format!("hosts are matched without scheme, port and path: write `{bare}`")
     } else if host.contains('*') {
-        "a star stands alone, or first and before a dot, like `*.shop.example`".into()
+        "a star must be alone, or first and before a dot, like `*.shop.example`".into()
     } else {
         "write a name like `payment.shop.svc`, `*.shop.example`, or `*`".into()
     };
-    Err(InvalidValue::new(format!("`{text}` is no host"), hint))
+    Err(InvalidValue::new(format!("`{text}` is not a host"), hint))
 }

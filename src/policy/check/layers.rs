@@ -1,4 +1,4 @@
-//! The check of the rules in `defaults`, at a destination and at a route: each layer over the one below.
+//! Check of the rules in `defaults`, at a destination and at a route: each layer is laid over the one below.
 
 use crate::policy::spec::{DefaultsSpec, DestinationSpec, RouteSpec};
 use crate::problems::Cursor;

@@ -1,4 +1,4 @@
-//! The check of one listener.
+//! Check of one listener.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::Path;
@@ -74,7 +74,7 @@ fn find(name: &str, destinations: &[Known<'_>], is_complete: bool, at: &Cursor<'
         if !destination.has_endpoints {
             at.report(
                 format!("destination `{name}` ({}) has no endpoints to send to", destination.origin),
-                "give it `endpoints`: only a forward listener knows where the caller was going",
+                "give it `endpoints`: only a forward listener can use the host of the request",
             );
         }
         return ListenerTarget::To(index);

@@ -1,8 +1,8 @@
-//! From the shapes of all files to one checked model, or to everything that is wrong with them.
+//! Check of the shapes of all files: makes one checked model, or reports all problems.
 //!
-//! A check never stops: it reports, puts something harmless in the place, and goes on. Whether a model may be used is
-//! decided by whether anything was reported. What can only be judged with all files at hand (names, hosts, who is
-//! reached by whom) is judged last, and not at all when a file could not be read.
+//! A check never stops: it reports a problem, uses a harmless value instead, and continues. The model may be used if no
+//! error was reported. Checks that need all files (names, hosts, destinations without a listener) come last, and are
+//! skipped if a file could not be read.
 
 mod destination;
 mod layers;
@@ -21,26 +21,26 @@ use crate::rules::layers::RuleValues;
 use crate::rules::mode::Modes;
 use crate::upstream::spec::Connections;
 
-/// One file, read.
+/// One file that was read.
 pub struct Document<'a> {
-    /// Its folder: paths in it are relative to that.
+    /// Its folder, the base of relative paths in it.
     pub folder: &'a Path,
-    /// What it says.
+    /// Its content.
     pub spec: PolicySpec,
-    /// Where it says so.
+    /// A cursor at its root.
     pub at: Cursor<'a>,
 }
 
-/// What a destination begins with.
+/// Values of `defaults`, over the built-in ones.
 #[derive(Clone)]
 struct Layer {
     rules: RuleValues,
     connections: Connections,
 }
 
-/// Checks all files together. `is_complete` says that no file is missing here because it could not be read.
+/// Checks all files together. `is_complete`: all files of the policy could be read.
 ///
-/// The result is to be used only if no error was reported.
+/// The result may be used only if no error was reported.
 pub fn check(documents: &[Document<'_>], files: Vec<Arc<str>>, is_complete: bool) -> Model {
     let head = head(documents);
     let mut destinations = Vec::new();
@@ -65,7 +65,7 @@ pub fn check(documents: &[Document<'_>], files: Vec<Arc<str>>, is_complete: bool
         warnings: Warnings::default(),
     };
     check_listeners(documents, &mut model, is_complete);
-    // A `to` that leads nowhere was meant for one of the destinations.
+    // A `to` without its destination was meant for one of the destinations.
     let is_lost =
         |listener: &Listener| matches!(listener.target, ListenerTarget::To(at) if at >= model.destinations.len());
     if is_complete && !model.listeners.iter().any(is_lost) {
@@ -82,7 +82,7 @@ struct Head {
     layer: Layer,
 }
 
-/// What may stand in one file only.
+/// The entries that may be in one file only.
 fn head(documents: &[Document<'_>]) -> Head {
     let mut layer = Layer { rules: RuleValues::BUILT_IN, connections: Connections::built_in() };
     let (mut service, mut access_log, mut modes) = (None, AccessLogConfig::default(), Modes::built_in());
@@ -135,10 +135,10 @@ fn check_access_log(spec: &AccessLogSpec, at: &Cursor<'_>) -> AccessLogConfig {
     AccessLogConfig { mode, format: spec.format.unwrap_or(built_in.format), ratio }
 }
 
-/// A destination as a listener's `to` looks for it.
+/// A destination as the target of a listener's `to`.
 struct Known<'a> {
     name: &'a str,
-    /// Also when they were refused.
+    /// True also if they were refused.
     has_endpoints: bool,
     origin: Origin,
 }
@@ -158,7 +158,7 @@ fn known<'a>(documents: &'a [Document<'_>]) -> Vec<Known<'a>> {
 
 fn check_listeners(documents: &[Document<'_>], model: &mut Model, is_complete: bool) {
     let known = known(documents);
-    // A destination whose name could not be read may be the one that is meant.
+    // A destination with an unreadable name may be the intended one.
     let is_complete = is_complete && known.iter().all(|destination| !destination.name.is_empty());
     let (mut names, mut binds) = (Names::default(), Vec::<(SocketAddr, Origin)>::new());
     for document in documents {
@@ -176,7 +176,7 @@ fn check_listeners(documents: &[Document<'_>], model: &mut Model, is_complete: b
                         "choose another address or port",
                     ),
                     Some((other, first)) => bind_at.report(
-                        format!("`{}` and `{other}` of the listener at {first} take each other's port", bind.0),
+                        format!("`{}` and `{other}` of the listener at {first} overlap", bind.0),
                         "choose another port for one of them: an address of zeros is every address of the machine",
                     ),
                     None => binds.push((bind.0, bind_at.origin())),
@@ -187,13 +187,13 @@ fn check_listeners(documents: &[Document<'_>], model: &mut Model, is_complete: b
     }
 }
 
-/// Whether only one of two addresses can be listened at. `0.0.0.0` takes all of IPv4, `[::]` all of both.
+/// Whether the system cannot bind both addresses. `0.0.0.0` covers IPv4, `[::]` both.
 fn clash(one: SocketAddr, other: SocketAddr) -> bool {
     let takes = |all: SocketAddr, one: SocketAddr| all.ip().is_unspecified() && (all.is_ipv6() || one.is_ipv4());
     one.port() == other.port() && (one.ip() == other.ip() || takes(one, other) || takes(other, one))
 }
 
-/// A destination without hosts that no listener sends to would stand there without any effect.
+/// Reports destinations that no call can reach: without hosts and without a listener's `to`.
 fn check_reached(documents: &[Document<'_>], model: &Model) {
     let mut at_destination = 0;
     for document in documents {
@@ -201,7 +201,7 @@ fn check_reached(documents: &[Document<'_>], model: &Model) {
         for index in 0..document.spec.destinations.as_ref().map_or(0, Vec::len) {
             let (at, destination) = (list.index(index), &model.destinations[at_destination]);
             let is_target = model.listeners.iter().any(|l| l.target == ListenerTarget::To(at_destination));
-            // Where two have one name that is the mistake; that the second is not reached follows from it.
+            // Of two destinations with the same name, only the name is reported.
             let is_second = || model.destinations[..at_destination].iter().any(|one| one.name == destination.name);
             if !is_target && !at.key("hosts").is_given() && !destination.name.is_empty() && !is_second() {
                 at.key("name").report(
@@ -230,16 +230,16 @@ impl<'a> Names<'a> {
     }
 }
 
-/// Names become metric labels and parts of header values: 1 to 63 letters, digits, `-`, `_` or `.`.
+/// A name becomes a metric label and part of header values: 1 to 63 letters, digits, `-`, `_` or `.`.
 ///
 /// # Errors
-/// What is no such name, with a hint.
+/// Other names, with a hint.
 pub fn good_name(name: &str) -> Result<(), InvalidValue> {
     let is_good = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.');
     if (1..=63).contains(&name.len()) && name.bytes().all(is_good) {
         return Ok(());
     }
-    Err(InvalidValue::new(format!("`{name}` is no good name"), "write 1 to 63 letters, digits, `-`, `_` or `.`"))
+    Err(InvalidValue::new(format!("`{name}` is not a valid name"), "write 1 to 63 letters, digits, `-`, `_` or `.`"))
 }
 
 fn check_name(name: &str, at: &Cursor<'_>) {
@@ -248,17 +248,17 @@ fn check_name(name: &str, at: &Cursor<'_>) {
     }
 }
 
-/// The checked name of an entry; empty, and reported, where there is none.
+/// The checked name of an entry; empty, and reported, if it is missing.
 fn required_name(name: Option<&String>, at: &Cursor<'_>) -> String {
-    at.missing("name", "give it a name, unique among its like");
+    at.missing("name", "give it a unique name");
     let Some(name) = name else { return String::new() };
     check_name(name, &at.key("name"));
     name.clone()
 }
 
-/// A list that is there but empty says less than it seems to.
+/// Reports an empty list, which has the same effect as none.
 fn check_not_empty<T>(list: Option<&Vec<T>>, meaning: &str, at: &Cursor<'_>) {
-    // What was refused was there.
+    // A refused element counts as an element.
     if list.is_some_and(Vec::is_empty) && at.size() == 0 {
         at.report("the list is empty", format!("fill it, or remove the line: {meaning}"));
     }

@@ -1,4 +1,4 @@
-//! The check of a destination's routes: each by itself, then whether each can ever be found.
+//! Check of a destination's routes: each by itself, then whether each can match.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -13,7 +13,7 @@ use crate::problems::{Cursor, InvalidValue, Origin};
 use crate::rules::layers::RouteRules;
 use crate::upstream::spec::UpstreamProtocol;
 
-/// Checks all routes of a destination and adds the implicit last one. `base` is what the destination says.
+/// Checks all routes of a destination and adds the implicit last one. `base` has the values of the destination.
 pub(super) fn check_all(
     specs: &[RouteSpec],
     protocol: UpstreamProtocol,
@@ -26,7 +26,7 @@ pub(super) fn check_all(
         let at = at.index(index);
         routes.push(check(spec, protocol, base, &at));
         if spec.name.as_deref() == Some(DEFAULT_ROUTE) {
-            let hint = "it stands for all calls that no route takes: choose another name";
+            let hint = "it is the name of the implicit route: choose another name";
             at.key("name").report("the name `default` is taken", hint);
         }
         names.claim("route of this destination", spec.name.as_deref(), &at.key("name"));
@@ -57,7 +57,8 @@ fn matches(spec: &MatchSpec, protocol: UpstreamProtocol, at: &Cursor<'_>) -> Rou
     let methods = methods(spec, &at.key("methods"));
     let path = match (&spec.path, &spec.grpc) {
         (Some(_), Some(_)) => {
-            at.key("grpc").report("`path` and `grpc` stand together", "a gRPC method is a path: remove one of the two");
+            at.key("grpc")
+                .report("`path` and `grpc` exclude each other", "a gRPC method is a path: remove one of the two");
             PathMatch::Any
         }
         (Some(template), None) => template_path(template, &at.key("path")),
@@ -80,10 +81,10 @@ fn methods(spec: &MatchSpec, at: &Cursor<'_>) -> Vec<Method> {
                 );
             }
             Ok(method) if methods.contains(&method) => {
-                at.report(format!("`{text}` stands twice"), "remove one of the two");
+                at.report(format!("`{text}` appears twice"), "remove one of the two");
             }
             Ok(method) => methods.push(method),
-            Err(_) => at.report(format!("`{text}` is no method"), "write a method like GET or POST"),
+            Err(_) => at.report(format!("`{text}` is not a method"), "write a method like GET or POST"),
         }
     }
     methods.sort_by(|a, b| a.as_str().cmp(b.as_str()));
@@ -95,18 +96,18 @@ fn headers(spec: &MatchSpec, at: &Cursor<'_>) -> Vec<(HeaderName, HeaderValue)> 
     for (name, value) in spec.headers.iter().flatten() {
         let at = at.key(name);
         let Ok(field) = HeaderName::from_bytes(name.as_bytes()) else {
-            at.report_key(InvalidValue::new(format!("`{name}` is no header name"), "write a name like `x-tenant`"));
+            at.report_key(InvalidValue::new(format!("`{name}` is not a header name"), "write a name like `x-tenant`"));
             continue;
         };
         if field == HOST {
-            // HTTP/2 has no such field, so that a route would be found over HTTP/1 and not over HTTP/2.
-            let hint = "a host chooses the destination: write it in `hosts` of one, and let a `forward: true` listener take the calls";
+            // HTTP/2 requests have no such field, so the route would match over HTTP/1 only.
+            let hint = "a host chooses the destination: write it in `hosts` of a destination, and use a `forward: true` listener";
             at.report_key(InvalidValue::new(format!("a route cannot match by `{name}`"), hint));
             continue;
         }
         if headers.iter().any(|(other, _)| *other == field) {
-            let hint = "header names have no case: remove one of the two";
-            at.report_key(InvalidValue::new(format!("header `{field}` stands twice"), hint));
+            let hint = "header names are case-insensitive: remove one of the two";
+            at.report_key(InvalidValue::new(format!("header `{field}` appears twice"), hint));
         }
         match HeaderValue::from_str(value) {
             Ok(_) if value.trim() != value => {
@@ -153,13 +154,13 @@ fn grpc_path(name: &str, methods: &[Method], protocol: UpstreamProtocol, at: &Cu
                 Some(bare) => format!("write `{bare}`"),
                 None => "write `package.Service/Method`, or `package.Service` for all its methods".into(),
             };
-            at.report(format!("`{name}` is no gRPC method or service"), hint);
+            at.report(format!("`{name}` is not a gRPC method or service"), hint);
             PathMatch::Any
         }
     }
 }
 
-/// What decides where a route is looked for: two routes with the same are tried one after the other.
+/// Key of the routes that are evaluated one after the other, because only their methods differ.
 #[derive(PartialEq, Eq, Hash)]
 struct MatchKey<'a> {
     shape: Option<Vec<Segment>>,
@@ -178,7 +179,7 @@ impl<'a> MatchKey<'a> {
     }
 }
 
-/// Reports each route whose calls are all taken by routes that are tried before it.
+/// Reports each route whose calls all match routes that are evaluated before it.
 fn check_matchable(specs: &[RouteSpec], routes: &[Route], at: &Cursor<'_>) {
     let mut order: Vec<usize> = (0..routes.len()).collect();
     order.sort_by_cached_key(|index| precedence(&routes[*index].matches));
@@ -186,7 +187,7 @@ fn check_matchable(specs: &[RouteSpec], routes: &[Route], at: &Cursor<'_>) {
     for index in order {
         let (route, match_at) = (&routes[index], at.index(index));
         let match_at = match_at.key("match");
-        // What was refused above stands here without its conditions, and would seem to equal others.
+        // A route with refused conditions has fewer conditions here, and would seem to equal others.
         if !is_whole(&specs[index], route, &match_at) {
             continue;
         }
@@ -207,7 +208,7 @@ fn check_matchable(specs: &[RouteSpec], routes: &[Route], at: &Cursor<'_>) {
     }
 }
 
-/// Whether the route's match is all that the file says.
+/// Whether the route has all conditions of the file.
 fn is_whole(spec: &RouteSpec, route: &Route, at: &Cursor<'_>) -> bool {
     let Some(spec) = &spec.r#match else { return !at.is_given() };
     let path_is_whole = match route.matches.path {

@@ -1,9 +1,9 @@
-//! Finds the destination of a host and the route of a call: built once per policy, asked once per request.
+//! Finds the destination of a host and the route of a call: built once per policy, used once per request.
 //!
-//! A route's place is a path through a tree of segments, so a look-up costs the depth of the path and not the number
-//! of routes. The tree is walked most specific branch first (exact segment, then one with a fixed part, then a
-//! parameter, then a catch-all) and backs out of a branch whose routes refuse the method or the headers; so what is
-//! found is the most specific route that takes the call, whatever the order in the file.
+//! The routes are in a tree of path segments, so a look-up costs the depth of the path, not the number of routes. The
+//! tree is walked most specific branch first (exact segment, then one with a fixed part, then a parameter, then a
+//! catch-all), with backtracking if the routes of a branch do not match method or headers; so the result is the most
+//! specific route that matches, whatever the order in the file.
 
 use std::borrow::Cow;
 use std::cmp::Reverse;
@@ -19,35 +19,35 @@ use crate::problems::InvalidValue;
 
 type Table<V> = HashMap<Box<str>, V, FixedState>;
 
-/// One part of a template between two slashes.
+/// One segment of a template, between two slashes.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Segment {
-    /// Exactly this; may be empty, after a final slash.
+    /// Exactly this text; empty after a final slash.
     Exact(String),
-    /// Something, between a fixed start and a fixed end that may both be empty.
+    /// A parameter between a fixed start and a fixed end, which may be empty.
     Parameter {
-        /// What stands before the parameter.
+        /// Text before the parameter.
         prefix: String,
-        /// What stands behind it.
+        /// Text after the parameter.
         suffix: String,
     },
-    /// The rest of the path, slashes included, not empty. Always last.
+    /// The rest of the path with its slashes, not empty. Always last.
     Rest,
 }
 
-/// Reads a path template like `/orders/{id}`, `/files/{name}.json` or `/static/{*rest}`; `{{` and `}}` stand for braces.
+/// Parses a path template like `/orders/{id}`, `/files/{name}.json` or `/static/{*rest}`; `{{` and `}}` are braces.
 ///
-/// Two templates are of the same shape, and match the same paths, when the results are equal: names play no part.
+/// Equal results match the same paths: the names of parameters are not part of the result.
 ///
 /// # Errors
-/// What is no template, with a hint.
+/// A malformed template, with a hint.
 pub fn parse_template(template: &str) -> Result<Vec<Segment>, InvalidValue> {
     let fault = |message: &str, hint: &str| Err(InvalidValue::new(format!("`{template}` {message}"), hint));
     let Some(path) = template.strip_prefix('/') else {
         return fault("does not begin with a slash", &format!("write `/{template}`"));
     };
     if template.contains(['?', '#']) || template.contains(char::is_whitespace) {
-        return fault("is more than a path", "a query is not matched: leave out `?`, `#` and blanks");
+        return fault("is not only a path", "a query is not matched: leave out `?`, `#` and blanks");
     }
     if !template.is_ascii() {
         return fault("is not ASCII", "write other characters as they are sent, like `%C3%A4`");
@@ -56,7 +56,7 @@ pub fn parse_template(template: &str) -> Result<Vec<Segment>, InvalidValue> {
     let mut names = Vec::new();
     for text in path.split('/') {
         if segments.last() == Some(&Segment::Rest) {
-            return fault("goes on behind a catch-all", "`{*name}` is always the last part");
+            return fault("continues after a catch-all", "`{*name}` is always the last part");
         }
         match parse_segment(text) {
             Ok(Parsed { segment, name }) => {
@@ -112,7 +112,7 @@ fn parse_segment(text: &str) -> Result<Parsed, SegmentFault> {
     let Some(name) = name else { return Ok(Parsed { segment: Segment::Exact(prefix), name: None }) };
     let (bare, is_rest) = name.strip_prefix('*').map_or((&*name, false), |bare| (bare, true));
     if bare.is_empty() || bare.contains('*') || bare.contains(':') {
-        return Err(("has a parameter without a good name", "write `{name}` or `{*name}`"));
+        return Err(("has a parameter without a valid name", "write `{name}` or `{*name}`"));
     }
     let segment = match is_rest {
         true if prefix.is_empty() && suffix.is_empty() => Segment::Rest,
@@ -122,12 +122,12 @@ fn parse_segment(text: &str) -> Result<Parsed, SegmentFault> {
     Ok(Parsed { segment, name: Some(bare.to_owned()) })
 }
 
-/// Whether a call is gRPC, by its content type: `application/grpc`, alone or with `+proto`, `-web` and the like.
+/// Whether a request is gRPC by its content type: `application/grpc`, alone or with a suffix like `+proto`.
 pub fn is_grpc(headers: &HeaderMap) -> bool {
     headers.get(CONTENT_TYPE).is_some_and(is_grpc_type)
 }
 
-/// The same, of the content type itself. gRPC-Web is another protocol.
+/// The same for the content type itself. gRPC-Web is another protocol.
 pub fn is_grpc_type(kind: &HeaderValue) -> bool {
     const GRPC: &[u8] = b"application/grpc";
     let kind = kind.as_bytes();
@@ -135,13 +135,13 @@ pub fn is_grpc_type(kind: &HeaderValue) -> bool {
         && matches!(kind.get(GRPC.len()), None | Some(b'+' | b';' | b' '))
 }
 
-/// The order in which routes of one path are tried: the more a route asks for, the earlier. The file's order decides
-/// only between routes that ask for equally much.
+/// Order in which the routes of one path are evaluated: those with more conditions first. The order of the file decides
+/// only between routes with equally many.
 pub(super) fn precedence(matches: &RouteMatch) -> impl Ord + use<> {
     (matches.methods.is_empty(), Reverse(matches.headers.len()), matches.methods.len())
 }
 
-/// A route's conditions beyond the path.
+/// Conditions of a route beside the path.
 #[derive(Debug)]
 struct Candidate {
     route: usize,
@@ -156,7 +156,7 @@ impl Candidate {
     }
 }
 
-/// The routes of one path, most demanding first.
+/// The routes of one path, those with most conditions first.
 #[derive(Debug, Default)]
 struct Leaf(Vec<Candidate>);
 
@@ -204,7 +204,7 @@ impl Branch {
         }
     }
 
-    /// `rest` is what is left of the path behind the last slash that was passed; None at its end.
+    /// `rest` is the path after the last consumed slash; `None` at its end.
     fn find(&self, rest: Option<&str>, method: &Method, headers: &HeaderMap) -> Option<usize> {
         let Some(rest) = rest else { return self.here.find(method, headers) };
         let (head, tail) = rest.split_once('/').map_or((rest, None), |(head, tail)| (head, Some(tail)));
@@ -237,7 +237,7 @@ pub struct RouteTable {
 }
 
 impl RouteTable {
-    /// Of a checked destination's routes, the last of which is the implicit one.
+    /// From the routes of a checked destination; the last one is the implicit route.
     pub fn new(routes: &[Route]) -> Self {
         let implicit = routes.len().saturating_sub(1);
         let mut index = Self {
@@ -263,7 +263,7 @@ impl RouteTable {
                 self.grpc_methods.entry(format!("/{service}/{method}").into()).or_default()
             }
             PathMatch::GrpcService(service) => self.grpc_services.entry(format!("/{service}").into()).or_default(),
-            // The check has read the template before; a bad one is in no model.
+            // The check has parsed the template, so an invalid one is in no model.
             PathMatch::Template(template) => match parse_template(template) {
                 Ok(segments) => self.paths.leaf(&segments),
                 Err(_) => return,
@@ -272,7 +272,7 @@ impl RouteTable {
         leaf.add(route, matches);
     }
 
-    /// The index of the route that takes the call; the implicit last one if no other does. `path` is without query.
+    /// Index of the route that matches the call; the implicit last one if no other does. `path` is without query.
     pub fn find(&self, method: &Method, path: &str, headers: &HeaderMap) -> usize {
         if self.is_trivial {
             return self.implicit;
@@ -304,7 +304,7 @@ pub struct HostTable {
 }
 
 impl HostTable {
-    /// Of a checked model's destinations.
+    /// From the destinations of a checked model.
     pub fn new(destinations: &[Destination]) -> Self {
         let mut index = Self::default();
         for (at, destination) in destinations.iter().enumerate() {
@@ -320,7 +320,7 @@ impl HostTable {
     }
 
     /// The destination of a host without its port, in any case, with or without a final dot, IPv6 with or without
-    /// brackets: the exact name, else the longest suffix, else the one for any.
+    /// brackets: the exact name wins, then the longest suffix, then `*`.
     pub fn find(&self, host: &str) -> Option<usize> {
         let host = normal(host);
         if let Some(at) = self.exact.get(&*host) {
@@ -339,7 +339,7 @@ impl HostTable {
     }
 }
 
-/// The one form of a host: lower case, no final dot, no brackets. Copies only what has upper-case letters.
+/// Normal form of a host: lower case, no final dot, no brackets. Copies only if there are upper-case letters.
 pub(super) fn normal(host: &str) -> Cow<'_, str> {
     let bare = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
     let bare = bare.strip_suffix('.').unwrap_or(bare);

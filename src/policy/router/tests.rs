@@ -1,4 +1,4 @@
-//! Routes and hosts by table, and the route index against trying every route.
+//! Tables of routes and hosts, and the route table against a search of every route.
 
 use proptest::prelude::*;
 
@@ -155,7 +155,7 @@ fn a_host_leads_to_its_name_then_its_longest_suffix_then_any() {
     assert_eq!((all.find("a"), all.find("b"), all.find("")), (Some(0), Some(1), Some(1)));
 }
 
-/// The same decision without an index: every route is tried, and the best that takes the call is kept.
+/// The same decision without a table: evaluates every route and keeps the best match.
 fn naive(matches: &[RouteMatch], method: &Method, path: &str, headers: &HeaderMap) -> usize {
     let fits = |index: &usize| {
         let RouteMatch { methods, path: wanted, headers: wanted_headers } = &matches[*index];

@@ -1,13 +1,14 @@
-//! The state machine behind `circuitBreaker` and `ejection`: closed, open, half-open, and what leads from one to the next.
+//! State machine of `circuitBreaker` and `ejection`: the states closed, open and half-open, and the transitions between
+//! them.
 //!
-//! One breaker for all workers; it lives through reloads. What the policy says comes along with each call that asks to be
-//! let in, so changed values hold from the next one on and nothing is forgotten. Invariants:
-//! - only calls let in by the closed period that still lasts count towards opening it; whatever ends later decides nothing;
-//! - only probes of the half-open period that still lasts end it; a probe that is dropped gives its place back;
-//! - each change of state is handed out exactly once, to whoever caused it.
+//! One breaker for all workers; it survives reloads. Each call passes the current thresholds, so a changed value
+//! applies from the next call on and no state is lost. Invariants:
+//! - only calls admitted in the current closed period count towards opening; results that arrive after it are ignored;
+//! - only probes of the current half-open period end it; a probe dropped without a result frees its slot;
+//! - each change of state is returned exactly once, to the call that caused it.
 //!
-//! While closed, letting a call in is one atomic load and a success a few relaxed ones. Refusing takes no lock either;
-//! probes and changes of state do. It reads no clock and draws no random number: callers bring both.
+//! While closed, admission is one atomic load and a success a few relaxed ones. A refusal takes no lock either; probes
+//! and changes of state do. The breaker reads no clock and draws no random number: callers pass both.
 
 mod spec;
 mod state;
@@ -24,110 +25,111 @@ pub use self::spec::{CircuitBreaker, CircuitBreakerSpec};
 pub use self::state::{BreakerState, ChangeCause, StateChange};
 use self::window::Window;
 
-/// In [`Breaker::word`]: closed, and the rest of the word is the number of the period. Without it the word is the moment
-/// from which on a probe may be let through, in nanoseconds since the breaker was made.
+/// Bit of [`Breaker::word`]: the breaker is closed and the other bits are the number of the period. Without the bit,
+/// the word is the earliest time of the next probe, in nanoseconds since the breaker was created.
 const CLOSED: u64 = 1 << 63;
 
-/// What a breaker goes by; plain values of the policy.
+/// Thresholds of a breaker, as plain values of the policy.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Thresholds {
-    /// So many failures one after the other open it; at least 1.
+    /// Consecutive failures that open the breaker; at least 1.
     pub consecutive_failures: u32,
-    /// The share of failures that opens it; None where only failures in a row count.
+    /// Failure rate that opens the breaker; `None` if only consecutive failures count.
     pub rate: Option<RateThreshold>,
-    /// The longest that the first opening lasts.
+    /// Upper bound of the first open time.
     pub open_for: Duration,
-    /// The longest that any opening lasts.
+    /// Upper bound of every open time.
     pub open_for_max: Duration,
-    /// Probes under way at once; at least 1. One that has said nothing for [`Self::hold`] counts no more.
+    /// Concurrent probes; at least 1. A probe without a result stops counting after [`Self::hold`].
     pub probes: u32,
 }
 
-/// The longest that a probe which says nothing keeps others from being let through.
+/// Upper bound of [`Thresholds::hold`].
 const LONGEST_HOLD: Duration = Duration::from_secs(5);
 
 impl Thresholds {
-    /// The same, but failures in a row open nothing.
+    /// The same thresholds without the limit on consecutive failures.
     pub fn by_share_alone(self) -> Self {
         Self { consecutive_failures: u32::MAX, ..self }
     }
 
-    /// How long a probe keeps its place at most: a stream may begin with a silence that lasts.
+    /// How long a probe without a result occupies its slot: `open_for_max`, at most 5 s, at least `open_for`. A probe
+    /// that became a stream may stay silent for long.
     pub fn hold(&self) -> Duration {
         self.open_for_max.min(LONGEST_HOLD).max(self.open_for)
     }
 }
 
-/// A share of failures over a while.
+/// Failure rate over a sliding window.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct RateThreshold {
-    /// Above 0, up to 1.
+    /// Failures per call; above 0, at most 1.
     pub share: f64,
-    /// How long the while is; it slides.
+    /// Length of the sliding window.
     pub window: Duration,
-    /// With fewer calls the share says nothing.
+    /// The rate is not judged with fewer calls than this in the window.
     pub min_requests: u32,
 }
 
-/// How a call ended, as far as a breaker cares. What ended neither way is not recorded at all.
+/// How a call ended, as a breaker counts it. Calls that are neither are not recorded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CallResult {
-    /// The callee answered as it should.
+    /// The upstream answered without a failure.
     Success,
-    /// The callee failed.
+    /// The upstream failed.
     Failure,
 }
 
-/// The answer to a call that asks to be let through.
+/// Decision about one call.
 #[derive(Debug)]
 pub enum Admission {
-    /// Go on, and record how it ends.
+    /// Send the call and record its result.
     Admit(BreakerPermit),
-    /// Go on, as one of the few that decide whether the breaker closes.
+    /// Send the call; its result decides whether the breaker closes.
     Probe {
-        /// The place among the probes.
+        /// The slot among the probes.
         probe: Probe,
         /// The change to half-open, if this call caused it.
         change: Option<StateChange>,
     },
-    /// Do not go on.
+    /// Refuse the call.
     Refuse {
-        /// When it is worth asking again.
+        /// Time until the next call can be admitted.
         retry_after: Duration,
     },
 }
 
-/// The right to count: the closed period in which a call was let through.
+/// Permit of an admitted call: the closed period in which its result counts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BreakerPermit(u64);
 
-/// A place among the probes; dropping it without a result gives it back.
+/// A slot among the probes; dropping it without a result frees the slot.
 #[derive(Debug)]
 pub struct Probe {
     breaker: Arc<Breaker>,
     period: u64,
-    /// When it was let through, in nanoseconds since the breaker was made.
+    /// Time of admission, in nanoseconds since the breaker was created.
     began: u64,
 }
 
-/// Whether an HTTP status says that the callee failed: 5xx, but for those that are about the request (501, 505).
+/// Whether an HTTP status counts as a failure of the upstream: 5xx except 501 and 505, which are about the request.
 pub const fn is_failed_status(status: u16) -> bool {
     status >= 500 && status != 501 && status != 505
 }
 
-/// Whether a gRPC code does: UNKNOWN, DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, INTERNAL, UNAVAILABLE, DATA_LOSS, and codes
-/// that do not exist.
+/// Whether a gRPC code counts as a failure of the upstream: UNKNOWN, DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, INTERNAL,
+/// UNAVAILABLE, DATA_LOSS, and codes above 16, which are not defined.
 pub const fn is_failed_code(code: u32) -> bool {
     matches!(code, 2 | 4 | 8 | 13 | 14 | 15 | 17..)
 }
 
-/// A breaker.
+/// Circuit breaker of one destination, dynamic host or endpoint.
 #[derive(Debug)]
 pub struct Breaker {
-    /// What admission needs of `inner`; see [`CLOSED`]. Written under the lock only.
+    /// The part of `inner` that admission reads; see [`CLOSED`]. Written only under the lock.
     word: AtomicU64,
     consecutive: AtomicU32,
-    /// The share of failures was what opened it last, not failures in a row.
+    /// The failure rate opened the breaker last, not consecutive failures.
     by_rate: AtomicBool,
     born: Instant,
     inner: Mutex<Inner>,
@@ -137,20 +139,20 @@ pub struct Breaker {
 #[derive(Debug)]
 struct Inner {
     state: BreakerState,
-    /// Counts the changes of state.
+    /// Number of changes of state so far.
     period: u64,
-    /// When the state began, in nanoseconds since the breaker was made.
+    /// Start of the state, in nanoseconds since the breaker was created.
     since: u64,
-    /// Until when it is open, likewise.
+    /// End of the open time, in nanoseconds since the breaker was created.
     until: u64,
-    /// Openings in a row.
+    /// Consecutive openings.
     openings: u32,
-    /// Probes under way.
+    /// Probes in flight.
     probes: u32,
-    /// When the last of them was let through, likewise.
+    /// Admission of the last probe, in nanoseconds since the breaker was created.
     probed: u64,
-    /// The open time was ended before it was over.
-    hurried: bool,
+    /// The open time was ended early.
+    ended_early: bool,
 }
 
 impl Breaker {
@@ -164,7 +166,7 @@ impl Breaker {
             openings: 0,
             probes: 0,
             probed: 0,
-            hurried: false,
+            ended_early: false,
         };
         Arc::new(Self {
             word: AtomicU64::new(CLOSED),
@@ -176,7 +178,7 @@ impl Breaker {
         })
     }
 
-    /// Lets a call through, as one of many or as a probe, or refuses it.
+    /// Admits the call, normally or as a probe, or refuses it.
     pub fn admit(self: &Arc<Self>, thresholds: &Thresholds, now: Instant) -> Admission {
         let word = self.word.load(Acquire);
         if word & CLOSED != 0 {
@@ -184,30 +186,30 @@ impl Breaker {
         }
         let tick = self.tick(now);
         match word.checked_sub(tick).map(Duration::from_nanos) {
-            // Longer than the longest: the policy has become shorter since.
+            // Longer than the longest open time: a reload has shortened `open_for_max`.
             Some(retry_after) if !retry_after.is_zero() && retry_after <= thresholds.open_for_max => {
                 Admission::Refuse { retry_after }
             }
-            _ => self.admit_shut(thresholds, now),
+            _ => self.admit_probe(thresholds, now),
         }
     }
 
-    /// Counts how a call that was let through has ended. A share of failures is judged when a failure comes in.
+    /// Records the result of an admitted call. The failure rate is judged when a failure arrives.
     ///
-    /// `random` is from 0 to 1 and decides how long it opens, if it does.
+    /// `random`, from 0 to 1, gives the jitter of the open time.
     pub fn record(
         &self,
-        pass: BreakerPermit,
+        permit: BreakerPermit,
         thresholds: &Thresholds,
         outcome: CallResult,
         now: Instant,
         random: f64,
     ) -> Option<StateChange> {
-        let cause = self.note(pass, thresholds, outcome, now)?;
-        self.open(pass, cause, thresholds, now, random)
+        let cause = self.count_result(permit, thresholds, outcome, now)?;
+        self.open(permit, cause, thresholds, now, random)
     }
 
-    /// What it does with calls now. An open time that is over counts as half-open, before the first probe as well.
+    /// The state now. After the open time it is half-open, even before the first probe.
     pub fn state(&self, now: Instant) -> BreakerState {
         let inner = self.lock();
         if inner.state == BreakerState::Open && inner.until <= self.tick(now) {
@@ -223,44 +225,43 @@ impl Breaker {
         word & CLOSED == 0 && self.tick(now) < word
     }
 
-    /// Whether a call would be let through as a probe now; one atomic load.
+    /// Whether a call would be admitted as a probe now; one atomic load.
     pub fn is_due(&self, now: Instant) -> bool {
         let word = self.word.load(Acquire);
         word & CLOSED == 0 && self.tick(now) >= word
     }
 
-    /// Whether it is closed; one atomic load.
+    /// Whether the breaker is closed; one atomic load.
     pub fn is_closed(&self) -> bool {
         self.word.load(Acquire) & CLOSED != 0
     }
 
-    /// When it is worth asking again; None while it refuses nobody.
+    /// Time until the next call can be admitted; `None` if calls are admitted now.
     pub fn retry_after(&self, now: Instant) -> Option<Duration> {
         let word = self.word.load(Acquire);
         let wait = word.checked_sub(self.tick(now)).filter(|_| word & CLOSED == 0);
         wait.filter(|wait| *wait > 0).map(Duration::from_nanos)
     }
 
-    /// Failures one after the other so far.
+    /// Consecutive failures so far.
     pub fn consecutive(&self) -> u32 {
         self.consecutive.load(Relaxed)
     }
 
-    /// Whether the share of failures opened it, and not failures in a row. While it opens again and again because probes
-    /// fail, what opened it first still holds.
+    /// Whether the failure rate opened the breaker, and not consecutive failures. Failed probes do not change this.
     pub fn is_open_by_rate(&self) -> bool {
         self.by_rate.load(Relaxed)
     }
 
-    /// Counts a result, and says why the breaker has to open, if it has.
-    pub(in crate::rules) fn note(
+    /// Counts a result; returns the cause if the breaker has to open.
+    pub(in crate::rules) fn count_result(
         &self,
-        pass: BreakerPermit,
+        permit: BreakerPermit,
         thresholds: &Thresholds,
         outcome: CallResult,
         now: Instant,
     ) -> Option<ChangeCause> {
-        if self.word.load(Acquire) != pass.0 {
+        if self.word.load(Acquire) != permit.0 {
             return None;
         }
         let elapsed = now.saturating_duration_since(self.born);
@@ -283,44 +284,44 @@ impl Breaker {
         is_reached.then_some(ChangeCause::FailureRate)
     }
 
-    /// Opens it, unless somebody else was faster.
+    /// Opens the breaker, unless another call has ended the period already.
     pub(in crate::rules) fn open(
         &self,
-        pass: BreakerPermit,
+        permit: BreakerPermit,
         cause: ChangeCause,
         thresholds: &Thresholds,
         now: Instant,
         random: f64,
     ) -> Option<StateChange> {
         let mut inner = self.lock();
-        if self.word.load(Acquire) != pass.0 {
+        if self.word.load(Acquire) != permit.0 {
             return None;
         }
-        // It has been well for so long that what was before is another story.
+        // Closed for `open_for_max`: the doubling of the open time starts again.
         if self.tick(now).saturating_sub(inner.since) >= nanos(thresholds.open_for_max) {
             inner.openings = 0;
         }
-        Some(self.shut(&mut inner, cause, thresholds, now, random))
+        Some(self.enter_open(&mut inner, cause, thresholds, now, random))
     }
 
-    /// Ends the open time at once: the next call is a probe. Nothing happens to one that is not open.
-    pub(in crate::rules) fn hurry(&self, now: Instant) {
+    /// Ends the open time now, so that the next call is a probe. No effect in other states.
+    pub(in crate::rules) fn end_open_time_early(&self, now: Instant) {
         let mut inner = self.lock();
         let tick = self.tick(now);
         if inner.state == BreakerState::Open && tick < inner.until {
-            (inner.until, inner.hurried) = (tick, true);
+            (inner.until, inner.ended_early) = (tick, true);
             self.word.store(tick, Release);
         }
     }
 
-    /// Closes it, whatever it was; None if it was closed.
+    /// Closes the breaker from any state; `None` if it was closed.
     pub(in crate::rules) fn close(&self, cause: ChangeCause, now: Instant) -> Option<StateChange> {
         let mut inner = self.lock();
-        (inner.state != BreakerState::Closed).then(|| self.let_in(&mut inner, cause, None, now))
+        (inner.state != BreakerState::Closed).then(|| self.enter_closed(&mut inner, cause, None, now))
     }
 
-    /// Brings forward what is to come later than the policy allows now: its longest open time may have become shorter.
-    pub(in crate::rules) fn limit(&self, longest: Duration, now: Instant) {
+    /// Applies a shorter `open_for_max` of a reload to the times already set.
+    pub(in crate::rules) fn apply_longest_open_time(&self, longest: Duration, now: Instant) {
         self.bring_forward(&mut self.lock(), longest, self.tick(now));
     }
 
@@ -336,7 +337,7 @@ impl Breaker {
         self.word.store(next, Release);
     }
 
-    fn admit_shut(self: &Arc<Self>, thresholds: &Thresholds, now: Instant) -> Admission {
+    fn admit_probe(self: &Arc<Self>, thresholds: &Thresholds, now: Instant) -> Admission {
         let tick = self.tick(now);
         let mut inner = self.lock();
         let mut change = None;
@@ -347,16 +348,17 @@ impl Breaker {
                 if let Some(wait) = inner.until.checked_sub(tick).filter(|wait| *wait > 0) {
                     return Admission::Refuse { retry_after: Duration::from_nanos(wait) };
                 }
-                let cause = if inner.hurried { ChangeCause::NoOtherWell } else { ChangeCause::OpenTimeOver };
-                change = Some(self.turn(&mut inner, BreakerState::HalfOpen, cause, thresholds.rate.as_ref(), now));
+                let cause = if inner.ended_early { ChangeCause::NoOtherWell } else { ChangeCause::OpenTimeOver };
+                change =
+                    Some(self.change_state(&mut inner, BreakerState::HalfOpen, cause, thresholds.rate.as_ref(), now));
                 self.word.store(0, Release);
             }
             BreakerState::HalfOpen => {}
         }
-        // The second comes soon, in case the first met bad luck; those after it later, so that not all of them are
-        // stuck when a callee that hangs comes back.
+        // The second probe follows soon, in case the first one failed by chance; further ones later, so that not all of
+        // them hang with an upstream that recovers.
         let spacing = if inner.probes == 0 { thresholds.open_for / 4 } else { thresholds.hold() };
-        // Between the look at the word and the lock, somebody else may have taken the turn.
+        // Another call may have become the probe between the load of the word and the lock.
         if let Some(wait) = self.word.load(Acquire).checked_sub(tick).filter(|wait| *wait > 0) {
             return Admission::Refuse { retry_after: Duration::from_nanos(wait) };
         }
@@ -373,8 +375,8 @@ impl Breaker {
         Admission::Probe { probe: Probe { breaker: Arc::clone(self), period: inner.period, began: tick }, change }
     }
 
-    /// A probe has ended. Only the first that ends decides; the period of the others is over then.
-    fn settle(
+    /// Applies the result of a probe. The first result decides and ends the period; later ones are ignored.
+    fn apply_probe_result(
         &self,
         probe: &Probe,
         thresholds: &Thresholds,
@@ -387,18 +389,20 @@ impl Breaker {
             return None;
         }
         Some(match outcome {
-            CallResult::Success => self.let_in(&mut inner, ChangeCause::ProbeSucceeded, thresholds.rate.as_ref(), now),
+            CallResult::Success => {
+                self.enter_closed(&mut inner, ChangeCause::ProbeSucceeded, thresholds.rate.as_ref(), now)
+            }
             CallResult::Failure => {
                 self.consecutive.fetch_add(1, Relaxed);
-                let change = self.shut(&mut inner, ChangeCause::ProbeFailed, thresholds, now, random);
+                let change = self.enter_open(&mut inner, ChangeCause::ProbeFailed, thresholds, now, random);
                 let waited = Duration::from_nanos(self.tick(now).saturating_sub(probe.began));
-                self.shorten(&mut inner, change, waited, thresholds.open_for / 4)
+                self.subtract_wait(&mut inner, change, waited, thresholds.open_for / 4)
             }
         })
     }
 
-    /// A probe has ended without a result. Once none is under way, the next need not wait.
-    fn release(&self, period: u64) {
+    /// Frees the slot of a probe without a result. With no probe in flight, the next one is admitted at once.
+    fn free_probe_slot(&self, period: u64) {
         let mut inner = self.lock();
         if inner.period != period {
             return;
@@ -409,7 +413,7 @@ impl Breaker {
         }
     }
 
-    fn shut(
+    fn enter_open(
         &self,
         inner: &mut Inner,
         cause: ChangeCause,
@@ -421,35 +425,41 @@ impl Breaker {
         if cause != ChangeCause::ProbeFailed {
             self.by_rate.store(cause == ChangeCause::FailureRate, Relaxed);
         }
-        // Written so that a number that is none is 0.
+        // Written so that NaN becomes 0.
         let share = if random > 0.0 { random.min(1.0) } else { 0.0 };
         let doubled = thresholds.open_for.saturating_mul(1 << (inner.openings - 1).min(30));
         let open_for = doubled.min(thresholds.open_for_max).mul_f64(0.5 + share / 2.0);
-        let change = self.turn(inner, BreakerState::Open, cause, thresholds.rate.as_ref(), now);
+        let change = self.change_state(inner, BreakerState::Open, cause, thresholds.rate.as_ref(), now);
         inner.until = later(inner.since, open_for);
         self.word.store(inner.until, Release);
         StateChange { open_for: Some(open_for), ..change }
     }
 
-    /// The time for which a probe was waited for counts as open: a callee that hangs is asked again soon after it has
-    /// kept one waiting for as long as the breaker would stay open.
-    fn shorten(&self, inner: &mut Inner, change: StateChange, waited: Duration, least: Duration) -> StateChange {
+    /// Counts the time spent waiting for the probe as open time: an upstream that hangs gets its next probe soon after
+    /// a probe has waited as long as the breaker would stay open.
+    fn subtract_wait(&self, inner: &mut Inner, change: StateChange, waited: Duration, least: Duration) -> StateChange {
         let open_for = change.open_for.map(|whole| whole.saturating_sub(waited).max(least.min(whole)));
         inner.until = later(inner.since, open_for.unwrap_or_default());
         self.word.store(inner.until, Release);
         StateChange { open_for, ..change }
     }
 
-    fn let_in(&self, inner: &mut Inner, cause: ChangeCause, rate: Option<&RateThreshold>, now: Instant) -> StateChange {
-        let change = self.turn(inner, BreakerState::Closed, cause, rate, now);
+    fn enter_closed(
+        &self,
+        inner: &mut Inner,
+        cause: ChangeCause,
+        rate: Option<&RateThreshold>,
+        now: Instant,
+    ) -> StateChange {
+        let change = self.change_state(inner, BreakerState::Closed, cause, rate, now);
         self.consecutive.store(0, Relaxed);
         self.window.clear();
-        // Last, so that whoever sees the new period counts from nothing.
+        // Stored last: a call that reads the new period counts from zero.
         self.word.store(CLOSED | inner.period, Release);
         change
     }
 
-    fn turn(
+    fn change_state(
         &self,
         inner: &mut Inner,
         to: BreakerState,
@@ -458,7 +468,7 @@ impl Breaker {
         now: Instant,
     ) -> StateChange {
         let from = inner.state;
-        (inner.state, inner.since, inner.probes, inner.hurried) = (to, self.tick(now), 0, false);
+        (inner.state, inner.since, inner.probes, inner.ended_early) = (to, self.tick(now), 0, false);
         inner.period += 1;
         let elapsed = now.saturating_duration_since(self.born);
         let (requests, failures) = rate.map_or((0, 0), |rate| self.window.sum(elapsed, rate.window));
@@ -470,15 +480,16 @@ impl Breaker {
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
-        // Each critical section leaves plain numbers behind, whatever happens.
+        // Each critical section leaves consistent numbers behind, even on a panic.
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Probe {
-    /// Says how the probe has ended: a success closes the breaker, a failure opens it again, for longer.
+    /// Records the result of the probe: a success closes the breaker, a failure opens it again with a doubled open
+    /// time.
     ///
-    /// None if another probe has decided already. `random` is from 0 to 1.
+    /// `None` if another probe has decided already. `random` is from 0 to 1.
     pub fn record(
         self,
         thresholds: &Thresholds,
@@ -486,18 +497,18 @@ impl Probe {
         now: Instant,
         random: f64,
     ) -> Option<StateChange> {
-        self.breaker.settle(&self, thresholds, outcome, now, random)
+        self.breaker.apply_probe_result(&self, thresholds, outcome, now, random)
     }
 }
 
 impl Drop for Probe {
-    /// After a result this does nothing: the period is over then.
+    /// No effect after a recorded result: its period is over.
     fn drop(&mut self) {
-        self.breaker.release(self.period);
+        self.breaker.free_probe_slot(self.period);
     }
 }
 
-/// Never reaches [`CLOSED`]: nobody runs for the 292 years that this takes.
+/// Never reaches [`CLOSED`], which is 292 years away.
 fn later(tick: u64, duration: Duration) -> u64 {
     tick.saturating_add(nanos(duration)).min(CLOSED - 1)
 }

@@ -1,6 +1,6 @@
-//! The circuit breaker of a destination: when it opens, for how long, and how it is tried again.
+//! Circuit breaker of a destination: the values of `circuitBreaker`, their check and their rows.
 //!
-//! The shape, the check and the checked value; the state machine is a file of its own, shared with `ejection`.
+//! The state machine is in `super`; `ejection` uses it too.
 
 use std::hash::{Hash, Hasher};
 use std::time::Duration;
@@ -16,23 +16,23 @@ use crate::rules::ratio::Ratio;
 use crate::rules::rule::{Row, RowContext, Rule};
 use crate::rules::toggle::{Toggle, ToggleKeys};
 
-/// `circuitBreaker:` of `defaults` or of a destination, where it is not `off`.
+/// `circuitBreaker:` of `defaults` or of a destination, as a mapping.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase", expecting = "a mapping of breaker values")]
 pub struct CircuitBreakerSpec {
-    /// So many failures one after the other open it. Default 5.
+    /// Consecutive failures that open the circuit breaker. Default 5.
     pub consecutive_failures: Option<Count<1>>,
-    /// The share of failures among the calls of the window that opens it. Default 0.5.
+    /// Failure rate that opens the circuit breaker: failures per call within the window. Default 0.5.
     pub failure_rate: Option<Ratio>,
-    /// The time over which the share is taken; it slides. Default 10s.
+    /// Sliding window of the failure rate. Default 10s.
     pub window: Option<DurationSpec>,
-    /// With fewer calls in the window the share says nothing. Default 20.
+    /// The failure rate is not judged with fewer calls than this in the window. Default 20.
     pub min_requests: Option<Count<1>>,
-    /// How long it stays open the first time; half to the whole of it, by chance. Default 250ms.
+    /// Initial open time, with 50 % jitter (half to the whole of it). Default 250ms.
     pub open_for: Option<DurationSpec>,
-    /// The longest time open: each opening in a row doubles the one before, up to this. Default 1s.
+    /// Longest open time: each consecutive opening doubles it, up to this. Default 1s.
     pub open_for_max: Option<DurationSpec>,
-    /// Calls let through at once to find out whether the destination is back. Default 3.
+    /// Concurrent probes while half-open. Default 3.
     pub probes: Option<Count<1>>,
 }
 
@@ -41,24 +41,24 @@ impl ToggleKeys for CircuitBreakerSpec {
         &["consecutiveFailures", "failureRate", "window", "minRequests", "openFor", "openForMax", "probes"];
 }
 
-/// The circuit breaker of a destination.
+/// Checked values of a destination's circuit breaker.
 #[derive(Debug, Clone, PartialEq)]
 pub struct CircuitBreaker {
-    /// Whether there is one at all.
+    /// Whether the circuit breaker is on.
     pub on: Sourced<bool>,
-    /// So many failures one after the other open it; at least 1.
+    /// Consecutive failures that open it; at least 1.
     pub consecutive_failures: Sourced<u32>,
-    /// The share of failures that opens it; above 0, up to 1.
+    /// Failure rate that opens it; above 0, at most 1.
     pub failure_rate: Sourced<f64>,
-    /// The time over which the share is taken.
+    /// Sliding window of the failure rate.
     pub window: Sourced<Duration>,
-    /// With fewer calls in the window the share says nothing; at least 1.
+    /// Fewest calls in the window for which the failure rate is judged; at least 1.
     pub min_requests: Sourced<u32>,
-    /// The longest that the first opening lasts; never longer than `open_for_max`.
+    /// Initial open time before jitter; at most `open_for_max`.
     pub open_for: Sourced<Duration>,
-    /// The longest that any opening lasts.
+    /// Longest open time.
     pub open_for_max: Sourced<Duration>,
-    /// Calls let through at once while half-open; at least 1.
+    /// Concurrent probes while half-open; at least 1.
     pub probes: Sourced<u32>,
 }
 
@@ -72,7 +72,7 @@ impl Hash for CircuitBreaker {
 }
 
 impl CircuitBreaker {
-    /// What holds where no policy says otherwise.
+    /// The built-in values.
     pub const fn built_in() -> Self {
         Self {
             on: Sourced::built_in(true),
@@ -86,7 +86,7 @@ impl CircuitBreaker {
         }
     }
 
-    /// The values as the state machine takes them; None when it is off.
+    /// Thresholds of the state machine; `None` if the circuit breaker is off.
     pub fn thresholds(&self) -> Option<Thresholds> {
         self.on.value.then_some(Thresholds {
             consecutive_failures: self.consecutive_failures.value,
@@ -108,7 +108,7 @@ impl Rule for CircuitBreaker {
 
     const BUILT_IN: Self = Self::built_in();
 
-    /// Reports a first opening that is longer than the longest.
+    /// Reports an initial open time that is longer than the longest one.
     fn check(spec: &Toggle<CircuitBreakerSpec>, below: &Self, at: &Cursor<'_>) -> Self {
         let Toggle::On(spec) = spec else {
             return Self { on: at.set(false), ..below.clone() };
@@ -149,14 +149,14 @@ impl Rule for CircuitBreaker {
     }
 }
 
-/// One of the two open times of a layer: its key and what the layer says, and the value of the layer below.
+/// One of the two open times of a layer: key and value in this layer, and the value of the layer below.
 type OpenTime<'a> = ((&'static str, Option<DurationSpec>), &'a Sourced<Duration>);
 
-/// The first and the longest open time of a layer over those of the layer below.
+/// Initial and longest open time of a layer, with the values of the layer below where this layer has none.
 ///
-/// A built-in value gives way to one that was written, and stays built in: a layer above is not told about what nobody
-/// wrote. Two written ones that contradict each other
-/// are reported.
+/// If a written value contradicts a built-in one, the built-in one is adjusted and stays built in, so that a layer
+/// above gets no problem about a value that is not in the file. Two written values that contradict each other are
+/// reported.
 pub(in crate::rules) fn check_open_times(
     ((first_key, first), first_below): OpenTime<'_>,
     ((longest_key, longest), longest_below): OpenTime<'_>,
@@ -190,7 +190,7 @@ mod tests {
     use std::cell::RefCell;
     use std::sync::Arc;
 
-    /// A mapping whose keys are all there, in line 7.
+    /// A mapping that has every key, in line 7.
     struct Anything(Position);
 
     impl DocumentNode for Anything {
@@ -211,7 +211,7 @@ mod tests {
         }
     }
 
-    /// Offers what it has, as the reader of policies does; serde_json insists on a mapping where a struct is asked for.
+    /// Visits with any value, as the reader of policies does; serde_json refuses all but a mapping for a struct.
     struct Offer(serde_json::Value);
 
     impl<'de> Deserializer<'de> for Offer {

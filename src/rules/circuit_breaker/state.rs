@@ -1,20 +1,20 @@
-//! The states of a breaker and its changes, as logs, metrics and the status page name them.
+//! States and state changes of a breaker, with their names in logs, metrics and on the status page.
 
 use std::time::Duration;
 
-/// What a breaker does with calls.
+/// State of a breaker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum BreakerState {
-    /// Lets all through.
+    /// Admits all calls.
     Closed,
-    /// Refuses all.
+    /// Refuses all calls.
     Open,
-    /// Lets a few through to find out.
+    /// Admits a few calls as probes.
     HalfOpen,
 }
 
 impl BreakerState {
-    /// As it is shown in the metrics.
+    /// Value in the metrics: 0 closed, 1 half-open, 2 open.
     pub const fn number(self) -> i64 {
         match self {
             Self::Closed => 0,
@@ -24,46 +24,46 @@ impl BreakerState {
     }
 }
 
-/// Why a breaker changed its state.
+/// Cause of a change of state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ChangeCause {
-    /// So many failures came one after the other.
+    /// The threshold of consecutive failures was reached.
     ConsecutiveFailures,
-    /// So large a share of the calls failed.
+    /// The failure rate was reached.
     FailureRate,
-    /// It was tried, and failed again.
+    /// A probe failed.
     ProbeFailed,
-    /// It was tried, and answered.
+    /// A probe succeeded.
     ProbeSucceeded,
-    /// It was open for as long as it had to be.
+    /// The open time ended.
     OpenTimeOver,
-    /// An ejected endpoint is tried before that, because those that are in fail.
+    /// The open time of an ejected endpoint was ended early, because the endpoints that are in fail.
     NoOtherWell,
-    /// An ejected endpoint is taken back because no other one is left.
+    /// An ejected endpoint was taken back, because the destination has no other endpoint left.
     NoOtherLeft,
 }
 
-/// One change of state, with what led to it.
+/// One change of state with the counts that led to it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StateChange {
-    /// The state before.
+    /// State before the change.
     pub from: BreakerState,
-    /// The state from now on.
+    /// State after the change.
     pub to: BreakerState,
-    /// Why.
+    /// Cause of the change.
     pub cause: ChangeCause,
-    /// Failures one after the other, those of probes included.
+    /// Consecutive failures, including those of probes.
     pub consecutive: u32,
-    /// Failures within the window; 0 where no rate is watched.
+    /// Failures within the window; 0 without a failure rate.
     pub failures: u32,
-    /// Calls within the window; 0 where no rate is watched.
+    /// Calls within the window; 0 without a failure rate.
     pub requests: u32,
-    /// How long it stays open; None unless it opened.
+    /// Open time with jitter; `None` unless the breaker opened.
     pub open_for: Option<Duration>,
 }
 
 impl BreakerState {
-    /// `closed`, `open`, `half_open`.
+    /// The stable name: `closed`, `open` or `half_open`.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Closed => "closed",

@@ -1,4 +1,4 @@
-//! The breaker as tables, as a random walk whose seed is named when it fails, and under several threads.
+//! Tables, a random walk that names its seed on failure, and concurrent workers.
 
 use super::*;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
@@ -15,10 +15,10 @@ const USUAL: Thresholds = Thresholds {
 
 use CallResult::{Failure, Success};
 
-fn pass(breaker: &Arc<Breaker>, now: Instant) -> BreakerPermit {
+fn permit(breaker: &Arc<Breaker>, now: Instant) -> BreakerPermit {
     match breaker.admit(&USUAL, now) {
-        Admission::Admit(pass) => pass,
-        other => panic!("no pass: {other:?}"),
+        Admission::Admit(permit) => permit,
+        other => panic!("no permit: {other:?}"),
     }
 }
 
@@ -37,10 +37,10 @@ fn refused(breaker: &Arc<Breaker>, now: Instant) -> Duration {
 }
 
 fn call(breaker: &Arc<Breaker>, outcome: CallResult, now: Instant) -> Option<StateChange> {
-    breaker.record(pass(breaker, now), &USUAL, outcome, now, 1.0)
+    breaker.record(permit(breaker, now), &USUAL, outcome, now, 1.0)
 }
 
-/// Opened by failures in a row, for as long as it can be the first time.
+/// Opened by consecutive failures, for the full initial open time.
 fn opened(now: Instant) -> Arc<Breaker> {
     let breaker = Breaker::new(now);
     let changes: Vec<_> = (0..3).filter_map(|_| call(&breaker, Failure, now)).collect();
@@ -73,7 +73,7 @@ fn failures_in_a_row_open_it() {
 #[test]
 fn a_share_of_failures_opens_it_once_there_are_enough_calls() {
     let table = [
-        // Calls, F for a failure; whether the last opens it.
+        // Calls, F for a failure; whether the last one opens the breaker.
         ("FSFSFSFSF", false),
         ("SFSFSFSFSF", true),
         ("SSSSSSSSSSF", false),
@@ -125,7 +125,7 @@ fn the_first_probe_that_succeeds_closes_it_and_nothing_old_counts_any_more() {
 }
 
 #[test]
-fn a_probe_that_fails_opens_it_for_twice_as_long_up_to_the_longest() {
+fn a_failed_probe_doubles_the_open_time_up_to_the_longest() {
     let mut now = Instant::now();
     let breaker = opened(now);
     let mut wait = 400 * MS;
@@ -135,14 +135,14 @@ fn a_probe_that_fails_opens_it_for_twice_as_long_up_to_the_longest() {
         wait = change.open_for.unwrap();
         assert_eq!((change.cause, wait, change.consecutive), (ChangeCause::ProbeFailed, wanted * MS, consecutive));
     }
-    // Half of it at least, whatever the chance.
+    // At least half of it, whatever the random number.
     now += wait;
     let change = probe(&breaker, now).record(&USUAL, Failure, now, f64::NAN).unwrap();
     assert_eq!(change.open_for, Some(500 * MS));
 }
 
 #[test]
-fn the_time_for_which_a_failed_probe_was_waited_for_counts_as_open() {
+fn the_time_spent_waiting_for_a_failed_probe_counts_as_open() {
     for (waited, wanted) in [(0, 800), (300, 500), (750, 100), (5_000, 100)] {
         let start = Instant::now();
         let breaker = opened(start);
@@ -166,7 +166,7 @@ fn it_doubles_on_unless_it_stayed_closed_for_the_longest_open_time() {
 }
 
 #[test]
-fn a_second_probe_goes_soon_a_further_one_later_and_only_so_many_at_once() {
+fn a_second_probe_follows_soon_further_ones_later_and_their_number_is_bounded() {
     let start = Instant::now();
     let breaker = opened(start);
     let later = start + 400 * MS;
@@ -181,7 +181,7 @@ fn a_second_probe_goes_soon_a_further_one_later_and_only_so_many_at_once() {
 }
 
 #[test]
-fn a_probe_that_says_nothing_gives_way_to_another_after_a_while() {
+fn a_probe_without_a_result_makes_room_for_another_after_its_hold() {
     let start = Instant::now();
     let breaker = opened(start);
     let later = start + 400 * MS;
@@ -202,7 +202,7 @@ fn the_hold_of_a_probe_is_bounded() {
 }
 
 #[test]
-fn a_probe_without_a_result_gives_its_place_and_its_time_back() {
+fn a_dropped_probe_frees_its_slot_and_the_next_follows_at_once() {
     let start = Instant::now();
     let breaker = opened(start);
     let later = start + 400 * MS;
@@ -215,10 +215,10 @@ fn a_probe_without_a_result_gives_its_place_and_its_time_back() {
 }
 
 #[test]
-fn results_of_calls_let_through_before_an_opening_decide_nothing() {
+fn results_of_calls_admitted_before_an_opening_are_ignored() {
     let start = Instant::now();
     let breaker = Breaker::new(start);
-    let old = pass(&breaker, start);
+    let old = permit(&breaker, start);
     assert_eq!((0..3).filter_map(|_| call(&breaker, Failure, start)).count(), 1);
     let until = breaker.retry_after(start);
     let late = |now| [Failure, Success].map(|outcome| breaker.record(old, &USUAL, outcome, now, 1.0));
@@ -237,7 +237,7 @@ fn results_of_calls_let_through_before_an_opening_decide_nothing() {
 }
 
 #[test]
-fn a_probe_of_an_earlier_half_open_period_decides_nothing() {
+fn a_probe_of_an_earlier_half_open_period_is_ignored() {
     let start = Instant::now();
     let breaker = opened(start);
     let later = start + 400 * MS;
@@ -249,19 +249,19 @@ fn a_probe_of_an_earlier_half_open_period_decides_nothing() {
 }
 
 #[test]
-fn changed_values_hold_at_once() {
+fn changed_values_apply_at_once() {
     let now = Instant::now();
     let breaker = Breaker::new(now);
     assert_eq!(call(&breaker, Failure, now), None);
     let strict = Thresholds { consecutive_failures: 2, ..USUAL };
-    let change = breaker.record(pass(&breaker, now), &strict, Failure, now, 1.0).unwrap();
+    let change = breaker.record(permit(&breaker, now), &strict, Failure, now, 1.0).unwrap();
     assert_eq!(change.open_for, Some(400 * MS));
     let short = Thresholds { open_for: 40 * MS, open_for_max: 50 * MS, ..USUAL };
     let answer = breaker.admit(&short, now + 20 * MS);
     assert!(matches!(answer, Admission::Refuse { retry_after } if retry_after == 30 * MS), "{answer:?}");
     let answer = breaker.admit(&short, now + 50 * MS);
     assert!(matches!(answer, Admission::Probe { change: Some(_), .. }), "{answer:?}");
-    // An open time that is over at the very moment at which it became shorter.
+    // An open time that ends at the instant at which it is shortened.
     let breaker = opened(now);
     assert!(matches!(breaker.admit(&short, now + 60 * MS), Admission::Probe { change: Some(_), .. }));
 }
@@ -275,7 +275,7 @@ fn an_open_time_that_is_over_shows_as_half_open_before_the_first_probe() {
     assert_eq!(breaker.retry_after(start + 400 * MS), None);
 }
 
-/// What the walk knows of the breaker, from what it was told.
+/// The walk's model of the breaker, made from the returned changes.
 struct Told {
     state: BreakerState,
     /// When it opened and for how long.
@@ -312,7 +312,7 @@ impl Told {
             }
             self.openings += 1;
             let longest = (USUAL.open_for * 2_u32.pow((self.openings - 1).min(8))).min(USUAL.open_for_max);
-            // A probe's own time is taken off.
+            // The time of the probe itself is subtracted.
             let least = if change.cause == ChangeCause::ProbeFailed { USUAL.open_for / 4 } else { longest / 2 };
             assert!(length >= least && length <= longest, "{length:?} of {longest:?}");
             self.open = Some((now, length));
@@ -336,9 +336,9 @@ fn walk(seed: u64) -> usize {
         let outcome = if random.u8(..10) < 4 { Failure } else { Success };
         let change = match random.u8(..6) {
             0..=2 => match breaker.admit(&USUAL, now) {
-                Admission::Admit(pass) => {
+                Admission::Admit(permit) => {
                     assert_eq!(told.state, BreakerState::Closed);
-                    passes.push(pass);
+                    passes.push(permit);
                     None
                 }
                 Admission::Probe { probe, change } => {
@@ -352,8 +352,8 @@ fn walk(seed: u64) -> usize {
                 }
             },
             3..=4 if !passes.is_empty() => {
-                let pass = passes.swap_remove(random.usize(..passes.len()));
-                breaker.record(pass, &USUAL, outcome, now, random.f64())
+                let permit = passes.swap_remove(random.usize(..passes.len()));
+                breaker.record(permit, &USUAL, outcome, now, random.f64())
             }
             _ if !probes.is_empty() => {
                 let probe = probes.swap_remove(random.usize(..probes.len()));
@@ -387,7 +387,7 @@ fn only_legal_changes_happen_on_a_random_walk() {
 }
 
 #[test]
-fn of_many_workers_exactly_one_is_told_of_each_change() {
+fn each_change_is_returned_to_exactly_one_of_many_workers() {
     const WORKERS: u64 = 4;
     let start = Instant::now();
     let breaker = Breaker::new(start);
@@ -399,7 +399,7 @@ fn of_many_workers_exactly_one_is_told_of_each_change() {
             let now = start + Duration::from_micros(clock.fetch_add(500, SeqCst));
             let outcome = if random.bool() { Failure } else { Success };
             let change = match breaker.admit(&USUAL, now) {
-                Admission::Admit(pass) => breaker.record(pass, &USUAL, outcome, now, 0.5),
+                Admission::Admit(permit) => breaker.record(permit, &USUAL, outcome, now, 0.5),
                 Admission::Probe { probe, change } => {
                     told[2].fetch_add(usize::from(change.is_some()), SeqCst);
                     probe.record(&USUAL, outcome, now, 0.5)
@@ -416,6 +416,6 @@ fn of_many_workers_exactly_one_is_told_of_each_change() {
     let [closed, opened, half_open] = told.map(AtomicUsize::into_inner);
     let inner = breaker.lock();
     assert!(opened >= 10 && closed >= 10, "{opened} openings, {closed} closings");
-    // Every change has a number, so none was told twice and none was left out.
+    // Each change has a number, so none was returned twice or lost.
     assert_eq!(u64::try_from(closed + opened + half_open).unwrap(), inner.period);
 }

@@ -1,22 +1,22 @@
-//! Calls and failures of the last while, in ten buckets that slide.
+//! Calls and failures of a sliding window, in ten buckets.
 //!
-//! No lock: a bucket is one word, the time of its beginning above the count. A worker that sleeps between its look at a
-//! bucket and its count puts that one call into whatever the bucket has become; calls that end while everything is
-//! forgotten may count before or after it. So a count is off by at most one per worker, never more.
-//! Because a bucket says when it began, a window of changed length goes on with what lies within it.
+//! No lock: a bucket is one word, its start time in the upper half and the count in the lower. A worker that is
+//! preempted between its load of a bucket and its count adds that one call to the bucket's next use; calls that end
+//! during `clear` may count before or after it. So a count is off by at most one per worker. Because a bucket stores
+//! its start time, a window whose length a reload has changed keeps the counts that lie within it.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 const BUCKETS: u64 = 10;
 
-/// The lower half of a word is the count.
+/// Lower half of a word: the count.
 const COUNT: u64 = u32::MAX as u64;
 
-/// A longer window is cut to 24 days, half of what the time of a beginning can tell.
+/// Upper bound of the window in ms (24 days): half of the range of a start time.
 const LONGEST: u64 = 1 << 31;
 
-/// Every success writes here. Lines of its own, so that this does not slow those who only read the breaker's state.
+/// Every success writes here. Own cache lines, so that these writes do not slow down readers of the breaker's state.
 #[derive(Debug, Default)]
 #[repr(align(128))]
 pub(super) struct Window {
@@ -28,7 +28,7 @@ pub(super) struct Window {
 struct Track([AtomicU64; BUCKETS as usize]);
 
 impl Window {
-    /// Counts a call; `elapsed` since any fixed moment.
+    /// Counts a call; `elapsed` is the time since any fixed instant.
     pub(super) fn add(&self, is_failure: bool, elapsed: Duration, length: Duration) {
         let (now, length) = (millis(elapsed), millis(length).min(LONGEST));
         self.requests.add(now, length);
@@ -37,13 +37,13 @@ impl Window {
         }
     }
 
-    /// Calls and failures of the last `length`, or up to a tenth less.
+    /// Calls and failures within the last `length`, minus up to a tenth.
     pub(super) fn sum(&self, elapsed: Duration, length: Duration) -> (u32, u32) {
         let (now, length) = (millis(elapsed), millis(length).min(LONGEST));
         (self.requests.sum(now, length), self.failures.sum(now, length))
     }
 
-    /// Forgets everything.
+    /// Sets all counts to 0.
     pub(super) fn clear(&self) {
         for bucket in self.requests.0.iter().chain(&self.failures.0) {
             bucket.store(0, Relaxed);
@@ -58,17 +58,17 @@ impl Track {
         let began = start(slot * size);
         let bucket = &self.0[usize::try_from(slot % BUCKETS).unwrap_or_default()];
         let mut seen = bucket.load(Relaxed);
-        // How much later than ours the bucket began; modulo 2^32, so an older one is ahead by very much.
+        // How much later the bucket began than ours; modulo 2^32, so an older bucket has a very large number.
         let ahead = (seen & !COUNT).wrapping_sub(began) >> 32;
-        // One of another length may begin a little later than ours would: it takes the call.
+        // A bucket of another length may begin a little later than ours would: it counts the call.
         if seen & COUNT == 0 || ahead >= length {
             match bucket.compare_exchange(seen, began | 1, Relaxed, Relaxed) {
                 Ok(_) => return,
-                // Somebody else has just begun it, or counted.
+                // Another worker has just begun this bucket, or counted in it.
                 Err(other) => seen = other,
             }
         }
-        // A full bucket stays full: an overflow would change the time of its beginning.
+        // A full bucket stays full: an overflow would change its start time.
         if seen & COUNT < COUNT / 2 {
             bucket.fetch_add(1, Relaxed);
         }
@@ -84,8 +84,8 @@ impl Track {
     }
 }
 
-/// A time as the upper half of a word. It comes round after 49 days: a count that nobody touched for exactly so long is
-/// taken for a new one, which is as good as never.
+/// A start time in the upper half of a word. It wraps after 49 days: only a count untouched for exactly that long is
+/// taken for a current one.
 fn start(millis: u64) -> u64 {
     millis << 32
 }

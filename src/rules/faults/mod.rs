@@ -1,10 +1,10 @@
-//! Faults: what goes wrong on purpose, for which calls, and until when.
+//! Fault injection: which fault a call meets. The request path makes the fault happen.
 //!
-//! A call meets them where it would meet the upstream, so that timeouts, retries and the breaker act on them as on the
-//! real thing. Here is only which fault a call meets; making it happen is the work of the path.
+//! A fault takes effect where the upstream would, so timeouts, retries and the circuit breaker treat it like a real
+//! failure.
 //!
-//! Invariants: every fault has an end, and from then on no call meets it. A call meets at most one, the first of the
-//! list that applies. A checked fault does not contradict itself.
+//! Invariants: every fault has an end, after which no call meets it. A call meets at most one fault, the first of the
+//! list that applies. The fields of a checked fault do not contradict each other.
 
 mod spec;
 
@@ -20,57 +20,57 @@ use crate::problems::{self, Cursor, Origin, Sourced, near_miss};
 use crate::rules::duration;
 use crate::rules::rule::{Row, RowContext, Rule};
 
-/// The faults of a route, in the order in which they are tried. None by default.
+/// The faults of a route, in the order of evaluation. None by default.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
 pub struct Faults(Vec<Fault>);
 
-/// What goes wrong on purpose.
+/// One fault.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Fault {
-    /// Unique in its list; the label in metrics and logs. Its line is that of the entry's name.
+    /// Unique in its list; the label in metrics and logs. Its origin is the line of `name`.
     pub name: Sourced<String>,
-    /// So much time passes before anything else happens.
+    /// Delay before the action.
     pub delay: Option<Sourced<Duration>>,
-    /// What comes after the delay.
+    /// What happens after the delay.
     pub ending: FaultAction,
-    /// The share of the calls that it befalls.
+    /// Share of the calls that meet the fault.
     pub share: Sourced<Share>,
-    /// Only calls with each of these, with exactly this value. Sorted by name.
+    /// The call must have each of these headers with exactly this value. Sorted by name.
     pub headers: Vec<(HeaderName, HeaderValue)>,
-    /// From then on it befalls no call.
+    /// No call meets the fault from this time on.
     pub until: Sourced<Timestamp>,
 }
 
-/// What comes of a call that meets a fault.
+/// What happens to a call that meets a fault.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum FaultAction {
-    /// The upstream is called, and its answer comes, if not as it was sent.
+    /// The upstream gets the call; its response is passed on with these changes.
     Answer {
-        /// The connection seems to close after so many bytes of the body.
+        /// The connection seems to close after this many bytes of the body.
         cut_after: Option<Sourced<u64>>,
-        /// At most so many bytes of the body a second; at least 1.
+        /// Bytes of the body per second; at least 1.
         bytes_per_second: Option<Sourced<u64>>,
     },
-    /// Instead of calling the upstream, this answer.
+    /// The caller gets this response; the upstream gets no call.
     Abort(Sourced<Abort>),
-    /// Instead of calling the upstream, a connection that seems to close without an answer.
+    /// The connection seems to close without a response; the upstream gets no call.
     Reset(Sourced<()>),
 }
 
-/// An answer in the place of the upstream's.
+/// A response instead of the upstream's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Abort {
-    /// With this status, 200 to 599.
+    /// An HTTP status, 200 to 599.
     Status(StatusCode),
-    /// With this gRPC status.
+    /// A gRPC status.
     Grpc(GrpcCode),
 }
 
-/// A share of calls: above 0, up to 1.
+/// A share of calls: above 0, at most 1.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Share(f64);
 
-/// Above 0 and up to 1 there is no NaN, so a share equals itself.
+/// The range excludes NaN, so a share equals itself.
 impl Eq for Share {}
 
 impl Hash for Share {
@@ -89,10 +89,10 @@ impl Rule for Faults {
 
     const BUILT_IN: Self = Self(Vec::new());
 
-    /// A list stands in the place of the layer below as a whole; an empty one means no faults.
+    /// A list replaces that of the layer below as a whole; an empty one means no faults.
     ///
-    /// Reports what an entry lacks, where it contradicts itself, and names that stand twice. Not an `until` that is over:
-    /// an old policy must stay readable; see [`Fault::is_over`].
+    /// Reports missing fields, contradictions and duplicate names. An `until` in the past is no error, because an old
+    /// policy has to stay loadable; see [`Fault::is_over`].
     fn check(specs: &Vec<FaultSpec>, _: &Self, at: &Cursor<'_>) -> Self {
         let mut names: Vec<Sourced<&str>> = Vec::with_capacity(specs.len());
         let mut faults = Vec::with_capacity(specs.len());
@@ -121,10 +121,11 @@ impl Rule for Faults {
 }
 
 impl Faults {
-    /// The fault that this call meets: the first that is not over, whose headers the call has, and whose share is drawn.
+    /// The fault that this call meets: the first that is not over, whose headers match, and whose share is drawn.
     ///
-    /// `header` gives a call's value of a header, `random` a number from 0 up to but not including 1. Each fault is drawn
-    /// by itself: of two with a share of 0.1, the second befalls 0.09 of the calls. A fault that befalls all draws nothing.
+    /// `header` returns the call's value of a header, `random` a number from 0 up to, but not including, 1. Each share
+    /// is drawn independently: of two faults with a share of 0.1, the second one meets 0.09 of the calls. A share of 1
+    /// draws no number.
     pub fn draw<'a>(
         &self,
         header: impl Fn(&HeaderName) -> Option<&'a [u8]>,
@@ -137,24 +138,24 @@ impl Faults {
         })
     }
 
-    /// Whether there is none, over or not: then nobody need look at the clock.
+    /// Whether the list is empty; then the clock need not be read.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// All of them, over or not, in their order.
+    /// All faults in their order, including those that are over.
     pub fn iter(&self) -> impl Iterator<Item = &Fault> {
         self.0.iter()
     }
 }
 
 impl Fault {
-    /// Whether its end has come.
+    /// Whether `until` has passed.
     pub fn is_over(&self, now: Timestamp) -> bool {
         now >= self.until.value
     }
 
-    /// What it does, to which calls, and until when, in one line.
+    /// Action, share, conditions and end, in one line.
     fn describe(&self, now: Timestamp) -> String {
         let mut parts: Vec<String> = Vec::new();
         parts.extend(self.delay.as_ref().map(|delay| format!("delay {}", duration::format(delay.value))));
@@ -180,7 +181,7 @@ impl Fault {
 }
 
 impl Share {
-    /// Above 0, up to 1.
+    /// Above 0, at most 1.
     pub fn get(self) -> f64 {
         self.0
     }
@@ -191,7 +192,7 @@ impl Share {
 }
 
 impl GrpcCode {
-    /// The names, each at the place of its number. Source: grpc/grpc doc/statuscodes.md.
+    /// The names, indexed by code. Source: grpc/grpc doc/statuscodes.md.
     pub const NAMES: [&str; 17] = [
         "ok",
         "cancelled",
@@ -212,14 +213,14 @@ impl GrpcCode {
         "unauthenticated",
     ];
 
-    /// Reads a name.
+    /// Parses a name.
     ///
     /// # Errors
-    /// What is none, with the name that was probably meant.
+    /// Unknown names, with the most similar name as a hint.
     pub fn parse(text: &str) -> Result<Self, problems::InvalidValue> {
         let at = (0..).zip(Self::NAMES).find(|(_, name)| *name == text);
         at.map(|(code, _)| Self(code)).ok_or_else(|| {
-            // `canceled` is how half of the world writes it.
+            // `canceled` is the usual misspelling.
             let hint = near_miss(text, Self::NAMES).map_or_else(
                 || format!("write one of: {}", Self::NAMES.join(", ")),
                 |near| format!("did you mean `{near}`?"),
@@ -233,7 +234,7 @@ impl GrpcCode {
         u32::from(self.0)
     }
 
-    /// Its name, as in a policy.
+    /// The name, as in a policy.
     pub fn as_str(self) -> &'static str {
         Self::NAMES.get(usize::from(self.0)).copied().unwrap_or("unknown")
     }
@@ -241,11 +242,11 @@ impl GrpcCode {
 
 impl FaultSpec {
     fn check(&self, at: &Cursor<'_>) -> Option<Fault> {
-        at.missing("name", "give it a name, unique among its like");
+        at.missing("name", "give it a unique name");
         if let Some(name) = &self.name {
             check_name(name, &at.key("name"));
         }
-        let why = "a fault without an end is an outage that somebody forgot: write `until: 2026-12-01T00:00:00Z`";
+        let why = "a fault without an end is easily forgotten: write `until: 2026-12-01T00:00:00Z`";
         at.missing("until", why);
         self.check_does_something(at);
         self.check_contradictions(at);
@@ -261,14 +262,14 @@ impl FaultSpec {
     }
 
     fn check_does_something(&self, at: &Cursor<'_>) {
-        // What was refused was meant to do something.
+        // A refused field counts as an action too.
         let is_given = |key: &&str| at.key(key).is_given();
         let is_set = self.delay.is_some() || self.abort.is_some() || self.reset.is_some() || self.does_to_body();
         if !is_set && !["delay", "abort", "reset", "cutAfter", "slowBody"].iter().any(is_given) {
-            at.report("the fault does nothing", "write one or more of delay, abort, reset, cutAfter and slowBody");
+            at.report("the fault has no action", "write one or more of delay, abort, reset, cutAfter and slowBody");
         }
         if self.reset == Some(false) {
-            at.key("reset").report("`reset: false` does nothing", "write `reset: true`, or remove the line");
+            at.key("reset").report("`reset: false` has no effect", "write `reset: true`, or remove the line");
         }
     }
 
@@ -276,12 +277,12 @@ impl FaultSpec {
         self.cut_after.is_some() || self.slow_body.is_some()
     }
 
-    /// Where there is no answer of the upstream, nothing can happen to its body.
+    /// Without a response of the upstream, no change of its body is possible.
     fn check_contradictions(&self, at: &Cursor<'_>) {
         let instead = match (&self.abort, self.reset) {
             (Some(_), Some(true)) => {
-                let message = "`reset` and `abort` stand together";
-                at.key("reset").report(message, "a call that is reset has no answer: remove one of the two");
+                let message = "`reset` and `abort` exclude each other";
+                at.key("reset").report(message, "a call that is reset gets no response: remove one of the two");
                 return;
             }
             (Some(_), _) => "abort",
@@ -290,8 +291,8 @@ impl FaultSpec {
         };
         let body = [("cutAfter", self.cut_after.is_some()), ("slowBody", self.slow_body.is_some())];
         for (key, _) in body.into_iter().filter(|(_, is_set)| *is_set) {
-            let hint = format!("with `{instead}` the upstream's answer never comes: remove one of the two");
-            at.key(key).report(format!("`{key}` and `{instead}` stand together"), hint);
+            let hint = format!("with `{instead}` the upstream sends no response: remove one of the two");
+            at.key(key).report(format!("`{key}` and `{instead}` exclude each other"), hint);
         }
     }
 
@@ -318,18 +319,18 @@ impl FaultSpec {
             let at = at.key(name);
             let Ok(field) = HeaderName::from_bytes(name.as_bytes()) else {
                 let hint = "write a name like `x-test`";
-                at.report_key(problems::InvalidValue::new(format!("`{name}` is no header name"), hint));
+                at.report_key(problems::InvalidValue::new(format!("`{name}` is not a header name"), hint));
                 continue;
             };
             if field == HOST {
-                // HTTP/2 has no such field, so that HTTP/1 alone would meet the fault.
+                // HTTP/2 requests have no such field, so only HTTP/1 requests would match.
                 let hint = "write the fault at the destination that has this host in `hosts`";
                 at.report_key(problems::InvalidValue::new(format!("a fault cannot match by `{name}`"), hint));
                 continue;
             }
             if headers.iter().any(|(other, _)| *other == field) {
-                let hint = "header names have no case: remove one of the two";
-                at.report_key(problems::InvalidValue::new(format!("header `{field}` stands twice"), hint));
+                let hint = "header names are case-insensitive: remove one of the two";
+                at.report_key(problems::InvalidValue::new(format!("header `{field}` appears twice"), hint));
             }
             match HeaderValue::from_str(value) {
                 Ok(_) if value.trim() != value => {
@@ -348,15 +349,20 @@ impl AbortSpec {
     fn check(&self, at: &Cursor<'_>) -> Option<Sourced<Abort>> {
         match (self.status, self.grpc) {
             (Some(_), Some(_)) => {
-                at.key("grpc")
-                    .report("`status` and `grpc` stand together", "a call has one answer: remove one of the two");
+                at.key("grpc").report(
+                    "`status` and `grpc` exclude each other",
+                    "a call gets one response: remove one of the two",
+                );
                 None
             }
             (Some(status), None) => Some(at.key("status").set(Abort::Status(status.0))),
             (None, Some(code)) => Some(at.key("grpc").set(Abort::Grpc(code))),
             (None, None) => {
                 if !at.key("status").is_given() && !at.key("grpc").is_given() {
-                    at.report("`abort` has no answer", "write `{ status: 503 }` or `{ grpc: unavailable }`");
+                    at.report(
+                        "`abort` has neither `status` nor `grpc`",
+                        "write `{ status: 503 }` or `{ grpc: unavailable }`",
+                    );
                 }
                 None
             }
@@ -366,21 +372,21 @@ impl AbortSpec {
 
 impl SlowBodySpec {
     fn check(&self, at: &Cursor<'_>) -> Option<Sourced<u64>> {
-        at.missing("bytesPerSecond", "write how fast the body comes, like `bytesPerSecond: 10KiB`");
+        at.missing("bytesPerSecond", "write the speed of the body, like `bytesPerSecond: 10KiB`");
         let rate = self.bytes_per_second?;
         if rate.0 == 0 {
-            let hint = "write at least 1; for a body that never comes, write a `delay`";
-            at.key("bytesPerSecond").report("0 bytes a second never end", hint);
+            let hint = "write at least 1; to hold the response back, write a `delay`";
+            at.key("bytesPerSecond").report("0 bytes a second would never end", hint);
         }
         Some(at.key("bytesPerSecond").set(rate.0))
     }
 }
 
-/// Names become metric labels and parts of header values: 1 to 63 letters, digits, `-`, `_` or `.`.
+/// A name becomes a metric label and part of header values: 1 to 63 letters, digits, `-`, `_` or `.`.
 fn check_name(name: &str, at: &Cursor<'_>) {
     let is_good = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.');
     if !(1..=63).contains(&name.len()) || !name.bytes().all(is_good) {
-        at.report(format!("`{name}` is no good name"), "write 1 to 63 letters, digits, `-`, `_` or `.`");
+        at.report(format!("`{name}` is not a valid name"), "write 1 to 63 letters, digits, `-`, `_` or `.`");
     }
 }
 

@@ -1,4 +1,4 @@
-//! The shape of `faults:`: what each entry may say, and how single values are read.
+//! The entries of `faults:` and their values, as serde reads them.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -16,7 +16,7 @@ use crate::rules::number::not_a_number;
 use crate::rules::ratio::Ratio;
 use crate::rules::size;
 
-/// One of `faults:` of a destination or of a route: what goes wrong on purpose, for which calls, and until when.
+/// One of `faults:` of a destination or of a route: what fails on purpose, for which calls, and until when.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize, JsonSchema)]
 #[serde(
     default,
@@ -31,25 +31,25 @@ use crate::rules::size;
 pub struct FaultSpec {
     /// Unique in its list; the label in metrics and logs. Required.
     pub name: Option<String>,
-    /// The upstream seems to take so much longer before anything else happens. Default: none.
+    /// Delay before anything else happens, as if the upstream were slow. Default: none.
     pub delay: Option<DurationSpec>,
-    /// The upstream seems to answer so, and gets no call. Default: its own answer.
+    /// Response instead of the upstream's; the upstream gets no call. Default: none.
     pub abort: Option<AbortSpec>,
-    /// The upstream seems to close the connection instead of answering, and gets no call. Default: its own answer.
+    /// The connection seems to close without a response; the upstream gets no call. Default false.
     pub reset: Option<bool>,
-    /// The upstream seems to close the connection after so many bytes of the answer's body. Default: never.
+    /// The connection seems to close after this many bytes of the response body. Default: never.
     pub cut_after: Option<ByteLimit>,
-    /// The answer's body comes slowly. Default: as fast as it is sent.
+    /// Limits the speed of the response body. Default: no limit.
     pub slow_body: Option<SlowBodySpec>,
-    /// The share of the calls that it befalls, drawn for each. Default 1.0: all.
+    /// Share of the calls that meet the fault, drawn for each call. Default 1.0: all.
     pub share: Option<Ratio>,
-    /// Only calls with exactly these header values, all of them. Default: any call.
+    /// Only calls with all of these headers and exactly these values. Default: any call.
     pub headers: Option<BTreeMap<String, String>>,
-    /// When it ends by itself, as in 2026-12-01T00:00:00Z. Required.
+    /// The fault ends at this time, like 2026-12-01T00:00:00Z. Required.
     pub until: Option<FaultUntil>,
 }
 
-/// `abort:` of a fault; one of the two.
+/// `abort:` of a fault: either `status` or `grpc`.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase", expecting = "a mapping with status or grpc")]
 #[schemars(extend("oneOf" = [{ "required": ["status"] }, { "required": ["grpc"] }]))]
@@ -65,7 +65,7 @@ pub struct AbortSpec {
 #[serde(default, deny_unknown_fields, rename_all = "camelCase", expecting = "a mapping with bytesPerSecond")]
 #[schemars(extend("required" = ["bytesPerSecond"]))]
 pub struct SlowBodySpec {
-    /// At most so many bytes of the body a second, at least 1. Required.
+    /// Bytes of the body per second, at least 1. Required.
     pub bytes_per_second: Option<ByteLimit>,
 }
 
@@ -77,16 +77,16 @@ pub struct ByteLimit(pub u64);
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct AbortStatus(pub http::StatusCode);
 
-/// A point in time in a document, as RFC 3339 has it.
+/// A point in time in a document, in the format of RFC 3339.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FaultUntil(pub Timestamp);
 
 impl FaultUntil {
-    /// Reads `2026-12-01T00:00:00Z`, or with an offset like `+01:00`. Other forms of ISO 8601 are refused: without an
-    /// offset it is another time on each machine.
+    /// Parses `2026-12-01T00:00:00Z`, or an offset like `+01:00`. Other forms of ISO 8601 are refused: without an
+    /// offset, the time depends on the machine.
     ///
     /// # Errors
-    /// Anything else, with a hint that names what to write.
+    /// Anything else, with a hint what to write.
     pub fn parse(text: &str) -> Result<Self, InvalidValue> {
         if has_shape(text)
             && let Ok(time) = text.parse()
@@ -96,7 +96,7 @@ impl FaultUntil {
         if let Some(fault) = beyond(text) {
             return Err(fault);
         }
-        // The near forms: a day alone, a blank for the T, no offset.
+        // Similar forms: a date alone, a blank instead of the T, no offset.
         let candidates = [format!("{text}T00:00:00Z"), text.replacen(' ', "T", 1), format!("{text}Z")];
         let both = format!("{}Z", candidates[1]);
         let near =
@@ -105,23 +105,23 @@ impl FaultUntil {
             Some(near) => format!("write `{near}`"),
             None => "write date, time and offset, like `2026-12-01T00:00:00Z`".to_owned(),
         };
-        Err(InvalidValue::new(format!("`{text}` is no point in time"), hint))
+        Err(InvalidValue::new(format!("`{text}` is not a point in time"), hint))
     }
 }
 
-/// What RFC 3339 allows and a [`Timestamp`] cannot hold: more than nanoseconds, and the end of the year 9999.
+/// RFC 3339 times that a [`Timestamp`] cannot hold: fractions finer than nanoseconds, and the end of the year 9999.
 fn beyond(text: &str) -> Option<InvalidValue> {
     if let Some(near) = nine_digits(text) {
         let message = format!("`{text}` has a fraction of more than nine digits");
         return FaultUntil::parse(&near).is_ok().then(|| InvalidValue::new(message, format!("write `{near}`")));
     }
-    // A year with the same days says whether it is a time at all.
+    // The same date in another year shows whether the rest is a time.
     let is_time = text.strip_prefix("9999").is_some_and(|rest| FaultUntil::parse(&format!("2001{rest}")).is_ok());
-    let message = || format!("`{text}` is later than any time that can be told");
-    is_time.then(|| InvalidValue::new(message(), "write `9999-12-30T22:00:00Z`, or something earlier"))
+    let message = || format!("`{text}` is beyond the latest possible time");
+    is_time.then(|| InvalidValue::new(message(), "write `9999-12-30T22:00:00Z`, or an earlier time"))
 }
 
-/// The same with the fraction cut off, where it has more digits than that.
+/// The text with its fraction cut to nine digits, if the fraction is longer.
 fn nine_digits(text: &str) -> Option<String> {
     let (head, tail) = text.split_once('.')?;
     let offset = tail.trim_start_matches(|c: char| c.is_ascii_digit());
@@ -129,7 +129,7 @@ fn nine_digits(text: &str) -> Option<String> {
     Some(format!("{head}.{fraction}{offset}"))
 }
 
-/// RFC 3339, section 5.6: `date-time`. Whether it exists is for the parser to say.
+/// The shape of `date-time` in RFC 3339, section 5.6. The parser decides whether the date exists.
 fn has_shape(text: &str) -> bool {
     let fits = |text: &str, shape: &str| {
         let same = |(byte, wanted): (u8, u8)| if wanted == b'0' { byte.is_ascii_digit() } else { byte == wanted };
@@ -140,7 +140,7 @@ fn has_shape(text: &str) -> bool {
     let offset = match tail.strip_prefix('.') {
         Some(fraction) => {
             let offset = fraction.trim_start_matches(|c: char| c.is_ascii_digit());
-            // Nanoseconds are as fine as time gets here.
+            // The resolution is nanoseconds.
             if !(1..=9).contains(&(fraction.len() - offset.len())) {
                 return false;
             }

@@ -1,4 +1,4 @@
-//! Tests of which fault a call meets, and of what an entry may say.
+//! Which fault a call meets, and the check of the entries.
 
 use std::cell::Cell;
 
@@ -12,7 +12,7 @@ fn check(yaml: &str) -> (Faults, Vec<String>) {
     checked(yaml, |specs: &Vec<FaultSpec>, at| Faults::check(specs, &Faults::BUILT_IN, at))
 }
 
-/// One fault, of which only what it does is given.
+/// One fault with these fields beside name and end.
 fn one(what: &str) -> (Faults, Vec<String>) {
     check(&format!("[{{ name: f, until: 2026-12-01T00:00:00Z, {what} }}]"))
 }
@@ -60,7 +60,7 @@ fn each_fault_is_drawn_by_itself_and_the_first_that_applies_is_met() {
             numbers[drawn.get() - 1]
         };
         assert_eq!(name(faults.draw(no_header, at(NOW), random)), Some(expected));
-        assert_eq!(drawn.get(), numbers.len(), "{expected}: a fault that befalls all draws nothing");
+        assert_eq!(drawn.get(), numbers.len(), "{expected}: a share of 1 draws no number");
     }
 }
 
@@ -81,7 +81,7 @@ fn only_calls_with_all_headers_meet_the_fault() {
             0.0
         };
         let is_met = faults.draw(header, at(NOW), random).is_some();
-        assert_eq!(drawn.get() == 1, is_met, "who lacks a header draws nothing");
+        assert_eq!(drawn.get() == 1, is_met, "without the header no number is drawn");
         is_met
     };
     assert!(met(Some("1"), Some("anna")));
@@ -138,17 +138,17 @@ fn what_is_left_out_has_the_documented_default() {
 #[test]
 fn contradictions_and_gaps_are_all_reported_with_what_to_write() {
     let table = [
-        ("share: 0.5", "[0]: the fault does nothing", "delay, abort, reset, cutAfter and slowBody"),
-        ("reset: false", "[0].reset: `reset: false` does nothing", "`reset: true`"),
+        ("share: 0.5", "[0]: the fault has no action", "delay, abort, reset, cutAfter and slowBody"),
+        ("reset: false", "[0].reset: `reset: false` has no effect", "`reset: true`"),
         ("reset: true, abort: { status: 503 }", "[0].reset: `reset` and `abort`", "remove one"),
-        ("abort: { status: 503 }, cutAfter: 5", "[0].cutAfter: `cutAfter` and `abort`", "never comes"),
-        ("reset: true, slowBody: { bytesPerSecond: 5 }", "[0].slowBody: `slowBody` and `reset`", "never comes"),
-        ("abort: {}", "[0].abort: `abort` has no answer", "`{ status: 503 }`"),
+        ("abort: { status: 503 }, cutAfter: 5", "[0].cutAfter: `cutAfter` and `abort`", "sends no response"),
+        ("reset: true, slowBody: { bytesPerSecond: 5 }", "[0].slowBody: `slowBody` and `reset`", "sends no response"),
+        ("abort: {}", "[0].abort: `abort` has neither", "`{ status: 503 }`"),
         ("abort: { status: 503, grpc: internal }", "[0].abort.grpc: `status` and `grpc`", "remove one"),
         ("slowBody: {}", "[0].slowBody: `bytesPerSecond` is missing", "`bytesPerSecond: 10KiB`"),
         ("slowBody: { bytesPerSecond: 0 }", "[0].slowBody.bytesPerSecond: 0 bytes", "at least 1"),
-        ("reset: true, headers: { 'x y': a }", "[0].headers.x y: `x y` is no header name", "`x-test`"),
-        ("reset: true, headers: { x-a: a, X-A: b }", "[0].headers.x-a: header `x-a` stands twice", "no case"),
+        ("reset: true, headers: { 'x y': a }", "[0].headers.x y: `x y` is not a header name", "`x-test`"),
+        ("reset: true, headers: { x-a: a, X-A: b }", "[0].headers.x-a: header `x-a` appears twice", "case-insensitive"),
         ("reset: true, headers: { Host: bank }", "[0].headers.Host: a fault cannot match by `Host`", "in `hosts`"),
         ("reset: true, headers: { x-a: ' a' }", "[0].headers.x-a: ` a` never matches", "blanks"),
     ];
@@ -159,7 +159,7 @@ fn contradictions_and_gaps_are_all_reported_with_what_to_write() {
     }
     let (_, problems) = check("[{ delay: 1s }, { name: 'a b', reset: true, cutAfter: 1 }]");
     assert_eq!(problems.len(), 5, "{problems:?}");
-    assert!(problems[1].contains("`until` is missing | a fault without an end is an outage that somebody forgot"));
+    assert!(problems[1].contains("`until` is missing | a fault without an end is easily forgotten"));
     let twice = "{ name: a, reset: true, until: 2026-12-01T00:00:00Z }";
     let (_, problems) = check(&format!("[{twice}, {twice}]"));
     assert_eq!(problems, ["[1].name: another fault is named `a` already, at p.yaml:1 | choose another name"]);
@@ -207,8 +207,8 @@ fn an_end_is_a_point_in_time_on_every_machine() {
         ("20261201T000000Z", "like `2026-12-01T00:00:00Z`"),
         ("2026-12-01T00:00:00+24:00", "like `2026-12-01T00:00:00Z`"),
         ("2026-12-01T00:00:00+01:60", "like `2026-12-01T00:00:00Z`"),
-        ("9999-12-31T23:59:59Z", "`9999-12-30T22:00:00Z`, or something earlier"),
-        ("9999-12-30T22:00:00.5-00:01", "`9999-12-30T22:00:00Z`, or something earlier"),
+        ("9999-12-31T23:59:59Z", "`9999-12-30T22:00:00Z`, or an earlier time"),
+        ("9999-12-30T22:00:00.5-00:01", "`9999-12-30T22:00:00Z`, or an earlier time"),
         ("9999-02-29T00:00:00Z", "like `2026-12-01T00:00:00Z`"),
         ("2030-01-01T00:00:00.1234567890Z", "`2030-01-01T00:00:00.123456789Z`"),
         ("2030-02-30T00:00:00.1234567890Z", "like `2026-12-01T00:00:00Z`"),

@@ -1,8 +1,7 @@
-//! How many calls of one destination are under way, and who waits for a turn: the live side of `limits`.
+//! Live state of `limits`: the calls of one destination in flight, and the queue for a permit.
 //!
-//! One gate per destination, shared by all workers; it lives through reloads. A changed limit holds at once, also for
-//! those who wait, and nobody in flight is forgotten.
-//! It reads no clock: whoever waits at it brings the time limit.
+//! One concurrency limit per destination, shared by all workers; it survives reloads. A changed limit applies at once,
+//! also to the queue, and calls in flight stay counted. It reads no clock: the caller bounds its wait.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed, Ordering::SeqCst};
@@ -10,27 +9,27 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::oneshot;
 
-/// The queue had no place left.
+/// The queue is full.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("the queue is full")]
 pub struct QueueFull;
 
-/// The gate of one destination.
+/// The concurrency limit of one destination.
 #[derive(Debug)]
 pub struct ConcurrencyLimit {
     limit: AtomicU32,
     in_flight: AtomicU32,
-    /// As many as stand in the queue; looked at without its lock.
+    /// Length of the queue, read without its lock.
     waiting: AtomicU32,
     queue: Mutex<VecDeque<oneshot::Sender<ConcurrencyPermit>>>,
 }
 
-/// The right to one call; dropping it lets the next one in.
+/// Permit for one call; dropping it admits the next one.
 #[derive(Debug)]
 pub struct ConcurrencyPermit(Arc<ConcurrencyLimit>);
 
 impl ConcurrencyLimit {
-    /// A gate that lets so many calls in at a time.
+    /// A concurrency limit of this many calls in flight.
     pub fn new(limit: u32) -> Arc<Self> {
         Arc::new(Self {
             limit: AtomicU32::new(limit),
@@ -40,60 +39,60 @@ impl ConcurrencyLimit {
         })
     }
 
-    /// Changes how many calls are let in at a time.
+    /// Changes the limit.
     pub fn set_limit(self: &Arc<Self>, limit: u32) {
         self.limit.store(limit, SeqCst);
-        self.call_next();
+        self.admit_next();
     }
 
-    /// Calls under way.
+    /// Calls in flight.
     pub fn in_flight(&self) -> u32 {
         self.in_flight.load(Relaxed)
     }
 
-    /// Calls that wait for a turn.
+    /// Calls that wait for a permit.
     pub fn waiting(&self) -> u32 {
         self.waiting.load(Relaxed)
     }
 
-    /// A pass at once, if fewer calls than the limit are under way and nobody waits.
+    /// A permit, if the calls in flight are below the limit and the queue is empty.
     pub fn try_enter(self: &Arc<Self>) -> Option<ConcurrencyPermit> {
         if self.waiting.load(SeqCst) > 0 {
             return None;
         }
-        self.take()
+        self.acquire()
     }
 
-    /// A pass as soon as there is one; at most `queue` calls wait at a time.
+    /// Waits for a permit; at most `queue` calls wait at a time.
     ///
-    /// Whoever waits longest is handed the next pass, so that nobody who comes in between can take it. Dropping the future
-    /// gives the place in the queue back.
+    /// First in, first out: a freed permit is handed to the call at the head of the queue, so a later call cannot take
+    /// it. Dropping the future leaves the queue.
     pub async fn enter(self: &Arc<Self>, queue: u32) -> Result<ConcurrencyPermit, QueueFull> {
-        let mut place = self.line_up(queue)?;
-        // A pass that was given back before we stood in the queue was handed to nobody.
-        self.call_next();
+        let mut slot = self.join_queue(queue)?;
+        // A permit freed before we joined the queue was handed to no call.
+        self.admit_next();
         // The sender stays in the queue until it has sent.
-        let pass = (&mut place.turn).await.map_err(|_gone| QueueFull);
-        place.is_over = true;
-        pass
+        let permit = (&mut slot.receiver).await.map_err(|_gone| QueueFull);
+        slot.is_over = true;
+        permit
     }
 
-    fn line_up(self: &Arc<Self>, limit: u32) -> Result<QueueSlot, QueueFull> {
+    fn join_queue(self: &Arc<Self>, limit: u32) -> Result<QueueSlot, QueueFull> {
         let mut queue = self.queue();
-        // Somebody may be about to hand a place over, or to leave.
+        // A permit may be on its way to the head of the queue, or a call may be leaving the queue.
         let spare = (queue.len() >= limit as usize).then(|| self.hand_over(&mut queue)).flatten();
         let is_full = queue.len() >= limit as usize;
-        let (sender, turn) = oneshot::channel();
+        let (sender, receiver) = oneshot::channel();
         if !is_full {
             queue.push_back(sender);
         }
-        self.count(&queue);
+        self.store_length(&queue);
         drop(queue);
         drop(spare);
-        if is_full { Err(QueueFull) } else { Ok(QueueSlot { gate: Arc::clone(self), turn, is_over: false }) }
+        if is_full { Err(QueueFull) } else { Ok(QueueSlot { limit: Arc::clone(self), receiver, is_over: false }) }
     }
 
-    fn take(self: &Arc<Self>) -> Option<ConcurrencyPermit> {
+    fn acquire(self: &Arc<Self>) -> Option<ConcurrencyPermit> {
         let limit = self.limit.load(SeqCst);
         self.in_flight
             .fetch_update(SeqCst, SeqCst, |now| (now < limit).then_some(now + 1))
@@ -101,36 +100,36 @@ impl ConcurrencyLimit {
             .map(|_| ConcurrencyPermit(Arc::clone(self)))
     }
 
-    /// Hands passes to those who wait, as far as there is room.
-    fn call_next(self: &Arc<Self>) {
+    /// Hands permits to the queue as far as the limit allows.
+    fn admit_next(self: &Arc<Self>) {
         if self.waiting.load(SeqCst) == 0 {
             return;
         }
         let mut queue = self.queue();
         let spare = self.hand_over(&mut queue);
-        self.count(&queue);
+        self.store_length(&queue);
         drop(queue);
         drop(spare);
     }
 
-    /// The same with the queue at hand. What nobody wanted is to be dropped when the queue is unlocked, because giving back
-    /// looks at the queue.
+    /// The same under the queue's lock. Returns a permit that no call took; drop it after the unlock, because its
+    /// `Drop` locks the queue.
     fn hand_over(
         self: &Arc<Self>,
         queue: &mut VecDeque<oneshot::Sender<ConcurrencyPermit>>,
     ) -> Option<ConcurrencyPermit> {
         let mut spare = None;
         while let Some(next) = queue.pop_front() {
-            let Some(pass) = spare.take().or_else(|| self.take()) else {
+            let Some(permit) = spare.take().or_else(|| self.acquire()) else {
                 queue.push_front(next);
                 break;
             };
-            spare = next.send(pass).err();
+            spare = next.send(permit).err();
         }
         spare
     }
 
-    fn count(&self, queue: &VecDeque<oneshot::Sender<ConcurrencyPermit>>) {
+    fn store_length(&self, queue: &VecDeque<oneshot::Sender<ConcurrencyPermit>>) {
         self.waiting.store(u32::try_from(queue.len()).unwrap_or(u32::MAX), SeqCst);
     }
 
@@ -142,15 +141,15 @@ impl ConcurrencyLimit {
 impl Drop for ConcurrencyPermit {
     fn drop(&mut self) {
         self.0.in_flight.fetch_sub(1, SeqCst);
-        self.0.call_next();
+        self.0.admit_next();
     }
 }
 
-/// A place in the queue.
+/// A slot in the queue.
 struct QueueSlot {
-    gate: Arc<ConcurrencyLimit>,
-    turn: oneshot::Receiver<ConcurrencyPermit>,
-    /// The pass has come.
+    limit: Arc<ConcurrencyLimit>,
+    receiver: oneshot::Receiver<ConcurrencyPermit>,
+    /// The permit has arrived.
     is_over: bool,
 }
 
@@ -159,12 +158,12 @@ impl Drop for QueueSlot {
         if self.is_over {
             return;
         }
-        self.turn.close();
-        // What was handed over and not taken goes to the next.
-        drop(self.turn.try_recv());
-        let mut queue = self.gate.queue();
+        self.receiver.close();
+        // A permit that was handed over and not taken goes to the next call.
+        drop(self.receiver.try_recv());
+        let mut queue = self.limit.queue();
         queue.retain(|one| !one.is_closed());
-        self.gate.count(&queue);
+        self.limit.store_length(&queue);
     }
 }
 
@@ -178,53 +177,53 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn calls_enter_up_to_the_limit_then_queue_then_are_refused() {
-        let gate = ConcurrencyLimit::new(1);
-        let first = gate.try_enter().unwrap();
-        assert!(gate.try_enter().is_none());
-        let waiting = gate.enter(1);
+        let limit = ConcurrencyLimit::new(1);
+        let first = limit.try_enter().unwrap();
+        assert!(limit.try_enter().is_none());
+        let waiting = limit.enter(1);
         tokio::pin!(waiting);
         assert!(timeout(MOMENT, &mut waiting).await.is_err());
-        assert_eq!((gate.in_flight(), gate.waiting()), (1, 1));
-        assert_eq!(gate.enter(1).await.unwrap_err(), QueueFull);
+        assert_eq!((limit.in_flight(), limit.waiting()), (1, 1));
+        assert_eq!(limit.enter(1).await.unwrap_err(), QueueFull);
         drop(first);
         let second = waiting.await.unwrap();
-        assert_eq!((gate.in_flight(), gate.waiting()), (1, 0));
+        assert_eq!((limit.in_flight(), limit.waiting()), (1, 0));
         drop(second);
-        assert_eq!(gate.in_flight(), 0);
+        assert_eq!(limit.in_flight(), 0);
     }
 
     #[tokio::test(start_paused = true)]
-    async fn whoever_gives_up_waiting_leaves_the_queue() {
-        let gate = ConcurrencyLimit::new(1);
-        let first = gate.try_enter().unwrap();
-        assert!(timeout(MOMENT, gate.enter(4)).await.is_err());
-        assert_eq!(gate.waiting(), 0);
+    async fn a_call_that_stops_waiting_leaves_the_queue() {
+        let limit = ConcurrencyLimit::new(1);
+        let first = limit.try_enter().unwrap();
+        assert!(timeout(MOMENT, limit.enter(4)).await.is_err());
+        assert_eq!(limit.waiting(), 0);
         drop(first);
-        assert!(gate.try_enter().is_some());
+        assert!(limit.try_enter().is_some());
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_raised_limit_lets_in_all_who_fit() {
-        let gate = ConcurrencyLimit::new(1);
-        let _first = gate.try_enter().unwrap();
-        let mut waiting: Vec<_> = (0..3).map(|_| Box::pin(gate.enter(8))).collect();
+    async fn a_raised_limit_admits_waiting_calls_up_to_it() {
+        let limit = ConcurrencyLimit::new(1);
+        let _first = limit.try_enter().unwrap();
+        let mut waiting: Vec<_> = (0..3).map(|_| Box::pin(limit.enter(8))).collect();
         for one in &mut waiting {
             assert!(timeout(MOMENT, one).await.is_err());
         }
-        gate.set_limit(3);
+        limit.set_limit(3);
         let mut inside = Vec::new();
         for one in &mut waiting[..2] {
             inside.push(timeout(MOMENT, one).await.unwrap().unwrap());
         }
         assert!(timeout(MOMENT, &mut waiting[2]).await.is_err());
-        assert_eq!((gate.in_flight(), gate.waiting()), (3, 1));
+        assert_eq!((limit.in_flight(), limit.waiting()), (3, 1));
     }
 
     #[tokio::test(start_paused = true)]
-    async fn places_are_handed_over_in_the_order_of_arrival() {
-        let gate = ConcurrencyLimit::new(1);
-        let mut inside = gate.try_enter();
-        let mut waiting: Vec<_> = (0..5).map(|_| Box::pin(gate.enter(8))).collect();
+    async fn permits_are_handed_over_in_the_order_of_arrival() {
+        let limit = ConcurrencyLimit::new(1);
+        let mut inside = limit.try_enter();
+        let mut waiting: Vec<_> = (0..5).map(|_| Box::pin(limit.enter(8))).collect();
         for one in &mut waiting {
             assert!(timeout(MOMENT, one).await.is_err());
         }
@@ -235,32 +234,32 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn nobody_overtakes_the_queue_while_a_place_is_handed_over() {
-        let gate = ConcurrencyLimit::new(1);
-        let first = gate.try_enter().unwrap();
-        let (mut oldest, mut next) = (Box::pin(gate.enter(8)), Box::pin(gate.enter(8)));
+    async fn no_call_overtakes_the_queue_while_a_permit_is_handed_over() {
+        let limit = ConcurrencyLimit::new(1);
+        let first = limit.try_enter().unwrap();
+        let (mut oldest, mut next) = (Box::pin(limit.enter(8)), Box::pin(limit.enter(8)));
         assert!(timeout(MOMENT, &mut oldest).await.is_err());
         assert!(timeout(MOMENT, &mut next).await.is_err());
         drop(first);
-        assert!(gate.try_enter().is_none(), "the place is the oldest one's");
-        let mut late = Box::pin(gate.enter(8));
+        assert!(limit.try_enter().is_none(), "the permit belongs to the head of the queue");
+        let mut late = Box::pin(limit.enter(8));
         assert!(timeout(MOMENT, &mut late).await.is_err());
-        let pass = timeout(MOMENT, oldest).await.unwrap().unwrap();
+        let permit = timeout(MOMENT, oldest).await.unwrap().unwrap();
         assert!(timeout(MOMENT, &mut next).await.is_err());
-        drop(pass);
-        // Whoever does not take what it was handed leaves it to the next.
+        drop(permit);
+        // A permit that was handed over and not taken goes to the next call.
         drop(next);
         let _pass = timeout(MOMENT, late).await.unwrap().unwrap();
-        assert_eq!((gate.in_flight(), gate.waiting()), (1, 0));
+        assert_eq!((limit.in_flight(), limit.waiting()), (1, 0));
     }
 
     #[test]
     fn a_lowered_limit_holds_for_the_next_call() {
-        let gate = ConcurrencyLimit::new(5);
-        let passes: Vec<_> = (0..5).map(|_| gate.try_enter().unwrap()).collect();
-        gate.set_limit(2);
-        assert!(gate.try_enter().is_none());
-        drop(passes);
-        assert!(gate.try_enter().is_some());
+        let limit = ConcurrencyLimit::new(5);
+        let permits: Vec<_> = (0..5).map(|_| limit.try_enter().unwrap()).collect();
+        limit.set_limit(2);
+        assert!(limit.try_enter().is_none());
+        drop(permits);
+        assert!(limit.try_enter().is_some());
     }
 }

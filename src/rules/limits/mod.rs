@@ -1,6 +1,6 @@
-//! Limits: how many calls a destination gets at once, how many wait, and for how long.
+//! Concurrency limit: calls in flight to a destination, the queue for a permit, and the longest wait.
 //!
-//! The shape, the check and the checked value; the gate that keeps the count is a file of its own.
+//! The values of `limits`, their check and their rows; `concurrency_limit` keeps the count.
 
 mod concurrency_limit;
 
@@ -19,27 +19,27 @@ use crate::rules::rule::{Row, RowContext, Rule};
 #[derive(Debug, Clone, Default, PartialEq, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase", expecting = "a mapping of limits")]
 pub struct LimitsSpec {
-    /// Calls in flight at once, over all workers. Default 1024.
+    /// Calls in flight, over all workers. Default 1024.
     pub in_flight: Option<Count<1>>,
-    /// Calls that may wait for a place; 0 refuses at once. Default 128.
+    /// Calls that may wait for a permit; 0 refuses at once. Default 128.
     pub queue: Option<Count<0>>,
-    /// How long a call may wait for a place. Default 100ms.
+    /// Longest wait for a permit. Default 100ms.
     pub queue_timeout: Option<DurationSpec>,
 }
 
-/// The limits of a destination.
+/// Checked limits of a destination.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Limits {
-    /// Calls in flight at once, over all workers; at least 1.
+    /// Calls in flight, over all workers; at least 1.
     pub in_flight: Sourced<u32>,
-    /// Calls that may wait for a place.
+    /// Calls that may wait for a permit.
     pub queue: Sourced<u32>,
-    /// How long a call may wait for a place.
+    /// Longest wait for a permit.
     pub queue_timeout: Sourced<Duration>,
 }
 
 impl Limits {
-    /// What holds where no policy says otherwise.
+    /// The built-in values.
     pub const fn built_in() -> Self {
         Self {
             in_flight: Sourced::built_in(1024),

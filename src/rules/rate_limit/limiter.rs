@@ -1,14 +1,13 @@
-//! Who has used up what: the live side of `rateLimit`.
+//! Live state of `rateLimit`: how much of the limit each key has used.
 //!
-//! One limiter per route, shared by all workers; it lives through reloads that leave the limit as it is. It keeps one
+//! One limiter per route, shared by all workers; it survives reloads that leave the limit unchanged. It keeps one
 //! number per key, the theoretical arrival time (TAT) of the generic cell rate algorithm: the time at which the key's
-//! whole burst is back. Source: ITU-T I.371, annex A, virtual scheduling algorithm.
+//! whole burst is available again. Source: ITU-T I.371, annex A, virtual scheduling algorithm.
 //!
-//! Invariants: never more than `burst` calls of a key at once, and never more than `burst + t x requests / per` in any
-//! time t, whatever the order in which workers come. A refused call uses nothing up. At most [`MOST_KEYS`] keys have a
-//! number of their own; further ones share one, and who gets a number of its own later begins where that one stands, which
-//! is stricter, never laxer.
-//! It reads no clock: whoever asks brings the time.
+//! Invariants: a key never gets more than `burst` calls at once, nor more than `burst + t x requests / per` in any time
+//! t, whatever the order of the workers. A refused call uses nothing up. At most [`MOST_KEYS`] keys have a TAT of their
+//! own; further keys share one TAT, and a key that gets its own later starts with the shared one, which is stricter,
+//! never laxer. The limiter reads no clock: callers pass the time.
 
 use std::collections::HashMap;
 use std::hash::{BuildHasher, RandomState};
@@ -21,31 +20,31 @@ use tokio::time::Instant;
 
 use super::RateLimit;
 
-/// Keys that are counted each by itself.
+/// Keys with a TAT of their own.
 pub const MOST_KEYS: usize = 10_000;
 
-/// Workers that ask for different keys seldom meet at a lock.
+/// Parts of the table with a lock each, so that workers with different keys seldom contend.
 const SHARDS: usize = 16;
 
-/// A table full of keys is looked through at most once in this time, however many new keys come.
+/// A full table is swept at most once in this time (1 ms in ns), however many new keys arrive.
 const BETWEEN_SWEEPS: u64 = 1_000_000;
 
-/// The limit is used up.
+/// The rate limit is used up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("the rate limit is used up")]
 pub struct RateLimitExceeded {
-    /// After exactly this time the same call is let through, unless another comes first. Longer than zero.
+    /// After exactly this time the same call is admitted, unless another call comes first. Above zero.
     pub retry_after: Duration,
 }
 
-/// What a call is counted as.
+/// The key by which a call is counted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum RateLimitKey<'a> {
-    /// As a call of the route.
+    /// All calls of the route.
     Route,
-    /// As one of this caller.
+    /// The calls of this address.
     Address(IpAddr),
-    /// As one with this value; those without the header are counted together.
+    /// The calls with this header value; `None` for those without the header.
     Header(Option<&'a [u8]>),
 }
 
@@ -58,12 +57,13 @@ pub struct RateLimiter {
 }
 
 impl RateLimiter {
-    /// A limiter that has seen no call yet.
+    /// A limiter without calls so far.
     pub fn new(now: Instant) -> Self {
         Self { start: now, route: AtomicU64::new(0), table: Table::default() }
     }
 
-    /// Whether a call may pass. By route it takes no lock; by caller or header, that of a part of the table.
+    /// Admits or refuses a call. Counting by route takes no lock; by caller or header, the lock of one part of the
+    /// table.
     ///
     /// # Errors
     /// The limit of this key is used up.
@@ -76,17 +76,17 @@ impl RateLimiter {
     }
 }
 
-/// No policy's times reach this end: it is five hundred years away.
+/// Saturates after 500 years, beyond all times of a policy.
 fn nanos(duration: Duration) -> u64 {
     u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 
-/// A limit as the algorithm counts it, in nanoseconds.
+/// A limit in the units of the algorithm, nanoseconds.
 #[derive(Debug, Clone, Copy)]
 struct Pace {
-    /// Between two calls. Rounded up, so that never more calls pass than was written.
+    /// Time between two calls. Rounded up, so that no more calls pass than the policy says.
     interval: u64,
-    /// How far ahead of now a TAT may lie before a call.
+    /// How far a TAT may lie in the future when a call is admitted.
     slack: u64,
 }
 
@@ -111,7 +111,7 @@ impl Pace {
         Ok(())
     }
 
-    /// Relaxed, because the number stands for itself: nothing else is read on its account.
+    /// Relaxed is enough: no other memory depends on this number.
     fn pass_shared(self, tat: &AtomicU64, now: u64) -> Result<(), RateLimitExceeded> {
         let mut seen = tat.load(Relaxed);
         loop {
@@ -124,19 +124,20 @@ impl Pace {
     }
 }
 
-/// TATs by the hash of their key. The key itself is not kept: two keys with one hash would share a number, which happens
-/// in one of 370 billion full tables.
+/// TATs by the hash of their key. The key itself is not kept: two keys with the same hash would share a TAT, which
+/// happens in one of 370 billion full tables.
 type Shard = HashMap<u64, u64, foldhash::fast::RandomState>;
 
 #[derive(Debug, Default)]
 struct Table {
-    /// Not a faster one: a caller that chooses its key must not be able to choose with whom it shares a number.
+    /// Not a faster hash: a caller that chooses its key must not be able to cause a collision with another caller's
+    /// key.
     hasher: RandomState,
     shards: [Mutex<Shard>; SHARDS],
     keys: AtomicUsize,
-    /// Until then no sweep is tried, because the last one was just now.
+    /// No sweep before this time, because the last one was just now.
     sweep_at: AtomicU64,
-    /// The number that all keys without one of their own share, and with which each begins.
+    /// The TAT shared by all keys without one of their own, with which a new key starts.
     rest: AtomicU64,
 }
 
@@ -154,7 +155,7 @@ impl Table {
         pace.pass_shared(&self.rest, now)
     }
 
-    /// None where the key has no number of its own, and there is no room for one.
+    /// `None` if the key has no TAT of its own and the table has no room for one.
     fn pass_alone(&self, hash: u64, pace: Pace, now: u64) -> Option<Result<(), RateLimitExceeded>> {
         let mut shard = self.shard(hash);
         if let Some(tat) = shard.get_mut(&hash) {
@@ -162,17 +163,18 @@ impl Table {
         }
         let has_room = |keys| (keys < MOST_KEYS).then_some(keys + 1);
         self.keys.fetch_update(Relaxed, Relaxed, has_room).ok()?;
-        // Where it stands that had no number of its own before, as far as anybody knows.
+        // A new key may have had calls under the shared TAT before.
         let mut tat = self.rest.load(Relaxed);
         let result = pace.pass(&mut tat, now);
         shard.insert(hash, tat);
         Some(result)
     }
 
-    /// Drops the keys whose whole burst is back: a new number would say no less. True if there may be room now.
+    /// Drops the keys whose whole burst is available again, which a new TAT would allow too. True if there may be room
+    /// now.
     fn sweep(&self, now: u64) -> bool {
         let due = self.sweep_at.load(Relaxed);
-        // Of several workers one sweeps; the others need not wait for it.
+        // One worker sweeps; the others do not wait for it.
         let next = now.saturating_add(BETWEEN_SWEEPS);
         if now < due || self.sweep_at.compare_exchange(due, next, Relaxed, Relaxed).is_err() {
             return false;
@@ -189,7 +191,7 @@ impl Table {
     }
 
     fn shard(&self, hash: u64) -> MutexGuard<'_, Shard> {
-        // The remainder is smaller than the number of shards, whatever the width of usize.
+        // The remainder is below the number of shards, which fits any usize.
         lock(&self.shards[(hash % SHARDS as u64) as usize])
     }
 }
@@ -213,7 +215,7 @@ mod tests {
         RateLimit { requests, per, burst, by: Sourced::built_in(CountBy::Route) }
     }
 
-    /// Keys with a number of their own; the table knows how many.
+    /// Number of keys with a TAT of their own.
     fn kept(limiter: &RateLimiter) -> usize {
         let kept = limiter.table.shards.iter().map(|shard| lock(shard).len()).sum();
         assert_eq!(limiter.table.keys.load(Relaxed), kept);
@@ -224,7 +226,7 @@ mod tests {
         RateLimitKey::Address(std::net::Ipv4Addr::from_bits(number).into())
     }
 
-    /// Calls at these milliseconds; for each, how long it would have to wait.
+    /// Calls at these milliseconds; for each, the wait until it is admitted.
     fn waits(limit: &RateLimit, calls: &[u64]) -> Vec<u128> {
         let start = Instant::now();
         let limiter = RateLimiter::new(start);
@@ -268,7 +270,7 @@ mod tests {
     }
 
     #[test]
-    fn a_call_that_is_late_to_ask_gets_no_more_than_one_that_is_not() {
+    fn a_call_with_an_older_time_gets_no_more_than_one_in_order() {
         let (start, limit) = (Instant::now(), limit(10, 1000 * MS, 1));
         let limiter = RateLimiter::new(start);
         assert_eq!(limiter.check(&limit, RateLimitKey::Route, start + 500 * MS), Ok(()));
@@ -305,18 +307,18 @@ mod tests {
         }
         let now = start + 600 * MS;
         assert_eq!(limiter.check(&limit, caller(most), now), Ok(()));
-        assert!(limiter.check(&limit, caller(most + 1), now).is_err(), "it shares with the one before");
-        assert!(limiter.check(&limit, caller(most - 1), now).is_err(), "nobody known is forgotten");
+        assert!(limiter.check(&limit, caller(most + 1), now).is_err(), "it shares with the key before");
+        assert!(limiter.check(&limit, caller(most - 1), now).is_err(), "a known key is kept");
         assert_eq!(kept(&limiter), MOST_KEYS);
         // The first quarter, which came within 125 ms, has its burst back after 1124 ms.
         let now = start + 1124 * MS;
-        assert!(limiter.check(&limit, caller(most + 2), now).is_err(), "it begins where those that share have come to");
+        assert!(limiter.check(&limit, caller(most + 2), now).is_err(), "it starts with the shared TAT");
         assert_eq!(kept(&limiter), MOST_KEYS - MOST_KEYS / 4 + 1);
-        assert!(limiter.check(&limit, caller(most - 1), now).is_err(), "nobody known is forgotten");
+        assert!(limiter.check(&limit, caller(most - 1), now).is_err(), "a known key is kept");
     }
 
     #[test]
-    fn a_key_that_had_to_share_gets_no_second_burst_with_a_number_of_its_own() {
+    fn a_key_that_had_to_share_gets_no_second_burst_with_a_tat_of_its_own() {
         let (start, limit) = (Instant::now(), limit(1, 1000 * MS, 1));
         let limiter = RateLimiter::new(start);
         let most = u32::try_from(MOST_KEYS).unwrap();

@@ -1,7 +1,8 @@
-//! Rate limit: how many calls a time a route takes, from all, from each caller, or for each value of a header.
+//! Rate limit: calls of a route per time, counted together, per caller, or per value of a header.
 //!
-//! The shape, the check and the checked values; `limiter` keeps the state. A route's limit replaces that of its
-//! destination as a whole, because half of one and half of another is a limit that nobody wrote. Without one, none holds.
+//! The values of `rateLimit`, their check and their rows; `limiter` keeps the state. A route's limit replaces that of
+//! its destination as a whole: a mixture of two limits would be a third one that is not in the file. There is no
+//! built-in limit.
 
 mod limiter;
 
@@ -22,13 +23,13 @@ use super::rule::{Row, RowContext, Rule};
 use super::toggle::{Toggle, ToggleKeys};
 use crate::problems::{Cursor, InvalidValue, Sourced, near_miss};
 
-/// A burst must come back within this time: then no sum of times overflows.
+/// Longest time in which a burst may be restored (365 days); within it no sum of times overflows.
 const LONGEST: Duration = Duration::from_secs(365 * 24 * 3600);
 
-/// Time is counted in whole nanoseconds. From this distance between calls on, rounding takes less than a thousandth.
+/// Shortest time between two calls. Times are whole nanoseconds; from 1 µs on, rounding is less than 0.1 %.
 const SHORTEST: Duration = Duration::from_micros(1);
 
-/// `rateLimit:` of a destination or of a route, where it is not `off`.
+/// `rateLimit:` of a destination or of a route, as a mapping.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize, JsonSchema)]
 #[serde(
     default,
@@ -38,57 +39,57 @@ const SHORTEST: Duration = Duration::from_micros(1);
 )]
 #[schemars(extend("required" = ["requests"]))]
 pub struct RateLimitSpec {
-    /// Calls in each `per`, evenly spaced once the burst is used up. Required.
+    /// Calls per `per`, evenly spaced once the burst is used up. Required.
     pub requests: Option<Count<1>>,
     /// Default 1s.
     pub per: Option<DurationSpec>,
-    /// Calls that may come at once after a pause. Default: as many as `requests`.
+    /// Calls at once after a pause. Default: the same as `requests`.
     pub burst: Option<Count<1>>,
-    /// What is counted together: all calls of the `route`, those of one `caller` (its address), or those with one value
-    /// of a header, as in `header:x-api-key`. Default route.
+    /// Which calls are counted together: all calls of the `route`, those of one `caller` (its address), or those with
+    /// the same value of a header, as in `header:x-api-key`. Default route.
     pub by: Option<CountBy>,
 }
 
 impl ToggleKeys for RateLimitSpec {
     const KEYS: &'static [&'static str] = &["requests", "per", "burst", "by"];
 
-    // An empty one would be no limit.
+    // An empty mapping has no limit.
     const ON: &'static str = "a mapping like `{ requests: 100, per: 1s }`";
 }
 
-/// The rate limit of a route.
+/// Checked rate limit of a route.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct RateLimit {
-    /// Calls in each `per`; at least 1, and at most one a microsecond.
+    /// Calls per `per`; at least 1, at most one per microsecond.
     pub requests: Sourced<u32>,
-    /// In which time.
+    /// The time for `requests`.
     pub per: Sourced<Duration>,
-    /// Calls that may come at once; at least 1, and back within a year.
+    /// Calls at once; at least 1, restored within a year.
     pub burst: Sourced<u32>,
-    /// What is counted together.
+    /// Which calls are counted together.
     pub by: Sourced<CountBy>,
 }
 
-/// What is counted together. Shows as in a policy.
+/// Which calls are counted together. Displays as in a policy.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum CountBy {
     /// All calls of the route.
     Route,
     /// The calls of one address.
     Caller,
-    /// The calls with one value of this header; those without it together.
+    /// The calls with the same value of this header; those without it together.
     Header(HeaderName),
 }
 
 impl Rule for RateLimit {
     type Spec = Toggle<RateLimitSpec>;
 
-    /// The limit, or None without one, with the line of the entry.
+    /// The limit, or `None` without one, and the line of the entry.
     type Value = Sourced<Option<Self>>;
 
     const BUILT_IN: Sourced<Option<Self>> = Sourced::built_in(None);
 
-    /// It stands in the place of the layer below as a whole.
+    /// Replaces the layer below as a whole.
     ///
     /// Reports a missing `requests`, and numbers that cannot be kept exactly.
     fn check(spec: &Toggle<RateLimitSpec>, _: &Self::Value, at: &Cursor<'_>) -> Self::Value {
@@ -114,13 +115,13 @@ impl Rule for RateLimit {
 impl RateLimitSpec {
     fn check(&self, at: &Cursor<'_>) -> Option<RateLimit> {
         let Some(requests) = self.requests else {
-            at.missing("requests", "write how many calls are let through in each `per`, like `requests: 100`");
+            at.missing("requests", "write the calls per `per`, like `requests: 100`");
             return None;
         };
         let requests = at.key("requests").set(requests.0);
         let limit = RateLimit {
             per: self.per.map_or(Sourced::built_in(Duration::from_secs(1)), |span| at.key("per").set(span.0)),
-            // A default that follows from `requests` comes from its line.
+            // The default is `requests`, and so is its line.
             burst: self.burst.map_or_else(|| requests.clone(), |n| at.key("burst").set(n.0)),
             by: self.by.clone().map_or(Sourced::built_in(CountBy::Route), |by| at.key("by").set(by)),
             requests,
@@ -136,7 +137,7 @@ fn report_too_fast(limit: &RateLimit, at: &Cursor<'_>) {
     if per < SHORTEST * requests {
         let most = per.as_micros();
         at.key("requests").report(
-            format!("{requests} calls in {} is more than one a microsecond", duration::format(per)),
+            format!("{requests} calls in {} is more than one per microsecond", duration::format(per)),
             format!("at most {most} here, or a longer `per`"),
         );
     }
@@ -148,7 +149,7 @@ fn report_too_slow(limit: &RateLimit, has_burst: bool, at: &Cursor<'_>) {
     if u128::from(burst) <= most {
         return;
     }
-    let message = format!("a burst of {burst} comes back only after more than a year");
+    let message = format!("a burst of {burst} takes more than a year to be restored");
     if has_burst && most > 0 {
         at.key("burst").report(message, format!("at most {most} here, or a shorter `per`"));
     } else {
@@ -157,18 +158,17 @@ fn report_too_slow(limit: &RateLimit, has_burst: bool, at: &Cursor<'_>) {
 }
 
 impl CountBy {
-    /// Reads `route`, `caller` or `header:NAME`.
+    /// Parses `route`, `caller` or `header:NAME`.
     ///
     /// # Errors
-    /// Anything else, with a hint that names what to write.
+    /// Anything else, with a hint what to write.
     pub fn parse(text: &str) -> Result<Self, InvalidValue> {
         match text {
             "route" => return Ok(Self::Route),
             "caller" => return Ok(Self::Caller),
             _ => {}
         }
-        let refuse =
-            |hint: String| Err(InvalidValue::new(format!("`{text}` is nothing that calls are counted by"), hint));
+        let refuse = |hint: String| Err(InvalidValue::new(format!("calls cannot be counted by `{text}`"), hint));
         let Some((word, name)) = text.split_once(':') else {
             return refuse(match near_miss(text, ["route", "caller", "header"]) {
                 Some("header") => "name the header, like `header:x-api-key`".into(),
@@ -180,15 +180,15 @@ impl CountBy {
             });
         };
         match HeaderName::from_bytes(name.trim().as_bytes()) {
-            // HTTP/2 has no such field, so that its calls would all be counted as one.
-            Ok(HOST) => refuse("hosts are destinations: write a limit at each that has one in `hosts`".into()),
+            // HTTP/2 requests have no such field, so all of them would be counted together.
+            Ok(HOST) => refuse("write the limit at the destination that has this host in `hosts`".into()),
             Ok(field) if word == "header" && name.trim() == name => Ok(Self::Header(field)),
             Ok(field) => refuse(format!("write `header:{field}`")),
             Err(_) => refuse("write a header's name after the colon, like `header:x-api-key`".into()),
         }
     }
 
-    /// What a call is counted as. A caller's address is that of its connection, not one that it claims.
+    /// The key of a call. The address of a caller is that of its connection, not one from a header.
     pub fn key<'a>(&self, caller: IpAddr, header: impl FnOnce(&HeaderName) -> Option<&'a [u8]>) -> RateLimitKey<'a> {
         match self {
             Self::Route => RateLimitKey::Route,

@@ -1,4 +1,4 @@
-//! Tests of the shape of `rateLimit` and of its check.
+//! The values of `rateLimit` and their check.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 
@@ -62,7 +62,7 @@ fn what_is_neither_off_nor_a_mapping_comes_with_what_to_write() {
 }
 
 #[test]
-fn the_fields_that_a_reader_is_told_of_are_those_of_the_mapping() {
+fn the_list_of_keys_is_that_of_the_fields() {
     let schema = schemars::schema_for!(RateLimitSpec).to_value();
     let mut known: Vec<_> = schema["properties"].as_object().unwrap().keys().map(String::as_str).collect();
     let mut told = RateLimitSpec::KEYS.to_vec();
@@ -103,7 +103,7 @@ fn what_calls_are_counted_by_is_shown_as_it_is_read() {
         ("x-api-key", "`header:x-api-key`"),
         ("headers:x-api-key", "`header:x-api-key`"),
         ("header: x-tenant", "`header:x-tenant`"),
-        ("header:Host", "at each that has one in `hosts`"),
+        ("header:Host", "at the destination that has this host"),
         ("header:", "like `header:x-api-key`"),
         ("header:no name", "like `header:x-api-key`"),
         ("ip", "`route`, `caller`"),

@@ -1,13 +1,13 @@
-//! The retry budget: how many retries a destination may get, beside the calls that it gets anyway.
+//! Retry budget: bounds the retries to a destination in proportion to its successful calls.
 //!
-//! A bucket of at most ten tokens, full at first. Each call that went well earns `ratio` of a token, time earns
-//! `minPerSecond`, a retry costs one and is charged when it is scheduled. So a destination that fails completely gets no
-//! more than 10 + `minPerSecond` × t retries, whatever the number of calls, and one that fails in part gets at most
-//! `ratio` more than that for each call that went well.
+//! A bucket of at most ten tokens, full at first. Each successful call earns `ratio` of a token, each second
+//! `minPerSecond` tokens; a retry costs one token, charged when it is scheduled. So a destination that fails completely
+//! gets at most 10 + `minPerSecond` × t retries, whatever the number of calls, and one that fails in part gets at most
+//! `ratio` more for each successful call.
 //!
-//! One [`RetryBudget`] per destination, shared by all workers; it lives through reloads, and a changed value holds at once.
-//! The arithmetic is in whole millionths of a token, so that no error grows with the number of calls.
-//! The idea is that of Finagle's `RetryBudget`; gRPC throttles likewise (gRFC A6), but halts at half a bucket.
+//! One [`RetryBudget`] per destination, shared by all workers; it survives reloads, and a changed value applies at
+//! once. The arithmetic is in whole millionths of a token, so no error grows with the number of calls. As Finagle's
+//! `RetryBudget`; gRPC's throttling (gRFC A6) is similar, but stops retries at half a bucket.
 
 use std::hash::{Hash, Hasher};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -25,29 +25,29 @@ use crate::rules::ratio::Ratio;
 /// One token.
 const TOKEN: u64 = 1_000_000;
 
-/// What the bucket holds at most.
+/// Capacity of the bucket.
 const FULL: u64 = 10 * TOKEN;
 
 /// `budget:` of `retry`.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase", expecting = "a mapping with ratio and minPerSecond")]
 pub struct RetryBudgetSpec {
-    /// Retries that each call which went well pays for. Default 0.2.
+    /// Tokens that a successful call earns. Default 0.2.
     pub ratio: Option<Ratio>,
-    /// Retries that are allowed each second whatever the calls; 0 for none. Default 1.
+    /// Tokens that a second earns, whatever the calls; 0 for none. Default 1.
     pub min_per_second: Option<Count<0>>,
 }
 
-/// The values of a destination's budget.
+/// Checked values of a destination's budget.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RetryBudgetLimits {
-    /// Tokens that a call which went well earns; above 0, at most 1, never NaN.
+    /// Tokens that a successful call earns; above 0, at most 1, never NaN.
     pub ratio: Sourced<f64>,
     /// Tokens that a second earns.
     pub min_per_second: Sourced<u32>,
 }
 
-// The ratio is never NaN, so that each value equals itself.
+// The ratio is never NaN, so each value equals itself.
 impl Eq for RetryBudgetLimits {}
 
 impl Hash for RetryBudgetLimits {
@@ -58,14 +58,14 @@ impl Hash for RetryBudgetLimits {
 }
 
 impl RetryBudgetLimits {
-    /// What holds where no policy says otherwise.
+    /// The built-in values.
     pub const fn built_in() -> Self {
         Self { ratio: Sourced::built_in(0.2), min_per_second: Sourced::built_in(1) }
     }
 }
 
 impl RetryBudgetSpec {
-    /// Lays this layer over another.
+    /// Lays this layer over the layer below.
     pub fn check(&self, base: &RetryBudgetLimits, at: &Cursor<'_>) -> RetryBudgetLimits {
         RetryBudgetLimits {
             ratio: self.ratio.map_or_else(|| base.ratio.clone(), |ratio| at.key("ratio").set(ratio.0)),
@@ -79,16 +79,17 @@ impl RetryBudgetSpec {
 /// The live budget of one destination.
 #[derive(Debug)]
 pub struct RetryBudget {
-    /// Calls that went well and are not in the purse yet.
+    /// Successful calls that are not yet converted into tokens.
     earned: AtomicU64,
     purse: Mutex<Purse>,
 }
 
 #[derive(Debug)]
 struct Purse {
-    /// In millionths.
+    /// In millionths of a token.
     tokens: u64,
-    /// Until when time has been paid for; None while the purse is full because nobody has spent yet.
+    /// End of the time that is already converted into tokens; `None` while the bucket is full because no retry was made
+    /// yet.
     paid_until: Option<Instant>,
 }
 
@@ -98,14 +99,14 @@ impl RetryBudget {
         Arc::new(Self { earned: AtomicU64::new(0), purse: Mutex::new(Purse { tokens: FULL, paid_until: None }) })
     }
 
-    /// Notes a call that went well. One atomic add: what it is worth is worked out when somebody spends.
+    /// Counts a successful call. One atomic add: it is converted into tokens at the next `try_spend`.
     pub fn earn(&self) {
         self.earned.fetch_add(1, Relaxed);
     }
 
-    /// Takes the price of one retry. False, and nothing taken, if the budget is used up.
+    /// Spends one token for a retry. False, without a charge, if the budget is used up.
     ///
-    /// It takes a lock, for a few instructions; only calls that failed come here.
+    /// Takes a lock for a few instructions; only failed calls come here.
     pub fn try_spend(&self, values: &RetryBudgetLimits, now: Instant) -> bool {
         let mut purse = self.filled(values, now);
         let left = purse.tokens.checked_sub(TOKEN);
@@ -113,18 +114,18 @@ impl RetryBudget {
         left.is_some()
     }
 
-    /// The purse, with all in it that calls and time have earned. That it overflows now, or would have done so earlier,
-    /// is the same, since nobody spent in between.
+    /// The bucket with the tokens earned so far. Cutting an overflow only now gives the same result as at once, since
+    /// no token was spent in between.
     fn filled(&self, values: &RetryBudgetLimits, now: Instant) -> MutexGuard<'_, Purse> {
         let mut purse = self.purse.lock().unwrap_or_else(PoisonError::into_inner);
         let for_a_call = (values.ratio.value * TOKEN as f64).round() as u64;
         let by_calls = self.earned.swap(0, Relaxed).saturating_mul(for_a_call);
         let passed = purse.paid_until.map_or(Duration::ZERO, |until| now.saturating_duration_since(until));
-        // So many in a second are so many millionths in a microsecond.
+        // Tokens per second are millionths of a token per microsecond.
         let micros = u64::try_from(passed.as_micros()).unwrap_or(u64::MAX);
         let by_time = micros.saturating_mul(values.min_per_second.value.into());
         purse.tokens = purse.tokens.saturating_add(by_calls).saturating_add(by_time).min(FULL);
-        // Workers read the clock before they come here, and so may come in another order.
+        // Workers read the clock before they take the lock, so their times may be out of order.
         purse.paid_until = Some(purse.paid_until.map_or(now, |until| until.max(now)));
         purse
     }

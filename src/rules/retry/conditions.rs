@@ -1,6 +1,7 @@
-//! The failures that a policy wants tried again: HTTP statuses, gRPC codes, a reset, a try that took too long.
+//! Retry conditions: the failures that a policy retries, which are HTTP statuses, gRPC codes, a reset and the `perTry`
+//! timeout.
 //!
-//! A set of bits, so that asking costs nothing and a route's copy is small.
+//! A bit set: small to copy and cheap to test.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -10,7 +11,7 @@ use serde::de::{self, Deserialize, Deserializer, Visitor};
 
 use crate::problems::{InvalidValue, near_miss};
 
-/// The gRPC codes that can mean a failure of the way or of the server, rather than an answer.
+/// gRPC codes that can mean a failure of the network or the server, rather than a response about the request.
 const CODES: [(&str, u32); 8] = [
     ("unavailable", 14),
     ("cancelled", 1),
@@ -32,18 +33,18 @@ pub enum RetryCondition {
     Status(u16),
     /// A gRPC status code.
     Grpc(u32),
-    /// The connection or stream broke off before the answer.
+    /// The connection or stream was closed before the response.
     Reset,
-    /// One try got no answer within `timeouts.perTry`.
+    /// No response within `timeouts.perTry`.
     Timeout,
 }
 
-/// A set of conditions. Shows as a policy lists them: `502, 503, reset`.
+/// A set of conditions. Displays as a policy lists them: `502, 503, reset`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub struct RetryConditions([u64; 4]);
 
 impl RetryCondition {
-    /// Where its bit stands; None for what no policy can name.
+    /// Position of the bit; `None` for conditions that a policy cannot contain.
     const fn position(self) -> Option<usize> {
         match self {
             Self::Status(status @ 400..=599) => Some(status as usize - 400),
@@ -54,7 +55,7 @@ impl RetryCondition {
         }
     }
 
-    /// All that have a word, as a policy would list them.
+    /// All conditions with a word, in the order of display.
     fn words() -> impl Iterator<Item = (&'static str, Self)> {
         let codes = CODES.into_iter().map(|(word, code)| (word, Self::Grpc(code)));
         [(RESET, Self::Reset), (TIMEOUT, Self::Timeout)].into_iter().chain(codes)
@@ -87,7 +88,7 @@ impl fmt::Display for RetryCondition {
 }
 
 impl RetryConditions {
-    /// What holds where no policy says otherwise: 502, 503, 504, reset, timeout, unavailable.
+    /// The built-in conditions: 502, 503, 504, reset, timeout, unavailable.
     pub const fn built_in() -> Self {
         Self([0; 4])
             .with(RetryCondition::Status(502))
@@ -98,7 +99,7 @@ impl RetryConditions {
             .with(RetryCondition::Grpc(14))
     }
 
-    /// The same and one more; a condition that no policy can name changes nothing.
+    /// The set with one more condition; unchanged for a condition that a policy cannot contain.
     pub const fn with(mut self, condition: RetryCondition) -> Self {
         if let Some(position) = condition.position() {
             self.0[position / 64] |= 1 << (position % 64);
@@ -106,7 +107,7 @@ impl RetryConditions {
         self
     }
 
-    /// Whether a condition is among them.
+    /// Whether the set contains a condition.
     pub const fn contains(&self, condition: RetryCondition) -> bool {
         match condition.position() {
             Some(position) => self.0[position / 64] & (1 << (position % 64)) != 0,
@@ -126,7 +127,7 @@ impl fmt::Display for RetryConditions {
     }
 }
 
-/// The code as its callers take it: one that gRPC does not define is UNKNOWN.
+/// Maps a code that gRPC does not define to UNKNOWN, as gRPC clients do.
 pub(super) const fn known(code: u32) -> u32 {
     if code > 16 { 2 } else { code }
 }
@@ -145,7 +146,7 @@ impl<'de> Deserialize<'de> for RetryCondition {
                 match u16::try_from(number) {
                     Ok(status @ 400..=599) => Ok(RetryCondition::Status(status)),
                     _ => {
-                        let message = format!("{number} is no status that can be tried again");
+                        let message = format!("{number} is not a status that can be retried");
                         Err(E::custom(InvalidValue::new(message, "write a status from 400 to 599")))
                     }
                 }

@@ -1,9 +1,10 @@
 //! Retries: which failed calls are sent again, when, and why the others are not.
 //!
-//! Only what is safe: what nobody has seen, what HTTP calls idempotent (RFC 9110, 9.2.2), what bears an idempotency key,
-//! or what the route declares. Never past the deadline, never where a hop further down has tried already, and within the
-//! destination's [`RetryBudget`], which is asked last, so that no retry is paid for that is not made.
-//! The wait has full jitter: callers that failed together do not come back together.
+//! Only safe calls: those that the upstream could not have seen, methods that HTTP defines as idempotent (RFC 9110,
+//! 9.2.2), calls with an idempotency key, and those that the route declares idempotent. No retry ends after the
+//! deadline or follows retries at a hop further upstream. The destination's [`RetryBudget`] is checked last, so that it
+//! is charged only for retries that are made. The back-off has full jitter, so that calls that failed together are not
+//! retried together.
 
 mod budget;
 mod conditions;
@@ -19,56 +20,55 @@ pub use self::conditions::{RetryCondition, RetryConditions};
 pub use self::spec::{Backoff, BackoffSpec, Retry, RetrySpec};
 use super::circuit_breaker::is_failed_code;
 
-/// How a try ended.
+/// Result of an attempt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum AttemptFailure {
-    /// An HTTP answer with this status, be it good or bad.
+    /// An HTTP response with this status, failed or not.
     Status(u16),
-    /// A gRPC answer with this code, be it good or bad.
+    /// A gRPC response with this code, failed or not.
     Grpc(u32),
-    /// The connection or stream broke off before the answer; the upstream may have seen the request.
+    /// The connection or stream was closed before the response; the upstream may have seen the request.
     Reset,
-    /// No answer within `timeouts.perTry`.
+    /// No response within `timeouts.perTry`.
     Timeout,
-    /// Nobody has seen the request, and another endpoint or connection can have it at once: it was handed back, or the peer
-    /// says that its app never got it.
+    /// The upstream could not have seen the request, and another endpoint or connection can get it at once: the request
+    /// was returned by the connection, or the peer's proxy status says that its app never got it.
     Unsent,
-    /// The peer has left the request aside, and there is nobody else to send it to: at once it would only be left aside
-    /// again.
+    /// The peer did not process the request, and no other endpoint is left: an attempt at once would be refused again.
     Refused,
 }
 
-/// What the upstream said about another try (`Retry-After`, `grpc-retry-pushback-ms`).
+/// The upstream's word when to retry (`Retry-After`, `grpc-retry-pushback-ms`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Pushback {
-    /// After so long.
+    /// Retry after this time.
     Wait(Duration),
-    /// Not at all.
+    /// Do not retry.
     Stop,
 }
 
-/// All that counts for whether a call is sent again.
+/// The facts about an attempt that decide on a retry.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AttemptSummary {
-    /// Which try has just ended; the first is 1.
+    /// Number of the attempt that ended; the first is 1.
     pub tries: u32,
-    /// How it ended.
+    /// Result of the attempt.
     pub failure: AttemptFailure,
-    /// It was made by the sidecar before the app.
+    /// The attempt was made by the sidecar in front of the app.
     pub is_inbound: bool,
-    /// It went over a connection that had been used before.
+    /// The attempt used a connection that had carried a request before.
     pub is_reused: bool,
-    /// The destination's circuit breaker would refuse another one.
+    /// The destination's circuit breaker would refuse a retry.
     pub is_circuit_open: bool,
-    /// Its method is idempotent or it bears an idempotency key.
+    /// The method is idempotent or the request has an idempotency key.
     pub is_safe: bool,
-    /// Nobody waits any more for the inbound request that caused it.
+    /// The caller of the parent request has gone.
     pub is_abandoned: bool,
-    /// A hop further down has retried already and given up.
+    /// The proxy status says that a hop further upstream has used up its retries.
     pub is_marked_final: bool,
-    /// What the upstream said about another try.
+    /// The upstream's word when to retry.
     pub pushback: Option<Pushback>,
-    /// The request's body can be sent again from its beginning.
+    /// The whole request body is kept and can be sent again.
     pub is_replayable: bool,
     /// Time until the deadline.
     pub left: Duration,
@@ -76,92 +76,92 @@ pub struct AttemptSummary {
     pub random: f64,
 }
 
-/// What is to be done.
+/// Decision about a retry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RetryDecision {
-    /// Send it again.
-    RetryReason {
-        /// When this has passed.
+    /// Send the request again.
+    Retry {
+        /// Wait before the next attempt.
         after: Duration,
     },
-    /// The caller gets what there is.
+    /// Pass on the result of the attempt.
     Stop(NoRetryReason),
 }
 
-/// Why a call is not sent again.
+/// Why a call is not retried.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum NoRetryReason {
-    /// It did not fail.
+    /// The attempt did not fail.
     NotAFailure,
     /// The policy says `retry: off`.
     Off,
-    /// `retry.on` does not name this failure.
+    /// `retry.on` does not contain this failure.
     ConditionOff,
-    /// The upstream may have done the work, and to do it twice may do harm.
+    /// The upstream may have processed the request, and the request is not idempotent.
     NotSafe,
-    /// Nobody waits any more for the inbound request that caused the call.
+    /// The caller of the parent request has gone.
     CallerGone,
-    /// A hop further down has retried already.
+    /// A hop further upstream has retried already.
     RetriedBelow,
-    /// The upstream asked for no other try.
+    /// The upstream asked for no retry.
     PushedBack,
-    /// As many tries were made as the policy allows.
+    /// The policy's number of attempts is used up.
     TriesUsedUp,
-    /// More of the body has passed than `retry.replayLimit` keeps.
+    /// The request body is longer than `retry.replayLimit`.
     BodyTooLong,
     /// The wait would end after the deadline.
     Deadline,
     /// The destination's retry budget is used up.
     RetryBudget,
-    /// The sidecar before the app leaves it to the caller's, which has other endpoints.
+    /// The sidecar in front of the app leaves the retry to the caller's sidecar, which has other endpoints.
     AtTheCaller,
-    /// The destination's circuit breaker is open: another try would be refused.
+    /// The destination's circuit breaker is open and would refuse the retry.
     CircuitOpen,
 }
 
-/// Whether a method may be repeated without harm (RFC 9110, 9.2.2).
+/// Whether a method is idempotent (RFC 9110, 9.2.2).
 pub fn is_idempotent(method: &str) -> bool {
     matches!(method, "GET" | "HEAD" | "OPTIONS" | "TRACE" | "PUT" | "DELETE")
 }
 
 impl Retry {
-    /// Decides, and charges the budget for what it decides. A call that nobody has seen is not charged: its next try is
-    /// the first that anybody gets.
+    /// Decides and charges the budget for a retry. A retry of a request that the upstream could not have seen is free:
+    /// it is the first that an upstream gets.
     pub fn next(&self, seen: &AttemptSummary, budget: &RetryBudget, now: Instant) -> RetryDecision {
         let decision = self.decide(seen);
-        let costs = matches!(decision, RetryDecision::RetryReason { .. }) && seen.failure != AttemptFailure::Unsent;
+        let costs = matches!(decision, RetryDecision::Retry { .. }) && seen.failure != AttemptFailure::Unsent;
         if costs && !budget.try_spend(&self.budget, now) {
             return RetryDecision::Stop(NoRetryReason::RetryBudget);
         }
         decision
     }
 
-    /// Decides, but for the budget.
+    /// Decides without regard to the budget.
     pub fn decide(&self, seen: &AttemptSummary) -> RetryDecision {
-        match self.stands_against(seen) {
+        match self.reason_against(seen) {
             Some(why) => RetryDecision::Stop(why),
             None => match self.wait(seen) {
-                after if after < seen.left => RetryDecision::RetryReason { after },
+                after if after < seen.left => RetryDecision::Retry { after },
                 _ => RetryDecision::Stop(NoRetryReason::Deadline),
             },
         }
     }
 
-    /// The first reason against another try; first those that lie in this hop, then those that lie in the call, then
-    /// those that lie in what has happened.
-    fn stands_against(&self, seen: &AttemptSummary) -> Option<NoRetryReason> {
+    /// The first reason against a retry: first the reasons in this hop, then those in the request, then those in the
+    /// attempts so far.
+    fn reason_against(&self, seen: &AttemptSummary) -> Option<NoRetryReason> {
         let is_unsent = seen.failure == AttemptFailure::Unsent;
-        let is_wanted = is_unsent || self.wants(seen.failure);
+        let is_wanted = is_unsent || self.has_condition(seen.failure);
         let reasons = [
             (seen.is_inbound && !is_for_inbound(seen), NoRetryReason::AtTheCaller),
-            // Another try would only be refused; what the callee said is worth more.
+            // The retry would be refused; the upstream's response tells the caller more.
             (seen.is_circuit_open, NoRetryReason::CircuitOpen),
             (!self.is_failure(seen.failure), NoRetryReason::NotAFailure),
             (!self.enabled.value, NoRetryReason::Off),
             (!is_wanted, NoRetryReason::ConditionOff),
             (!is_unsent && !seen.is_safe && !self.idempotent.value, NoRetryReason::NotSafe),
             (seen.is_abandoned, NoRetryReason::CallerGone),
-            // The mark speaks of tries that were seen; of this one nobody has seen anything.
+            // The proxy status is about attempts that reached the upstream; this one did not.
             (!is_unsent && seen.is_marked_final, NoRetryReason::RetriedBelow),
             (seen.pushback == Some(Pushback::Stop), NoRetryReason::PushedBack),
             (seen.tries > self.attempts.value, NoRetryReason::TriesUsedUp),
@@ -170,10 +170,10 @@ impl Retry {
         reasons.into_iter().find_map(|(stands, why)| stands.then_some(why))
     }
 
-    /// Whether nobody above shall try a failed call again: because it was tried again here, whatever ended that;
-    /// because it may have done its work and is not to do it twice, and above the app it may have become a call that
-    /// looks safe; or because of why there is no other try. `why` is None where none was thought of: the head of the
-    /// answer had come.
+    /// Whether hops further downstream must not retry the failed call: it was retried here; or it may have been
+    /// processed and is not safe to repeat, while the app in between may have turned it into a call that looks safe; or
+    /// the reason `why` against a retry here applies there too. `why` is `None` if no retry was considered because the
+    /// response head had been received.
     ///
     /// `is_safe` as in [`AttemptSummary`].
     pub fn is_final(&self, tries: u32, is_safe: bool, why: Option<NoRetryReason>) -> bool {
@@ -183,8 +183,9 @@ impl Retry {
         tries > 1 || !(is_safe || self.idempotent.value) || is_over
     }
 
-    /// Whether it is one: a 5xx, a code or a cut that speaks against the callee, and what `retry.on` names. Any other
-    /// answer, a status below 500 or a code for what is wrong with the call itself, is what the caller asked for.
+    /// Whether the result is a failure: a 5xx, a gRPC code or a cut connection that counts against the upstream, or a
+    /// condition of `retry.on`. Any other response, such as a status below 500 or a code about the request itself, is a
+    /// valid result.
     pub fn is_failure(&self, seen: AttemptFailure) -> bool {
         let is_bad = match seen {
             AttemptFailure::Status(status) => status >= 500,
@@ -194,12 +195,12 @@ impl Retry {
         is_bad || self.is_on(seen)
     }
 
-    /// Whether `retry.on` names it.
+    /// Whether `retry.on` contains this failure.
     pub fn is_on(&self, failure: AttemptFailure) -> bool {
-        self.enabled.value && self.wants(failure)
+        self.enabled.value && self.has_condition(failure)
     }
 
-    fn wants(&self, failure: AttemptFailure) -> bool {
+    fn has_condition(&self, failure: AttemptFailure) -> bool {
         let condition = match failure {
             AttemptFailure::Status(status) => RetryCondition::Status(status),
             AttemptFailure::Grpc(code) => RetryCondition::Grpc(conditions::known(code)),
@@ -210,8 +211,8 @@ impl Retry {
         self.on.value.contains(condition)
     }
 
-    /// What the upstream asked for, to the letter; nothing where another endpoint can have the call at once; else a
-    /// random part of the back-off.
+    /// The upstream's pushback exactly; zero if another endpoint can get the request at once; else a random part of the
+    /// back-off.
     fn wait(&self, seen: &AttemptSummary) -> Duration {
         match (seen.pushback, seen.failure) {
             (Some(Pushback::Wait(wait)), _) => wait,
@@ -225,8 +226,9 @@ impl Retry {
     }
 }
 
-/// The sidecar before the app leaves retries to the caller's, which has other endpoints; but the end of the app's own
-/// connections nobody else can see. Once only: what breaks off again was no race.
+/// The sidecar in front of the app leaves retries to the caller's sidecar, which has other endpoints. Exceptions:
+/// requests that the app could not have seen, and one reset of a reused connection, a race that only this hop can see.
+/// A second reset is no race.
 fn is_for_inbound(seen: &AttemptSummary) -> bool {
     match seen.failure {
         AttemptFailure::Unsent => true,
@@ -238,7 +240,7 @@ fn is_for_inbound(seen: &AttemptSummary) -> bool {
 }
 
 impl NoRetryReason {
-    /// Its stable name, for log lines and labels.
+    /// The stable name, for log lines and labels.
     pub const fn name(self) -> &'static str {
         match self {
             Self::NotAFailure => "not_a_failure",

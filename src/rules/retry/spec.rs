@@ -1,4 +1,4 @@
-//! What a policy says about retries: the word `off`, or a mapping, in each layer anew; its check, and the checked values.
+//! The values of `retry`: `off` or a mapping in each layer, their check and their rows.
 
 use std::time::Duration;
 
@@ -14,27 +14,26 @@ use crate::rules::rule::{Row, RowContext, Rule};
 use crate::rules::size::Size;
 use crate::rules::toggle::{Toggle, ToggleKeys};
 
-/// More retries than this of one call help nobody.
+/// Upper bound of `attempts`.
 const MOST_ATTEMPTS: u32 = 10;
 
-/// `retry:` of `defaults`, of a destination or of a route, where it is not `off`. That it is there, be it empty, turns
-/// retries on.
+/// `retry:` of `defaults`, of a destination or of a route, as a mapping. Even an empty mapping turns retries on.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase", expecting = "a mapping of retry values")]
 pub struct RetrySpec {
-    /// Retries after the first try, 1 to 10. Default 2.
+    /// Retries after the first attempt, 1 to 10. Default 2.
     pub attempts: Option<Count<1, MOST_ATTEMPTS>>,
-    /// Failures that are tried again: statuses from 400 to 599, `reset`, `timeout`, gRPC codes in snake case. Default
-    /// [502, 503, 504, reset, timeout, unavailable].
+    /// Failures that are retried: statuses from 400 to 599, `reset`, `timeout`, gRPC codes in snake case. Default [502,
+    /// 503, 504, reset, timeout, unavailable].
     pub on: Option<Vec<RetryCondition>>,
-    /// These calls may be repeated whatever their method. Default false.
+    /// The calls are idempotent whatever their method. Default false.
     pub idempotent: Option<bool>,
-    /// How long to wait before a retry.
+    /// Wait before a retry.
     pub backoff: Option<BackoffSpec>,
-    /// How many retries the destination gets. Not on a route: the routes of a destination share one budget.
+    /// Retry budget of the destination. Not on a route: the routes of a destination share one budget.
     pub budget: Option<RetryBudgetSpec>,
-    /// How much of a request's body is kept for a retry, in bytes or KiB/MiB: up to 4MiB, 0 for
-    /// nothing. Default 64KiB.
+    /// Bytes of a request's body that are kept for a retry, as a number or with KiB/MiB: up to 4MiB; 0 keeps no body.
+    /// Default 64KiB.
     pub replay_limit: Option<Size<0, 4_194_304>>,
 }
 
@@ -42,46 +41,46 @@ impl ToggleKeys for RetrySpec {
     const KEYS: &'static [&'static str] = &["attempts", "on", "idempotent", "backoff", "budget", "replayLimit"];
 }
 
-/// `backoff:` of `retry`. The wait is random, from nothing to `base`, then to twice that, up to `max`.
+/// `backoff:` of `retry`. The wait is random: up to `base` before the first retry, then up to twice that, up to `max`.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase", expecting = "a mapping with base and max")]
 pub struct BackoffSpec {
-    /// The longest wait before the first retry; doubles with each. Default 25ms.
+    /// Upper bound of the wait before the first retry; doubles with each retry. Default 25ms.
     pub base: Option<DurationSpec>,
-    /// The longest wait of all. Default 250ms.
+    /// Upper bound of every wait. Default 250ms.
     pub max: Option<DurationSpec>,
 }
 
-/// The retries of a route, each value with its line.
+/// Checked retry values of a route.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Retry {
-    /// Whether anything is tried again at all.
+    /// Whether retries are on.
     pub enabled: Sourced<bool>,
-    /// Retries after the first try; 1 to 10.
+    /// Retries after the first attempt; 1 to 10.
     pub attempts: Sourced<u32>,
-    /// Failures that are tried again.
+    /// Failures that are retried.
     pub on: Sourced<RetryConditions>,
-    /// The calls may be repeated whatever their method.
+    /// The calls are idempotent whatever their method.
     pub idempotent: Sourced<bool>,
-    /// How long to wait.
+    /// Wait before a retry.
     pub backoff: Backoff,
-    /// What the destination's budget earns.
+    /// Values of the destination's retry budget.
     pub budget: RetryBudgetLimits,
     /// Bytes of a request's body that are kept.
     pub replay_limit: Sourced<u32>,
 }
 
-/// How long to wait before a retry.
+/// Wait before a retry.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Backoff {
-    /// The longest wait before the first retry; never longer than `max`.
+    /// Upper bound of the wait before the first retry; at most `max`.
     pub base: Sourced<Duration>,
-    /// The longest wait of all.
+    /// Upper bound of every wait.
     pub max: Sourced<Duration>,
 }
 
 impl Retry {
-    /// What holds where no policy says otherwise.
+    /// The built-in values.
     pub const fn built_in() -> Self {
         Self {
             enabled: Sourced::built_in(true),
@@ -111,7 +110,7 @@ impl Rule for Retry {
         }
     }
 
-    /// A route has no budget of its own: all calls of a destination draw on the same one.
+    /// Reports a budget: all routes of a destination share one.
     fn check_route(spec: &Toggle<RetrySpec>, below: &Self, at: &Cursor<'_>) -> Self {
         if let Toggle::On(RetrySpec { budget: Some(_), .. }) = spec {
             let hint = "move it to `retry` of the destination: all its routes share one budget";
@@ -134,9 +133,9 @@ impl Rule for Retry {
             Row::shown("budget.minPerSecond", &retry.budget.min_per_second),
             Row::shown("replayLimit", &retry.replay_limit),
         ];
-        // The sidecar before the app leaves most retries to its callers.
+        // The sidecar in front of the app leaves most retries to its callers.
         if seen.is_inbound {
-            rows.push(Row::bare("", "inbound: only calls that the app cannot have seen"));
+            rows.push(Row::bare("", "inbound: only calls that the app could not have seen"));
         }
         rows
     }
@@ -167,14 +166,14 @@ impl RetrySpec {
 }
 
 fn conditions(list: &[RetryCondition], at: &Cursor<'_>) -> Sourced<RetryConditions> {
-    // What was refused was there.
+    // A refused condition counts as an entry.
     if list.is_empty() && at.size() == 0 {
         at.report("the list is empty", "write at least one condition, like 503 or `reset`, or `retry: off`");
     }
     let mut all = RetryConditions::default();
     for (index, condition) in list.iter().enumerate() {
         if all.contains(*condition) {
-            at.index(index).report(format!("`{condition}` stands twice"), "remove one of the two");
+            at.index(index).report(format!("`{condition}` appears twice"), "remove one of the two");
         }
         all = all.with(*condition);
     }
@@ -182,12 +181,12 @@ fn conditions(list: &[RetryCondition], at: &Cursor<'_>) -> Sourced<RetryConditio
 }
 
 impl BackoffSpec {
-    /// Reports a `base` that is longer than `max`, in the layer that makes it so.
+    /// Reports a `base` longer than `max`, in the layer that causes it.
     fn check(&self, below: &Backoff, at: &Cursor<'_>) -> Backoff {
         let mut base = self.base.map_or_else(|| below.base.clone(), |span| at.key("base").set(span.0));
         let mut max = self.max.map_or_else(|| below.max.clone(), |span| at.key("max").set(span.0));
         if base.value > max.value {
-            // Nobody must be told about a value that he never wrote: what is built in gives way.
+            // A built-in value is adjusted: a problem about a value that is not in the file would confuse.
             if base.origin == Origin::BuiltIn {
                 base = max.clone();
             } else if max.origin == Origin::BuiltIn {

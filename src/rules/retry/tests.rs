@@ -1,4 +1,4 @@
-//! The decision by table, the shape and its check by example.
+//! Tables of the decision; examples of the values and their check.
 
 use std::cell::RefCell;
 use std::sync::Arc;
@@ -38,14 +38,14 @@ fn seen(failure: AttemptFailure) -> AttemptSummary {
 }
 
 fn again(after: u64) -> RetryDecision {
-    RetryDecision::RetryReason { after: millis(after) }
+    RetryDecision::Retry { after: millis(after) }
 }
 
 #[test]
-fn each_failure_is_tried_again_if_the_policy_names_it() {
+fn each_failure_is_retried_if_the_policy_names_it() {
     use AttemptFailure::{Grpc, Refused, Reset, Status, Timeout, Unsent};
     use RetryDecision::Stop;
-    let half_of_the_base = RetryDecision::RetryReason { after: Duration::from_micros(12_500) };
+    let half_of_the_base = RetryDecision::Retry { after: Duration::from_micros(12_500) };
     let table = [
         (Status(200), Stop(NoRetryReason::NotAFailure)),
         (Status(404), Stop(NoRetryReason::NotAFailure)),
@@ -74,7 +74,7 @@ fn each_failure_is_tried_again_if_the_policy_names_it() {
 }
 
 #[test]
-fn what_the_policy_names_is_tried_again_even_below_500() {
+fn a_named_status_is_retried_even_below_500() {
     let mut retry = Retry::built_in();
     retry.on.value = RetryConditions::default().with(RetryCondition::Status(429)).with(RetryCondition::Grpc(2));
     assert_eq!(retry.decide(&AttemptSummary { random: 0.0, ..seen(AttemptFailure::Status(429)) }), again(0));
@@ -96,7 +96,7 @@ fn what_the_policy_names_is_tried_again_even_below_500() {
 }
 
 #[test]
-fn a_failure_is_what_speaks_against_the_callee_and_what_the_policy_names() {
+fn failures_are_those_of_the_upstream_and_those_that_the_policy_names() {
     use AttemptFailure::{Grpc, Reset, Status};
     let mut named = Retry::built_in();
     for condition in [RetryCondition::Status(404), RetryCondition::Grpc(1), RetryCondition::Grpc(10)] {
@@ -148,7 +148,7 @@ fn each_reason_stops_a_call_that_was_seen() {
 }
 
 #[test]
-fn the_sidecar_before_the_app_tries_again_only_what_nobody_else_can() {
+fn the_sidecar_in_front_of_the_app_retries_only_what_no_other_hop_can() {
     let inbound = |failure| AttemptSummary { is_inbound: true, is_reused: true, random: 0.0, ..seen(failure) };
     let at_the_caller = RetryDecision::Stop(NoRetryReason::AtTheCaller);
     let table = [
@@ -172,7 +172,7 @@ fn the_sidecar_before_the_app_tries_again_only_what_nobody_else_can() {
 }
 
 #[test]
-fn behind_an_open_breaker_nothing_is_tried_again() {
+fn behind_an_open_breaker_nothing_is_retried() {
     let open = |failure| AttemptSummary { is_circuit_open: true, is_safe: false, ..seen(failure) };
     for failure in [AttemptFailure::Unsent, AttemptFailure::Reset, AttemptFailure::Status(503)] {
         assert_eq!(
@@ -186,7 +186,7 @@ fn behind_an_open_breaker_nothing_is_tried_again() {
 }
 
 #[test]
-fn nobody_above_tries_again_what_was_tried_again_or_may_not_be_repeated() {
+fn a_call_that_was_retried_or_is_not_safe_is_final_for_hops_downstream() {
     let table = [
         (1, true, None, false),
         (1, true, Some(NoRetryReason::ConditionOff), false),
@@ -222,7 +222,7 @@ fn a_route_may_declare_that_its_calls_can_be_repeated() {
 }
 
 #[test]
-fn a_call_that_nobody_has_seen_goes_out_again_at_once_whatever_its_method() {
+fn an_unsent_call_is_retried_at_once_whatever_its_method() {
     let unsent = AttemptSummary { is_safe: false, is_marked_final: true, random: 0.9, ..seen(AttemptFailure::Unsent) };
     let mut retry = Retry::built_in();
     retry.on.value = RetryConditions::default();
@@ -249,13 +249,13 @@ fn the_wait_doubles_up_to_its_maximum_and_is_a_random_part_of_that() {
         for (random, wanted) in [(0.0, 0.0), (0.5, 0.5), (0.999, 0.999), (7.0, 1.0), (f64::NAN, 1.0), (-1.0, 1.0)] {
             let decision = retry.decide(&AttemptSummary { tries, random, ..seen(AttemptFailure::Reset) });
             let after = Duration::from_micros(most * 1000).mul_f64(wanted);
-            assert_eq!(decision, RetryDecision::RetryReason { after }, "try {tries}, random {random}");
+            assert_eq!(decision, RetryDecision::Retry { after }, "try {tries}, random {random}");
         }
     }
 }
 
 #[test]
-fn what_the_upstream_asks_for_is_waited_for_to_the_letter_but_not_past_the_deadline() {
+fn pushback_is_obeyed_exactly_but_not_past_the_deadline() {
     let asked =
         |wait| AttemptSummary { pushback: Some(Pushback::Wait(millis(wait))), ..seen(AttemptFailure::Status(503)) };
     assert_eq!(Retry::built_in().decide(&asked(0)), again(0));
@@ -264,7 +264,7 @@ fn what_the_upstream_asks_for_is_waited_for_to_the_letter_but_not_past_the_deadl
 }
 
 #[test]
-fn the_budget_is_asked_last_and_not_for_what_nobody_has_seen() {
+fn the_budget_is_checked_last_and_not_charged_for_an_unsent_call() {
     let (retry, budget, now) = (Retry::built_in(), RetryBudget::new(), Instant::now());
     let stopped = AttemptSummary { tries: 3, ..seen(AttemptFailure::Reset) };
     for _ in 0..100 {
@@ -272,7 +272,7 @@ fn the_budget_is_asked_last_and_not_for_what_nobody_has_seen() {
         assert_eq!(retry.next(&seen(AttemptFailure::Unsent), &budget, now), again(0));
     }
     for _ in 0..10 {
-        assert!(matches!(retry.next(&seen(AttemptFailure::Reset), &budget, now), RetryDecision::RetryReason { .. }));
+        assert!(matches!(retry.next(&seen(AttemptFailure::Reset), &budget, now), RetryDecision::Retry { .. }));
     }
     assert_eq!(retry.next(&seen(AttemptFailure::Reset), &budget, now), RetryDecision::Stop(NoRetryReason::RetryBudget));
     assert_eq!(
@@ -288,7 +288,7 @@ fn idempotent_methods_are_those_of_rfc_9110() {
     assert!(!["POST", "PATCH", "CONNECT", "get", "PURGE", ""].into_iter().any(is_idempotent));
 }
 
-/// A document that says nothing.
+/// An empty document.
 struct Nothing(Position);
 
 impl DocumentNode for Nothing {
@@ -319,7 +319,7 @@ fn read(value: &Value) -> Result<Toggle<RetrySpec>, String> {
     }
 }
 
-/// Lays the layers over what is built in, the last as a route's; the problems as `path: message (hint)`.
+/// Lays the layers over the built-in values, the last as a route's; the problems as `path: message (hint)`.
 fn layered(layers: &[Value]) -> (Retry, Vec<String>) {
     let (file, problems) = (Arc::from("p.yaml"), RefCell::new(Problems::default()));
     let nothing = Nothing(Position { line: 7, ..Position::default() });
@@ -372,7 +372,7 @@ fn off_turns_retries_off_and_a_mapping_on_again_with_the_values_below() {
 }
 
 #[test]
-fn a_back_off_that_is_built_in_gives_way_and_a_written_one_is_reported() {
+fn a_built_in_back_off_is_adjusted_and_a_written_one_is_reported() {
     let backoff = |value: Value| json!({ "backoff": value });
     let (retry, problems) = layered(&[backoff(json!({ "max": "10ms" }))]);
     assert_eq!((retry.backoff.base.value, problems.len()), (millis(10), 0));
@@ -391,7 +391,7 @@ fn a_back_off_that_is_built_in_gives_way_and_a_written_one_is_reported() {
 }
 
 #[test]
-fn all_that_contradicts_is_reported_at_once() {
+fn all_contradictions_are_reported_at_once() {
     let wrong = json!({
         "on": [503, "reset", 503],
         "backoff": { "base": "2s", "max": "1s" }, "budget": { "ratio": 0.5 },
@@ -404,7 +404,7 @@ fn all_that_contradicts_is_reported_at_once() {
 }
 
 #[test]
-fn what_cannot_be_read_comes_with_what_to_write() {
+fn an_unreadable_value_comes_with_a_hint() {
     let table = [
         (json!(true), "`{}` switches it on"),
         (json!("on"), "`{}` switches it on"),
@@ -436,7 +436,7 @@ fn what_cannot_be_read_comes_with_what_to_write() {
 }
 
 #[test]
-fn the_reader_is_told_of_every_field() {
+fn the_list_of_keys_is_that_of_the_fields() {
     let schema = SchemaGenerator::default().into_root_schema_for::<RetrySpec>();
     let mut known: Vec<_> = schema.get("properties").unwrap().as_object().unwrap().keys().cloned().collect();
     let mut told = RetrySpec::KEYS.to_vec();

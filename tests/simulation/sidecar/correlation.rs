@@ -12,11 +12,11 @@ impl Live<'_> {
         self.failed_at = below.is_some();
         let mark = ProxyStatus { is_final, at: Some(at), ..ProxyStatus::default() };
         if let Some(causes) = &self.causes {
-            causes.blame(&mark);
+            causes.record_status(&mark);
         }
         let has_tried_out = self.tries > 1 || (self.tries == 1 && self.request.is_safe);
         if mark.is_final && has_tried_out {
-            self.world.sidecars[self.sidecar].spent.note(self.keys, self.side.id, now, now);
+            self.world.sidecars[self.sidecar].spent.record(self.keys, self.side.id, now, now);
         }
         self.mark = Some(mark);
     }
@@ -33,12 +33,12 @@ impl Live<'_> {
         if let Some(at) = at {
             let now = self.now();
             let at = if at <= now + ms(10) { now } else { at };
-            self.world.sidecars[self.sidecar].late.note(self.keys, LATE, at, now);
+            self.world.sidecars[self.sidecar].late.record(self.keys, LATE, at, now);
         }
     }
 
     pub(super) fn blamed(&self) -> Option<ProxyStatus> {
-        self.entered.as_ref()?.inbound().blamed()
+        self.entered.as_ref()?.inbound().recorded_status()
     }
 
     pub(super) fn refused(&mut self, kind: LocalReplyKind) {

@@ -259,7 +259,7 @@ impl Drop for Live<'_> {
             let is_known = !self.request.grpc || self.until.is_some();
             self.abandon(is_known.then(|| self.request_at()));
         } else if self.is_the_apps {
-            self.world.sidecars[self.sidecar].late.forget(self.keys, LATE);
+            self.world.sidecars[self.sidecar].late.remove(self.keys, LATE);
         }
     }
 }
@@ -285,7 +285,7 @@ impl Live<'_> {
                 self.request.keys = self.keys;
             }
         } else {
-            match own.inbounds.join(self.keys) {
+            match own.inbounds.correlate(self.keys) {
                 Correlation::ByTrace(causes) => self.causes = Some(causes),
                 join => {
                     self.late_at = own.late.at(self.keys, LATE, now);
@@ -307,7 +307,7 @@ impl Live<'_> {
         }
         if self.side.direction == Direction::Inbound {
             let at = deadline.at.checked_sub(reserve(deadline.at - now)).unwrap_or(deadline.at);
-            self.entered = Some(own.inbounds.enter(self.keys, at));
+            self.entered = Some(own.inbounds.register(self.keys, at));
         }
         Ok(())
     }
@@ -359,7 +359,7 @@ impl Live<'_> {
                 self.has_answered();
             }
             let why = match self.decide(&report, now) {
-                RetryDecision::RetryReason { after } => {
+                RetryDecision::Retry { after } => {
                     self.was_seen |= !report.unseen;
                     if let Some(endpoint) = self.endpoint.take() {
                         self.tried.push(self.side.endpoints[endpoint].address);

@@ -68,7 +68,7 @@ impl Live<'_> {
         if let Some(position) = self.endpoint {
             self.judge_endpoint(position, trial.endpoint, outcome);
         }
-        let is_one_well = outcome == CallResult::Failure && side.group.is_one_well();
+        let is_one_well = outcome == CallResult::Failure && side.group.has_well_member();
         let (mut thresholds, mut most) = (self.thresholds(), side.policy.breaker.consecutive_failures);
         if is_one_well {
             (thresholds, most) = (thresholds.by_share_alone(), u32::MAX);
@@ -92,7 +92,7 @@ impl Live<'_> {
             if change.to == BreakerState::Open
                 && was_in
                 && !is_one_well
-                && let Some(first) = side.group.hurry(now)
+                && let Some(first) = side.group.end_first_ejection(now)
             {
                 let is_first = |one: &&Endpoint| one.member.address() == first.address();
                 side.endpoints.iter().filter(is_first).for_each(|one| one.watch.hurried(now));

@@ -48,7 +48,7 @@ impl Live<'_> {
     pub(super) fn decide(&self, report: &AttemptReport, now: Instant) -> RetryDecision {
         let Some(failure) = report.failure else { return RetryDecision::Stop(NoRetryReason::NotAFailure) };
         let own = &self.world.sidecars[self.sidecar];
-        let is_spent = self.side.direction == Direction::Outbound && own.spent.knows(self.keys, self.side.id, now);
+        let is_spent = self.side.direction == Direction::Outbound && own.spent.contains(self.keys, self.side.id, now);
         let is_marked = report.mark.as_ref().is_some_and(|mark| mark.is_final) || is_spent;
         let seen = AttemptSummary {
             tries: self.attempt,
