@@ -199,7 +199,7 @@ pub(super) fn log_warnings(model: &Model) {
 /// If an address is in use or a certificate cannot be used; the current policy stays in force.
 pub(super) fn replace(shared: &Arc<Shared>, model: Model, begun: Instant) -> Result<(), StartError> {
     let old = shared.policy.load_full();
-    let follow = |cluster: &_| shared.discovery.follow(cluster);
+    let follow = |cluster: &_| shared.discovery.keep_resolved(cluster);
     let service = &shared.settings.service;
     let next = Snapshot::compile(model, service, Some(&old), &shared.telemetry.hops, follow)?;
     let mut listeners = shared.listeners();

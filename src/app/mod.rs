@@ -105,9 +105,9 @@ impl App {
         let begun = tokio::time::Instant::now();
         control::log_warnings(&model);
         control::configure_log(&telemetry, &model);
-        let follow = |cluster: &_| discovery.follow(cluster);
+        let follow = |cluster: &_| discovery.keep_resolved(cluster);
         let snapshot = Snapshot::compile(model, &settings.service, None, &telemetry.hops, follow)?;
-        let admin_listener = socket::listen_alone(settings.admin)
+        let admin_listener = socket::listen_exclusive(settings.admin)
             .map_err(|source| StartError::Admin { address: settings.admin, source })?;
         let mut listeners = Listeners::new(settings.workers);
         let plan = listeners.plan(&snapshot.listeners)?;

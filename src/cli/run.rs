@@ -11,7 +11,7 @@ use crate::cli::{LogForm, RunArgs};
 use crate::config::{self, Settings, WatchedPath};
 use crate::policy::load;
 use crate::runtime::drain::DrainPhase;
-use crate::runtime::signals::{Ended, Hangup, Signals};
+use crate::runtime::signals::{Hangup, Signals, StopSignal};
 use crate::telemetry::{Sink, log};
 
 const BAD_POLICY: u8 = 1;
@@ -118,18 +118,18 @@ async fn until_stopped(app: App, signals: &mut Signals, settings: &Settings) {
 
 /// Returns when signals end the drain delay: at SIGINT, or at the second signal. `first` is the signal that began the drain. After
 /// `POST /drain` there is none yet: the next signal is the first one, because Kubernetes sends SIGTERM after a `preStop` hook.
-async fn delay_skipped(signals: &mut Signals, first: &mut Option<Ended>) {
+async fn delay_skipped(signals: &mut Signals, first: &mut Option<StopSignal>) {
     let first = match *first {
         Some(first) => first,
         None => *first.insert(signals.next().await),
     };
-    if first == Ended::Terminate {
+    if first == StopSignal::Terminate {
         signals.next().await;
     }
 }
 
 /// Returns at the second signal.
-async fn second_signal(signals: &mut Signals, first: Option<Ended>) {
+async fn second_signal(signals: &mut Signals, first: Option<StopSignal>) {
     if first.is_none() {
         signals.next().await;
     }

@@ -90,7 +90,7 @@ impl FlowDirection {
     }
 
     /// True if the body failed because the sender disconnected, and not because the body was malformed.
-    pub fn left(&self) -> bool {
+    pub fn disconnected(&self) -> bool {
         self.disconnected.get()
     }
 
@@ -152,7 +152,7 @@ impl Flow {
     }
 
     /// Records body bytes that passed in one direction at `now`.
-    pub fn passed(&self, direction: &FlowDirection, chunk: &[u8], now: Instant) {
+    pub fn record_bytes(&self, direction: &FlowDirection, chunk: &[u8], now: Instant) {
         direction.bytes.set(direction.bytes.get() + chunk.len() as u64);
         self.last_activity.set(now);
         if self.counts_messages.get() {
@@ -168,22 +168,22 @@ impl Flow {
     }
 
     /// Sets the callback for the caller's second gRPC message, which shows that the call is a stream. Called once.
-    pub fn when_it_streams(&self, callback: Box<dyn FnOnce()>) {
+    pub fn on_second_message(&self, callback: Box<dyn FnOnce()>) {
         *self.on_second_message.borrow_mut() = Some(callback);
     }
 
     /// When a body byte last passed in either direction; the begin of the exchange before the first.
-    pub fn last(&self) -> Instant {
+    pub fn last_activity(&self) -> Instant {
         self.last_activity.get()
     }
 
     /// Sets whether the upstream has room for more of the request body than the caller has sent.
-    pub fn starve(&self, awaits_body: bool) {
+    pub fn set_awaits_body(&self, awaits_body: bool) {
         self.awaits_body.set(awaits_body);
     }
 
     /// True if the upstream waits for the rest of the request body.
-    pub fn is_starved(&self) -> bool {
+    pub fn awaits_body(&self) -> bool {
         self.awaits_body.get() && !self.request.ended()
     }
 
@@ -231,23 +231,23 @@ impl Flow {
     ///
     /// Set while a response body is in progress: a caller that stops reading also stops the polls of the response body, and
     /// with them the body's own timer.
-    pub fn cut_by(&self, cutoff: Option<Cutoff>) {
+    pub fn set_cutoff(&self, cutoff: Option<Cutoff>) {
         self.cutoff.set(cutoff);
     }
 
     /// When the response has to be cut off; `None` while no response body is in progress.
-    pub fn cut_time(&self) -> Option<Instant> {
+    pub fn cutoff_at(&self) -> Option<Instant> {
         let Cutoff { at, idle } = self.cutoff.get()?;
-        Some(at.min(self.last() + idle))
+        Some(at.min(self.last_activity() + idle))
     }
 
     /// Records that the downstream connection has cut the response off.
-    pub fn cut(&self) {
+    pub fn record_cutoff(&self) {
         self.was_cut.set(true);
     }
 
     /// True if the downstream connection has cut the response off, while the response body was not polled.
-    pub fn was_cut(&self) -> bool {
+    pub fn was_cut_off(&self) -> bool {
         self.was_cut.get()
     }
 }

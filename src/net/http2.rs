@@ -3,17 +3,17 @@
 //! `proxy::serve` sets them on the server, `upstream::http2` on the client.
 
 /// Concurrent streams on one connection.
-pub const STREAMS: u32 = 256;
+pub const MAX_STREAMS: u32 = 256;
 
 /// Flow-control window of a stream, in bytes: how much of it may wait to be read.
-pub const STREAM: u32 = 256 * 1024;
+pub const STREAM_WINDOW: u32 = 256 * 1024;
 
 /// Flow-control window of a connection, in bytes: four times the windows of all its streams, so that a stream that is not
 /// read blocks no other. h2 ends a connection on which too many small frames wait (ENHANCE_YOUR_CALM); its limit follows
 /// from half of this window, half a million frames. Those take 130 MiB, streams full of large frames 84 MiB.
-pub const CONNECTION: u32 = 4 * STREAM * STREAMS;
+pub const CONNECTION_WINDOW: u32 = 4 * STREAM_WINDOW * MAX_STREAMS;
 
 /// Frames in the life of a connection for streams that were reset so long ago that h2 has forgotten them; one more ends
 /// the connection. A peer with much in flight when a hundred calls are cancelled at once behaves correctly, so this is far
 /// beyond h2's default of 1,024.
-pub const LATE_FRAMES: usize = 65_536;
+pub const MAX_LATE_FRAMES: usize = 65_536;

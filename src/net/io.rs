@@ -85,7 +85,7 @@ impl Io {
 
     /// Drops the stream so that the peer cannot mistake a truncated message for a complete one: a TCP socket is reset, TLS
     /// ends without `close_notify`.
-    pub fn break_off(self) {
+    pub fn abort(self) {
         if let Kind::Tcp(stream) = &self.kind {
             socket::reset_on_drop(stream);
         }

@@ -48,7 +48,7 @@ fn open(address: SocketAddr, shared: bool) -> io::Result<TcpListener> {
 ///
 /// # Errors
 /// If the socket cannot be opened, or the address is in use.
-pub fn listen_alone(address: SocketAddr) -> io::Result<TcpListener> {
+pub fn listen_exclusive(address: SocketAddr) -> io::Result<TcpListener> {
     open(address, false)
 }
 

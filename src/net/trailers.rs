@@ -30,7 +30,7 @@ const FORBIDDEN: [HeaderName; 20] = [
 ];
 
 /// Removes the forbidden fields, and those in `named`: the names that the message's `Connection` field lists.
-pub fn clean(trailers: &mut HeaderMap, named: &[HeaderName]) {
+pub fn sanitize(trailers: &mut HeaderMap, named: &[HeaderName]) {
     for name in FORBIDDEN.iter().chain(named) {
         trailers.remove(name);
     }
@@ -46,7 +46,7 @@ mod tests {
         for name in ["grpc-status", "x-sum", "content-length", "host", "x-hop"] {
             trailers.insert(HeaderName::from_static(name), "1".parse().unwrap());
         }
-        clean(&mut trailers, &[HeaderName::from_static("x-hop")]);
+        sanitize(&mut trailers, &[HeaderName::from_static("x-hop")]);
         let mut left: Vec<_> = trailers.keys().map(HeaderName::as_str).collect();
         left.sort_unstable();
         assert_eq!(left, ["grpc-status", "x-sum"]);

@@ -140,7 +140,7 @@ impl Snapshot {
     ) {
         for destination in &self.destinations {
             destination.concurrency.set_limit(destination.values.limits.in_flight.value);
-            if let Some((member, change)) = destination.cluster.forget_others(now) {
+            if let Some((member, change)) = destination.cluster.make_current(now) {
                 on_change(destination, &member, &change);
             }
         }

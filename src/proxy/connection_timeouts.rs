@@ -88,10 +88,10 @@ impl ConnectionTimeouts {
         if downstream.is_busy() {
             self.state = State::Busy;
             let Some(flow) = downstream.newest() else { return Poll::Pending };
-            let Some(at) = flow.cut_time() else { return Poll::Pending };
+            let Some(at) = flow.cutoff_at() else { return Poll::Pending };
             return match self.ring(cx, at) {
                 Poll::Ready(()) => {
-                    flow.cut();
+                    flow.record_cutoff();
                     Poll::Ready(ConnectionEnd::Cut)
                 }
                 Poll::Pending => Poll::Pending,
@@ -179,12 +179,12 @@ impl ConnectionTimeouts {
         timers: &Timers,
         timer: &mut Option<Timer>,
     ) -> Poll<()> {
-        let Some(at) = flow.cut_time() else { return Poll::Pending };
+        let Some(at) = flow.cutoff_at() else { return Poll::Pending };
         let timer = timer.get_or_insert_with(|| timers.at(at));
         timer.set(at);
         match timer.poll(cx) {
             Poll::Ready(()) => {
-                flow.cut();
+                flow.record_cutoff();
                 Poll::Ready(())
             }
             Poll::Pending => Poll::Pending,

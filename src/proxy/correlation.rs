@@ -63,7 +63,7 @@ pub(super) fn register(context: &mut RequestContext, at: Instant) {
     let registration = context.worker().inflight.register(keys, at);
     if context.is_grpc() {
         let inbound = Arc::clone(registration.inbound());
-        context.flow().when_it_streams(Box::new(move || inbound.set_deadline(stream_deadline)));
+        context.flow().on_second_message(Box::new(move || inbound.set_deadline(stream_deadline)));
     }
     if let Some(correlated) = context.correlation_mut() {
         correlated.registration = Some(registration);

@@ -112,21 +112,21 @@ fn abort_response(context: &RequestContext, attempt: &Attempt, fault: &Fault, ab
     let said = format!("the fault {} of the policy answered in the upstream's place", fault.name.value);
     let status = match abort {
         Abort::Grpc(code) if context.is_grpc() => {
-            return grpc::trailers_only(code.number(), &said, UpstreamBody::Own(Bytes::new()));
+            return grpc::trailers_only(code.number(), &said, UpstreamBody::Local(Bytes::new()));
         }
         Abort::Grpc(code) => grpc::as_http(code.number()),
         Abort::Status(status) => status,
     };
     let is_head = attempt.request().is_some_and(|request| request.method() == Method::HEAD);
     let is_bare = matches!(status, StatusCode::NO_CONTENT | StatusCode::RESET_CONTENT | StatusCode::NOT_MODIFIED);
-    let mut response = Response::new(UpstreamBody::Own(Bytes::new()));
+    let mut response = Response::new(UpstreamBody::Local(Bytes::new()));
     *response.status_mut() = status;
     // For a gRPC caller the text becomes its message.
     if context.is_grpc() || (!is_head && !is_bare) {
         let body = Bytes::from(said + "\n");
         response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain"));
         response.headers_mut().insert(header::CONTENT_LENGTH, HeaderValue::from(body.len()));
-        *response.body_mut() = UpstreamBody::Own(body);
+        *response.body_mut() = UpstreamBody::Local(body);
     }
     response
 }
@@ -262,7 +262,7 @@ mod tests {
     ) -> (Vec<(usize, u128)>, bool, u128) {
         let begun = Instant::now();
         let fault = BodyFault { name: "f".into(), cut_after, rate, until: begun + until };
-        let body = UpstreamBody::Own(Bytes::from_static(bytes));
+        let body = UpstreamBody::Local(Bytes::from_static(bytes));
         let mut body = FaultyBody::new(body, fault, &Timers::default(), begun);
         let mut pieces = Vec::new();
         let mut promised = body.size_hint().exact().unwrap();

@@ -164,7 +164,7 @@ pub(super) fn trailers_received(context: &RequestContext, attempt: &Attempt, cod
 /// the response as slowly as it likes.
 fn weigh_failure_after_head(attempt: &Attempt, now: Instant) {
     if let Some(endpoint) = attempt.endpoint() {
-        endpoint.load.failed(Duration::ZERO, now);
+        endpoint.load.record_failure(Duration::ZERO, now);
     }
 }
 
@@ -329,10 +329,10 @@ fn report_to_endpoint(
         Some(EjectionEvent::Ejected(change)) => endpoint.cluster.ejection_changed(telemetry, member, &change, now),
         Some(EjectionEvent::Kept { consecutive }) => {
             let (name, cluster) = (&destination.values.name, &endpoint.cluster);
-            telemetry.ejection_changed(name, "kept", cluster.health.out_now(now));
+            telemetry.ejection_changed(name, "kept", cluster.health.ejected_count(now));
             tracing::warn!(
                 destination = name,
-                dynamic_host = cluster.place,
+                dynamic_host = cluster.dynamic_host,
                 endpoint = %member.address(),
                 consecutive,
                 "the endpoint fails but is the last one in: it is not ejected"
@@ -360,19 +360,19 @@ pub fn policy_changed(telemetry: &Telemetry, old: &Snapshot, next: &Snapshot, no
     let there = next.destinations.iter().map(|one| (one, one.breaker.is_some(), one.ejection.is_some()));
     for (destination, breaker, ejection) in gone.chain(there) {
         let health = &destination.cluster.health;
-        if health.show(breaker, ejection) {
-            let state = health.state_now(now).number();
-            telemetry.set_health_gauges(&destination.values.name, state, health.out_now(now));
+        if health.set_reported(breaker, ejection) {
+            let state = health.breaker_state(now).number();
+            telemetry.set_health_gauges(&destination.values.name, state, health.ejected_count(now));
         }
     }
 }
 
 fn breaker_changed(telemetry: &Telemetry, cluster: &Cluster, change: &StateChange, now: Instant) {
     let name = &*cluster.identity.name;
-    telemetry.breaker_changed(name, change.to.as_str(), cluster.health.state_now(now).number());
+    telemetry.breaker_changed(name, change.to.as_str(), cluster.health.breaker_state(now).number());
     tracing::warn!(
         destination = name,
-        dynamic_host = cluster.place,
+        dynamic_host = cluster.dynamic_host,
         from = change.from.as_str(),
         to = change.to.as_str(),
         cause = change.cause.as_str(),

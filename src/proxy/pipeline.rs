@@ -140,10 +140,10 @@ fn keep_outgoing(
     let rule = &context.route().retry;
     let flow = Rc::clone(context.flow());
     if !rule.enabled.value || switches_protocol || context.modes().retry.value.is_off() {
-        attempt.set_request(Request::from_parts(head, RequestBody::caller(body, flow, named)));
+        attempt.set_request(Request::from_parts(head, RequestBody::streaming(body, flow, named)));
         return;
     }
-    let (body, replay) = RequestBody::repeatable(body, flow, named, rule.replay_limit.value as usize);
+    let (body, replay) = RequestBody::replayable(body, flow, named, rule.replay_limit.value as usize);
     retry.keep(head.clone(), replay);
     attempt.set_request(Request::from_parts(head, body));
 }

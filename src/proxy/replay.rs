@@ -45,7 +45,7 @@ impl RetryState {
     /// The request once more; `None` if it was not kept, or too much of its body has passed.
     pub(super) fn request(&self, flow: &Rc<Flow>) -> Option<Request<RequestBody>> {
         let replay = self.replay.as_ref()?;
-        Some(Request::from_parts(replay.head.clone(), replay.body.again(flow)?))
+        Some(Request::from_parts(replay.head.clone(), replay.body.next_body(flow)?))
     }
 
     /// Notes whether the upstream may have seen the request in the current attempt.

@@ -64,7 +64,7 @@ impl RequestContext {
         request: &Request<B>,
         scan: &HeaderScan,
     ) -> Self {
-        let now = flow.last();
+        let now = flow.last_activity();
         let view = worker.view();
         let is_grpc = scan.kind == ContentKind::Grpc;
         let protocol = match request.version() {

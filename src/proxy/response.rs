@@ -209,8 +209,8 @@ fn from_grpc_upstream(
     let code = GrpcStatus::of_http(status);
     let message = match response.body() {
         // The text of an injected fault; a discarded response has none.
-        UpstreamBody::Own(text) if !text.is_empty() => String::from_utf8_lossy(text).trim_end().to_owned(),
-        UpstreamBody::Own(_) | UpstreamBody::Http1(_) | UpstreamBody::Http2(_) => {
+        UpstreamBody::Local(text) if !text.is_empty() => String::from_utf8_lossy(text).trim_end().to_owned(),
+        UpstreamBody::Local(_) | UpstreamBody::Http1(_) | UpstreamBody::Http2(_) => {
             format!("the upstream answered with HTTP status {} and no gRPC status", status.as_u16())
         }
     };

@@ -107,10 +107,10 @@ impl ResponseBody {
             // When the last chunk came matters to no limit.
             let now = if is_last { context.ended_at() } else { Instant::now() };
             let flow = context.flow();
-            flow.passed(&flow.response, chunk, now);
+            flow.record_bytes(&flow.response, chunk, now);
         }
         if let Some(fields) = frame.trailers_mut() {
-            trailers::clean(fields, &response.named_by_connection);
+            trailers::sanitize(fields, &response.named_by_connection);
             if let Some((code, message)) = grpc::read_status(fields) {
                 context.record_mut().set_grpc_status(code, message);
                 outlier_detection::trailers_received(context, attempt, code);
@@ -135,7 +135,7 @@ impl ResponseBody {
     fn set_cutoff(&mut self) {
         if let Some(exchange) = &self.exchange {
             let context = &exchange.context;
-            context.flow().cut_by(Some(context.timeout_state().cutoff(context.timeouts())));
+            context.flow().set_cutoff(Some(context.timeout_state().cutoff(context.timeouts())));
         }
     }
 
@@ -144,7 +144,7 @@ impl ResponseBody {
     fn overdue(&self) -> Option<LocalReply> {
         let context = &self.exchange.as_ref()?.context;
         let flow = context.flow();
-        match context.timeout_state().check(WaitingFor::Body, flow.last(), context.timeouts(), flow) {
+        match context.timeout_state().check(WaitingFor::Body, flow.last_activity(), context.timeouts(), flow) {
             TimeoutVerdict::Expired(reply) => Some(reply),
             TimeoutVerdict::Wait(_) => None,
         }
@@ -162,7 +162,7 @@ impl ResponseBody {
         self.source = Source::Empty;
         let Some(mut exchange) = self.exchange.take() else { return Poll::Ready(Some(Err(cut))) };
         let (context, now) = (&mut exchange.context, Instant::now());
-        context.flow().cut_by(None);
+        context.flow().set_cutoff(None);
         context.set_ended_at(now);
         context.record_mut().complete();
         if !context.is_grpc() {
@@ -184,7 +184,7 @@ impl ResponseBody {
         }
         let message = match &cut {
             BodyError::Upstream(error) => {
-                format!("hopguard upstream_cut: the upstream broke off its response: {}", error.sentence())
+                format!("hopguard upstream_cut: the upstream broke off its response: {}", error.with_causes())
             }
             BodyError::Fault(_) | BodyError::Ended(_) => format!("hopguard upstream_cut: {cut}"),
         };
@@ -193,12 +193,12 @@ impl ResponseBody {
 
     /// The caller's own body has broken off. A caller that has left is told nothing, and no hop is at fault.
     fn caller_broke_off(&mut self, reply: &LocalReply, cut: BodyError) -> PolledFrame {
-        if self.exchange.as_ref().is_none_or(|exchange| !exchange.context.flow().request.left()) {
+        if self.exchange.as_ref().is_none_or(|exchange| !exchange.context.flow().request.disconnected()) {
             return self.end_with(reply);
         }
         self.source = Source::Empty;
         if let Some(exchange) = self.exchange.take() {
-            exchange.context.flow().cut_by(None);
+            exchange.context.flow().set_cutoff(None);
         }
         Poll::Ready(Some(Err(cut)))
     }
@@ -257,7 +257,7 @@ fn report_early_end(exchange: &mut ActiveExchange, kind: LocalReplyKind, now: In
 /// Ends an exchange whose response is complete; its connection goes back to the pool if it can take another request.
 fn finish(mut exchange: Box<ActiveExchange>, cx: &mut Context<'_>) {
     let ActiveExchange { context, attempt, response, .. } = &mut *exchange;
-    context.flow().cut_by(None);
+    context.flow().set_cutoff(None);
     context.flow().response.end();
     let now = Instant::now();
     context.set_ended_at(now);
@@ -278,7 +278,7 @@ impl Drop for ResponseBody {
         let flow = exchange.context.flow();
         if self.length.is_some_and(|length| flow.response.bytes() >= length) {
             finish(exchange, &mut Context::from_waker(Waker::noop()));
-        } else if flow.was_cut() {
+        } else if flow.was_cut_off() {
             let ActiveExchange { context, attempt, .. } = &mut *exchange;
             let now = Instant::now();
             if let Some(reply) = context.timeout_state().unread_cutoff(now, context.timeouts(), context.flow()) {
@@ -324,7 +324,8 @@ impl ResponseBody {
     /// What the upstream has sent, or the end that a time limit puts to it.
     fn poll_next(&mut self, cx: &mut Context<'_>) -> PolledFrame {
         // hyper may have room for a chunk long before the caller takes it.
-        let unasked = self.exchange.as_ref().filter(|_| !self.waits).map(|exchange| exchange.context.flow().last());
+        let unasked =
+            self.exchange.as_ref().filter(|_| !self.waits).map(|exchange| exchange.context.flow().last_activity());
         let polled = match &self.exchange {
             Some(exchange) if exchange.attempt.lease().is_some_and(Lease::is_http1) => {
                 let waker = Rc::clone(exchange.context.waker());

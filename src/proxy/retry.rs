@@ -253,7 +253,7 @@ fn discard(
     let hop_by_hop = headers::strip(&mut head.headers.clone(), &HeaderScan::scan(&head.headers));
     drain_body(context, attempt, body, hop_by_hop.kept_for(head.version));
     head.headers.remove(header::CONTENT_LENGTH);
-    Response::from_parts(head, UpstreamBody::Own(Bytes::new()))
+    Response::from_parts(head, UpstreamBody::Local(Bytes::new()))
 }
 
 /// Reads what has come already of a body, so that its connection can be used again; nothing is waited for. `keep_alive` is how

@@ -50,7 +50,7 @@ pub(super) fn upstream(context: &RequestContext, attempt: &Attempt) -> Result<Up
         return Err(LocalReply::plain(LocalReplyKind::NoRoute, detail));
     };
     let port = target.port.unwrap_or(if compiled.values.tls.is_some() { 443 } else { 80 });
-    Ok(Upstream { destination, pool: pools.place(&compiled.cluster, target.host, port) })
+    Ok(Upstream { destination, pool: pools.dynamic_pool(&compiled.cluster, target.host, port) })
 }
 
 /// A connection that is open already, to the endpoint that is the best one now.
@@ -83,7 +83,7 @@ fn wants_fresh(context: &RequestContext, pool: &Pool, lease: &Lease, now: Instan
         && lease.is_http1()
         && pool.cluster.identity.tls.is_none()
         && endpoint.address.socket.ip().is_loopback()
-        && endpoint.grants_fresh(now)
+        && endpoint.admits_fresh_connection(now)
 }
 
 /// The best endpoint that this call has not asked yet, with a permit of that endpoint.
@@ -97,11 +97,11 @@ pub(super) fn pick(
     let upstream = attempt.upstream()?;
     let destination = upstream.destination;
     let obeys = context.destination(destination).ejects;
-    let mut endpoint = upstream.pool.pick_now(now, retry.attempted(), obeys)?;
+    let mut endpoint = upstream.pool.pick(now, retry.attempted(), obeys)?;
     let mut permit = outlier_detection::admit_at_endpoint(context, destination, &endpoint, now);
     if permit.is_none() {
         // Another call is just probing it.
-        endpoint = upstream.pool.pick_now(now, retry.attempted(), obeys)?;
+        endpoint = upstream.pool.pick(now, retry.attempted(), obeys)?;
         permit = outlier_detection::admit_at_endpoint(context, destination, &endpoint, now);
     }
     attempt.set_endpoint(Some(Rc::clone(&endpoint)), permit.unwrap_or_default());
@@ -126,7 +126,7 @@ pub(super) async fn connect(
 ) -> Result<Lease, LocalReply> {
     let options = options(context, attempt);
     let pool = pool(attempt)?;
-    let open = async |endpoint: &Rc<Endpoint>| pool.open(endpoint, preference, options).await;
+    let open = async |endpoint: &Rc<Endpoint>| pool.connect(endpoint, preference, options).await;
     open_at_endpoint(context, attempt, retry, open).await
 }
 
@@ -141,7 +141,7 @@ pub(super) async fn bare_stream(
 ) -> Result<Io, LocalReply> {
     let options = options(context, attempt);
     let pool = pool(attempt)?;
-    let open = async |endpoint: &Rc<Endpoint>| pool.bare_stream(endpoint, options).await;
+    let open = async |endpoint: &Rc<Endpoint>| pool.connect_stream(endpoint, options).await;
     let stream = open_at_endpoint(context, attempt, retry, open).await?;
     if let Some(endpoint) = attempt.endpoint() {
         context.record_mut().set_connection(endpoint.address.socket, ConnectionUse::New);
@@ -157,7 +157,7 @@ fn options(context: &RequestContext, attempt: &Attempt) -> ConnectOptions {
     let destination = attempt.upstream().map_or(context.route_id().owner(), |upstream| upstream.destination);
     let keep = &context.destination(destination).values.connections;
     let connect = context.timeouts().connect.value;
-    ConnectOptions { connect, keep: keep.idle.value, most: keep.max_idle.value as usize }
+    ConnectOptions { connect_timeout: connect, idle_timeout: keep.idle.value, max_idle: keep.max_idle.value as usize }
 }
 
 /// Opens a connection at an endpoint; each endpoint that is asked has `timeouts.connect`.
@@ -189,13 +189,13 @@ async fn open_at_endpoint<T>(
             Ok(Ok(opened)) => return Ok(opened),
             Ok(Err(error)) => (
                 connect_failed(context, &error, address),
-                matches!(error, ConnectError::Network(_) | ConnectError::Late),
+                matches!(error, ConnectError::Network(_) | ConnectError::Timeout),
             ),
             // A short deadline says nothing about the endpoint.
             Err(late) if !outlier_detection::is_upstreams_fault(context, late.kind) => return Err(late),
             Err(late) => (late, false),
         };
-        endpoint.load.failed(now.saturating_duration_since(began), now);
+        endpoint.load.record_failure(now.saturating_duration_since(began), now);
         if !is_unreachable || now >= context.request_at() {
             // The endpoint was reached, or there is no time left: the caller is told that, and not whether another endpoint
             // is there.
@@ -231,7 +231,7 @@ pub(super) async fn pick_resolved(
     let until = context.request_at();
     let began = Instant::now();
     let pool = pool(attempt)?;
-    let resolved = timeouts::within(context, until, pool.known()).await;
+    let resolved = timeouts::within(context, until, pool.wait_resolved()).await;
     // Name resolution counts as a part of connecting.
     context.record_mut().add_connect_time(began.elapsed());
     match resolved {
@@ -263,7 +263,7 @@ async fn within_request<F: Future>(
 }
 
 fn connect_failed(context: &RequestContext, error: &ConnectError, address: SocketAddr) -> LocalReply {
-    if matches!(error, ConnectError::Late) {
+    if matches!(error, ConnectError::Timeout) {
         let limit = &context.timeouts().connect;
         return LocalReply::timed(LocalReplyKind::ConnectTimeout, "timeouts.connect", limit, not_in_time(address));
     }
@@ -284,7 +284,7 @@ fn connect_error(error: &ConnectError) -> LocalReply {
         ConnectError::Handshake(error) if !error.is_malformed() => LocalReplyKind::ConnectFailed,
         ConnectError::Handshake(_) | ConnectError::NotHttp2 => LocalReplyKind::UpstreamProtocol,
         ConnectError::NoAddress(_) => LocalReplyKind::DnsFailed,
-        ConnectError::Late => LocalReplyKind::ConnectTimeout,
+        ConnectError::Timeout => LocalReplyKind::ConnectTimeout,
     };
     LocalReply::plain(kind, error.to_string())
 }
@@ -300,6 +300,6 @@ pub(super) fn give_back(
 ) {
     let options = options(context, attempt);
     let announced = keep_alive.map(|seconds| Duration::from_secs(seconds.into()));
-    lease.give_back(cx, options.keep, options.most, announced, now);
-    context.worker().upstreams.note_idle();
+    lease.check_in(cx, options.idle_timeout, options.max_idle, announced, now);
+    context.worker().upstreams.request_sweep();
 }

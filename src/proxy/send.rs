@@ -62,7 +62,7 @@ pub(super) async fn send(
         };
         attempt.connected(begun, lease.reused);
         let connection = match lease.reused {
-            true => ConnectionUse::Reused { age: begun.saturating_duration_since(lease.born) },
+            true => ConnectionUse::Reused { age: begun.saturating_duration_since(lease.opened_at) },
             false => ConnectionUse::New,
         };
         context.record_mut().set_connection(lease.endpoint.address.socket, connection);
@@ -127,9 +127,9 @@ fn weigh(
     took: Duration,
 ) {
     if outlier_detection::counts_against_upstream(context, result) {
-        endpoint.load.failed(took, context.ended_at());
+        endpoint.load.record_failure(took, context.ended_at());
     } else if result.is_ok() {
-        endpoint.load.answered(took, context.ended_at());
+        endpoint.load.record_response(took, context.ended_at());
     }
 }
 
@@ -225,10 +225,10 @@ fn broke_off(
     began: Instant,
     now: Instant,
 ) -> LocalReply {
-    attempt.broke_off(error.is_unprocessed(), error.is_close(), error.is_go_away());
+    attempt.broke_off(error.is_unprocessed(), error.is_connection_closed(), error.is_go_away());
     let reply = broken(context, lease.reused, error);
-    if error.is_close() && outlier_detection::is_upstreams_fault(context, reply.kind) {
-        lease.lost_race(began, now);
+    if error.is_connection_closed() && outlier_detection::is_upstreams_fault(context, reply.kind) {
+        lease.record_idle_close(began, now);
     }
     reply
 }
@@ -238,7 +238,7 @@ fn broken(context: &RequestContext, is_reused: bool, error: &UpstreamError) -> L
     if let Some(reply) = admission::broken_body(context) {
         return reply;
     }
-    let cause = error.sentence();
+    let cause = error.with_causes();
     if error.is_malformed() {
         let detail = format!("the response cannot be parsed: {cause}");
         return LocalReply::plain(LocalReplyKind::UpstreamProtocol, detail);

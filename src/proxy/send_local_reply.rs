@@ -16,7 +16,7 @@ pub(super) fn send_local_reply(exchange: &mut ActiveExchange, reply: &LocalReply
     let (is_grpc, now) = (context.is_grpc(), Instant::now());
     context.set_ended_at(now);
     // A caller that left during its body gets no reply.
-    let has_left = reply.kind == LocalReplyKind::BadRequest && context.flow().request.left();
+    let has_left = reply.kind == LocalReplyKind::BadRequest && context.flow().request.disconnected();
     if !has_left {
         context.record_mut().refuse(reply.record());
     }

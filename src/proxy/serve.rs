@@ -74,7 +74,7 @@ pub async fn http1(worker: Rc<WorkerContext>, downstream: Rc<DownstreamConnectio
     let handoff = downstream.take_handoff();
     match end {
         // An orderly close would say that the response is complete.
-        ConnectionEnd::Over(Err(_)) | ConnectionEnd::Cut if downstream.is_unframed() => stream.break_off(),
+        ConnectionEnd::Over(Err(_)) | ConnectionEnd::Cut if downstream.is_unframed() => stream.abort(),
         ConnectionEnd::Over(Ok(())) => match handoff {
             Some(join) => join(stream.with_prefix(parts.read_buf)).await,
             None => close(stream).await,
@@ -110,10 +110,10 @@ pub async fn http2(worker: Rc<WorkerContext>, downstream: Rc<DownstreamConnectio
     let mut connection = pin!(
         http2::Builder::new(streams)
             .timer(TokioTimer::new())
-            .initial_stream_window_size(bounds::STREAM)
-            .initial_connection_window_size(bounds::CONNECTION)
-            .max_concurrent_streams(bounds::STREAMS)
-            .max_local_error_reset_streams(bounds::LATE_FRAMES)
+            .initial_stream_window_size(bounds::STREAM_WINDOW)
+            .initial_connection_window_size(bounds::CONNECTION_WINDOW)
+            .max_concurrent_streams(bounds::MAX_STREAMS)
+            .max_local_error_reset_streams(bounds::MAX_LATE_FRAMES)
             .max_header_list_size(u32::try_from(watch.max_header_size + MORE_THAN_ALLOWED).unwrap_or(u32::MAX))
             .keep_alive_interval(PING_EVERY)
             .keep_alive_timeout(PING_TIMEOUT)

@@ -89,14 +89,14 @@ impl TimeoutState {
             WaitingFor::Head { attempt_began } if !is_stream => {
                 let Some(per_try) = &limits.per_try else { return TimeoutVerdict::Wait(next) };
                 let try_at = attempt_began + per_try.value;
-                if now >= try_at && !flow.is_starved() {
+                if now >= try_at && !flow.awaits_body() {
                     let detail = "no response within one attempt";
                     return expired(LocalReplyKind::PerTryTimeout, "timeouts.perTry", per_try, detail);
                 }
                 TimeoutVerdict::Wait(if now >= try_at { next } else { next.min(try_at) })
             }
             WaitingFor::Head { .. } | WaitingFor::Body => {
-                let idle_at = flow.last() + limits.idle.value;
+                let idle_at = flow.last_activity() + limits.idle.value;
                 if now >= idle_at {
                     let detail = "no byte in either direction";
                     return expired(LocalReplyKind::IdleTimeout, "timeouts.idle", &limits.idle, detail);
@@ -114,7 +114,7 @@ impl TimeoutState {
     /// Whether a gRPC call has shown by now that it is not unary. A message that the upstream does not take shows nothing:
     /// only a caller that the upstream waits for has not finished sending.
     pub(super) fn has_shown_a_stream(&self, flow: &Flow) -> bool {
-        self.is_grpc && (flow.is_starved() || flow.request.messages() > 1 || flow.response.messages() > 0)
+        self.is_grpc && (flow.awaits_body() || flow.request.messages() > 1 || flow.response.messages() > 0)
     }
 
     /// The deadline of the exchange if it is a stream: only gRPC streams have one.
@@ -132,7 +132,7 @@ impl TimeoutState {
     /// Why a response was cut while the caller did not read on: the caller's fault, unless it was still reading.
     pub(super) fn unread_cutoff(&self, now: Instant, limits: &Timeouts, flow: &Flow) -> Option<LocalReply> {
         let TimeoutVerdict::Expired(reply) = self.check(WaitingFor::Body, now, limits, flow) else { return None };
-        Some(self.blame_slow_reader(reply, now.saturating_duration_since(flow.last()), limits))
+        Some(self.blame_slow_reader(reply, now.saturating_duration_since(flow.last_activity()), limits))
     }
 
     /// The end of a response of which the caller has taken nothing for `still`: the caller's own fault, unless it was still
@@ -154,7 +154,7 @@ impl TimeoutState {
     }
 
     fn request_expired(&self, waiting: WaitingFor, limits: &Timeouts, flow: &Flow) -> LocalReply {
-        let (kind, detail) = if flow.is_starved() {
+        let (kind, detail) = if flow.awaits_body() {
             (LocalReplyKind::CallerTimeout, "the caller's body did not come in time")
         } else if waiting == WaitingFor::Body {
             (LocalReplyKind::RequestTimeout, "the response did not end in time")
@@ -251,12 +251,12 @@ mod tests {
     fn a_slow_caller_is_blamed_for_its_own_body() {
         let now = Instant::now();
         let flow = Flow::new(now);
-        flow.starve(true);
+        flow.set_awaits_body(true);
         assert_eq!(
             kind(state(now).check(head(now), now + secs(2), &limits(), &flow)),
             Some(LocalReplyKind::CallerTimeout)
         );
-        flow.starve(false);
+        flow.set_awaits_body(false);
         assert_eq!(
             kind(state(now).check(head(now), now + secs(2), &limits(), &flow)),
             Some(LocalReplyKind::RequestTimeout)
@@ -306,7 +306,7 @@ mod tests {
         let open = |after| check(WaitingFor::Body, after);
         assert_eq!(open(59), TimeoutVerdict::Wait(now + secs(60)));
         assert_eq!(kind(open(60)), Some(LocalReplyKind::IdleTimeout));
-        flow.passed(&flow.response, b"data", now + secs(3590));
+        flow.record_bytes(&flow.response, b"data", now + secs(3590));
         assert_eq!(open(3599), TimeoutVerdict::Wait(now + secs(3600)));
         assert_eq!(kind(open(3600)), Some(LocalReplyKind::MaxDuration));
     }
@@ -327,15 +327,15 @@ mod tests {
             let flow = Flow::new(now);
             flow.count_messages();
             for _ in 0..sent {
-                flow.passed(&flow.request, &one, now);
+                flow.record_bytes(&flow.request, &one, now);
             }
             for _ in 0..received {
-                flow.passed(&flow.response, &one, now);
+                flow.record_bytes(&flow.response, &one, now);
             }
             if ended {
                 flow.request.end();
             } else {
-                flow.starve(true);
+                flow.set_awaits_body(true);
             }
             let call = TimeoutState { is_grpc: true, ..state(now) };
             let waiting = if received > 0 { WaitingFor::Body } else { head(now) };

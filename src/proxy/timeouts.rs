@@ -62,5 +62,5 @@ pub(super) fn within<F: Future>(
     until: Instant,
     future: F,
 ) -> impl Future<Output = Option<F::Output>> {
-    context.timer().limit(until, future)
+    context.timer().timeout_at(until, future)
 }

@@ -144,7 +144,7 @@ impl WorkerContext {
         }
         drop(view);
         let next = PolicyView::new(Arc::clone(newest));
-        self.upstreams.keep_only(|id| next.policy.destinations.iter().any(|one| one.cluster.id == id));
+        self.upstreams.retain_clusters(|id| next.policy.destinations.iter().any(|one| one.cluster.id == id));
         *self.view.borrow_mut() = Rc::clone(&next);
         next
     }

@@ -9,7 +9,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 /// The signal that was received.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Ended {
+pub enum StopSignal {
     /// SIGTERM, from an orchestrator: new calls may still arrive for a while.
     Terminate,
     /// SIGINT, Ctrl-C at a terminal: no new calls are expected.
@@ -50,10 +50,10 @@ impl Signals {
     }
 
     /// Returns at the next SIGTERM or SIGINT.
-    pub async fn next(&mut self) -> Ended {
+    pub async fn next(&mut self) -> StopSignal {
         tokio::select! {
-            _ = self.terminate.recv() => Ended::Terminate,
-            _ = self.interrupt.recv() => Ended::Interrupt,
+            _ = self.terminate.recv() => StopSignal::Terminate,
+            _ = self.interrupt.recv() => StopSignal::Interrupt,
         }
     }
 }

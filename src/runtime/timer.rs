@@ -53,7 +53,7 @@ impl Timer {
     }
 
     /// The future's output, or `None` if `until` passes first. Resets the timer only if the future is not ready at once.
-    pub async fn limit<F: Future>(&mut self, until: Instant, future: F) -> Option<F::Output> {
+    pub async fn timeout_at<F: Future>(&mut self, until: Instant, future: F) -> Option<F::Output> {
         let mut future = pin!(future);
         let mut is_set = false;
         poll_fn(|cx| {

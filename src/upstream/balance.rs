@@ -64,7 +64,7 @@ impl EndpointLoad {
     }
 
     /// Records a response whose head came after `took`.
-    pub fn answered(&self, took: Duration, now: Instant) {
+    pub fn record_response(&self, took: Duration, now: Instant) {
         let sample = took.as_nanos() as f64;
         let old = self.nanos.get().unwrap_or(INITIAL_NANOS);
         let new = if sample >= old {
@@ -78,7 +78,7 @@ impl EndpointLoad {
     }
 
     /// Records a failure after `took`: no response, or one that counts as a failure of the endpoint.
-    pub fn failed(&self, took: Duration, now: Instant) {
+    pub fn record_failure(&self, took: Duration, now: Instant) {
         let raised = match self.nanos.get() {
             Some(old) if self.is_failing.get() => old.max(REPEATED_FAILURE_NANOS),
             Some(old) => (old * FAILURE_FACTOR).min(REPEATED_FAILURE_NANOS).max(old),
@@ -151,9 +151,9 @@ mod tests {
         let loads: Vec<_> = (0..3).map(|_| EndpointLoad::new(now)).collect();
         assert!(draws(&loads, now).iter().all(|&n| n > 200), "{:?}", draws(&loads, now));
         for load in &loads {
-            load.answered(Duration::from_millis(5), now);
+            load.record_response(Duration::from_millis(5), now);
         }
-        loads[1].answered(Duration::from_millis(500), now);
+        loads[1].record_response(Duration::from_millis(500), now);
         assert_eq!(draws(&loads, now)[1], 0);
     }
 
@@ -162,11 +162,11 @@ mod tests {
         for millis in [1, 5, 200] {
             let (now, usual) = (Instant::now(), Duration::from_millis(millis));
             let loads: Vec<_> = (0..2).map(|_| EndpointLoad::new(now)).collect();
-            loads.iter().for_each(|load| load.answered(usual, now));
-            loads[0].failed(Duration::from_micros(50), now);
+            loads.iter().for_each(|load| load.record_response(usual, now));
+            loads[0].record_failure(Duration::from_micros(50), now);
             for (seconds, is_forgotten) in [(0, false), (5, false), (10, false), (12, true)] {
                 let later = now + Duration::from_secs(seconds);
-                loads[1].answered(usual, later);
+                loads[1].record_response(usual, later);
                 assert_eq!(draws(&loads, later)[0] > 0, is_forgotten, "{millis} ms, after {seconds} s");
             }
         }
@@ -187,10 +187,10 @@ mod tests {
             let now = Instant::now();
             let load = EndpointLoad::new(now);
             if let Some(before) = before {
-                load.answered(Duration::from_millis(before), now);
+                load.record_response(Duration::from_millis(before), now);
             }
             for millis in after {
-                load.failed(Duration::from_millis(took), now);
+                load.record_failure(Duration::from_millis(took), now);
                 assert_eq!(load.cost(now).round(), *millis as f64 * 1e6, "{before:?} {took}");
             }
         }

@@ -114,13 +114,13 @@ impl Health {
 
     /// Sets which of the two rules the current policy has. The state of a rule that is off is kept and not reported, even if
     /// calls of an older policy still change it. Returns true if a rule was switched on or off.
-    pub fn show(&self, breaker: bool, ejection: bool) -> bool {
+    pub fn set_reported(&self, breaker: bool, ejection: bool) -> bool {
         let was = [self.is_disabled[0].swap(!breaker, Relaxed), self.is_disabled[1].swap(!ejection, Relaxed)];
         was != [!breaker, !ejection]
     }
 
     /// The reported state of the circuit breaker; of several dynamic hosts the worst: open, half-open, closed.
-    pub fn state_now(&self, now: Instant) -> BreakerState {
+    pub fn breaker_state(&self, now: Instant) -> BreakerState {
         if self.is_disabled[0].load(Relaxed) {
             return BreakerState::Closed;
         }
@@ -137,7 +137,7 @@ impl Health {
     }
 
     /// The reported number of ejected endpoints, in dry run those that would be; of several dynamic hosts the sum.
-    pub fn out_now(&self, now: Instant) -> usize {
+    pub fn ejected_count(&self, now: Instant) -> usize {
         if self.is_disabled[1].load(Relaxed) {
             return 0;
         }
@@ -173,7 +173,7 @@ pub struct Cluster {
     /// Circuit breaker, ejections and retry budget.
     pub health: Health,
     /// `host:port` of a dynamic host; `None` for the cluster of a destination itself.
-    pub place: Option<String>,
+    pub dynamic_host: Option<String>,
     addresses: watch::Sender<Arc<Addresses>>,
     /// Shared by a destination and all its dynamic hosts.
     tls: Arc<ArcSwapOption<TlsConfigs>>,
@@ -209,12 +209,12 @@ impl Cluster {
     fn build(
         identity: ClusterIdentity,
         health: Health,
-        place: Option<String>,
+        dynamic_host: Option<String>,
         tls: Arc<ArcSwapOption<TlsConfigs>>,
     ) -> Self {
         static NEXT: AtomicU64 = AtomicU64::new(1);
         let id = NEXT.fetch_add(1, Relaxed);
-        Self { id, addresses: watch::Sender::new(Arc::new(fixed(&identity))), tls, identity, health, place }
+        Self { id, addresses: watch::Sender::new(Arc::new(fixed(&identity))), tls, identity, health, dynamic_host }
     }
 
     /// Reads the certificates again, for the dynamic hosts too; open connections keep theirs.
@@ -290,7 +290,7 @@ impl Cluster {
     /// members. Members at other addresses are removed, with `dns:` endpoints once all names have been resolved.
     ///
     /// Returns the member whose ejection ends because all others are gone, and the change.
-    pub fn forget_others(&self, now: Instant) -> Option<(Arc<EjectionMember>, StateChange)> {
+    pub fn make_current(&self, now: Instant) -> Option<(Arc<EjectionMember>, StateChange)> {
         self.health.current_cluster.store(self.id, Relaxed);
         let addresses = self.addresses();
         addresses.is_complete.then(|| self.retain_members(&addresses, now))?
@@ -309,9 +309,9 @@ impl Cluster {
 
     fn retain_members(&self, addresses: &Addresses, now: Instant) -> Option<(Arc<EjectionMember>, StateChange)> {
         let sockets: Vec<_> = addresses.list.iter().map(|address| address.socket).collect();
-        let before = self.health.out_now(now);
+        let before = self.health.ejected_count(now);
         let returned = self.health.group.retain(&sockets, now);
-        let after = self.health.out_now(now);
+        let after = self.health.ejected_count(now);
         // A removed member is not ejected any more, and no other event reports that.
         if let Some(telemetry) = self.health.telemetry.get().filter(|_| before != after) {
             telemetry.set_ejected_endpoints(&self.identity.name, after);
@@ -326,12 +326,12 @@ impl Cluster {
             BreakerState::HalfOpen => "probed",
             BreakerState::Closed => "returned",
         };
-        telemetry.ejection_changed(&self.identity.name, result, self.health.out_now(now));
+        telemetry.ejection_changed(&self.identity.name, result, self.health.ejected_count(now));
         // u64, because tracing writes a u128 as a string.
         let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
         tracing::warn!(
             destination = &*self.identity.name,
-            place = self.place,
+            dynamic_host = self.dynamic_host,
             endpoint = %member.address(),
             result,
             cause = change.cause.as_str(),
@@ -346,11 +346,11 @@ impl Drop for Cluster {
     /// A dynamic host that is dropped while its breaker is open or an endpoint is ejected is not reported any more.
     fn drop(&mut self) {
         let now = Instant::now();
-        if self.place.is_some()
+        if self.dynamic_host.is_some()
             && self.health.unregister(now)
             && let Some(telemetry) = self.health.telemetry.get()
         {
-            let (state, ejected) = (self.health.state_now(now).number(), self.health.out_now(now));
+            let (state, ejected) = (self.health.breaker_state(now).number(), self.health.ejected_count(now));
             telemetry.set_health_gauges(&self.identity.name, state, ejected);
         }
     }
@@ -441,7 +441,7 @@ mod tests {
         // The pool of a worker adds the ejection members and sets the telemetry.
         let connector = Rc::new(Network);
         let pool = Upstreams::new(connector, Discovery::new().0, telemetry.shard(0)).pool(&cluster);
-        pool.pick_now(Instant::now(), &[], true);
+        pool.pick(Instant::now(), &[], true);
         (cluster, telemetry)
     }
 
@@ -485,7 +485,7 @@ mod tests {
         let (old, telemetry) = cluster(&[1, 2]);
         let new = named_cluster("shop.new", old.health.clone());
         new.publish(vec![address(3), address(4)], None, true);
-        assert!(new.forget_others(Instant::now()).is_none());
+        assert!(new.make_current(Instant::now()).is_none());
         let members = || new.health.group.members().iter().map(|one| one.address()).collect::<Vec<_>>();
         [3, 4].iter().for_each(|last| drop(new.health.group.member(address(*last).socket)));
         eject(&new, &telemetry, 3);
@@ -502,11 +502,11 @@ mod tests {
         let old_pool = upstreams.pool(&old);
         let new = named_cluster("shop.new", old.health.clone());
         new.publish(vec![address(3)], None, true);
-        new.forget_others(Instant::now());
-        upstreams.pool(&new).pick_now(Instant::now(), &[], true);
+        new.make_current(Instant::now());
+        upstreams.pool(&new).pick(Instant::now(), &[], true);
         old.publish(vec![address(3), address(9)], None, true);
         let tried = [address(3).socket];
-        let picked = old_pool.pick_now(Instant::now(), &tried, true).map(|endpoint| endpoint.address.socket);
+        let picked = old_pool.pick(Instant::now(), &tried, true).map(|endpoint| endpoint.address.socket);
         assert_eq!(picked, Some(address(9).socket), "a call of the old policy still reaches it");
         let members: Vec<_> = new.health.group.members().iter().map(|one| one.address()).collect();
         assert_eq!(members, [address(3).socket]);
@@ -517,7 +517,7 @@ mod tests {
         let (old, telemetry) = cluster(&[1, 2]);
         eject(&old, &telemetry, 1);
         let new = named_cluster("shop.new", old.health.clone());
-        new.forget_others(Instant::now());
+        new.make_current(Instant::now());
         let members = || new.health.group.members().len();
         new.publish(vec![address(2)], None, false);
         assert_eq!(members(), 2, "the other may belong to a name that has not been resolved yet");
@@ -530,10 +530,10 @@ mod tests {
         let (parent, telemetry) = cluster(&[]);
         let upstreams = Upstreams::new(Rc::new(Network), Discovery::new().0, telemetry.shard(0));
         let out = || metric(&telemetry, "hopguard_ejected_endpoints{destination=\"shop\"}");
-        let pools = ["a.test", "b.test"].map(|host| upstreams.place(&parent, host, 80));
+        let pools = ["a.test", "b.test"].map(|host| upstreams.dynamic_pool(&parent, host, 80));
         for (number, pool) in pools.iter().enumerate() {
             pool.cluster.publish(vec![address(1), address(2)], None, true);
-            pool.pick_now(Instant::now(), &[], true);
+            pool.pick(Instant::now(), &[], true);
             eject(&pool.cluster, &telemetry, 1);
             assert_eq!(out(), Some(1.0 + number as f64));
         }

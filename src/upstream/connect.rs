@@ -27,7 +27,7 @@ pub enum ConnectError {
     #[error("TLS: {0}")]
     Tls(#[source] io::Error),
     /// The HTTP connection ended before its first request.
-    #[error("{}", .0.sentence())]
+    #[error("{}", .0.with_causes())]
     Handshake(#[source] UpstreamError),
     /// The peer answered the HTTP/2 preface with something else, or did not agree on HTTP/2 by ALPN.
     #[error("the peer does not speak HTTP/2")]
@@ -37,7 +37,7 @@ pub enum ConnectError {
     NoAddress(String),
     /// The connection was not open within `timeouts.connect`.
     #[error("the connection was not open within `timeouts.connect`")]
-    Late,
+    Timeout,
 }
 
 /// An open stream, ready for the first byte of HTTP.

@@ -25,11 +25,11 @@ use crate::upstream::pool::{Lease, Pool, ProtocolPreference, Transport};
 #[derive(Debug, Clone, Copy)]
 pub struct ConnectOptions {
     /// `timeouts.connect`: TCP, TLS and HTTP handshake together.
-    pub connect: Duration,
+    pub connect_timeout: Duration,
     /// `connections.idle`: how long an idle connection is kept.
-    pub keep: Duration,
+    pub idle_timeout: Duration,
     /// `connections.maxIdle`: most idle connections per endpoint and worker.
-    pub most: usize,
+    pub max_idle: usize,
 }
 
 impl Pool {
@@ -37,18 +37,18 @@ impl Pool {
     ///
     /// # Errors
     /// Why the connection could not be opened. If this call opened it, the endpoint has recorded the failure by then.
-    pub async fn open(
+    pub async fn connect(
         self: &Rc<Self>,
         endpoint: &Rc<Endpoint>,
         preference: ProtocolPreference,
         options: ConnectOptions,
     ) -> Result<Lease, ConnectError> {
-        let deadline = Instant::now() + options.connect;
+        let deadline = Instant::now() + options.connect_timeout;
         let waiter = Waiter::new(endpoint);
         let mut has_waited = false;
         while !is_exclusive(endpoint, preference) && !endpoint.needs_connection() {
             has_waited = true;
-            timeout_at(deadline, endpoint.connection_ready.notified()).await.map_err(|_late| ConnectError::Late)?;
+            timeout_at(deadline, endpoint.connection_ready.notified()).await.map_err(|_late| ConnectError::Timeout)?;
             let checkout = poll_fn(|cx| Poll::Ready(self.checkout(endpoint, preference, Instant::now(), cx)));
             if let Some(lease) = checkout.await {
                 return Ok(lease);
@@ -63,7 +63,7 @@ impl Pool {
         // A caller that has not waited gets the timeout from the task: a timer here could fire before the endpoint has
         // recorded the failure.
         let received = if has_waited { timeout_at(deadline, receiver).await } else { Ok(receiver.await) };
-        let Ok(Ok(opened)) = received else { return Err(ConnectError::Late) };
+        let Ok(Ok(opened)) = received else { return Err(ConnectError::Timeout) };
         opened
     }
 
@@ -96,9 +96,9 @@ impl Pool {
     ///
     /// # Errors
     /// Why the stream could not be opened.
-    pub async fn bare_stream(&self, endpoint: &Endpoint, options: ConnectOptions) -> Result<Io, ConnectError> {
-        let connecting = timeout(options.connect, self.connector.connect(&endpoint.address, None));
-        match connecting.await.unwrap_or(Err(ConnectError::Late)) {
+    pub async fn connect_stream(&self, endpoint: &Endpoint, options: ConnectOptions) -> Result<Io, ConnectError> {
+        let connecting = timeout(options.connect_timeout, self.connector.connect(&endpoint.address, None));
+        match connecting.await.unwrap_or(Err(ConnectError::Timeout)) {
             Ok(connected) => {
                 endpoint.count_connect();
                 // The stream leaves the pool at once, like the connection of an upgrade.
@@ -130,8 +130,8 @@ impl Dial {
     /// Opens the connection and sends it to the caller; if the caller has left, checks the connection in.
     async fn run(self, pending: Option<PendingConnection>, sender: LeaseSender) {
         let Self { pool, endpoint, preference, options } = self;
-        let dialled = timeout(options.connect, pool.handshake(&endpoint, preference)).await;
-        let transport = match dialled.unwrap_or(Err(ConnectError::Late)) {
+        let dialled = timeout(options.connect_timeout, pool.handshake(&endpoint, preference)).await;
+        let transport = match dialled.unwrap_or(Err(ConnectError::Timeout)) {
             Ok(transport) => transport,
             Err(error) => {
                 endpoint.count_connect_failure(Instant::now());
@@ -152,7 +152,7 @@ impl Dial {
         drop(pending);
         if let Err(Ok(unclaimed)) = sender.send(Ok(lease)) {
             let mut cx = Context::from_waker(Waker::noop());
-            unclaimed.give_back(&mut cx, options.keep, options.most, None, Instant::now());
+            unclaimed.check_in(&mut cx, options.idle_timeout, options.max_idle, None, Instant::now());
             pool.sweep_signal.request();
         }
     }
@@ -239,12 +239,16 @@ mod tests {
         let cluster = Cluster::new(identity, Health::new(Instant::now()), &Default::default()).unwrap();
         let metrics = Telemetry::new(Sink::memory().0).shard(0).destination("app");
         let pool = Rc::new(Pool::new(cluster, Rc::new(SlowConnect(Rc::clone(ends))), Rc::default(), metrics));
-        let endpoint = pool.pick_now(Instant::now(), &[], true).unwrap();
+        let endpoint = pool.pick(Instant::now(), &[], true).unwrap();
         (pool, endpoint)
     }
 
     fn options(connect: u64) -> ConnectOptions {
-        ConnectOptions { connect: Duration::from_millis(connect), keep: Duration::from_secs(60), most: 8 }
+        ConnectOptions {
+            connect_timeout: Duration::from_millis(connect),
+            idle_timeout: Duration::from_secs(60),
+            max_idle: 8,
+        }
     }
 
     #[tokio::test(start_paused = true)]
@@ -253,7 +257,7 @@ mod tests {
             let ends = Rc::default();
             let (pool, endpoint) = slow_pool(&ends);
             let impatient =
-                timeout(Duration::from_millis(50), pool.open(&endpoint, ProtocolPreference::Http1, options(1000)));
+                timeout(Duration::from_millis(50), pool.connect(&endpoint, ProtocolPreference::Http1, options(1000)));
             assert!(impatient.await.is_err());
             sleep(Duration::from_millis(100)).await;
             let mut cx = Context::from_waker(Waker::noop());
@@ -270,8 +274,8 @@ mod tests {
             let (pool, endpoint) = slow_pool(&Rc::default());
             let begun = Instant::now();
             for preference in [ProtocolPreference::Http1, ProtocolPreference::Http2] {
-                let opened = pool.open(&endpoint, preference, options(50)).await;
-                assert!(matches!(opened, Err(ConnectError::Late)), "the connection is open");
+                let opened = pool.connect(&endpoint, preference, options(50)).await;
+                assert!(matches!(opened, Err(ConnectError::Timeout)), "the connection is open");
                 assert!(endpoint.is_unreachable(Instant::now()));
                 sleep(Duration::from_secs(1)).await;
             }
@@ -284,11 +288,11 @@ mod tests {
     async fn a_caller_waits_for_the_connection_of_another_no_longer_than_its_own_timeout() {
         let test = async {
             let (pool, endpoint) = slow_pool(&Rc::default());
-            let first = pool.open(&endpoint, ProtocolPreference::Http2, options(1000));
+            let first = pool.connect(&endpoint, ProtocolPreference::Http2, options(1000));
             let second = async {
                 let begun = Instant::now();
-                let opened = pool.open(&endpoint, ProtocolPreference::Http2, options(50)).await;
-                assert!(matches!(opened, Err(ConnectError::Late)), "the connection is open");
+                let opened = pool.connect(&endpoint, ProtocolPreference::Http2, options(50)).await;
+                assert!(matches!(opened, Err(ConnectError::Timeout)), "the connection is open");
                 assert_eq!(begun.elapsed().as_millis() / 10, 5);
                 assert!(!endpoint.is_unreachable(Instant::now()));
             };

@@ -171,7 +171,7 @@ impl Discovery {
     }
 
     /// Resolves a cluster's names again and again until the cluster is dropped. Does nothing for a cluster without names.
-    pub fn follow(&self, cluster: &Arc<Cluster>) {
+    pub fn keep_resolved(&self, cluster: &Arc<Cluster>) {
         if cluster.names().next().is_some() {
             self.requests.add(Arc::downgrade(cluster));
         }
@@ -195,7 +195,7 @@ impl Discovery {
         let cluster = parent.for_dynamic_host(format!("{host}:{port}"), endpoint, bare);
         clusters.insert(dynamic_host, Arc::downgrade(&cluster));
         drop(clusters);
-        self.follow(&cluster);
+        self.keep_resolved(&cluster);
         cluster
     }
 }
@@ -452,7 +452,7 @@ mod tests {
         let begun = Instant::now();
         tokio::select! {
             () = resolve_cluster(&LateResolver, Arc::downgrade(&cluster)) => panic!("the cluster still exists"),
-            known = pool.known() => assert!(known.is_ok(), "the call did not wait for the second name"),
+            known = pool.wait_resolved() => assert!(known.is_ok(), "the call did not wait for the second name"),
         }
         assert_eq!(begun.elapsed(), Duration::from_secs(2));
     }
@@ -466,7 +466,7 @@ mod tests {
         };
         let (discovery, requests) = Discovery::new();
         let clusters: Vec<_> = (0..5_000).map(|_| cluster(&["shop.test"])).collect();
-        clusters.iter().for_each(|cluster| discovery.follow(cluster));
+        clusters.iter().for_each(|cluster| discovery.keep_resolved(cluster));
         let all = tokio::task::LocalSet::new();
         let work = all.run_until(run(resolver, requests));
         assert!(tokio::time::timeout(Duration::from_secs(1), work).await.is_err());

@@ -156,7 +156,7 @@ impl Endpoint {
     }
 
     /// Whether a connection may be opened now although another one is idle. True at most once in 10 ms.
-    pub fn grants_fresh(&self, now: Instant) -> bool {
+    pub fn admits_fresh_connection(&self, now: Instant) -> bool {
         let is_admitted = now >= self.next_fresh_at.get();
         if is_admitted {
             self.next_fresh_at.set(now + FRESH_INTERVAL);
@@ -305,7 +305,8 @@ mod tests {
         };
         let cluster = Cluster::new(identity, Health::new(now), &Default::default()).unwrap();
         let endpoint = Endpoint::new(address, &cluster, metrics, now);
-        let admitted = (0..100).filter(|millis| endpoint.grants_fresh(now + Duration::from_millis(*millis))).count();
+        let admitted =
+            (0..100).filter(|millis| endpoint.admits_fresh_connection(now + Duration::from_millis(*millis))).count();
         assert_eq!(admitted, 10);
     }
 }

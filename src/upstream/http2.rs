@@ -30,7 +30,7 @@ use crate::upstream::connect::ConnectError;
 use crate::upstream::response::{Http2Body, SendError, UpstreamBody, UpstreamError};
 
 /// Most concurrent streams on one connection, even if the peer allows more.
-pub const MAX_STREAMS: usize = bounds::STREAMS as usize;
+pub const MAX_STREAMS: usize = bounds::MAX_STREAMS as usize;
 
 /// Longest header section of a response, in bytes by the count of RFC 9113, 6.5.2; about hyper's limit for HTTP/1.
 const MAX_HEADER_LIST: u32 = 400 * 1024;
@@ -76,11 +76,11 @@ impl Http2 {
     pub async fn new(io: Io, now: Instant) -> Result<Rc<Self>, ConnectError> {
         let activity = io.activity();
         let (sender, mut connection) = Builder::new()
-            .initial_window_size(bounds::STREAM)
-            .initial_connection_window_size(bounds::CONNECTION)
+            .initial_window_size(bounds::STREAM_WINDOW)
+            .initial_connection_window_size(bounds::CONNECTION_WINDOW)
             .initial_max_send_streams(0)
             .max_concurrent_reset_streams(MAX_STREAMS)
-            .max_local_error_reset_streams(Some(bounds::LATE_FRAMES))
+            .max_local_error_reset_streams(Some(bounds::MAX_LATE_FRAMES))
             .max_header_list_size(MAX_HEADER_LIST)
             .max_send_buffer_size(SEND_BUFFER)
             .enable_push(false)
@@ -371,7 +371,7 @@ mod tests {
                 let (error, _nothing) = tokio::join!(call, driven);
                 let error = error.unwrap();
                 assert_eq!((error.error.is_unprocessed(), error.unsent.is_none()), (unprocessed, true), "{reason}");
-                assert!(!error.error.is_malformed(), "{}", error.error.sentence());
+                assert!(!error.error.is_malformed(), "{}", error.error.with_causes());
             }
         });
         LocalSet::new().run_until(test).await;
@@ -431,7 +431,7 @@ mod tests {
             let _acknowledges_pings = timeout(Duration::from_secs(300), server.accept()).await;
             assert!(client.is_open() && !call.is_finished());
             let error = call.await.unwrap();
-            assert!(matches!(error.error, UpstreamError::PingTimeout), "{}", error.error.sentence());
+            assert!(matches!(error.error, UpstreamError::PingTimeout), "{}", error.error.with_causes());
             // The second ping comes no sooner than gRPC allows after the first.
             let silent = began.elapsed();
             assert!(silent >= Duration::from_secs(20 + 300) && silent <= Duration::from_secs(400), "{silent:?}");

@@ -51,20 +51,20 @@ pub struct Lease {
     /// True if the connection was open before this request.
     pub reused: bool,
     /// When the connection was opened.
-    pub born: Instant,
+    pub opened_at: Instant,
 }
 
 impl Lease {
     pub(super) fn new(endpoint: Rc<Endpoint>, transport: Transport, reused: bool) -> Self {
         endpoint.load.begin();
-        let born = match &transport {
+        let opened_at = match &transport {
             Transport::Http1(connection) => connection.opened_at,
             Transport::Http2(connection) => {
                 connection.begin_stream();
                 connection.opened_at
             }
         };
-        Self { endpoint, transport: Some(transport), reused, born }
+        Self { endpoint, transport: Some(transport), reused, opened_at }
     }
 
     /// True for an HTTP/1.1 connection, which the holder of the lease has to drive.
@@ -79,7 +79,7 @@ impl Lease {
 
     /// Records that a reused HTTP/1.1 connection closed before its response: most likely the upstream was closing the idle
     /// connection when the request was `sent`. Its idle time becomes the endpoint's idle limit.
-    pub fn lost_race(&self, sent: Instant, now: Instant) {
+    pub fn record_idle_close(&self, sent: Instant, now: Instant) {
         if self.reused
             && let Some(Transport::Http1(connection)) = &self.transport
         {
@@ -91,7 +91,7 @@ impl Lease {
     ///
     /// `idle_timeout` and `max_idle` are the policy's `connections.idle` and `connections.maxIdle`; `announced` is the
     /// timeout of the response's `Keep-Alive` field.
-    pub fn give_back(
+    pub fn check_in(
         mut self,
         cx: &mut Context<'_>,
         idle_timeout: Duration,
@@ -202,7 +202,7 @@ impl Pool {
     ///
     /// # Errors
     /// [`ConnectError::NoAddress`] if no name has an address.
-    pub async fn known(&self) -> Result<(), ConnectError> {
+    pub async fn wait_resolved(&self) -> Result<(), ConnectError> {
         let mut addresses = self.cluster.subscribe();
         loop {
             // Read before the endpoints: an update in between is then seen in the endpoints.
@@ -229,7 +229,7 @@ impl Pool {
     /// While there are others, skips endpoints that were `tried`, are ejected (if `ejects`), or failed to connect within the
     /// last second, in this order of weight. An endpoint whose ejection is over is picked first: only a call shows whether
     /// it works again.
-    pub fn pick_now(&self, now: Instant, tried: &[SocketAddr], ejects: bool) -> Option<Rc<Endpoint>> {
+    pub fn pick(&self, now: Instant, tried: &[SocketAddr], ejects: bool) -> Option<Rc<Endpoint>> {
         self.update_endpoints(now);
         let endpoints = self.endpoints.borrow();
         match &endpoints[..] {

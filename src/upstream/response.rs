@@ -26,7 +26,7 @@ pub enum UpstreamBody {
     /// From a stream of an HTTP/2 connection.
     Http2(Http2Body),
     /// Made by hopguard in place of an upstream's body, complete.
-    Own(Bytes),
+    Local(Bytes),
 }
 
 impl Body for UpstreamBody {
@@ -37,8 +37,8 @@ impl Body for UpstreamBody {
         match &mut *self {
             Self::Http1(incoming) => Pin::new(incoming).poll_frame(cx).map_err(UpstreamError::Http1),
             Self::Http2(body) => body.poll_frame(cx),
-            Self::Own(bytes) if bytes.is_empty() => Poll::Ready(None),
-            Self::Own(bytes) => Poll::Ready(Some(Ok(Frame::data(std::mem::take(bytes))))),
+            Self::Local(bytes) if bytes.is_empty() => Poll::Ready(None),
+            Self::Local(bytes) => Poll::Ready(Some(Ok(Frame::data(std::mem::take(bytes))))),
         }
     }
 
@@ -46,7 +46,7 @@ impl Body for UpstreamBody {
         match self {
             Self::Http1(incoming) => incoming.is_end_stream(),
             Self::Http2(body) => body.stream.is_end_stream(),
-            Self::Own(bytes) => bytes.is_empty(),
+            Self::Local(bytes) => bytes.is_empty(),
         }
     }
 
@@ -55,7 +55,7 @@ impl Body for UpstreamBody {
             Self::Http1(incoming) => incoming.size_hint(),
             // The length is in the response head, which passes unchanged.
             Self::Http2(_) => SizeHint::default(),
-            Self::Own(bytes) => SizeHint::with_exact(bytes.len() as u64),
+            Self::Local(bytes) => SizeHint::with_exact(bytes.len() as u64),
         }
     }
 }
@@ -134,7 +134,7 @@ impl UpstreamError {
     }
 
     /// True if the connection ended before the first byte of the response; false for the reset of a single stream.
-    pub fn is_close(&self) -> bool {
+    pub fn is_connection_closed(&self) -> bool {
         match self {
             Self::Http1(_) => !self.is_malformed(),
             Self::Http2(error) => !error.is_reset() && !error.is_library(),
@@ -148,14 +148,14 @@ impl UpstreamError {
     }
 
     /// The error and its causes, in one line.
-    pub fn sentence(&self) -> String {
-        let mut sentence = self.to_string();
+    pub fn with_causes(&self) -> String {
+        let mut text = self.to_string();
         let mut source = self.source();
         while let Some(cause) = source {
-            sentence = format!("{sentence}: {cause}");
+            text = format!("{text}: {cause}");
             source = cause.source();
         }
-        sentence
+        text
     }
 }
 

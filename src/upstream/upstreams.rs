@@ -71,7 +71,7 @@ impl Upstreams {
     }
 
     /// This worker's pool for a dynamic host of `parent`, a destination without `endpoints`.
-    pub fn place(&self, parent: &Cluster, host: &str, port: u16) -> Rc<Pool> {
+    pub fn dynamic_pool(&self, parent: &Cluster, host: &str, port: u16) -> Rc<Pool> {
         // Host names are case-insensitive (RFC 3986, 6.2.2.1).
         let key = DynamicHost { parent: parent.id, host: host.to_ascii_lowercase(), port };
         let lookup = self.lookups.get() + 1;
@@ -99,7 +99,7 @@ impl Upstreams {
     }
 
     /// Drops the pools of clusters for whose id `keep` is false; calls in flight keep theirs.
-    pub fn keep_only(&self, keep: impl Fn(u64) -> bool) {
+    pub fn retain_clusters(&self, keep: impl Fn(u64) -> bool) {
         let now = Instant::now();
         let pools: Vec<_> = self.pools.borrow_mut().extract_if(|id, _| !keep(*id)).map(|(_, pool)| pool).collect();
         let dynamic: Vec<_> = self
@@ -113,7 +113,7 @@ impl Upstreams {
     }
 
     /// Requests a sweep: a pool has an idle or a shared connection.
-    pub fn note_idle(&self) {
+    pub fn request_sweep(&self) {
         self.sweep_signal.request();
     }
 
@@ -172,7 +172,7 @@ mod tests {
         let parent = Cluster::new(identity, Health::new(Instant::now()), &Default::default()).unwrap();
         let shard = Telemetry::new(Sink::memory().0).shard(0);
         let upstreams = Upstreams::new(Rc::new(Network), Discovery::new().0, shard);
-        let pool = |host: &str, port: u16| upstreams.place(&parent, host, port);
+        let pool = |host: &str, port: u16| upstreams.dynamic_pool(&parent, host, port);
         assert!(Rc::ptr_eq(&pool("shop.test", 80), &pool("Shop.TEST", 80)));
         assert!(Rc::ptr_eq(&pool("[FD00::A]", 80), &pool("[fd00::a]", 80)));
         assert!(!Rc::ptr_eq(&pool("shop.test", 80), &pool("shop.test", 81)));

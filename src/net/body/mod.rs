@@ -55,7 +55,7 @@ impl RequestBody {
     /// The body of a request that is sent once; nothing of it is kept.
     ///
     /// `named` are the field names that the request's `Connection` field lists; they do not pass as trailers either.
-    pub fn caller(incoming: Incoming, flow: Rc<Flow>, named: Vec<HeaderName>) -> Self {
+    pub fn streaming(incoming: Incoming, flow: Rc<Flow>, named: Vec<HeaderName>) -> Self {
         if incoming.is_end_stream() {
             return Self::empty(flow);
         }
@@ -66,7 +66,7 @@ impl RequestBody {
     /// later attempts.
     ///
     /// While the [`Replay`] exists, up to `limit` bytes of the body and its trailers are kept.
-    pub fn repeatable(incoming: Incoming, flow: Rc<Flow>, named: Vec<HeaderName>, limit: usize) -> (Self, Replay) {
+    pub fn replayable(incoming: Incoming, flow: Rc<Flow>, named: Vec<HeaderName>, limit: usize) -> (Self, Replay) {
         if incoming.is_end_stream() {
             return (Self::empty(flow), Replay::empty());
         }
@@ -146,11 +146,11 @@ struct CallerBody {
 impl CallerBody {
     fn poll_frame(&mut self, flow: &Flow, cx: &mut Context<'_>) -> Polled {
         let Poll::Ready(frame) = Pin::new(&mut self.incoming).poll_frame(cx) else {
-            flow.starve(true);
+            flow.set_awaits_body(true);
             flow.wait(cx);
             return Poll::Pending;
         };
-        flow.starve(false);
+        flow.set_awaits_body(false);
         Poll::Ready(match frame {
             None => {
                 self.end(flow);
@@ -158,10 +158,10 @@ impl CallerBody {
             }
             Some(Ok(mut frame)) => {
                 if let Some(trailers) = frame.trailers_mut() {
-                    trailers::clean(trailers, &self.named);
+                    trailers::sanitize(trailers, &self.named);
                 }
                 let chunk = frame.data_ref().map_or(&[][..], |data| data);
-                flow.passed(&flow.request, chunk, Instant::now());
+                flow.record_bytes(&flow.request, chunk, Instant::now());
                 // Trailers end the body, and over HTTP/1.1 the body is not polled again after its last frame.
                 if frame.is_trailers() || self.incoming.is_end_stream() {
                     self.end(flow);

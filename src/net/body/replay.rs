@@ -75,7 +75,7 @@ impl Replay {
 
     /// The body of the next attempt, from its first byte; earlier attempts get no more bytes. `None` if the body is not
     /// replayable.
-    pub fn again(&self, flow: &Rc<Flow>) -> Option<RequestBody> {
+    pub fn next_body(&self, flow: &Rc<Flow>) -> Option<RequestBody> {
         let Some(shared) = &self.0 else { return Some(RequestBody::empty(Rc::clone(flow))) };
         let mut inner = shared.borrow_mut();
         let SharedBody { latest, kept, .. } = &mut *inner;
@@ -90,7 +90,7 @@ impl Replay {
         };
         drop(inner);
         // The new attempt has not polled yet; an earlier one that waits is woken to see that it is superseded.
-        flow.starve(false);
+        flow.set_awaits_body(false);
         flow.wake();
         Some(RequestBody { source: Source::Attempt(next), flow: Rc::clone(flow) })
     }

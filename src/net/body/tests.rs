@@ -73,23 +73,23 @@ async fn a_second_attempt_sends_the_kept_bytes_and_then_the_rest() {
     LocalSet::new()
         .run_until(async {
             let ((mut caller, incoming), flow) = (request("Content-Length: 5007").await, flow());
-            let (mut first, replay) = RequestBody::repeatable(incoming, Rc::clone(&flow), Vec::new(), 8192);
+            let (mut first, replay) = RequestBody::replayable(incoming, Rc::clone(&flow), Vec::new(), 8192);
             assert_eq!(first.size_hint().exact(), Some(5007));
             caller.write_all(b"one").await.unwrap();
             assert_eq!(data(&mut first, 3).await, b"one");
             caller.write_all(b"two!").await.unwrap();
             assert_eq!(data(&mut first, 4).await, b"two!");
-            assert!(is_pending(&mut first).await && flow.is_starved());
+            assert!(is_pending(&mut first).await && flow.awaits_body());
             drop(first);
 
-            let mut second = replay.again(&flow).unwrap();
-            assert!(!flow.is_starved(), "the second attempt has not polled yet");
+            let mut second = replay.next_body(&flow).unwrap();
+            assert!(!flow.awaits_body(), "the second attempt has not polled yet");
             assert_eq!(second.size_hint().exact(), Some(5007));
             caller.write_all(&[b'x'; 5000]).await.unwrap();
             let sent = [b"onetwo!".to_vec(), vec![b'x'; 5000]].concat();
             assert_eq!(rest(&mut second).await.0, sent);
 
-            let mut third = replay.again(&flow).unwrap();
+            let mut third = replay.next_body(&flow).unwrap();
             assert_eq!(third.size_hint().exact(), Some(5007));
             assert_eq!(rest(&mut third).await.0, sent);
             assert_eq!(flow.request.bytes(), 5007, "read from the caller once");
@@ -104,13 +104,13 @@ async fn trailers_are_sanitized_once_and_sent_by_each_attempt() {
         .run_until(async {
             let ((mut caller, incoming), flow) = (request(CHUNKED).await, flow());
             let named = vec![HeaderName::from_static("x-hop")];
-            let (mut first, replay) = RequestBody::repeatable(incoming, Rc::clone(&flow), named, 8192);
+            let (mut first, replay) = RequestBody::replayable(incoming, Rc::clone(&flow), named, 8192);
             write_chunk(&mut caller, b"abc").await;
             caller.write_all(b"0\r\nx-sum: 1\r\nx-hop: 2\r\n\r\n").await.unwrap();
             let wanted = HeaderMap::from_iter([(HeaderName::from_static("x-sum"), "1".parse().unwrap())]);
             assert_eq!(rest(&mut first).await, (b"abc".to_vec(), Some(wanted.clone())));
             for _ in 0..2 {
-                let mut body = replay.again(&flow).unwrap();
+                let mut body = replay.next_body(&flow).unwrap();
                 assert_eq!(body.size_hint().exact(), None, "or HTTP/1.1 would send no trailers");
                 assert_eq!(rest(&mut body).await, (b"abc".to_vec(), Some(wanted.clone())));
             }
@@ -124,7 +124,7 @@ async fn beyond_the_limit_the_body_streams_on_and_cannot_be_sent_again() {
         .run_until(async {
             for (limit, is_replayable) in [(2000, true), (1999, false), (0, false)] {
                 let ((mut caller, incoming), flow) = (request("Content-Length: 2000").await, flow());
-                let (mut first, replay) = RequestBody::repeatable(incoming, Rc::clone(&flow), Vec::new(), limit);
+                let (mut first, replay) = RequestBody::replayable(incoming, Rc::clone(&flow), Vec::new(), limit);
                 assert!(replay.is_replayable(), "nothing was read");
                 caller.write_all(&[b'x'; 1000]).await.unwrap();
                 assert_eq!(data(&mut first, 1000).await.len(), 1000);
@@ -132,7 +132,7 @@ async fn beyond_the_limit_the_body_streams_on_and_cannot_be_sent_again() {
                 caller.write_all(&[b'x'; 1000]).await.unwrap();
                 assert_eq!(rest(&mut first).await.0.len(), 1000);
                 assert_eq!(replay.is_replayable(), is_replayable, "limit {limit}");
-                assert_eq!(replay.again(&flow).is_some(), is_replayable);
+                assert_eq!(replay.next_body(&flow).is_some(), is_replayable);
                 assert_eq!(flow.request.bytes(), 2000);
             }
         })
@@ -144,10 +144,10 @@ async fn a_second_attempt_may_exceed_the_limit() {
     LocalSet::new()
         .run_until(async {
             let ((mut caller, incoming), flow) = (request("Content-Length: 20").await, flow());
-            let (mut first, replay) = RequestBody::repeatable(incoming, Rc::clone(&flow), Vec::new(), 10);
+            let (mut first, replay) = RequestBody::replayable(incoming, Rc::clone(&flow), Vec::new(), 10);
             caller.write_all(&[b'a'; 10]).await.unwrap();
             data(&mut first, 10).await;
-            let mut second = replay.again(&flow).unwrap();
+            let mut second = replay.next_body(&flow).unwrap();
             caller.write_all(&[b'b'; 10]).await.unwrap();
             assert_eq!(rest(&mut second).await.0, [[b'a'; 10], [b'b'; 10]].concat());
             assert!(!replay.is_replayable());
@@ -160,12 +160,12 @@ async fn a_superseded_attempt_gets_no_more_bytes() {
     LocalSet::new()
         .run_until(async {
             let ((mut caller, incoming), flow) = (request("Content-Length: 6").await, flow());
-            let (mut first, replay) = RequestBody::repeatable(incoming, Rc::clone(&flow), Vec::new(), 100);
+            let (mut first, replay) = RequestBody::replayable(incoming, Rc::clone(&flow), Vec::new(), 100);
             caller.write_all(b"abc").await.unwrap();
             data(&mut first, 3).await;
             let waits = tokio::task::spawn_local(async move { first.frame().await });
             tokio::task::yield_now().await;
-            let mut second = replay.again(&flow).unwrap();
+            let mut second = replay.next_body(&flow).unwrap();
             let frame = waits.await.unwrap();
             assert!(
                 matches!(frame, Some(Err(CallerBodyError::Superseded))),
@@ -182,7 +182,7 @@ async fn once_the_replay_is_dropped_nothing_is_kept() {
     LocalSet::new()
         .run_until(async {
             let ((mut caller, incoming), flow) = (request("Content-Length: 6").await, flow());
-            let (mut first, replay) = RequestBody::repeatable(incoming, Rc::clone(&flow), Vec::new(), 100);
+            let (mut first, replay) = RequestBody::replayable(incoming, Rc::clone(&flow), Vec::new(), 100);
             caller.write_all(b"abc").await.unwrap();
             data(&mut first, 3).await;
             drop(replay);
@@ -199,13 +199,13 @@ async fn a_failed_body_is_never_mistaken_for_a_complete_one() {
     LocalSet::new()
         .run_until(async {
             let ((mut caller, incoming), flow) = (request("Content-Length: 6").await, flow());
-            let (mut first, replay) = RequestBody::repeatable(incoming, Rc::clone(&flow), Vec::new(), 100);
+            let (mut first, replay) = RequestBody::replayable(incoming, Rc::clone(&flow), Vec::new(), 100);
             caller.write_all(b"abc").await.unwrap();
             data(&mut first, 3).await;
             drop(caller);
             assert!(matches!(first.frame().await, Some(Err(CallerBodyError::Broken(_)))));
             assert!(flow.request.failed() && !flow.request.ended());
-            assert!(!replay.is_replayable() && replay.again(&flow).is_none());
+            assert!(!replay.is_replayable() && replay.next_body(&flow).is_none());
         })
         .await;
 }
@@ -215,14 +215,14 @@ async fn a_held_body_is_held_for_each_attempt_and_none_outlives_the_exchange() {
     LocalSet::new()
         .run_until(async {
             let ((mut caller, incoming), flow) = (request("Content-Length: 6").await, flow());
-            let (mut first, replay) = RequestBody::repeatable(incoming, Rc::clone(&flow), Vec::new(), 100);
+            let (mut first, replay) = RequestBody::replayable(incoming, Rc::clone(&flow), Vec::new(), 100);
             flow.hold();
             caller.write_all(b"abc").await.unwrap();
             assert!(is_pending(&mut first).await);
             flow.release();
             data(&mut first, 3).await;
             flow.hold();
-            let mut second = replay.again(&flow).unwrap();
+            let mut second = replay.next_body(&flow).unwrap();
             assert!(is_pending(&mut second).await);
             flow.release();
             assert_eq!(data(&mut second, 3).await, b"abc");
@@ -237,10 +237,10 @@ async fn a_request_without_a_body_can_always_be_sent_again() {
     LocalSet::new()
         .run_until(async {
             let ((_caller, incoming), flow) = (request("Content-Length: 0").await, flow());
-            let (first, replay) = RequestBody::repeatable(incoming, Rc::clone(&flow), Vec::new(), 0);
+            let (first, replay) = RequestBody::replayable(incoming, Rc::clone(&flow), Vec::new(), 0);
             assert!(first.is_end_stream() && matches!(first.source, Source::Empty));
             assert!(replay.is_replayable() && flow.request.ended());
-            assert!(replay.again(&flow).is_some_and(|body| body.is_end_stream()));
+            assert!(replay.next_body(&flow).is_some_and(|body| body.is_end_stream()));
         })
         .await;
 }
@@ -250,7 +250,7 @@ async fn a_body_in_tiny_chunks_is_kept_in_few_chunks() {
     LocalSet::new()
         .run_until(async {
             let ((mut caller, incoming), flow) = (request(CHUNKED).await, flow());
-            let (mut first, replay) = RequestBody::repeatable(incoming, Rc::clone(&flow), Vec::new(), 8192);
+            let (mut first, replay) = RequestBody::replayable(incoming, Rc::clone(&flow), Vec::new(), 8192);
             for _ in 0..1000 {
                 write_chunk(&mut caller, b"x").await;
             }
@@ -258,7 +258,7 @@ async fn a_body_in_tiny_chunks_is_kept_in_few_chunks() {
             write_chunk(&mut caller, b"z").await;
             caller.write_all(b"0\r\n\r\n").await.unwrap();
             let sent = rest(&mut first).await.0;
-            let mut second = replay.again(&flow).unwrap();
+            let mut second = replay.next_body(&flow).unwrap();
             let mut pieces = 0;
             let mut again = Vec::new();
             while let Some(frame) = second.frame().await {
@@ -277,13 +277,13 @@ async fn grpc_messages_are_counted_once() {
         .run_until(async {
             let ((mut caller, incoming), flow) = (request(CHUNKED).await, flow());
             flow.count_messages();
-            let (mut first, replay) = RequestBody::repeatable(incoming, Rc::clone(&flow), Vec::new(), 8192);
+            let (mut first, replay) = RequestBody::replayable(incoming, Rc::clone(&flow), Vec::new(), 8192);
             write_chunk(&mut caller, &[0, 0, 0, 0, 2, 7]).await;
             data(&mut first, 6).await;
             write_chunk(&mut caller, &[7]).await;
             caller.write_all(b"0\r\n\r\n").await.unwrap();
             for _ in 0..2 {
-                rest(&mut replay.again(&flow).unwrap()).await;
+                rest(&mut replay.next_body(&flow).unwrap()).await;
             }
             assert_eq!(flow.request.messages(), 1);
         })
@@ -295,7 +295,7 @@ async fn a_body_that_is_sent_once_is_streamed() {
     LocalSet::new()
         .run_until(async {
             let ((mut caller, incoming), flow) = (request("Content-Length: 6").await, flow());
-            let mut body = RequestBody::caller(incoming, Rc::clone(&flow), Vec::new());
+            let mut body = RequestBody::streaming(incoming, Rc::clone(&flow), Vec::new());
             assert_eq!((body.size_hint().exact(), body.is_end_stream()), (Some(6), false));
             caller.write_all(b"abcdef").await.unwrap();
             assert_eq!(rest(&mut body).await.0, b"abcdef");

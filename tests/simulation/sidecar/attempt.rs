@@ -1,4 +1,4 @@
-//! One try at one endpoint: after `src/proxy/attempt.rs`, and `Pool::pick_now`.
+//! One try at one endpoint: after `src/proxy/attempt.rs`, and `Pool::pick`.
 
 use super::*;
 
@@ -45,7 +45,7 @@ impl Live<'_> {
             }
             world.clock.sleep(ms(1)).await;
             let address = side.endpoints[position].address;
-            side.endpoints[position].load.failed(ms(1), self.now());
+            side.endpoints[position].load.record_failure(ms(1), self.now());
             if left == 0 || !self.has_other(position) {
                 return Err(LocalReplyKind::ConnectFailed);
             }
@@ -81,17 +81,17 @@ impl Live<'_> {
         match answer {
             Some(Ok(answer)) => {
                 match answer.status >= 500 {
-                    true => endpoint.load.failed(took, self.now()),
-                    false => endpoint.load.answered(took, self.now()),
+                    true => endpoint.load.record_failure(took, self.now()),
+                    false => endpoint.load.record_response(took, self.now()),
                 }
                 Ok(answer)
             }
             Some(Err(Broken)) => {
-                endpoint.load.failed(took, self.now());
+                endpoint.load.record_failure(took, self.now());
                 Err(LocalReplyKind::UpstreamReset)
             }
             None => {
-                endpoint.load.failed(took, self.now());
+                endpoint.load.record_failure(took, self.now());
                 Err(if per_try == Some(until) { LocalReplyKind::PerTryTimeout } else { self.too_late() })
             }
         }
