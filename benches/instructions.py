@@ -24,7 +24,7 @@ TOOLS = {
     "h2load": "apt-get install nghttp2-client",
     "nginx": subjects.Nginx.install,
 }
-# Listener, and what h2load is told. Fewer streams than the 32 from which on a worker naps: the length of a nap is time, not work.
+# Listener, and what h2load is told. Fewer than the 32 streams from which a worker batches wake-ups: the length of that sleep is time, not work.
 PROTOCOLS = {"HTTP/1.1": ("h1", ("--h1", "-c4")), "HTTP/2": ("h2", ("-c4", "-m4"))}
 # Requests of the two loads that are subtracted, and how often that is done with one start of the binary.
 FEW, MANY = 500, 3000

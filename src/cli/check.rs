@@ -71,7 +71,7 @@ fn warnings(model: &Model, now: Timestamp) -> Vec<String> {
         let faults = destination.routes.iter().flat_map(|route| route.faults.iter());
         for fault in faults.filter(|fault| fault.is_over(now)) {
             let (name, until, of) = (&fault.name.value, fault.until.value, &destination.name);
-            let warning = format!("fault `{name}` of {of} is over since {until} ({}): remove it", fault.name.origin);
+            let warning = format!("fault `{name}` of {of} ended at {until} ({}): remove it", fault.name.origin);
             // A route without its own faults inherits those of its destination: report them once.
             if !warnings.contains(&warning) {
                 warnings.push(warning);

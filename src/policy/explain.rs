@@ -189,12 +189,12 @@ impl Explanation<'_> {
         if self.is_exposed {
             rows.push(Row::bare("https", "refused over HTTP/1, as the destination has no `tls`: use CONNECT"));
         }
-        let life = match (self.is_tunnel, route.stream) {
-            (true, _) => "tunnel: idle and maxDuration hold",
-            (false, true) => "stream: idle and maxDuration hold",
-            (false, false) => "unary: request holds",
+        let kind = match (self.is_tunnel, route.stream) {
+            (true, _) => "tunnel: idle and maxDuration apply",
+            (false, true) => "stream: idle and maxDuration apply",
+            (false, false) => "unary: timeouts.request applies",
         };
-        rows.push(Row::bare("life", life));
+        rows.push(Row::bare("kind", kind));
         let endpoints: Vec<String> = destination.endpoints.iter().map(ToString::to_string).collect();
         let there = if endpoints.is_empty() { "the host and port of the request".into() } else { endpoints.join(", ") };
         rows.push(Row::bare("endpoints", there));

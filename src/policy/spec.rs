@@ -46,7 +46,7 @@ pub struct PolicySpec {
     pub api_version: Option<ApiVersion>,
     /// Always Policy.
     pub kind: Option<DocumentKind>,
-    /// Name of this service in metrics, logs and `Via`. Default: $HOPGUARD_SERVICE, else "unknown".
+    /// Name of this service in metrics and logs. Default: $HOPGUARD_SERVICE, else "unknown".
     pub service: Option<String>,
     /// Which exchanges are logged, and in which format.
     pub access_log: Option<AccessLogSpec>,

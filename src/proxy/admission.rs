@@ -100,7 +100,7 @@ pub(super) async fn queue(context: &mut RequestContext, upstream: &Upstream) -> 
             Err(context.timeout_state().expired_unsent(context.timeouts(), LocalReplyKind::RequestTimeout, detail))
         }
         None => {
-            let detail = format!("{} calls were in flight for too long", limits.in_flight.value);
+            let detail = "the call was in the queue longer than the limit";
             let limit = &limits.queue_timeout;
             Err(LocalReply::timed(LocalReplyKind::QueueTimeout, "limits.queueTimeout", limit, detail))
         }

@@ -100,7 +100,7 @@ fn adopt(context: &mut RequestContext, deadline: Deadline, now: Instant) -> Resu
     if left >= LEAST {
         return Ok(());
     }
-    let detail = "the call came too late to be answered";
+    let detail = "the deadline had passed when the call came";
     Err(LocalReply::ruled(LocalReplyKind::DeadlineSpent, external.rule(), detail))
 }
 

@@ -26,13 +26,13 @@ pub(super) fn check(head: &mut Parts, scan: &HeaderScan, listener: &Listener) ->
     Ok(())
 }
 
-/// Refuses a request that this listener has seen ten times.
+/// Refuses a request that has passed this listener ten times.
 ///
 /// # Errors
 /// The local reply to such a request.
 pub(super) fn check_loop(head: &Parts, scan: &HeaderScan, downstream: &DownstreamConnection) -> Result<(), LocalReply> {
     if scan.via && downstream.listener.via.is_loop(&head.headers) {
-        let detail = "this listener has seen the request ten times";
+        let detail = "the request has passed this listener ten times";
         return Err(LocalReply::plain(LocalReplyKind::LoopDetected, detail));
     }
     Ok(())

@@ -243,7 +243,7 @@ fn broken(context: &RequestContext, is_reused: bool, error: &UpstreamError) -> L
         let detail = format!("the response cannot be parsed: {cause}");
         return LocalReply::plain(LocalReplyKind::UpstreamProtocol, detail);
     }
-    let over = if is_reused { "a kept-alive connection" } else { "a new connection" };
+    let over = if is_reused { "a reused connection" } else { "a new connection" };
     let detail = format!("the upstream broke off before its response, over {over}: {cause}");
     LocalReply::plain(LocalReplyKind::UpstreamReset, detail)
 }

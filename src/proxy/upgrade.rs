@@ -95,7 +95,7 @@ pub(super) fn may_connect(listener: &Listener) -> Result<(), LocalReply> {
     if listener.target == ListenerTarget::Forward {
         return Ok(());
     }
-    let detail = "this listener leads to one destination and forwards to no other";
+    let detail = "CONNECT needs a listener with `forward: true`";
     Err(LocalReply::plain(LocalReplyKind::ConnectDenied, detail))
 }
 

@@ -95,7 +95,7 @@ impl Rule for Timeouts {
             Row::time("request", &timeouts.request),
             match &timeouts.per_try {
                 Some(per_try) => Row::time("perTry", per_try),
-                None => Row::none("perTry", "none: request holds"),
+                None => Row::none("perTry", "none: request applies"),
             },
             Row::time("idle", &timeouts.idle),
             Row::time("maxDuration", &timeouts.max_duration),

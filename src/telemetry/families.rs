@@ -39,7 +39,7 @@ pub(super) const POOL_OPEN: Family =
 pub(super) const POOL_IDLE: Family = family("hopguard_pool_idle_connections", "Idle upstream connections in the pool");
 const CONNECTS: Family = family("hopguard_pool_connects_total", "Upstream connections opened");
 const CONNECT_FAILURES: Family =
-    family("hopguard_pool_connect_failures_total", "Attempts to open an upstream connection that failed");
+    family("hopguard_pool_connect_failures_total", "Upstream connections that could not be opened");
 const CLOSES: Family = family("hopguard_pool_closes_total", "Upstream connections closed, by either side");
 
 pub(super) const RETRIES: Family = family("hopguard_retries_total", "Retries, by the reason for the retry");
@@ -60,10 +60,8 @@ pub(super) const EJECTIONS: Family = family(
 pub(super) const DRY_RUN: Family =
     family("hopguard_dry_run_total", "Calls on which a rule in dry run would have acted, by rule");
 pub(super) const FAULTS: Family = family("hopguard_faults_total", "Faults injected, by the name of the fault");
-pub(super) const CORRELATIONS: Family = family(
-    "hopguard_correlations_total",
-    "Outbound calls, by the result of the search for the inbound request that caused them",
-);
+pub(super) const CORRELATIONS: Family =
+    family("hopguard_correlations_total", "Outbound calls, by the result of their correlation with a parent request");
 
 const LISTENER_CONNECTIONS: Family = family("hopguard_listener_connections_total", "Downstream connections accepted");
 const LISTENER_OPEN: Family = family("hopguard_listener_open_connections", "Open downstream connections");

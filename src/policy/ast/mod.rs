@@ -102,12 +102,16 @@ fn unreadable(error: &serde_yaml::Error) -> InvalidValue {
     let message = error.to_string();
     let first = message.lines().next().unwrap_or_default();
     let bare = first.split(" at line ").next().unwrap_or(first);
+    if bare.starts_with("tabs disallowed") || bare.starts_with("tab cannot be used as indentation") {
+        return InvalidValue::new("a tab is used for indentation", "replace the tab with spaces");
+    }
     let hint = if bare.contains("tab") {
-        "indent with blanks"
+        "replace the tab with spaces"
     } else if bare.contains("anchor") {
         "an anchor (`&name`) must come before its aliases (`*name`); a text that begins with `*` or `&` needs quotes"
     } else {
-        "look for a quote or bracket that is not closed, or a wrong indentation, near this place"
+        "look for a quote or bracket that is not closed, or a wrong indentation, near this position, \
+         or a missing `:` after a key, here or in the line above"
     };
     InvalidValue::new(format!("not readable as YAML: {bare}"), hint)
 }

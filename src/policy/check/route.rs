@@ -111,7 +111,7 @@ fn headers(spec: &MatchSpec, at: &Cursor<'_>) -> Vec<(HeaderName, HeaderValue)> 
         }
         match HeaderValue::from_str(value) {
             Ok(_) if value.trim() != value => {
-                at.report(format!("`{value}` never matches"), "remove the blanks around the value");
+                at.report(format!("`{value}` never matches"), "remove the spaces around the value");
             }
             Ok(value) => headers.push((field, value)),
             Err(_) => at.report("not a header value", "write printable ASCII characters"),

@@ -47,7 +47,7 @@ pub fn parse_template(template: &str) -> Result<Vec<Segment>, InvalidValue> {
         return fault("does not begin with a slash", &format!("write `/{template}`"));
     };
     if template.contains(['?', '#']) || template.contains(char::is_whitespace) {
-        return fault("is not only a path", "a query is not matched: leave out `?`, `#` and blanks");
+        return fault("is not only a path", "a query is not matched: leave out `?`, `#` and spaces");
     }
     if !template.is_ascii() {
         return fault("is not ASCII", "write other characters as they are sent, like `%C3%A4`");

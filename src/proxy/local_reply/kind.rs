@@ -119,7 +119,7 @@ local_replies! {
         "The upstream broke off", [by_upstream, of_the_callee];
     /// The upstream's response is not HTTP.
     UpstreamProtocol => UpstreamProtocol, BAD_GATEWAY, Internal, "http_protocol_error",
-        "The upstream's answer is malformed", [of_the_callee];
+        "The upstream's response is malformed", [of_the_callee];
     /// The request is not HTTP, or ambiguous.
     BadRequest => BadRequest, BAD_REQUEST, Internal, "http_request_error",
         "The request is malformed", [ends_connection];

@@ -235,7 +235,7 @@ mod tests {
             value: Duration::from_millis(800),
             origin: Origin::Line { file: "policy.yaml".into(), line: 12 },
         };
-        LocalReply::timed(LocalReplyKind::RequestTimeout, "timeouts.request", &limit, "no answer in time")
+        LocalReply::timed(LocalReplyKind::RequestTimeout, "timeouts.request", &limit, "no response in time")
     }
 
     fn first() -> LocalReplyContext<'static> {
@@ -248,7 +248,7 @@ mod tests {
         assert_eq!(answer.status(), 504);
         assert_eq!(
             answer.headers()[PROXY_STATUS],
-            "hopguard; error=http_response_timeout; details=\"request_timeout: no answer in time: \
+            "hopguard; error=http_response_timeout; details=\"request_timeout: no response in time: \
              timeouts.request is 800ms (policy.yaml:12); attempt 1/1\""
         );
         let document: serde_json::Value = serde_json::from_slice(answer.body()).unwrap();

@@ -174,7 +174,7 @@ impl Fault {
         for (name, value) in &self.headers {
             parts.push(format!("if {name}: {}", String::from_utf8_lossy(value.as_bytes())));
         }
-        let end = if self.is_over(now) { "over since" } else { "until" };
+        let end = if self.is_over(now) { "ended at" } else { "until" };
         parts.push(format!("{end} {}", self.until.value));
         parts.join(", ")
     }
@@ -246,7 +246,7 @@ impl FaultSpec {
         if let Some(name) = &self.name {
             check_name(name, &at.key("name"));
         }
-        let why = "a fault without an end is easily forgotten: write `until: 2026-12-01T00:00:00Z`";
+        let why = "a fault needs an end: write `until:` with a date, like `2030-01-01T00:00:00Z`";
         at.missing("until", why);
         self.check_does_something(at);
         self.check_contradictions(at);
@@ -334,7 +334,7 @@ impl FaultSpec {
             }
             match HeaderValue::from_str(value) {
                 Ok(_) if value.trim() != value => {
-                    at.report(format!("`{value}` never matches"), "remove the blanks around the value");
+                    at.report(format!("`{value}` never matches"), "remove the spaces around the value");
                 }
                 Ok(value) => headers.push((field, value)),
                 Err(_) => at.report("not a header value", "write printable ASCII characters"),

@@ -41,11 +41,11 @@ pub struct FaultSpec {
     pub cut_after: Option<ByteLimit>,
     /// Limits the speed of the response body. Default: no limit.
     pub slow_body: Option<SlowBodySpec>,
-    /// Share of the calls that meet the fault, drawn for each call. Default 1.0: all.
+    /// Share of the matching calls that meet the fault, drawn for each attempt. Default 1.0: all.
     pub share: Option<Ratio>,
     /// Only calls with all of these headers and exactly these values. Default: any call.
     pub headers: Option<BTreeMap<String, String>>,
-    /// The fault ends at this time, like 2026-12-01T00:00:00Z. Required.
+    /// The fault ends at this time, like 2030-01-01T00:00:00Z. Required.
     pub until: Option<FaultUntil>,
 }
 
@@ -82,7 +82,7 @@ pub struct AbortStatus(pub http::StatusCode);
 pub struct FaultUntil(pub Timestamp);
 
 impl FaultUntil {
-    /// Parses `2026-12-01T00:00:00Z`, or an offset like `+01:00`. Other forms of ISO 8601 are refused: without an
+    /// Parses `2030-01-01T00:00:00Z`, or an offset like `+01:00`. Other forms of ISO 8601 are refused: without an
     /// offset, the time depends on the machine.
     ///
     /// # Errors
@@ -96,14 +96,14 @@ impl FaultUntil {
         if let Some(fault) = beyond(text) {
             return Err(fault);
         }
-        // Similar forms: a date alone, a blank instead of the T, no offset.
+        // Similar forms: a date alone, a space instead of the T, no offset.
         let candidates = [format!("{text}T00:00:00Z"), text.replacen(' ', "T", 1), format!("{text}Z")];
         let both = format!("{}Z", candidates[1]);
         let near =
             candidates.into_iter().chain([both]).find(|near| has_shape(near) && near.parse::<Timestamp>().is_ok());
         let hint = match near {
             Some(near) => format!("write `{near}`"),
-            None => "write date, time and offset, like `2026-12-01T00:00:00Z`".to_owned(),
+            None => "write date, time and offset, like `2030-01-01T00:00:00Z`".to_owned(),
         };
         Err(InvalidValue::new(format!("`{text}` is not a point in time"), hint))
     }
@@ -288,7 +288,7 @@ impl<'de> Deserialize<'de> for FaultUntil {
             type Value = FaultUntil;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a point in time like `2026-12-01T00:00:00Z`")
+                f.write_str("a point in time like `2030-01-01T00:00:00Z`")
             }
 
             fn visit_str<E: de::Error>(self, text: &str) -> Result<FaultUntil, E> {
@@ -316,7 +316,7 @@ impl JsonSchema for FaultUntil {
         json_schema!({
             "type": "string",
             "pattern": "^[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt][0-9]{2}:[0-9]{2}:[0-9]{2}([.][0-9]{1,9})?([Zz]|[+-]([01][0-9]|2[0-3]):[0-9]{2})$",
-            "examples": ["2026-12-01T00:00:00Z", "2026-12-01T00:00:00+01:00"],
+            "examples": ["2030-01-01T00:00:00Z", "2030-01-01T00:00:00+01:00"],
         })
     }
 }

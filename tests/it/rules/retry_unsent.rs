@@ -85,7 +85,7 @@ async fn a_post_that_the_upstream_may_have_seen_is_not_sent_again_and_its_error_
     let (answer, seen) = race(&mesh, &requests, "POST", false).await;
     assert_eq!((answer.status.as_u16(), seen), (502, 1), "{answer:?}");
     let problem = answer.problem();
-    assert!(problem["detail"].as_str().unwrap().contains("kept-alive connection"), "{problem}");
+    assert!(problem["detail"].as_str().unwrap().contains("over a reused connection"), "{problem}");
     assert_eq!(problem["notRetried"], "not_safe", "{problem}");
     let line = mesh.only("upstream_reset").await;
     assert_eq!((&line["retry_withheld"], &line["connection"]), (&"not_safe".into(), &"reused".into()), "{line}");

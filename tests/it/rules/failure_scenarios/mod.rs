@@ -147,7 +147,7 @@ async fn the_keep_alive_race_costs_a_get_nothing_and_a_post_nothing_once_it_is_k
     for call in &failed {
         let problem: serde_json::Value = serde_json::from_str(&call.said).unwrap();
         assert_eq!((call.status, &problem["notRetried"]), (502, &"not_safe".into()), "{problem}");
-        assert!(problem["detail"].as_str().unwrap().contains("kept-alive connection"), "{problem}");
+        assert!(problem["detail"].as_str().unwrap().contains("over a reused connection"), "{problem}");
     }
     assert!(!calls[4..].iter().any(Call::failed), "it does not learn: {calls:#?}");
     assert!(lost >= 1 && unretried.iter().any(Call::failed), "without retries a GET is lost too");
