@@ -18,7 +18,7 @@ use crate::policy::load::{self, LoadError};
 use crate::policy::model::{LogFormat, LogMode, Model};
 use crate::policy::snapshot::Snapshot;
 use crate::policy::watch::PolicyWatch;
-use crate::proxy::outlier_detection;
+use crate::proxy::breaker_and_ejection;
 use crate::runtime::drain::DrainPhase;
 use crate::runtime::{tasks, thread};
 use crate::telemetry::{AccessLogMode, AccessLogSettings, LineFormat, Telemetry};
@@ -210,7 +210,7 @@ pub(super) fn replace(shared: &Arc<Shared>, model: Model, begun: Instant) -> Res
     next.take_effect(now, |destination, member, change| {
         destination.cluster.ejection_changed(&shared.telemetry, member, change, now);
     });
-    outlier_detection::policy_changed(&shared.telemetry, &old, &next, now);
+    breaker_and_ejection::policy_changed(&shared.telemetry, &old, &next, now);
     shared.policy.store(Arc::new(next));
     listeners.apply(plan);
     listeners.refresh_policy();

@@ -1,6 +1,6 @@
 //! One attempt of a request: where it goes, what it sends, and what it holds until its response is complete.
 //!
-//! State only: [`super::send`] sends it, [`super::outlier_detection`] reports its result.
+//! State only: [`super::send`] sends it, [`super::breaker_and_ejection`] reports its result.
 
 use std::rc::Rc;
 use std::time::Duration;

@@ -8,8 +8,8 @@
 //! | it has a route | [`routing`] |
 //! | it has a deadline, and a parent request | [`deadline`], [`correlation`], [`correlation_state`] |
 //! | it is admitted: rate limit, concurrency limit | [`admission`], [`permits`] |
-//! | it is attempted, and retried | [`retry`], [`attempt`], [`attempt_report`], [`replay`] |
-//! | an attempt reports to circuit breaker and ejection | [`outlier_detection`] |
+//! | it is attempted, and retried | [`retry`], [`attempt`], [`failed_attempt`], [`replay`] |
+//! | an attempt reports to circuit breaker and ejection | [`breaker_and_ejection`] |
 //! | an attempt has an endpoint and a connection | [`select`] |
 //! | an attempt meets an injected fault, or is sent | [`fault_injection`], [`send`], [`upstream_request`] |
 //! | a timeout is armed, and ends it | [`timeouts`], [`timeout_state`] |
@@ -21,18 +21,18 @@
 
 mod admission;
 mod attempt;
-mod attempt_report;
+pub mod breaker_and_ejection;
 mod connection_timeouts;
 mod correlation;
 mod correlation_state;
 mod deadline;
 pub mod downstream;
 mod exchange;
+mod failed_attempt;
 mod fault_injection;
 pub mod grpc;
 pub mod headers;
 pub mod local_reply;
-pub mod outlier_detection;
 mod permits;
 mod pipeline;
 mod proxy_status;

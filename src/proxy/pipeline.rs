@@ -23,7 +23,7 @@ use crate::proxy::response::{self, PipelineReply};
 use crate::proxy::response_body::ResponseBody;
 use crate::proxy::target::{self, RequestTarget};
 use crate::proxy::worker_context::WorkerContext;
-use crate::proxy::{admission, deadline, outlier_detection, request_checks, retry, routing, upgrade};
+use crate::proxy::{admission, breaker_and_ejection, deadline, request_checks, retry, routing, upgrade};
 
 /// What hyper gets for each request: a response, always.
 pub(super) type ServiceResult = Result<Response<ResponseBody>, Infallible>;
@@ -168,7 +168,7 @@ async fn carry_out(exchange: &mut ActiveExchange, plan: RequestPlan) -> Result<P
         }
     };
     if let Err(reply) = &reply {
-        outlier_detection::report_broken_response(
+        breaker_and_ejection::report_broken_response(
             &mut exchange.context,
             &mut exchange.attempt,
             reply.kind,

@@ -20,7 +20,7 @@ use crate::proxy::request_context::RequestContext;
 use crate::proxy::response_body::ResponseBody;
 use crate::proxy::send_local_reply::send_local_reply;
 use crate::proxy::tunnel::Handoff;
-use crate::proxy::{outlier_detection, proxy_status};
+use crate::proxy::{breaker_and_ejection, proxy_status};
 use crate::rules::retry::AttemptFailure;
 use crate::runtime::tasks;
 use crate::upstream::response::UpstreamBody;
@@ -167,7 +167,7 @@ pub(super) fn from_upstream(
     }
     if context.timeout_state().is_stream {
         let now = context.ended_at();
-        outlier_detection::became_stream(context, attempt, now);
+        breaker_and_ejection::became_stream(context, attempt, now);
     }
     Ok(PipelineReply::Upstream(response))
 }
@@ -222,11 +222,11 @@ fn from_grpc_upstream(
     context.record_mut().set_grpc_status(code as u32, translated.headers().get(grpc::MESSAGE).cloned());
     if status.is_success() {
         // A good response to something else: the upstream has no such gRPC service.
-        outlier_detection::report_complete(context, attempt);
+        breaker_and_ejection::report_complete(context, attempt);
     } else {
         // A bad status was reported when it came; any other is a response of the upstream's own.
         let now = context.ended_at();
-        outlier_detection::report_probes(context, attempt, now);
+        breaker_and_ejection::report_probes(context, attempt, now);
     }
     PipelineReply::Own(translated)
 }

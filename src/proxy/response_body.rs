@@ -18,7 +18,7 @@ use crate::proxy::fault_injection::FaultyBody;
 use crate::proxy::grpc::{self, GrpcStatus};
 use crate::proxy::local_reply::{BodyError, LocalReply, LocalReplyKind};
 use crate::proxy::timeout_state::{TimeoutVerdict, WaitingFor};
-use crate::proxy::{admission, correlation, outlier_detection, proxy_status, select, timeouts};
+use crate::proxy::{admission, breaker_and_ejection, correlation, proxy_status, select, timeouts};
 use crate::upstream::pool::{Lease, Transport};
 use crate::upstream::response::UpstreamBody;
 
@@ -113,7 +113,7 @@ impl ResponseBody {
             trailers::sanitize(fields, &response.named_by_connection);
             if let Some((code, message)) = grpc::read_status(fields) {
                 context.record_mut().set_grpc_status(code, message);
-                outlier_detection::trailers_received(context, attempt, code);
+                breaker_and_ejection::trailers_received(context, attempt, code);
                 let now = context.ended_at();
                 proxy_status::write_trailers(context, attempt.number(), fields, code, now);
             }
@@ -124,7 +124,7 @@ impl ResponseBody {
             if context.is_grpc() && frame.is_data() {
                 // A response that goes on after its first message; the response to a unary call is over now anyway.
                 let now = context.ended_at();
-                outlier_detection::became_stream(context, attempt, now);
+                breaker_and_ejection::became_stream(context, attempt, now);
             }
             self.set_cutoff();
         }
@@ -219,7 +219,7 @@ impl ResponseBody {
         if let Some(exchange) = &mut self.exchange {
             let ActiveExchange { context, attempt, .. } = &mut **exchange;
             let now = Instant::now();
-            outlier_detection::report_probes(context, attempt, now);
+            breaker_and_ejection::report_probes(context, attempt, now);
             if let Some(at) = at {
                 let still = now.saturating_duration_since(at);
                 reply = context.timeout_state().blame_slow_reader(reply, still, context.timeouts());
@@ -247,7 +247,7 @@ impl ResponseBody {
 /// the response to the parent request.
 fn report_early_end(exchange: &mut ActiveExchange, kind: LocalReplyKind, now: Instant) {
     let ActiveExchange { context, attempt, .. } = exchange;
-    outlier_detection::report_broken_response(context, attempt, kind, now);
+    breaker_and_ejection::report_broken_response(context, attempt, kind, now);
     if kind.is_of_the_callee() && !context.is_grpc() && context.proxy_status().is_none() {
         let is_final = context.route().retry.is_final(attempt.number().into(), context.is_idempotent(), None);
         proxy_status::record_failure(context, None, is_final, now);
@@ -262,7 +262,7 @@ fn finish(mut exchange: Box<ActiveExchange>, cx: &mut Context<'_>) {
     let now = Instant::now();
     context.set_ended_at(now);
     context.record_mut().complete_at(now);
-    outlier_detection::report_complete(context, attempt);
+    breaker_and_ejection::report_complete(context, attempt);
     let Some(lease) = attempt.take_lease() else { return };
     // A caller that is still sending what the upstream will not read leaves the connection without a clean end.
     if context.flow().request.ended() {
@@ -283,7 +283,7 @@ impl Drop for ResponseBody {
             let now = Instant::now();
             if let Some(reply) = context.timeout_state().unread_cutoff(now, context.timeouts(), context.flow()) {
                 // The caller was waited for, whichever limit ended the wait: the upstream is not at fault.
-                outlier_detection::report_probes(context, attempt, now);
+                breaker_and_ejection::report_probes(context, attempt, now);
                 context.record_mut().refuse(reply.record());
             }
         }

@@ -16,13 +16,15 @@ use tokio::time::Instant;
 
 use crate::policy::model::Direction;
 use crate::proxy::attempt::Attempt;
-use crate::proxy::attempt_report::{AttemptReport, AttemptResult};
 use crate::proxy::exchange::ActiveExchange;
+use crate::proxy::failed_attempt::{AttemptResult, FailedAttempt};
 use crate::proxy::headers::{self, HeaderScan};
 use crate::proxy::local_reply::LocalReply;
 use crate::proxy::replay::RetryState;
 use crate::proxy::request_context::RequestContext;
-use crate::proxy::{admission, correlation, deadline, grpc, outlier_detection, proxy_status, select, send, timeouts};
+use crate::proxy::{
+    admission, breaker_and_ejection, correlation, deadline, grpc, proxy_status, select, send, timeouts,
+};
 use crate::rules::circuit_breaker::CallResult;
 use crate::rules::mode::{Mode, RuleName};
 use crate::rules::retry::{AttemptFailure, AttemptSummary, NoRetryReason, RetryDecision};
@@ -77,7 +79,7 @@ pub(super) async fn run(exchange: &mut ActiveExchange, switches_protocol: bool) 
 /// Asks the circuit breaker of the attempt's destination.
 fn admit(context: &mut RequestContext, attempt: &mut Attempt) -> Result<(), LocalReply> {
     let Some(upstream) = attempt.upstream() else { return Ok(()) };
-    let permit = outlier_detection::admit(context, upstream, Instant::now())?;
+    let permit = breaker_and_ejection::admit(context, upstream, Instant::now())?;
     attempt.set_breaker_permit(permit);
     Ok(())
 }
@@ -108,7 +110,7 @@ async fn after_failure(
     if let Some(headers) = retry.original_headers() {
         correlation::keep_keys(context, headers);
     }
-    let report = AttemptReport::of(context, attempt, retry, &result);
+    let report = FailedAttempt::of(context, attempt, retry, &result);
     report_result(context, attempt, &report, &result, now);
     let (stands, why) = match decide(context, attempt, retry, &report, now) {
         RetryDecision::Retry { after } => {
@@ -131,22 +133,22 @@ async fn after_failure(
 fn report_result(
     context: &mut RequestContext,
     attempt: &mut Attempt,
-    report: &AttemptReport,
+    report: &FailedAttempt,
     result: &AttemptResult,
     now: Instant,
 ) {
     let is_marked = report.status.as_ref().is_some_and(|status| status.at.is_some());
     let is_elsewhere = is_marked || correlation::has_failed_child(context);
     if report.is_rate_limited {
-        outlier_detection::report(context, attempt, CallResult::Success, now);
+        breaker_and_ejection::report(context, attempt, CallResult::Success, now);
     }
     if !report.counts {
         return;
     }
     if !context.spares_upstream(is_elsewhere) {
-        outlier_detection::report(context, attempt, CallResult::Failure, now);
+        breaker_and_ejection::report(context, attempt, CallResult::Failure, now);
     } else if result.is_ok() {
-        outlier_detection::report_probes(context, attempt, now);
+        breaker_and_ejection::report_probes(context, attempt, now);
     }
 }
 
@@ -155,7 +157,7 @@ fn decide(
     context: &mut RequestContext,
     attempt: &Attempt,
     retry: &RetryState,
-    report: &AttemptReport,
+    report: &FailedAttempt,
     now: Instant,
 ) -> RetryDecision {
     let Some(failure) = report.failure else { return RetryDecision::Stop(NoRetryReason::NotAFailure) };
@@ -191,7 +193,7 @@ fn summary(
     context: &RequestContext,
     attempt: &Attempt,
     retry: &RetryState,
-    report: &AttemptReport,
+    report: &FailedAttempt,
     failure: AttemptFailure,
     now: Instant,
 ) -> Option<AttemptSummary> {
@@ -221,7 +223,7 @@ fn prepare(
     attempt: &mut Attempt,
     retry: &mut RetryState,
     result: AttemptResult,
-    report: &AttemptReport,
+    report: &FailedAttempt,
 ) -> AttemptResult {
     retry.note_seen(!report.is_unseen);
     if let Some(endpoint) = attempt.take_endpoint() {
@@ -290,7 +292,7 @@ async fn back_off(context: &mut RequestContext, after: Duration) {
 fn record_no_retry(
     context: &mut RequestContext,
     attempt: &Attempt,
-    report: &AttemptReport,
+    report: &FailedAttempt,
     why: NoRetryReason,
     now: Instant,
 ) {

@@ -20,7 +20,7 @@ use crate::proxy::permits::HeldPermit;
 use crate::proxy::replay::RetryState;
 use crate::proxy::request_context::RequestContext;
 use crate::proxy::target::RequestTarget;
-use crate::proxy::{outlier_detection, timeouts};
+use crate::proxy::{breaker_and_ejection, timeouts};
 use crate::telemetry::ConnectionUse;
 use crate::upstream::connect::ConnectError;
 use crate::upstream::dial::ConnectOptions;
@@ -98,11 +98,11 @@ pub(super) fn pick(
     let destination = upstream.destination;
     let obeys = context.destination(destination).ejects;
     let mut endpoint = upstream.pool.pick(now, retry.attempted(), obeys)?;
-    let mut permit = outlier_detection::admit_at_endpoint(context, destination, &endpoint, now);
+    let mut permit = breaker_and_ejection::admit_at_endpoint(context, destination, &endpoint, now);
     if permit.is_none() {
         // Another call is just probing it.
         endpoint = upstream.pool.pick(now, retry.attempted(), obeys)?;
-        permit = outlier_detection::admit_at_endpoint(context, destination, &endpoint, now);
+        permit = breaker_and_ejection::admit_at_endpoint(context, destination, &endpoint, now);
     }
     attempt.set_endpoint(Some(Rc::clone(&endpoint)), permit.unwrap_or_default());
     Some(endpoint)
@@ -192,7 +192,7 @@ async fn open_at_endpoint<T>(
                 matches!(error, ConnectError::Network(_) | ConnectError::Timeout),
             ),
             // A short deadline says nothing about the endpoint.
-            Err(late) if !outlier_detection::is_upstreams_fault(context, late.kind) => return Err(late),
+            Err(late) if !breaker_and_ejection::is_upstreams_fault(context, late.kind) => return Err(late),
             Err(late) => (late, false),
         };
         endpoint.load.record_failure(now.saturating_duration_since(began), now);
@@ -204,7 +204,7 @@ async fn open_at_endpoint<T>(
         reply = Some(failed);
         // A permit is taken only of an endpoint that will be asked: the result is reported to the last one.
         if left > 0 && has_other_endpoint(attempt, retry) {
-            outlier_detection::report_unreachable(context, attempt, &endpoint, now);
+            breaker_and_ejection::report_unreachable(context, attempt, &endpoint, now);
             retry.add_attempted(address);
             next = pick(context, attempt, retry, now);
         }

@@ -18,7 +18,7 @@ use crate::proxy::local_reply::{LocalReply, LocalReplyKind};
 use crate::proxy::replay::RetryState;
 use crate::proxy::request_context::RequestContext;
 use crate::proxy::timeout_state::WaitingFor;
-use crate::proxy::{admission, correlation, fault_injection, outlier_detection, select, timeouts, upstream_request};
+use crate::proxy::{admission, breaker_and_ejection, correlation, fault_injection, select, timeouts, upstream_request};
 use crate::telemetry::ConnectionUse;
 use crate::upstream::endpoint::Endpoint;
 use crate::upstream::pool::{Lease, ProtocolPreference, Transport};
@@ -126,7 +126,7 @@ fn weigh(
     result: &Result<Response<UpstreamBody>, LocalReply>,
     took: Duration,
 ) {
-    if outlier_detection::counts_against_upstream(context, result) {
+    if breaker_and_ejection::counts_against_upstream(context, result) {
         endpoint.load.record_failure(took, context.ended_at());
     } else if result.is_ok() {
         endpoint.load.record_response(took, context.ended_at());
@@ -227,7 +227,7 @@ fn broke_off(
 ) -> LocalReply {
     attempt.broke_off(error.is_unprocessed(), error.is_connection_closed(), error.is_go_away());
     let reply = broken(context, lease.reused, error);
-    if error.is_connection_closed() && outlier_detection::is_upstreams_fault(context, reply.kind) {
+    if error.is_connection_closed() && breaker_and_ejection::is_upstreams_fault(context, reply.kind) {
         lease.record_idle_close(began, now);
     }
     reply

@@ -17,7 +17,7 @@ use crate::proxy::headers::{self, HeaderScan};
 use crate::proxy::local_reply::{LocalReply, LocalReplyKind};
 use crate::proxy::response::PipelineReply;
 use crate::proxy::response_body::ResponseBody;
-use crate::proxy::{outlier_detection, select, timeouts};
+use crate::proxy::{breaker_and_ejection, select, timeouts};
 use crate::rules::circuit_breaker::CallResult;
 use crate::telemetry::Protocol;
 use crate::upstream::pool::Lease;
@@ -80,9 +80,9 @@ pub(super) async fn switch(
     let (upstream, early) = connection.into_stream();
     context.record_mut().set_protocol(Protocol::WebSocket);
     let now = context.ended_at();
-    outlier_detection::became_stream(context, attempt, now);
+    breaker_and_ejection::became_stream(context, attempt, now);
     // How the tunnel ends says nothing about the upstream, which has switched.
-    outlier_detection::report(context, attempt, CallResult::Success, now);
+    breaker_and_ejection::report(context, attempt, CallResult::Success, now);
     let (head, _no_body) = response.into_parts();
     Ok(PipelineReply::Tunnel(Response::from_parts(head, ResponseBody::empty()), upstream.with_prefix(early)))
 }
@@ -112,8 +112,8 @@ pub(super) async fn connect(exchange: &mut ActiveExchange, mut head: Box<Parts>)
     // The result is reported at once: a tunnel may last, and how it ends says nothing about the endpoint.
     let now = Instant::now();
     match &upstream {
-        Ok(_) => outlier_detection::report(context, attempt, CallResult::Success, now),
-        Err(reply) => outlier_detection::report_local_reply(context, attempt, reply.kind, now),
+        Ok(_) => breaker_and_ejection::report(context, attempt, CallResult::Success, now),
+        Err(reply) => breaker_and_ejection::report_local_reply(context, attempt, reply.kind, now),
     }
     let upstream = upstream?;
     let mut response = Response::new(ResponseBody::empty());

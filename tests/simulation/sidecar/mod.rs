@@ -196,7 +196,7 @@ struct Live<'a> {
 type Tried = Result<Answer, LocalReplyKind>;
 
 /// What is known of a try that did not go well.
-struct AttemptReport {
+struct FailedAttempt {
     failure: Option<AttemptFailure>,
     counts: bool,
     is_elsewhere: bool,

@@ -3,7 +3,7 @@
 use super::*;
 
 impl Live<'_> {
-    pub(super) fn report(&self, tried: &Tried) -> AttemptReport {
+    pub(super) fn report(&self, tried: &Tried) -> FailedAttempt {
         let answer = match tried {
             Ok(answer) => answer,
             Err(kind) => {
@@ -21,7 +21,7 @@ impl Live<'_> {
                 };
                 let is_elsewhere = self.is_blamed_below();
                 let counts = self.is_callees_fault(*kind) && !is_elsewhere;
-                return AttemptReport {
+                return FailedAttempt {
                     failure,
                     counts,
                     is_elsewhere,
@@ -42,10 +42,10 @@ impl Live<'_> {
         let is_failed = answer.code.map_or_else(|| is_failed_status(answer.status), is_failed_code);
         let counts = is_failed && !is_elsewhere && !self.is_late_in_a_hurry(answer);
         let pushback = answer.pushback.filter(|_| failure != AttemptFailure::Unsent);
-        AttemptReport { failure: Some(failure), counts, is_elsewhere, unseen: is_unsent, mark, pushback }
+        FailedAttempt { failure: Some(failure), counts, is_elsewhere, unseen: is_unsent, mark, pushback }
     }
 
-    pub(super) fn decide(&self, report: &AttemptReport, now: Instant) -> RetryDecision {
+    pub(super) fn decide(&self, report: &FailedAttempt, now: Instant) -> RetryDecision {
         let Some(failure) = report.failure else { return RetryDecision::Stop(NoRetryReason::NotAFailure) };
         let own = &self.world.sidecars[self.sidecar];
         let is_spent = self.side.direction == Direction::Outbound && own.spent.contains(self.keys, self.side.id, now);
@@ -72,7 +72,7 @@ impl Live<'_> {
         }
     }
 
-    pub(super) fn tell_replayer(&self, report: &AttemptReport, tried: &Tried) {
+    pub(super) fn tell_replayer(&self, report: &FailedAttempt, tried: &Tried) {
         self.world.checks.event(|| {
             let (at, call, name, number) =
                 (self.world.clock.passed(), self.request.number(), &self.side.name, self.attempt);
@@ -82,7 +82,7 @@ impl Live<'_> {
         });
     }
 
-    pub(super) fn note_retry(&self, report: &AttemptReport) {
+    pub(super) fn note_retry(&self, report: &FailedAttempt) {
         let got = &self.side.got;
         if report.failure == Some(AttemptFailure::Unsent) {
             self.world.checks.count("retries of the unsent");
@@ -100,7 +100,7 @@ impl Live<'_> {
         });
     }
 
-    pub(super) fn tell(&mut self, report: &AttemptReport, why: NoRetryReason, now: Instant) {
+    pub(super) fn tell(&mut self, report: &FailedAttempt, why: NoRetryReason, now: Instant) {
         let is_failure = report.failure.is_some_and(|failure| self.side.policy.retry.is_failure(failure));
         if is_failure {
             self.world.checks.count(why.name());

@@ -12,7 +12,7 @@ use crate::proxy::headers::HeaderScan;
 use crate::proxy::local_reply::{LocalReply, LocalReplyKind};
 use crate::proxy::replay::RetryState;
 use crate::proxy::request_context::RequestContext;
-use crate::proxy::{grpc, outlier_detection, proxy_status, select};
+use crate::proxy::{breaker_and_ejection, grpc, proxy_status, select};
 use crate::rules::proxy_status::ProxyStatus;
 use crate::rules::retry::{AttemptFailure, Pushback};
 use crate::upstream::response::UpstreamBody;
@@ -21,7 +21,7 @@ use crate::upstream::response::UpstreamBody;
 pub(super) type AttemptResult = Result<Response<UpstreamBody>, LocalReply>;
 
 /// What is known of an attempt that may have failed.
-pub(super) struct AttemptReport {
+pub(super) struct FailedAttempt {
     /// `None`: no failure of the upstream at all.
     pub(super) failure: Option<AttemptFailure>,
     /// It speaks against the upstream, or against a hop further down.
@@ -34,7 +34,7 @@ pub(super) struct AttemptReport {
     pub(super) pushback: Option<Pushback>,
 }
 
-impl AttemptReport {
+impl FailedAttempt {
     /// Reads the result of an attempt.
     pub(super) fn of(
         context: &mut RequestContext,
@@ -42,7 +42,7 @@ impl AttemptReport {
         retry: &RetryState,
         result: &AttemptResult,
     ) -> Self {
-        let counts = outlier_detection::counts_against_upstream(context, result);
+        let counts = breaker_and_ejection::counts_against_upstream(context, result);
         match result {
             Ok(response) => Self::of_response(context, attempt, retry, response, counts),
             Err(reply) => Self {
@@ -66,7 +66,7 @@ impl AttemptReport {
         let headers = response.headers();
         let scan = HeaderScan::scan(headers);
         let status = if scan.proxy_status { proxy_status::read(headers) } else { None };
-        let code = outlier_detection::status_of(context, response);
+        let code = breaker_and_ejection::status_of(context, response);
         let mut failure = code.map_or_else(AttemptFailure::Status, AttemptFailure::Grpc);
         let is_unseen = context.believes_unsent(status.as_ref().is_some_and(|status| status.is_unsent));
         // Where no other endpoint can have it at once, it waits like any other failure.
@@ -76,7 +76,7 @@ impl AttemptReport {
         // A pushback speaks for its own endpoint; where another one can have the call, the call need not wait.
         let obeys = scan.pushback && failure != AttemptFailure::Unsent;
         let pushback = obeys.then(|| pushback(headers, code.is_ok())).flatten();
-        let is_rate_limited = outlier_detection::is_rate_limited(code, headers);
+        let is_rate_limited = breaker_and_ejection::is_rate_limited(code, headers);
         Self { failure: Some(failure), counts, is_rate_limited, is_unseen, status, pushback }
     }
 }
