@@ -2,22 +2,22 @@
 //!
 //! | step | module |
 //! |---|---|
-//! | a downstream connection is served | [`serve`], [`downstream`], [`connection_timeouts`] |
-//! | a request is planned and carried out | [`pipeline`], on an [`exchange`] with its [`request_context`] |
-//! | it may pass, and has a target | [`request_checks`], [`target`], [`headers`] |
-//! | it has a route | [`routing`] |
-//! | it has a deadline, and a parent request | [`deadline`], [`correlation`], [`correlation_state`] |
-//! | it is admitted: rate limit, concurrency limit | [`admission`], [`permits`] |
-//! | it is attempted, and retried | [`retry`], [`attempt`], [`failed_attempt`], [`replay`] |
-//! | an attempt reports to circuit breaker and ejection | [`breaker_and_ejection`] |
-//! | an attempt has an endpoint and a connection | [`select`] |
-//! | an attempt meets an injected fault, or is sent | [`fault_injection`], [`send`], [`upstream_request`] |
-//! | a timeout is armed, and ends it | [`timeouts`], [`timeout_state`] |
-//! | the response goes back | [`response`], [`response_body`], [`grpc`] |
-//! | hopguard replies itself (503, 504, ...), and tells the hops above | [`send_local_reply`], [`local_reply`], [`proxy_status`] |
-//! | the connection becomes a tunnel | [`upgrade`], [`tunnel`] |
+//! | a downstream connection is served | `serve`, `downstream`, `connection_timeouts` |
+//! | a request is planned and carried out | `pipeline`, on an `exchange` with its `request_context` |
+//! | it may pass, and has a target | `request_checks`, `target`, `headers` |
+//! | it has a route | `routing` |
+//! | it has a deadline, and a parent request | `deadline`, `correlation`, `correlation_state` |
+//! | it is admitted: rate limit, concurrency limit | `admission`, `permits` |
+//! | it is attempted, and retried | `retry`, `attempt`, `failed_attempt`, `replay` |
+//! | an attempt reports to circuit breaker and ejection | `breaker_and_ejection` |
+//! | an attempt has an endpoint and a connection | `select` |
+//! | an attempt meets an injected fault, or is sent | `fault_injection`, `send`, `upstream_request` |
+//! | a timeout is armed, and ends it | `timeouts`, `timeout_state` |
+//! | the response goes back | `response`, `response_body`, `grpc` |
+//! | hopguard replies itself (503, 504, ...), and tells the hops above | `send_local_reply`, `local_reply`, `proxy_status` |
+//! | the connection becomes a tunnel | `upgrade`, `tunnel` |
 //!
-//! [`worker_context`] is what all requests of one worker share.
+//! `worker_context` is what all requests of one worker share.
 
 mod admission;
 mod attempt;

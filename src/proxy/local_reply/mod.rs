@@ -1,4 +1,4 @@
-//! Local replies: the responses that hopguard makes in the upstream's place. [`kind`] has the closed list.
+//! Local replies: the responses that hopguard makes in the upstream's place. `kind` has the closed list.
 //!
 //! Each names its rule, the value of the rule and the line of the policy that set it. The same facts go into the response's
 //! `Proxy-Status` (RFC 9209), its body (RFC 9457, or `grpc-message`), and the log.
