@@ -56,6 +56,8 @@ pub struct FlowDirection {
     ended: Cell<bool>,
     failed: Cell<bool>,
     disconnected: Cell<bool>,
+    /// Most bytes, and whether the body fails beyond them; `None` without a limit.
+    limit: Cell<Option<(u64, bool)>>,
 }
 
 impl FlowDirection {
@@ -92,6 +94,21 @@ impl FlowDirection {
     /// True if the body failed because the sender disconnected, and not because the body was malformed.
     pub fn disconnected(&self) -> bool {
         self.disconnected.get()
+    }
+
+    /// Limits the body to `bytes`; beyond them it fails, or is only known to be longer (`fails` is false).
+    pub fn limit(&self, bytes: u64, fails: bool) {
+        self.limit.set(Some((bytes, fails)));
+    }
+
+    /// True if more bytes have passed than the limit allows.
+    pub fn is_over_limit(&self) -> bool {
+        self.limit.get().is_some_and(|(limit, _)| self.bytes.get() > limit)
+    }
+
+    /// True if the body has to fail, because more bytes have passed than the limit allows.
+    pub fn fails_by_limit(&self) -> bool {
+        self.limit.get().is_some_and(|(limit, fails)| fails && self.bytes.get() > limit)
     }
 
     /// Records that the body failed; `disconnected` if the sender closed its connection or cancelled its stream.

@@ -4,30 +4,58 @@
 use std::rc::Rc;
 
 use http::HeaderValue;
-use http::header::HeaderMap;
+use http::header::{self, HeaderMap};
 use tokio::time::Instant;
 
 use crate::proxy::attempt::Upstream;
 
+use crate::problems::Sourced;
 use crate::proxy::local_reply::{LocalReply, LocalReplyKind, RuleRef};
 use crate::proxy::permits::InFlightPermit;
 use crate::proxy::request_context::RequestContext;
 use crate::proxy::timeouts;
 use crate::rules::duration;
 use crate::rules::limits::QueueFull;
+use crate::rules::max_body_size::MaxBodySize;
 use crate::rules::mode::RuleName;
+use crate::rules::size;
 
 /// Checks a request against the limits of its route.
 ///
 /// # Errors
 /// The local reply of the limit that the request exceeds.
 pub(super) fn check(context: &mut RequestContext, headers: &HeaderMap) -> Result<(), LocalReply> {
+    check_body_size(context, headers)?;
     check_rate(context, headers)
+}
+
+/// Refuses a body that is announced as too long, and limits one whose length is not announced while it passes.
+fn check_body_size(context: &mut RequestContext, headers: &HeaderMap) -> Result<(), LocalReply> {
+    let (limit, mode) = (&context.route().max_body_size, context.modes().max_body_size.value);
+    let Some(most) = limit.value.filter(|_| !mode.is_off()) else { return Ok(()) };
+    if !mode.is_enforced() {
+        context.flow().request.limit(most.into(), false);
+        return Ok(());
+    }
+    if MaxBodySize::is_exceeded(most, headers.get(header::CONTENT_LENGTH).map(HeaderValue::as_bytes)) {
+        return Err(body_too_large(limit));
+    }
+    context.flow().request.limit(most.into(), true);
+    Ok(())
+}
+
+fn body_too_large(limit: &Sourced<Option<u32>>) -> LocalReply {
+    let value = limit.value.map_or_else(String::new, size::format);
+    let rule = RuleRef { name: "maxBodySize", value, origin: limit.origin.clone() };
+    LocalReply::ruled(LocalReplyKind::BodyTooLarge, rule, "the request body is too long")
 }
 
 /// The local reply to a call that broke off because the request's body had: the upstream cannot but give it up. `None` if
 /// the body is well so far.
 pub(super) fn broken_body(context: &RequestContext) -> Option<LocalReply> {
+    if context.flow().request.fails_by_limit() {
+        return Some(body_too_large(&context.route().max_body_size));
+    }
     let detail = "the request's body broke off or is malformed";
     context.flow().request.failed().then(|| LocalReply::plain(LocalReplyKind::BadRequest, detail))
 }

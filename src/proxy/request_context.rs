@@ -378,6 +378,9 @@ impl Drop for RequestContext {
             self.record.refuse(LocalReply::plain(LocalReplyKind::Draining, detail).record());
         }
         // For a caller that left before its response there is no other point at which the deadline is compared.
+        if self.flow.request.is_over_limit() && !self.flow.request.fails_by_limit() {
+            self.record_dry_run(RuleName::MaxBodySize);
+        }
         if self.dry_run_deadline.is_some_and(|at| Instant::now() > at) {
             self.record_dry_run(RuleName::Deadline);
         }

@@ -80,6 +80,14 @@ macro_rules! catalogue {
                 }
                 mode "Bounds the calls per time."
             }
+            max_body_size MaxBodySize "maxBodySize" {
+                per route {
+                    defaults "Maximum size of a request body, in bytes or KiB/MiB: 1 to 4095MiB, or off. Default off."
+                    destination "Maximum size of a request body, in bytes or KiB/MiB: 1 to 4095MiB, or off. Default off."
+                    route "Maximum size of a request body, in bytes or KiB/MiB: 1 to 4095MiB, or off. Default off."
+                }
+                mode "Requests with too long a body are refused."
+            }
             faults Faults "faults" {
                 per route {
                     destination "Faults of its routes, except routes with faults of their own."
@@ -101,6 +109,7 @@ pub mod faults;
 pub mod inflight;
 pub mod layers;
 pub mod limits;
+pub mod max_body_size;
 pub mod mode;
 mod number;
 pub mod proxy_status;

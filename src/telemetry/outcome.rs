@@ -108,6 +108,8 @@ named! {
         CircuitOpen = "circuit_open",
         /// The call exceeds `rateLimit`.
         RateLimited = "rate_limited",
+        /// The request body is longer than `maxBodySize`.
+        BodyTooLarge = "body_too_large",
     }
 }
 

@@ -30,6 +30,9 @@ pub enum CallerBodyError {
     /// The exchange was over before the body ended.
     #[error("the exchange is over")]
     Over,
+    /// More bytes than the limit allows.
+    #[error("the request body is longer than the limit")]
+    TooLarge,
     /// A later attempt sends the body.
     #[error("a later attempt sends the request body")]
     Superseded,
@@ -162,6 +165,10 @@ impl CallerBody {
                 }
                 let chunk = frame.data_ref().map_or(&[][..], |data| data);
                 flow.record_bytes(&flow.request, chunk, Instant::now());
+                if flow.request.fails_by_limit() {
+                    flow.request.fail(false);
+                    return Poll::Ready(Some(Err(CallerBodyError::TooLarge)));
+                }
                 // Trailers end the body, and over HTTP/1.1 the body is not polled again after its last frame.
                 if frame.is_trailers() || self.incoming.is_end_stream() {
                     self.end(flow);

@@ -159,6 +159,9 @@ local_replies! {
     /// `rateLimit` is used up.
     RateLimited => RateLimited, TOO_MANY_REQUESTS, ResourceExhausted, "http_request_denied",
         "The rate limit is used up", [of_the_callee];
+    /// The request body is longer than `maxBodySize`.
+    BodyTooLarge => BodyTooLarge, PAYLOAD_TOO_LARGE, ResourceExhausted, "http_request_error",
+        "The request body is too long", [ends_connection];
 }
 
 impl LocalReplyKind {

@@ -10,6 +10,7 @@
 //! - `fault_injection`: aborts, resets, delays, cut and slow bodies
 //! - `load_balancing`: the share of each endpoint
 //! - `load_balancing_outcomes`: the effect of failures and client aborts on that share
+//! - `max_body_size`: the length of a request body: announced, counted, gRPC
 //! - `multi_hop`: retry, blame and unsent requests in a chain of four services
 //! - `outlier_ejection`: an endpoint that fails among others
 //! - `proxy_status`: what a hop tells the next about a failure
@@ -29,6 +30,7 @@ mod failure_scenarios;
 mod fault_injection;
 mod load_balancing;
 mod load_balancing_outcomes;
+mod max_body_size;
 mod multi_hop;
 mod outlier_ejection;
 mod proxy_status;
