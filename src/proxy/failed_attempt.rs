@@ -1,6 +1,6 @@
 //! What happened in an attempt that may have failed: status, gRPC code, reset, pushback, the proxy status of hops below.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use http::header::HeaderMap;
 use http::{Response, header};
@@ -81,24 +81,39 @@ impl FailedAttempt {
     }
 }
 
-/// What the upstream said about a further attempt (RFC 9110, 10.2.3; gRFC A6).
+/// What the upstream said about a further attempt (RFC 9110, 10.2.3; gRFC A6). A value that cannot be read forbids the
+/// attempt, as gRFC A6 requires for gRPC: the upstream asked for a wait, and any wait of ours could be too short.
 fn pushback(headers: &HeaderMap, is_grpc: bool) -> Option<Pushback> {
     if is_grpc {
         let value = headers.get(grpc::PUSHBACK)?;
         let wait = value.to_str().ok().and_then(|text| text.trim().parse::<u32>().ok());
         return Some(wait.map_or(Pushback::Stop, |millis| Pushback::Wait(Duration::from_millis(millis.into()))));
     }
-    let text = headers.get(header::RETRY_AFTER)?.to_str().ok()?.trim();
-    let is_number = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
-    // A number that does not fit is a very long time all the same.
-    let wait = if is_number { Some(Duration::from_secs(text.parse().unwrap_or(u64::MAX))) } else { until_date(text) };
-    wait.map(Pushback::Wait)
+    let value = headers.get(header::RETRY_AFTER)?.as_bytes().trim_ascii();
+    let wait = std::str::from_utf8(value).ok().and_then(retry_after);
+    (!value.is_empty()).then(|| wait.map_or(Pushback::Stop, Pushback::Wait))
+}
+
+/// The time that a `Retry-After` names: a number of seconds, or the time until a date.
+///
+/// Some servers send a fraction, which the standard does not have; it is rounded up. A number that does not fit is the
+/// longest time.
+fn retry_after(text: &str) -> Option<Duration> {
+    let (whole, fraction) = text.split_once('.').unwrap_or((text, ""));
+    if whole.is_empty() || !whole.bytes().chain(fraction.bytes()).all(|byte| byte.is_ascii_digit()) {
+        return until_date(text);
+    }
+    let seconds: u64 = whole.parse().unwrap_or(u64::MAX);
+    Some(Duration::from_secs(seconds.saturating_add(u64::from(!fraction.is_empty()))))
 }
 
 /// The time until a date in any of the three forms of HTTP (RFC 9110, 5.6.7); zero for a past one.
+///
+/// Compared as [`SystemTime`]: a [`Timestamp`] ends some hours before the year 9999 does, and `Fri, 31 Dec 9999 23:59:59
+/// GMT` is how .NET writes "never".
 fn until_date(text: &str) -> Option<Duration> {
-    let at = Timestamp::try_from(httpdate::parse_http_date(text).ok()?).ok()?;
-    Some(Duration::try_from(at.duration_since(Timestamp::now())).unwrap_or_default())
+    let at = httpdate::parse_http_date(text).ok()?;
+    Some(at.duration_since(SystemTime::from(Timestamp::now())).unwrap_or_default())
 }
 
 /// What a local reply means for a further attempt.
@@ -144,13 +159,22 @@ mod tests {
         for date in past {
             assert_eq!(said(date), Some(Pushback::Wait(Duration::ZERO)), "{date} is past");
         }
-        for date in ["Fri, 31 Dec 2100 23:59:59 GMT", "Fri Dec 31 23:59:59 2100"] {
+        let year = Duration::from_secs(365 * 24 * 3600);
+        let far = ["Fri, 31 Dec 2100 23:59:59 GMT", "Fri Dec 31 23:59:59 2100", "Thu, 30 Dec 9999 22:00:01 GMT"];
+        for date in far.into_iter().chain(["Fri, 31 Dec 9999 23:59:59 GMT"]) {
             let Some(Pushback::Wait(wait)) = said(date) else { panic!("no wait for {date}") };
-            assert!(wait > Duration::from_secs(365 * 24 * 3600));
+            assert!(wait > year);
         }
         assert_eq!(said("99999999999999999999"), Some(Pushback::Wait(Duration::from_secs(u64::MAX))));
-        for nothing in ["soon", "", "-1", "+1"] {
-            assert_eq!(said(nothing), None, "{nothing:?}");
+        assert_eq!(said("99999999999999999999.5"), Some(Pushback::Wait(Duration::from_secs(u64::MAX))));
+        for (fraction, seconds) in [("0.5", 1), ("120.25", 121), ("3.", 3)] {
+            assert_eq!(said(fraction), Some(Pushback::Wait(Duration::from_secs(seconds))), "{fraction}");
         }
+        let unreadable =
+            ["soon", "-1", "+1", "-99999999999999999999", ".5", "Sat, 01 Jan 10000 00:00:00 GMT", "\u{e9}"];
+        for text in unreadable {
+            assert_eq!(said(text), Some(Pushback::Stop), "{text:?}");
+        }
+        assert_eq!(said(" "), None);
     }
 }

@@ -221,7 +221,7 @@ fn write_retry_after(is_grpc: bool, wait: Duration, fields: &mut HeaderMap) {
         let millis = i32::try_from(wait.as_nanos().div_ceil(1_000_000)).unwrap_or(i32::MAX);
         fields.insert(PUSHBACK, HeaderValue::from(millis));
     } else {
-        let seconds = wait.as_secs() + u64::from(wait.subsec_nanos() > 0);
+        let seconds = wait.as_secs().saturating_add(u64::from(wait.subsec_nanos() > 0));
         fields.insert(header::RETRY_AFTER, HeaderValue::from(seconds.max(1)));
     }
 }

@@ -358,6 +358,42 @@ async fn who_is_asked_to_wait_beyond_the_deadline_does_not_wait_at_all() {
     assert_eq!(bank.tries(), 1);
     told(&mesh, "server_error", 1, "deadline").await;
     mesh.stop().await;
+#[tokio::test]
+async fn a_retry_after_that_is_endless_or_cannot_be_read_is_never_taken_for_none() {
+    let table = [
+        ("99999999999999999999", "deadline"),
+        ("99999999999999999999.5", "deadline"),
+        ("120.5", "deadline"),
+        ("Wed, 01 Jan 2070 00:00:00 GMT", "deadline"),
+        ("Thu, 30 Dec 9999 22:00:00 GMT", "deadline"),
+        ("Thu, 30 Dec 9999 22:00:01 GMT", "deadline"),
+        ("Fri, 31 Dec 9999 23:59:59 GMT", "deadline"),
+        ("Tuesday, 31-Dec-69 23:59:59 GMT", "deadline"),
+        ("Sat, 01 Jan 10000 00:00:00 GMT", "pushed_back"),
+        ("-1", "pushed_back"),
+        ("-99999999999999999999", "pushed_back"),
+        ("soon", "pushed_back"),
+    ];
+    for (value, withheld) in table {
+        let answer: Vec<Say> = vec![Say::With(503, Vec::leak(vec![("retry-after", value)])), Say::Status(200)];
+        let bank = Bank::http1(Vec::leak(answer)).await;
+        let mesh = Mesh::start(&behind_a_caller(&[bank.addr()], "", "    timeouts: { request: 10s }")).await;
+        let answer = get(mesh.addr("in"), "/").await;
+        assert_eq!((answer.status.as_u16(), answer.header("retry-after")), (503, value), "{answer:?}");
+        assert_eq!(bank.tries(), 1, "{value}");
+        told(&mesh, "server_error", 1, withheld).await;
+        mesh.stop().await;
+    }
+    for past in ["Sun, 06 Nov 1994 08:49:37 GMT", "0", ""] {
+        let answer: Vec<Say> = vec![Say::With(503, Vec::leak(vec![("retry-after", past)])), Say::Status(200)];
+        let bank = Bank::http1(Vec::leak(answer)).await;
+        let mesh = Mesh::start(&behind_a_caller(&[bank.addr()], "", "")).await;
+        assert_eq!(get(mesh.addr("in"), "/").await.status, 200, "{past:?}");
+        told(&mesh, "ok", 2, "").await;
+        mesh.stop().await;
+    }
+}
+
 }
 
 #[tokio::test]
@@ -365,7 +401,8 @@ async fn grpc_pushback_is_obeyed_to_the_letter() {
     const LATER: &[Say] = &[Say::Grpc(14, &[("grpc-retry-pushback-ms", "400")]), Say::Grpc(0, &[])];
     const NOT_AT_ALL: &[Say] = &[Say::Grpc(14, &[("grpc-retry-pushback-ms", "-1")]), Say::Grpc(0, &[])];
     const UNREADABLE: &[Say] = &[Say::Grpc(14, &[("grpc-retry-pushback-ms", "soon")]), Say::Grpc(0, &[])];
-    for (script, code) in [(LATER, "0"), (NOT_AT_ALL, "14"), (UNREADABLE, "14")] {
+    const ENDLESS: &[Say] = &[Say::Grpc(14, &[("grpc-retry-pushback-ms", "99999999999999999999")]), Say::Grpc(0, &[])];
+    for (script, code) in [(LATER, "0"), (NOT_AT_ALL, "14"), (UNREADABLE, "14"), (ENDLESS, "14")] {
         let bank = Bank::http2(script).await;
         let mesh = Mesh::start(&behind_a_caller(&[bank.addr()], "", DECLARED)).await;
         let answer = grpc(mesh.addr("in"), CHARGE).await;
