@@ -13,7 +13,7 @@ use crate::proxy::correlation;
 use crate::proxy::grpc::PUSHBACK;
 use crate::proxy::local_reply::{LocalReplyKind, PROXY_STATUS};
 use crate::proxy::request_context::RequestContext;
-use crate::rules::proxy_status::ProxyStatus;
+use crate::rules::proxy_status::{ProxyStatus, RECEIVED_STATUS, write_member};
 use crate::rules::retry::AttemptFailure;
 
 /// What the hops below say with a response.
@@ -108,11 +108,18 @@ pub(super) fn write(context: &mut RequestContext, status: StatusCode, headers: &
         let child = of_failed_child(context).map(|child| enforced(context, child));
         context.set_proxy_status(child);
     }
-    let parameters = context.proxy_status().map_or_else(String::new, ProxyStatus::write_parameters);
-    if parameters.is_empty() && !has_members {
+    let said = context.proxy_status().filter(|said| said.says_something());
+    if said.is_none() && !has_members {
         return;
     }
-    if let Ok(value) = HeaderValue::from_str(&format!("hopguard; received-status={}{parameters}", status.as_u16())) {
+    let member = write_member(|member| {
+        let member = member.parameter(RECEIVED_STATUS, sfv::Integer::from(status.as_u16()));
+        match said {
+            Some(said) => said.write(member),
+            None => member,
+        }
+    });
+    if let Ok(value) = HeaderValue::try_from(member) {
         headers.append(PROXY_STATUS, value);
     }
     push_back(context, headers);

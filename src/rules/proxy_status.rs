@@ -1,19 +1,32 @@
 //! Proxy status: what a sidecar says about a failed call to the next one downstream, in parameters of `Proxy-Status`.
 //!
-//! The field is a list with one member per intermediary, the one nearest to the origin first (RFC 9209, in the syntax
-//! of RFC 9651). Our member is the token `hopguard`; other members are skipped. The parser accepts any bytes: a
-//! malformed value carries no status, in particular no "unsent", which would cause a second payment.
+//! The field is a list with one member per intermediary, the one nearest to the origin first (RFC 9209), in the syntax of
+//! structured fields (RFC 9651), which `sfv` reads and writes. Our member is the token `hopguard`; other members are
+//! skipped. A malformed value carries no status, in particular no "unsent", which would cause a second payment.
+
+use std::borrow::Cow;
+use std::convert::Infallible;
+
+use sfv::visitor::{EntryVisitor, Ignored, InnerListVisitor, ItemVisitor, ListVisitor, ParameterVisitor};
+use sfv::{BareItemFromInput, ItemSerializer, KeyRef, ParameterSerializer, Parser, StringRef, TokenRef};
+use sfv::{key_ref, string_ref, token_ref};
 
 /// Token of our member.
-const MEMBER: &[u8] = b"hopguard";
+const MEMBER: &TokenRef = token_ref("hopguard");
 
-const FINAL: &[u8] = b"hopguard-final";
-const UNSENT: &[u8] = b"hopguard-unsent";
-const PLACE: &[u8] = b"hopguard-at";
+const FINAL: &KeyRef = key_ref("hopguard-final");
+const UNSENT: &KeyRef = key_ref("hopguard-unsent");
+const PLACE: &KeyRef = key_ref("hopguard-at");
 
-/// Parameter of RFC 9209, with the error type of local replies by a rate limit.
-const ERROR: &[u8] = b"error";
-const DENIED: &[u8] = b"http_request_denied";
+/// Parameter of RFC 9209: what failed, a token of its section 2.3.
+pub const ERROR: &KeyRef = key_ref("error");
+/// Parameter of RFC 9209: a text for people.
+pub const DETAILS: &KeyRef = key_ref("details");
+/// Parameter of RFC 9209: the status that the upstream sent.
+pub const RECEIVED_STATUS: &KeyRef = key_ref("received-status");
+
+/// The error type of local replies by a rate limit.
+const DENIED: &TokenRef = token_ref("http_request_denied");
 
 /// Longest destination name that is carried, in bytes.
 const LONGEST_NAME: usize = 256;
@@ -32,6 +45,27 @@ pub struct ProxyStatus {
     pub at: Option<Box<str>>,
 }
 
+/// Writes our member of `Proxy-Status`: its token, and the parameters that `add` adds.
+pub fn write_member(
+    add: impl for<'a> FnOnce(ParameterSerializer<&'a mut String>) -> ParameterSerializer<&'a mut String>,
+) -> String {
+    // As long as most members with `details`.
+    let mut text = String::with_capacity(256);
+    let _written = add(ItemSerializer::with_buffer(&mut text).bare_item(MEMBER)).finish();
+    text
+}
+
+/// A text as a string of structured fields: printable ASCII, with `?` in the place of everything else.
+pub fn printable(text: &str) -> Cow<'_, StringRef> {
+    StringRef::from_str(text).map_or_else(
+        |_other| {
+            let printable = text.chars().map(|c| if matches!(c, ' '..='~') { c } else { '?' }).collect();
+            Cow::Owned(sfv::String::from_string(printable).unwrap_or_else(|_never| string_ref("").to_owned()))
+        },
+        Cow::Borrowed,
+    )
+}
+
 impl ProxyStatus {
     /// Parses the values of `Proxy-Status`, in their order; `None` if no member of ours has a known parameter.
     ///
@@ -40,42 +74,32 @@ impl ProxyStatus {
     /// proxy or an app came after it, the request did reach that one. A value with a syntax error is skipped as a
     /// whole.
     pub fn read<'a>(values: impl Iterator<Item = &'a [u8]>) -> Option<Self> {
-        let mut mark = Self::default();
+        let mut status = Self::default();
         for value in values {
-            let mut in_value = mark.clone();
-            match (Cursor { rest: value }).list(&mut in_value) {
-                Some(()) => mark = in_value,
+            match Parser::new(value).parse_list_with_visitor(Members(status.clone())) {
+                Ok(with_value) => status = with_value,
                 // The malformed value may have held the last member, which then did not say it.
-                None => (mark.is_unsent, mark.is_limited) = (false, false),
+                Err(_malformed) => (status.is_unsent, status.is_limited) = (false, false),
             }
         }
-        mark.says_something().then_some(mark)
+        status.says_something().then_some(status)
     }
 
-    /// The parameters, each with a leading `; `, to append to our member of `Proxy-Status`; empty without a parameter.
-    /// In a name, bytes that are not printable ASCII become `?`, and the rest after 256 bytes is cut off.
-    pub fn write_parameters(&self) -> String {
-        let mut text = String::new();
-        if self.is_final {
-            text.push_str("; hopguard-final");
-        }
-        if self.is_unsent {
-            text.push_str("; hopguard-unsent");
-        }
-        if let Some(at) = &self.at {
-            text.push_str("; hopguard-at=\"");
-            for c in at.chars().take(LONGEST_NAME) {
-                if matches!(c, '"' | '\\') {
-                    text.push('\\');
-                }
-                text.push(if matches!(c, ' '..='~') { c } else { '?' });
+    /// Adds the parameters to our member. In a name, bytes that are not printable ASCII become `?`, and the rest after 256
+    /// bytes is cut off.
+    pub fn write<'a>(&self, mut member: ParameterSerializer<&'a mut String>) -> ParameterSerializer<&'a mut String> {
+        for (key, is_set) in [(FINAL, self.is_final), (UNSENT, self.is_unsent)] {
+            if is_set {
+                member = member.parameter(key, true);
             }
-            text.push('"');
         }
-        text
+        let Some(at) = &self.at else { return member };
+        let name: String = at.chars().take(LONGEST_NAME).collect();
+        member.parameter(PLACE, &*printable(&name))
     }
 
-    const fn says_something(&self) -> bool {
+    /// True if there is a parameter to write.
+    pub const fn says_something(&self) -> bool {
         self.is_final || self.is_unsent || self.is_limited || self.at.is_some()
     }
 
@@ -86,192 +110,82 @@ impl ProxyStatus {
         self.is_limited = next.is_limited;
         self.at = self.at.take().or(next.at);
     }
+}
 
-    fn set(&mut self, key: &[u8], value: &Value<'_>) {
-        match (key, value) {
-            (FINAL, Value::Boolean(is)) => self.is_final = *is,
-            (UNSENT, Value::Boolean(is)) => self.is_unsent = *is,
-            (ERROR, Value::Token(token)) => self.is_limited = *token == DENIED,
-            (PLACE, Value::String(text)) => self.at = unescaped(text),
+/// Reads the members of one value into the status of those before.
+struct Members(ProxyStatus);
+
+impl<'de> ListVisitor<'de> for Members {
+    type Out = ProxyStatus;
+    type Error = Infallible;
+
+    fn entry(&mut self) -> Result<impl EntryVisitor<'de>, Infallible> {
+        // The intermediary of this member got a response from the one before it, so the request was sent.
+        (self.0.is_unsent, self.0.is_limited) = (false, false);
+        Ok(Member(&mut self.0))
+    }
+
+    fn finish(self) -> Result<ProxyStatus, Infallible> {
+        Ok(self.0)
+    }
+}
+
+/// Reads one member; only an item that is our token counts.
+struct Member<'a>(&'a mut ProxyStatus);
+
+impl<'de> EntryVisitor<'de> for Member<'_> {
+    type Error = Infallible;
+
+    fn item(self) -> Result<impl ItemVisitor<'de>, Infallible> {
+        Ok(self)
+    }
+
+    fn inner_list(self) -> Result<impl InnerListVisitor<'de>, Infallible> {
+        Ok(Ignored)
+    }
+}
+
+impl<'de> ItemVisitor<'de> for Member<'_> {
+    type Out = Option<()>;
+    type Error = Infallible;
+
+    fn bare_item(
+        self,
+        item: BareItemFromInput<'de>,
+    ) -> Result<impl ParameterVisitor<'de, Out = Option<()>>, Infallible> {
+        let is_ours = matches!(item, BareItemFromInput::Token(token) if token == MEMBER);
+        Ok(is_ours.then(|| OwnParameters { status: self.0, own: ProxyStatus::default() }))
+    }
+}
+
+/// Reads the parameters of a member of ours.
+struct OwnParameters<'a> {
+    status: &'a mut ProxyStatus,
+    own: ProxyStatus,
+}
+
+impl<'de> ParameterVisitor<'de> for OwnParameters<'_> {
+    type Out = ();
+    type Error = Infallible;
+
+    fn parameter(&mut self, key: &'de KeyRef, value: BareItemFromInput<'de>) -> Result<(), Infallible> {
+        match value {
+            BareItemFromInput::Boolean(is) if key == FINAL => self.own.is_final = is,
+            BareItemFromInput::Boolean(is) if key == UNSENT => self.own.is_unsent = is,
+            BareItemFromInput::Token(token) if key == ERROR => self.own.is_limited = token == DENIED,
+            BareItemFromInput::String(text) if key == PLACE => {
+                let name = Some(text.as_str()).filter(|name| (1..=LONGEST_NAME).contains(&name.len()));
+                self.own.at = name.map(Into::into);
+            }
             _ => {}
         }
-    }
-}
-
-/// Text of a string whose escapes are already validated; `None` if it is empty or too long for a name.
-fn unescaped(text: &[u8]) -> Option<Box<str>> {
-    let mut name = String::new();
-    let mut bytes = text.iter();
-    while let Some(byte) = bytes.next() {
-        name.push(char::from(if *byte == b'\\' { *bytes.next()? } else { *byte }));
-    }
-    (1..=LONGEST_NAME).contains(&name.len()).then(|| name.into())
-}
-
-/// A bare item; types that our parameters do not use are not distinguished.
-enum Value<'a> {
-    Boolean(bool),
-    Token(&'a [u8]),
-    /// The text between the quotes, with escapes.
-    String(&'a [u8]),
-    Other,
-}
-
-/// Parses a structured field from the front; `None` on a syntax error (RFC 9651 section 4.2).
-struct Cursor<'a> {
-    rest: &'a [u8],
-}
-
-impl<'a> Cursor<'a> {
-    fn list(&mut self, mark: &mut ProxyStatus) -> Option<()> {
-        self.skip(|b| b == b' ');
-        while !self.rest.is_empty() {
-            self.member(mark)?;
-            self.skip(is_blank);
-            if self.rest.is_empty() {
-                return Some(());
-            }
-            self.eat(b',')?;
-            self.skip(is_blank);
-            if self.rest.is_empty() {
-                return None;
-            }
-        }
-        Some(())
+        Ok(())
     }
 
-    fn member(&mut self, mark: &mut ProxyStatus) -> Option<()> {
-        // The intermediary of this member got a response from the one before it, so the request was sent.
-        (mark.is_unsent, mark.is_limited) = (false, false);
-        if self.rest.first() == Some(&b'(') {
-            self.inner_list()?;
-            return self.parameters(|_, _| {});
-        }
-        let is_ours = matches!(self.bare_item()?, Value::Token(MEMBER));
-        let mut own = ProxyStatus::default();
-        self.parameters(|key, value| own.set(key, value))?;
-        if is_ours {
-            mark.merge(own);
-        }
-        Some(())
+    fn finish(self) -> Result<(), Infallible> {
+        self.status.merge(self.own);
+        Ok(())
     }
-
-    fn inner_list(&mut self) -> Option<()> {
-        self.eat(b'(')?;
-        loop {
-            self.skip(|b| b == b' ');
-            if self.eat(b')').is_some() {
-                return Some(());
-            }
-            self.bare_item()?;
-            self.parameters(|_, _| {})?;
-            if !matches!(self.rest.first()?, b' ' | b')') {
-                return None;
-            }
-        }
-    }
-
-    fn parameters(&mut self, mut take: impl FnMut(&[u8], &Value<'a>)) -> Option<()> {
-        while self.eat(b';').is_some() {
-            self.skip(|b| b == b' ');
-            if !matches!(self.rest.first()?, b'a'..=b'z' | b'*') {
-                return None;
-            }
-            let key = self.skip(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'_' | b'-' | b'.' | b'*'));
-            let value = if self.eat(b'=').is_some() { self.bare_item()? } else { Value::Boolean(true) };
-            take(key, &value);
-        }
-        Some(())
-    }
-
-    fn bare_item(&mut self) -> Option<Value<'a>> {
-        match *self.rest.first()? {
-            b'"' => self.string().map(Value::String),
-            b'?' => self.boolean().map(Value::Boolean),
-            b'A'..=b'Z' | b'a'..=b'z' | b'*' => Some(Value::Token(self.skip(is_of_token))),
-            b'-' | b'0'..=b'9' => self.number(),
-            b'@' => {
-                self.eat(b'@')?;
-                self.number()
-            }
-            b':' => self.bytes(),
-            b'%' => {
-                self.eat(b'%')?;
-                self.string().map(|_| Value::Other)
-            }
-            _ => None,
-        }
-    }
-
-    fn string(&mut self) -> Option<&'a [u8]> {
-        self.eat(b'"')?;
-        let text = self.rest;
-        loop {
-            match self.next()? {
-                b'"' => return Some(&text[..text.len() - self.rest.len() - 1]),
-                b'\\' => {
-                    self.next().filter(|b| matches!(b, b'"' | b'\\'))?;
-                }
-                b' '..=b'~' => {}
-                _ => return None,
-            }
-        }
-    }
-
-    fn boolean(&mut self) -> Option<bool> {
-        self.eat(b'?')?;
-        match self.next()? {
-            b'0' => Some(false),
-            b'1' => Some(true),
-            _ => None,
-        }
-    }
-
-    fn number(&mut self) -> Option<Value<'a>> {
-        // The sign is optional.
-        let _ = self.eat(b'-');
-        let whole = self.skip(|b| b.is_ascii_digit());
-        let has_fraction = self.eat(b'.').is_none() || !self.skip(|b| b.is_ascii_digit()).is_empty();
-        (!whole.is_empty() && has_fraction).then_some(Value::Other)
-    }
-
-    fn bytes(&mut self) -> Option<Value<'a>> {
-        self.eat(b':')?;
-        self.skip(|b| b.is_ascii_alphanumeric() || matches!(b, b'+' | b'/' | b'='));
-        self.eat(b':').map(|()| Value::Other)
-    }
-
-    fn next(&mut self) -> Option<u8> {
-        let (&first, rest) = self.rest.split_first()?;
-        self.rest = rest;
-        Some(first)
-    }
-
-    fn eat(&mut self, byte: u8) -> Option<()> {
-        self.rest = self.rest.strip_prefix(&[byte])?;
-        Some(())
-    }
-
-    fn skip(&mut self, is_wanted: impl Fn(u8) -> bool) -> &'a [u8] {
-        let length = self.rest.iter().take_while(|b| is_wanted(**b)).count();
-        let (skipped, rest) = self.rest.split_at(length);
-        self.rest = rest;
-        skipped
-    }
-}
-
-const fn is_blank(byte: u8) -> bool {
-    matches!(byte, b' ' | b'\t')
-}
-
-/// `tchar` of RFC 9110, `:` and `/`.
-const fn is_of_token(byte: u8) -> bool {
-    byte.is_ascii_alphanumeric()
-        || matches!(
-            byte,
-            b'!' | b'#' | b'$' | b'%' | b'&' | b'\'' | b'*' | b'+' | b'-' | b'.' | b'^' | b'_' | b'`' | b'|' | b'~'
-        )
-        || matches!(byte, b':' | b'/')
 }
 
 #[cfg(test)]
@@ -300,7 +214,7 @@ mod tests {
             (r#"hopguard; hopguard-at="a\\\"b""#, mark(false, false, Some(r#"a\"b"#))),
             ("envoy; received-status=503, hopguard; hopguard-final \t,\t cdn", mark(true, false, None)),
             (
-                r#"(a "b" 1;x);y, "cdn, x"; next-protocol=:aDI=:, *a/b:c; d=-1.5; t=@12; s=%"f%c3", hopguard; hopguard-final"#,
+                r#"(a "b" 1;x);y, "cdn, x"; next-protocol=:aDI=:, *a/b:c; d=-1.5; t=@12; s=%"f%c3%bc", hopguard; hopguard-final"#,
                 mark(true, false, None),
             ),
             ("  hopguard;  hopguard-final  ", mark(true, false, None)),
@@ -332,6 +246,8 @@ mod tests {
             "hopguard; hopguard-final; Upper",
             "hopguard; hopguard-final=?2",
             "hopguard; hopguard-final; a=1.",
+            "hopguard; hopguard-final; a=1234567890123456",
+            "hopguard; hopguard-final; a=%\"f%c3\"",
             "hopguard; hopguard-final; a=:x",
             "hopguard; hopguard-final, (a",
             "hopguard; hopguard-final, (a\"b\")",
@@ -381,9 +297,9 @@ mod tests {
     #[test]
     fn an_odd_name_is_written_as_a_string_that_can_be_read() {
         let odd = ProxyStatus { at: Some("caf\u{e9}\r\n\"x\"".into()), ..ProxyStatus::default() };
-        assert_eq!(odd.write_parameters(), r#"; hopguard-at="caf???\"x\"""#);
+        assert_eq!(write_member(|member| odd.write(member)), r#"hopguard;hopguard-at="caf???\"x\"""#);
         let long = ProxyStatus { at: Some("x".repeat(1000).into()), ..ProxyStatus::default() };
-        let value = format!("hopguard{}", long.write_parameters());
+        let value = write_member(|member| long.write(member));
         assert_eq!(read(&[&value]), mark(false, false, Some(&"x".repeat(256))));
     }
 
@@ -391,7 +307,10 @@ mod tests {
         #[test]
         fn what_is_written_is_read_back(is_final: bool, is_unsent: bool, at in proptest::option::of("[ -~]{1,256}")) {
             let mark = ProxyStatus { is_final, is_unsent, is_limited: false, at: at.map(Into::into) };
-            let value = format!("a, (b), hopguard; error=x; details=\"y\"{}", mark.write_parameters());
+            let own = write_member(|member| {
+                mark.write(member.parameter(ERROR, token_ref("x")).parameter(DETAILS, &*printable("y")))
+            });
+            let value = format!("a, (b), {own}");
             prop_assert_eq!(read(&[&value]), mark.says_something().then_some(mark));
         }
 

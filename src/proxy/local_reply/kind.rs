@@ -3,6 +3,7 @@
 //! A new kind is one row; its outcome is one line in `telemetry/outcome.rs`.
 
 use http::StatusCode;
+use sfv::{TokenRef, token_ref};
 
 use crate::proxy::grpc::GrpcStatus;
 use crate::telemetry::{ClosedBy, Outcome};
@@ -16,7 +17,7 @@ pub(super) struct Face {
     /// To a gRPC caller.
     pub(super) grpc: GrpcStatus,
     /// The error type of RFC 9209, 2.3.
-    pub(super) error: &'static str,
+    pub(super) error: &'static TokenRef,
     /// The title of the problem document (RFC 9457).
     pub(super) title: &'static str,
     /// Who ended the exchange: hopguard, except where the upstream left nothing to end.
@@ -64,7 +65,7 @@ macro_rules! local_replies {
                         outcome: Outcome::$outcome,
                         status: StatusCode::$status,
                         grpc: GrpcStatus::$grpc,
-                        error: $error,
+                        error: const { token_ref($error) },
                         title: $title,
                         closed_by: ClosedBy::Hopguard,
                         is_of_the_callee: false,

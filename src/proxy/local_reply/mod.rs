@@ -15,7 +15,7 @@ use http::{Response, StatusCode, header};
 pub use self::kind::LocalReplyKind;
 use crate::problems::{Origin, Sourced};
 use crate::proxy::grpc::{self, GrpcStatus, PUSHBACK};
-use crate::rules::proxy_status::ProxyStatus;
+use crate::rules::proxy_status::{DETAILS, ERROR, ProxyStatus, printable, write_member};
 use crate::telemetry::RefusalRecord;
 use crate::upstream::response::UpstreamError;
 
@@ -178,14 +178,14 @@ impl LocalReply {
         let tries = if attempt > 0 { format!("; attempt {attempt}/{of}") } else { String::new() };
         let tries = context.retry.map_or_else(|| tries.clone(), |why| format!("{tries}; not retried: {why}"));
         let details = format!("{}: {}{tries}", self.kind.face().outcome.as_str(), self.sentence());
-        // A string of RFC 9651 has printable ASCII only, with `"` and `\` escaped.
-        let escaped: String = details
-            .chars()
-            .map(|c| if c.is_ascii_graphic() || c == ' ' { c } else { '?' })
-            .flat_map(|c| matches!(c, '"' | '\\').then_some('\\').into_iter().chain([c]))
-            .collect();
-        let marks = context.status.map_or_else(String::new, ProxyStatus::write_parameters);
-        HeaderValue::from_str(&format!("hopguard; error={}; details=\"{escaped}\"{marks}", self.kind.face().error)).ok()
+        let member = write_member(|member| {
+            let member = member.parameter(ERROR, self.kind.face().error).parameter(DETAILS, &*printable(&details));
+            match context.status {
+                Some(status) => status.write(member),
+                None => member,
+            }
+        });
+        HeaderValue::try_from(member).ok()
     }
 
     fn document(&self, context: &LocalReplyContext<'_>) -> String {
@@ -248,7 +248,7 @@ mod tests {
         assert_eq!(answer.status(), 504);
         assert_eq!(
             answer.headers()[PROXY_STATUS],
-            "hopguard; error=http_response_timeout; details=\"request_timeout: no response in time: \
+            "hopguard;error=http_response_timeout;details=\"request_timeout: no response in time: \
              timeouts.request is 800ms (policy.yaml:12); attempt 1/1\""
         );
         let document: serde_json::Value = serde_json::from_slice(answer.body()).unwrap();
@@ -318,7 +318,7 @@ mod tests {
         let answer = odd.response(false, &LocalReplyContext::default(), |bytes| bytes);
         assert_eq!(
             answer.headers()[PROXY_STATUS],
-            r#"hopguard; error=connection_refused; details="connect_failed: say \"h?\\llo\"??x""#
+            r#"hopguard;error=connection_refused;details="connect_failed: say \"h?\\llo\"??x""#
         );
     }
 }

@@ -497,7 +497,7 @@ async fn on_the_callers_side_the_answer_tells_those_above_to_leave_it() {
     fail(&mesh, 5, 500).await;
     let answer = finds_it_open(&mesh, "five failures").await;
     let said = answer.header("proxy-status");
-    assert!(said.contains("; hopguard-final") && said.contains("; hopguard-at=\"app\""), "{said}");
+    assert!(said.contains(";hopguard-final") && said.contains(";hopguard-at=\"app\""), "{said}");
     assert!(!said.contains("hopguard-unsent"), "{said}");
     let answer = grpc(mesh.addr("in"), "/shop.v1.Payment/Charge").await;
     assert_eq!((answer.grpc_status(), answer.header("grpc-retry-pushback-ms")), ("14", "-1"), "{answer:?}");

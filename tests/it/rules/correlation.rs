@@ -412,7 +412,7 @@ async fn a_call_that_a_rate_limit_refuses_is_marked_for_the_hops_above() {
     let text = policy(app.addr, bank.upstream.addr, "", "");
     let mesh = Mesh::start(&text.replace("name: bank,", "name: bank, rateLimit: { requests: 1, per: 1m },")).await;
     door.set(mesh.addr("out")).unwrap();
-    for (status, said) in [(200, ""), (500, "hopguard; received-status=500; hopguard-final; hopguard-at=\"bank\"")] {
+    for (status, said) in [(200, ""), (500, "hopguard;received-status=500;hopguard-final;hopguard-at=\"bank\"")] {
         let asked = request("GET", "/").header("traceparent", TRACEPARENT).body(empty()).unwrap();
         let answer = ask(mesh.addr("in"), asked).await;
         assert_eq!((answer.status.as_u16(), answer.header("proxy-status")), (status, said), "{answer:?}");

@@ -301,7 +301,7 @@ async fn an_app_that_fails_because_of_trailers_is_not_called_again_for_what_may_
         let answer = charge(b.addr("in")).await;
         assert_eq!((answer.grpc_status(), bank.tries()), ("14", tries), "{script:?} {answer:?}");
         if tries == 1 {
-            assert!(answer.header("proxy-status").contains("hopguard-final; hopguard-at=\"d\""), "{answer:?}");
+            assert!(answer.header("proxy-status").contains("hopguard-final;hopguard-at=\"d\""), "{answer:?}");
             assert_eq!(b.metric("hopguard_retries_withheld_total", &["reason=\"retried_below\""]), 1.0);
         }
         b.stop().await;

@@ -212,11 +212,7 @@ async fn grpc_is_told_that_the_resource_is_exhausted_and_when_to_come_again() {
         assert_eq!((answer.status.as_u16(), answer.grpc_status()), (200, "8"), "{answer:?}");
         let millis: u64 = answer.header("grpc-retry-pushback-ms").parse().unwrap();
         assert!((8_000..=10_000).contains(&millis), "{millis}");
-        assert_eq!(
-            answer.header("proxy-status").contains("; hopguard-final; hopguard-at=\"app\""),
-            marked,
-            "{answer:?}"
-        );
+        assert_eq!(answer.header("proxy-status").contains(";hopguard-final;hopguard-at=\"app\""), marked, "{answer:?}");
         let line = mesh.refused(&answer, "rate_limited", "rateLimit.requests", "1 per 10s").await;
         assert_eq!(line["grpc_status"], "RESOURCE_EXHAUSTED", "{line}");
         mesh.stop().await;

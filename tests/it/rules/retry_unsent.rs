@@ -222,7 +222,7 @@ async fn a_call_that_the_app_has_left_aside_is_called_unsent_and_one_that_it_bro
         let mesh = Mesh::start(&policy(app.addr, more)).await;
         let answer = ask(mesh.addr("in"), request("POST", "/").body(full("pay 5")).unwrap()).await;
         assert_eq!(answer.status, 502, "{answer:?}");
-        assert!(answer.header("proxy-status").contains("; hopguard-unsent"), "goaway {goaway}: {answer:?}");
+        assert!(answer.header("proxy-status").contains(";hopguard-unsent"), "goaway {goaway}: {answer:?}");
         mesh.only("upstream_reset").await;
         mesh.stop().await;
     }

@@ -78,7 +78,7 @@ impl Live<'_> {
         };
         let mark = self.mark.clone().unwrap_or_default();
         if is_own || self.mark.is_some() || !answer.proxy_status.is_empty() {
-            answer.proxy_status.push(format!("hopguard{}", mark.write_parameters()));
+            answer.proxy_status.push(write_member(|member| mark.write(member)));
         }
         if mark.is_final && self.request.grpc {
             answer.pushback = Some(Pushback::Stop);

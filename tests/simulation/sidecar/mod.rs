@@ -22,7 +22,7 @@ use hopguard::rules::deadline::{self, Deadline, DeadlineSource};
 use hopguard::rules::ejection::{EjectionEvent, EjectionGroup, EjectionMember};
 use hopguard::rules::inflight::{Correlation, InflightGuard, InflightRequests, ParentRequests};
 use hopguard::rules::limits::{ConcurrencyLimit, ConcurrencyPermit};
-use hopguard::rules::proxy_status::ProxyStatus;
+use hopguard::rules::proxy_status::{ProxyStatus, write_member};
 use hopguard::rules::retry::RetryBudget;
 use hopguard::rules::retry::{AttemptFailure, AttemptSummary, NoRetryReason, Pushback, RetryDecision};
 use hopguard::rules::retry_history::RetryHistory;
