@@ -241,7 +241,8 @@ fn a_full_policy_has_every_value_and_its_line() {
     assert_eq!((model.access_log.mode, model.access_log.ratio), (LogMode::Sampled, 0.5));
     let listener = &model.listeners[0];
     assert_eq!((listener.target, listener.direction), (ListenerTarget::To(0), Direction::Outbound));
-    assert_eq!(listener.max_header_size.value, 32 << 10);
+    assert_eq!((listener.max_header_size.value, listener.max_header_count.value), (32 << 10, 256));
+    assert_eq!(model.destinations[0].connections.max_header_count.value, 300);
     assert!(listener.tls.as_ref().unwrap().key.ends_with("tests/policies/valid/tls.key"));
     let destination = &model.destinations[0];
     let names: Vec<_> = destination.routes.iter().map(|route| route.name.as_str()).collect();

@@ -142,6 +142,7 @@ fn listener(policy: &Snapshot, one: &Listener) -> Value {
         "tls": one.tls.is_some(),
         "timeouts": { "headers": time(&one.headers_timeout), "idle": time(&one.idle) },
         "maxHeaderSize": set(&one.max_header_size, |bytes| (*bytes).into()),
+        "maxHeaderCount": set(&one.max_header_count, |count| (*count).into()),
     })
 }
 
@@ -173,6 +174,7 @@ fn destination(one: &Destination, now: Timestamp) -> Value {
         "connections": {
             "idle": time(&one.connections.idle),
             "maxIdle": set(&one.connections.max_idle, |count| (*count).into()),
+            "maxHeaderCount": set(&one.connections.max_header_count, |count| (*count).into()),
         },
         "routes": routes.collect::<Vec<_>>(),
     });

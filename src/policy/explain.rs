@@ -216,10 +216,12 @@ impl Explanation<'_> {
         rows.extend(layers::rows(destination, route, &seen));
         rows.push(Row::time("connections.idle", &destination.connections.idle));
         rows.push(Row::shown("connections.maxIdle", &destination.connections.max_idle));
+        rows.push(Row::shown("connections.maxHeaderCount", &destination.connections.max_header_count));
         for l in listeners {
             rows.push(Row::time(format!("{}: timeouts.headers", l.name), &l.headers_timeout));
             rows.push(Row::time(format!("{}: timeouts.idle", l.name), &l.idle));
             rows.push(Row::shown(format!("{}: maxHeaderSize", l.name), &l.max_header_size));
+            rows.push(Row::shown(format!("{}: maxHeaderCount", l.name), &l.max_header_count));
         }
         rows
     }

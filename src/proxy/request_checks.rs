@@ -17,6 +17,7 @@ const LONGEST_METHOD: usize = 64;
 /// The local reply to a head that is too long, ambiguous, or not HTTP.
 pub(super) fn check(head: &mut Parts, scan: &HeaderScan, listener: &Listener) -> Result<(), LocalReply> {
     check_size(head, scan, listener)?;
+    check_count(head, listener)?;
     check_method(&head.method)?;
     check_framing(head, scan)?;
     check_expectation(head, scan)?;
@@ -47,6 +48,15 @@ fn check_size(head: &Parts, scan: &HeaderScan, listener: &Listener) -> Result<()
         .map_or_else(String::new, |(name, size)| format!("; the longest field is {name} with {size} bytes"));
     let detail = format!("the header section has {} bytes{longest}", scan.size);
     Err(LocalReply::counted(LocalReplyKind::HeaderTooLarge, "maxHeaderSize", limit, detail))
+}
+
+fn check_count(head: &Parts, listener: &Listener) -> Result<(), LocalReply> {
+    let (limit, count) = (&listener.max_header_count, head.headers.len());
+    if count <= limit.value as usize {
+        return Ok(());
+    }
+    let detail = format!("the request has {count} header fields");
+    Err(LocalReply::counted(LocalReplyKind::HeaderTooLarge, "maxHeaderCount", limit, detail))
 }
 
 fn check_method(method: &Method) -> Result<(), LocalReply> {

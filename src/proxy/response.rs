@@ -11,6 +11,7 @@ use hyper_util::rt::TokioIo;
 use tokio::time::Instant;
 
 use crate::net::io::Io;
+use crate::problems::Sourced;
 use crate::proxy::attempt::Attempt;
 use crate::proxy::exchange::{ActiveExchange, ResponseFacts};
 use crate::proxy::grpc::{self, GrpcStatus};
@@ -20,7 +21,7 @@ use crate::proxy::request_context::RequestContext;
 use crate::proxy::response_body::ResponseBody;
 use crate::proxy::send_local_reply::send_local_reply;
 use crate::proxy::tunnel::Handoff;
-use crate::proxy::{breaker_and_ejection, proxy_status};
+use crate::proxy::{breaker_and_ejection, proxy_status, select};
 use crate::rules::retry::AttemptFailure;
 use crate::runtime::tasks;
 use crate::upstream::response::UpstreamBody;
@@ -145,6 +146,7 @@ pub(super) fn from_upstream(
     let (version, status) = (response.version(), response.status());
     // Each hop says its own version, never the one it received (RFC 9112, 2.3).
     *response.version_mut() = Version::HTTP_11;
+    check_count(&response, &select::connections(context, attempt).max_header_count)?;
     let headers = response.headers_mut();
     let hop_by_hop = headers::strip(headers, &scan);
     facts.keep_alive = hop_by_hop.kept_for(version);
@@ -185,6 +187,14 @@ fn check_framing(response: &Response<UpstreamBody>, scan: &HeaderScan) -> Result
         return malformed("the response's status is not defined (RFC 9110, 15)");
     }
     Ok(())
+}
+
+fn check_count(response: &Response<UpstreamBody>, limit: &Sourced<u32>) -> Result<(), LocalReply> {
+    let count = response.headers().len();
+    if count <= limit.value as usize {
+        return Ok(());
+    }
+    Err(LocalReply::too_many_headers(limit, format!("the response has {count} header fields")))
 }
 
 /// A gRPC caller cannot read a response that is not gRPC; it gets the status that the HTTP status stands for.

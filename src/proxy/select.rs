@@ -26,6 +26,7 @@ use crate::upstream::connect::ConnectError;
 use crate::upstream::dial::ConnectOptions;
 use crate::upstream::endpoint::Endpoint;
 use crate::upstream::pool::{Lease, Pool, ProtocolPreference};
+use crate::upstream::spec::Connections;
 
 /// Endpoints that are asked for one connection, each of them once.
 const MAX_CONNECT_ENDPOINTS: usize = 3;
@@ -154,10 +155,19 @@ fn pool(attempt: &Attempt) -> Result<Rc<Pool>, LocalReply> {
 }
 
 fn options(context: &RequestContext, attempt: &Attempt) -> ConnectOptions {
+    let keep = connections(context, attempt);
+    ConnectOptions {
+        connect_timeout: context.timeouts().connect.value,
+        idle_timeout: keep.idle.value,
+        max_idle: keep.max_idle.value as usize,
+        max_header_count: keep.max_header_count.value,
+    }
+}
+
+/// `connections` of the destination of an attempt.
+pub(super) fn connections<'a>(context: &'a RequestContext, attempt: &Attempt) -> &'a Connections {
     let destination = attempt.upstream().map_or(context.route_id().owner(), |upstream| upstream.destination);
-    let keep = &context.destination(destination).values.connections;
-    let connect = context.timeouts().connect.value;
-    ConnectOptions { connect_timeout: connect, idle_timeout: keep.idle.value, max_idle: keep.max_idle.value as usize }
+    &context.destination(destination).values.connections
 }
 
 /// Opens a connection at an endpoint; each endpoint that is asked has `timeouts.connect`.

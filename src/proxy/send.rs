@@ -13,6 +13,8 @@ use std::time::Duration;
 use http::{Response, header};
 use tokio::time::Instant;
 
+use crate::net::http1::parsed_headers;
+use crate::problems::Sourced;
 use crate::proxy::attempt::Attempt;
 use crate::proxy::local_reply::{LocalReply, LocalReplyKind};
 use crate::proxy::replay::RetryState;
@@ -226,11 +228,22 @@ fn broke_off(
     now: Instant,
 ) -> LocalReply {
     attempt.broke_off(error.is_unprocessed(), error.is_connection_closed(), error.is_go_away());
-    let reply = broken(context, lease.reused, error);
+    let reply = match error.is_head_too_large() {
+        true => head_too_large(&select::connections(context, attempt).max_header_count),
+        false => broken(context, lease.reused, error),
+    };
     if error.is_connection_closed() && breaker_and_ejection::is_upstreams_fault(context, reply.kind) {
         lease.record_idle_close(began, now);
     }
     reply
+}
+
+/// What the caller is told of a response head that hyper has refused for its length; hyper does not tell which of its two
+/// bounds it is.
+fn head_too_large(limit: &Sourced<u32>) -> LocalReply {
+    let most = parsed_headers(limit.value);
+    let detail = format!("the head of the response has more than {most} fields, or more than about 400 KiB");
+    LocalReply::too_many_headers(limit, detail)
 }
 
 /// What a broken connection means.

@@ -19,6 +19,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::{Instant, timeout};
 
 use crate::net::flow::Flow;
+use crate::net::http1::parsed_headers;
 use crate::net::http2 as bounds;
 use crate::net::io::Io;
 use crate::proxy::connection_timeouts::{ConnectionEnd, ConnectionTimeouts};
@@ -53,6 +54,7 @@ pub async fn http1(worker: Rc<WorkerContext>, downstream: Rc<DownstreamConnectio
     let service = service_fn(|request| Box::pin(begin(&worker, &downstream, request)));
     let mut connection = http1::Builder::new()
         .max_buf_size(watch.max_header_size + MORE_THAN_ALLOWED)
+        .max_headers(parsed_headers(watch.max_header_count))
         .serve_connection(TokioIo::new(io), service);
     let mut closing = false;
     let end = poll_fn(|cx| {
@@ -82,12 +84,11 @@ pub async fn http1(worker: Rc<WorkerContext>, downstream: Rc<DownstreamConnectio
         ConnectionEnd::Over(Err(error)) => {
             if error.is_parse() {
                 // hyper has responded already: 431 to a head that is too long, 400 to anything else.
-                let kind = if error.is_parse_too_large() {
-                    LocalReplyKind::HeaderTooLarge
-                } else {
-                    LocalReplyKind::BadRequest
+                let reply = match error.is_parse_too_large() {
+                    true => too_large(&watch),
+                    false => LocalReply::plain(LocalReplyKind::BadRequest, error.to_string()),
                 };
-                record_unparsed(&worker, &downstream, &LocalReply::plain(kind, error.to_string()), Instant::now());
+                record_unparsed(&worker, &downstream, &reply, Instant::now());
             }
             close(stream).await;
         }
@@ -180,6 +181,18 @@ where
             .await;
         });
     }
+}
+
+/// What is recorded of a head that hyper has refused for its length; hyper does not tell which of the two bounds it is.
+fn too_large(watch: &ConnectionTimeouts) -> LocalReply {
+    let (size, count) = (watch.max_header_size, watch.max_header_count);
+    let detail = format!(
+        "the head of the request has more than {} bytes or more than {} fields: maxHeaderSize is {size}, maxHeaderCount is \
+         {count}",
+        size + MORE_THAN_ALLOWED,
+        parsed_headers(count)
+    );
+    LocalReply::plain(LocalReplyKind::HeaderTooLarge, detail)
 }
 
 /// Writes the record of bytes that could not be parsed as a request.

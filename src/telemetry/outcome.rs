@@ -90,7 +90,7 @@ named! {
         UpstreamProtocol = "upstream_protocol",
         /// The caller sent bytes that are not valid HTTP, or HTTP that is ambiguous.
         BadRequest = "bad_request",
-        /// The caller's header section is longer than `maxHeaderSize`.
+        /// The caller's header section is longer than `maxHeaderSize`, or has more fields than `maxHeaderCount`.
         HeaderTooLarge = "header_too_large",
         /// The caller's head or body arrived too slowly.
         CallerTimeout = "caller_timeout",

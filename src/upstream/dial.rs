@@ -13,6 +13,7 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 use tokio::time::{Instant, timeout, timeout_at};
 
+use crate::net::http1::parsed_headers;
 use crate::net::io::Io;
 use crate::runtime::tasks;
 use crate::upstream::connect::{ConnectError, Connected};
@@ -30,6 +31,8 @@ pub struct ConnectOptions {
     pub idle_timeout: Duration,
     /// `connections.maxIdle`: most idle connections per endpoint and worker.
     pub max_idle: usize,
+    /// `connections.maxHeaderCount`: most header fields of a response.
+    pub max_header_count: u32,
 }
 
 impl Pool {
@@ -72,6 +75,7 @@ impl Pool {
         &self,
         endpoint: &Rc<Endpoint>,
         preference: ProtocolPreference,
+        options: ConnectOptions,
     ) -> Result<Transport, ConnectError> {
         let tls = self.cluster.tls(preference == ProtocolPreference::Http1);
         let is_encrypted = tls.is_some();
@@ -88,7 +92,8 @@ impl Pool {
         if http2 {
             Http2::new(io, now).await.map(Transport::Http2)
         } else {
-            Http1::new(io, now).await.map(Transport::Http1).map_err(|error| ConnectError::Handshake(error.into()))
+            let opened = Http1::new(io, parsed_headers(options.max_header_count), now).await;
+            opened.map(Transport::Http1).map_err(|error| ConnectError::Handshake(error.into()))
         }
     }
 
@@ -130,7 +135,7 @@ impl Dial {
     /// Opens the connection and sends it to the caller; if the caller has left, checks the connection in.
     async fn run(self, pending: Option<PendingConnection>, sender: LeaseSender) {
         let Self { pool, endpoint, preference, options } = self;
-        let dialled = timeout(options.connect_timeout, pool.handshake(&endpoint, preference)).await;
+        let dialled = timeout(options.connect_timeout, pool.handshake(&endpoint, preference, options)).await;
         let transport = match dialled.unwrap_or(Err(ConnectError::Timeout)) {
             Ok(transport) => transport,
             Err(error) => {
@@ -248,6 +253,7 @@ mod tests {
             connect_timeout: Duration::from_millis(connect),
             idle_timeout: Duration::from_secs(60),
             max_idle: 8,
+            max_header_count: 256,
         }
     }
 

@@ -29,12 +29,17 @@ pub struct Http1 {
 }
 
 impl Http1 {
-    /// Begins HTTP/1.1 on an open stream. Sends no byte.
+    /// Begins HTTP/1.1 on an open stream. Sends no byte. A response with more than `max_headers` fields is an error.
     ///
     /// # Errors
     /// If hyper refuses the stream.
-    pub async fn new(io: Io, now: Instant) -> Result<Box<Self>, hyper::Error> {
-        let (sender, connection) = Builder::new().handshake(TokioIo::new(io)).await?;
+    pub async fn new(io: Io, max_headers: usize, now: Instant) -> Result<Box<Self>, hyper::Error> {
+        let (sender, connection) = Builder::new()
+            // A space before the colon of a field is removed (RFC 9112, 5.1).
+            .allow_spaces_after_header_name_in_responses(true)
+            .max_headers(max_headers)
+            .handshake(TokioIo::new(io))
+            .await?;
         Ok(Box::new(Self { sender, connection, is_closed: false, opened_at: now, idle_since: now }))
     }
 

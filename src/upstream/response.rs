@@ -121,6 +121,11 @@ impl UpstreamError {
         }
     }
 
+    /// True if the head of an HTTP/1.1 response has more bytes or more fields than hyper parses.
+    pub fn is_head_too_large(&self) -> bool {
+        matches!(self, Self::Http1(error) if error.is_parse_too_large())
+    }
+
     /// True if the peer has declared the request unprocessed (RFC 9113, 8.7), so that it may be sent again, whatever its
     /// method.
     pub fn is_unprocessed(&self) -> bool {

@@ -99,12 +99,19 @@ impl UpstreamTlsSpec {
 
 /// `connections:` of `defaults` or of a destination.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize, JsonSchema)]
-#[serde(default, deny_unknown_fields, rename_all = "camelCase", expecting = "a mapping with idle and maxIdle")]
+#[serde(
+    default,
+    deny_unknown_fields,
+    rename_all = "camelCase",
+    expecting = "a mapping with idle, maxIdle and maxHeaderCount"
+)]
 pub struct ConnectionsSpec {
     /// How long an idle connection is kept. Default 3s.
     pub idle: Option<DurationSpec>,
     /// Most idle connections, per endpoint and worker; 0 keeps none. Default 128.
     pub max_idle: Option<Count<0>>,
+    /// Most header fields of a response: 1 to 1024. Default 256.
+    pub max_header_count: Option<Count<1, 1_024>>,
 }
 
 /// Pooled upstream connections.
@@ -114,21 +121,29 @@ pub struct Connections {
     pub idle: Sourced<Duration>,
     /// Most idle HTTP/1.1 connections, per endpoint and worker; 0 keeps none.
     pub max_idle: Sourced<u32>,
+    /// Most header fields of a response.
+    pub max_header_count: Sourced<u32>,
 }
 
 impl Connections {
-    /// The built-in values: 3 s, 128.
+    /// The built-in values: 3 s, 128, 256.
     pub const fn built_in() -> Self {
-        Self { idle: Sourced::built_in(Duration::from_secs(3)), max_idle: Sourced::built_in(128) }
+        Self {
+            idle: Sourced::built_in(Duration::from_secs(3)),
+            max_idle: Sourced::built_in(128),
+            max_header_count: Sourced::built_in(256),
+        }
     }
 }
 
 impl ConnectionsSpec {
     /// This layer on top of `base`.
     pub fn check(&self, base: &Connections, at: &Cursor<'_>) -> Connections {
+        let count = |count: Option<Count<1, 1_024>>| count.map(|count| at.key("maxHeaderCount").set(count.0));
         Connections {
             idle: self.idle.map_or_else(|| base.idle.clone(), |idle| at.key("idle").set(idle.0)),
             max_idle: self.max_idle.map_or_else(|| base.max_idle.clone(), |n| at.key("maxIdle").set(n.0)),
+            max_header_count: count(self.max_header_count).unwrap_or_else(|| base.max_header_count.clone()),
         }
     }
 }

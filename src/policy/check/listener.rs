@@ -13,6 +13,7 @@ use crate::rules::duration::DurationSpec;
 const HEADERS_TIMEOUT: Duration = Duration::from_secs(10);
 const IDLE: Duration = Duration::from_secs(60);
 const MAX_HEADER_SIZE: u32 = 64 << 10;
+const MAX_HEADER_COUNT: u32 = 256;
 
 pub(super) fn check(
     spec: &ListenerSpec,
@@ -42,6 +43,9 @@ pub(super) fn check(
         max_header_size: spec
             .max_header_size
             .map_or(Sourced::built_in(MAX_HEADER_SIZE), |size| at.key("maxHeaderSize").set(size.0)),
+        max_header_count: spec
+            .max_header_count
+            .map_or(Sourced::built_in(MAX_HEADER_COUNT), |count| at.key("maxHeaderCount").set(count.0)),
         tls: spec.tls.as_ref().map(|spec| tls(spec, folder, &at.key("tls"))),
         origin: at.origin(),
     }

@@ -133,7 +133,7 @@ local_replies! {
     /// The expectation is not `100-continue`.
     UnknownExpectation => BadRequest, EXPECTATION_FAILED, Internal, "http_request_error",
         "The expectation is unknown", [];
-    /// The request's header section is longer than `maxHeaderSize`.
+    /// The request's header section is longer than `maxHeaderSize`, or has more fields than `maxHeaderCount`.
     HeaderTooLarge => HeaderTooLarge, REQUEST_HEADER_FIELDS_TOO_LARGE, ResourceExhausted, "http_request_error",
         "The header section is too long", [ends_connection];
     /// The caller is too slow.

@@ -106,6 +106,11 @@ impl LocalReply {
         Self::ruled(kind, rule, detail)
     }
 
+    /// A local reply to a response with more fields than `connections.maxHeaderCount`.
+    pub fn too_many_headers(limit: &Sourced<u32>, detail: String) -> Self {
+        Self::counted(LocalReplyKind::UpstreamProtocol, "connections.maxHeaderCount", limit, detail)
+    }
+
     /// The HTTP status of the response to a caller that does not speak gRPC.
     pub fn status(&self) -> StatusCode {
         self.kind.face().status
