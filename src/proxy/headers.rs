@@ -3,7 +3,8 @@
 //! One pass over the fields finds the special ones, so that the usual message, which has none, costs no look-ups.
 
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
-use http::{Extensions, Version};
+use http::{Extensions, Response, Version};
+use hyper::ext::ReasonPhrase;
 
 use crate::policy::router;
 
@@ -13,6 +14,9 @@ pub const ATTEMPT_COUNT: HeaderName = HeaderName::from_static("x-envoy-attempt-c
 const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
 const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
 const HTTP2_SETTINGS: HeaderName = HeaderName::from_static("http2-settings");
+
+/// The phrase of a status that no standard defines.
+const UNKNOWN: ReasonPhrase = ReasonPhrase::from_static(b"Unknown");
 
 /// Content types that change how a message is passed on.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -241,6 +245,33 @@ pub fn join_cookies(fields: &mut HeaderMap, present: &HeaderScan) {
     let all: Vec<_> = fields.get_all(header::COOKIE).iter().map(HeaderValue::as_bytes).collect();
     if let Ok(one) = HeaderValue::from_bytes(&all.join(&b"; "[..])) {
         fields.insert(header::COOKIE, one);
+    }
+}
+
+/// A number that a field counts, digits only; one that does not fit is the largest, because it stands for "very many".
+pub fn count(value: &HeaderValue) -> Option<u32> {
+    let digits =
+        value.to_str().ok().filter(|text| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit()))?;
+    Some(digits.parse().unwrap_or(u32::MAX))
+}
+
+/// Removes what hyper attached to a response, but for a reason phrase of the upstream's own. An empty phrase is none: the
+/// caller gets the usual one, because some old clients expect one.
+pub fn forget_all_but_reason(extensions: &mut Extensions) {
+    if extensions.is_empty() {
+        return;
+    }
+    let reason = extensions.remove::<ReasonPhrase>().filter(|reason| !reason.as_bytes().is_empty());
+    extensions.clear();
+    if let Some(reason) = reason {
+        extensions.insert(reason);
+    }
+}
+
+/// Gives a phrase to a status that has none, neither by the standard nor by the upstream; hyper would write `<none>`.
+pub fn name_status<B>(response: &mut Response<B>) {
+    if response.status().canonical_reason().is_none() && response.extensions().get::<ReasonPhrase>().is_none() {
+        response.extensions_mut().insert(UNKNOWN);
     }
 }
 

@@ -1,7 +1,7 @@
 //! What may not be passed on at all, checked on the request head before anything else (RFC 9112, 6; RFC 9110, 9.1 and 10.1.1).
 
 use http::request::Parts;
-use http::{Method, Version, header};
+use http::{HeaderValue, Method, Version, header};
 
 use crate::policy::model::Listener;
 use crate::proxy::downstream::DownstreamConnection;
@@ -76,7 +76,7 @@ fn check_framing(head: &Parts, scan: &HeaderScan) -> Result<(), LocalReply> {
     if scan.codings > 1 {
         return bad("more than one Transfer-Encoding (RFC 9112, 6.1)");
     }
-    if head.method == Method::CONNECT && scan.codings + scan.lengths > 0 {
+    if head.method == Method::CONNECT && !is_without_body(head, scan) {
         return bad("a CONNECT has no body (RFC 9110, 9.3.6)");
     }
     if !headers::only_chunked(&head.headers, scan) {
@@ -84,6 +84,14 @@ fn check_framing(head: &Parts, scan: &HeaderScan) -> Result<(), LocalReply> {
         return Err(LocalReply::plain(LocalReplyKind::UnknownCoding, detail));
     }
     Ok(())
+}
+
+/// True if the head announces no body: some clients send `Content-Length: 0` with each request that has none. Over HTTP/2 it
+/// would be the length of all DATA frames of the tunnel (RFC 9113, 8.1.1).
+fn is_without_body(head: &Parts, scan: &HeaderScan) -> bool {
+    let mut lengths = head.headers.get_all(header::CONTENT_LENGTH).iter();
+    let is_zero = |value: &HeaderValue| value.as_bytes().iter().all(|byte| b"0, \t".contains(byte));
+    scan.codings == 0 && (scan.lengths == 0 || (head.version < Version::HTTP_2 && lengths.all(is_zero)))
 }
 
 fn check_expectation(head: &mut Parts, scan: &HeaderScan) -> Result<(), LocalReply> {

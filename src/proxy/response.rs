@@ -59,6 +59,9 @@ pub(super) fn hand_over(
             send_local_reply(&mut exchange, &reply)
         }
     };
+    if version <= Version::HTTP_11 {
+        headers::name_status(&mut response);
+    }
     if version == Version::HTTP_10 {
         // To a response of a later version hyper would add what an HTTP/1.0 caller wishes: `keep-alive`.
         *response.version_mut() = version;
@@ -143,10 +146,10 @@ pub(super) fn from_upstream(
 ) -> Result<PipelineReply, LocalReply> {
     let scan = HeaderScan::scan(response.headers());
     check_framing(&response, &scan)?;
+    check_count(&response, &select::connections(context, attempt).max_header_count)?;
     let (version, status) = (response.version(), response.status());
     // Each hop says its own version, never the one it received (RFC 9112, 2.3).
     *response.version_mut() = Version::HTTP_11;
-    check_count(&response, &select::connections(context, attempt).max_header_count)?;
     let headers = response.headers_mut();
     let hop_by_hop = headers::strip(headers, &scan);
     facts.keep_alive = hop_by_hop.kept_for(version);
@@ -157,7 +160,7 @@ pub(super) fn from_upstream(
         headers::one_length(headers, &scan);
     }
     context.downstream().listener.via.add(headers, version);
-    headers::forget(response.extensions_mut());
+    headers::forget_all_but_reason(response.extensions_mut());
     if context.route().retry.is_failure(AttemptFailure::Status(status.as_u16())) {
         proxy_status::write(context, status, response.headers_mut(), scan.proxy_status);
     }
@@ -182,9 +185,6 @@ fn check_framing(response: &Response<UpstreamBody>, scan: &HeaderScan) -> Result
     }
     if !headers::only_chunked(response.headers(), scan) {
         return malformed("the response's transfer coding is not chunked (RFC 9112, 6.1)");
-    }
-    if response.status().as_u16() > 599 {
-        return malformed("the response's status is not defined (RFC 9110, 15)");
     }
     Ok(())
 }
@@ -247,7 +247,8 @@ pub(super) fn as_final_recipient(head: &mut Parts) -> Option<PipelineReply> {
     if head.method != Method::OPTIONS && head.method != Method::TRACE {
         return None;
     }
-    let left: u32 = head.headers.get(MAX_FORWARDS)?.to_str().ok()?.parse().ok()?;
+    // A number that does not fit is replaced by the largest that does.
+    let left = headers::count(head.headers.get(MAX_FORWARDS)?)?;
     if left > 0 {
         head.headers.insert(MAX_FORWARDS, HeaderValue::from(left - 1));
         return None;

@@ -11,7 +11,7 @@ use http_body::Body;
 use crate::net::body::RequestBody;
 use crate::proxy::attempt::Attempt;
 use crate::proxy::deadline;
-use crate::proxy::headers::ATTEMPT_COUNT;
+use crate::proxy::headers::{self, ATTEMPT_COUNT};
 use crate::proxy::replay::RetryState;
 use crate::proxy::request_context::RequestContext;
 use crate::upstream::endpoint::Endpoint;
@@ -43,7 +43,9 @@ pub(super) fn http1(context: &RequestContext, attempt: &mut Attempt, retry: &Ret
         });
         *request.uri_mut() = Uri::from_parts(parts).unwrap_or_default();
     }
-    if !request.body().is_end_stream() && request.body().size_hint().exact().is_none() {
+    if request.body().is_end_stream() {
+        declare_empty_body(&mut request);
+    } else if request.body().size_hint().exact().is_none() {
         // Set here, because hyper leaves the body of a GET out if no field says how it is framed.
         request.headers_mut().insert(header::TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
     }
@@ -77,7 +79,18 @@ pub(super) fn http2(
         parts.path_and_query = Some(SLASH);
     }
     *request.uri_mut() = Uri::from_parts(parts).unwrap_or_default();
+    if request.body().is_end_stream() {
+        declare_empty_body(&mut request);
+    }
     request
+}
+
+/// Declares the empty body of a method that usually has one (RFC 9110, 8.6): an HTTP/2 caller need not, and some servers
+/// refuse a POST without a length with 411.
+fn declare_empty_body(request: &mut Request<RequestBody>) {
+    if matches!(*request.method(), Method::POST | Method::PUT | Method::PATCH) {
+        request.headers_mut().entry(header::CONTENT_LENGTH).or_insert(HeaderValue::from_static("0"));
+    }
 }
 
 /// The request, which is there unless a connection has it.
@@ -94,14 +107,14 @@ fn outgoing(context: &RequestContext, attempt: &mut Attempt, retry: &RetryState)
 /// Writes the number of the attempt: counted from 1 as Envoy does, and without the first as gRPC does (gRFC A6). The
 /// attempts of this hop come on top of those of the hop before an inbound listener, and of those that the app's own gRPC
 /// library has made.
-fn count_attempts(context: &RequestContext, number: u16, retry: &RetryState, headers: &mut HeaderMap) {
+fn count_attempts(context: &RequestContext, number: u16, retry: &RetryState, fields: &mut HeaderMap) {
     let retries = u32::from(number) - 1;
     // The counts that the request came with: one that a connection has handed back was counted already.
-    let came_with = |name: &HeaderName| retry.original_headers()?.get(name)?.to_str().ok()?.parse::<u32>().ok();
+    let came_with = |name: &HeaderName| headers::count(retry.original_headers()?.get(name)?);
     let count = came_with(&ATTEMPT_COUNT).unwrap_or(1).saturating_add(retries);
-    headers.insert(ATTEMPT_COUNT, HeaderValue::from(count));
+    fields.insert(ATTEMPT_COUNT, HeaderValue::from(count));
     if context.is_grpc() {
         let before = came_with(&PREVIOUS_ATTEMPTS).unwrap_or(0);
-        headers.insert(PREVIOUS_ATTEMPTS, HeaderValue::from(before.saturating_add(retries)));
+        fields.insert(PREVIOUS_ATTEMPTS, HeaderValue::from(before.saturating_add(retries)));
     }
 }

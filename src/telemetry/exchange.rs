@@ -205,7 +205,8 @@ impl Exchange {
         match (self.record.protocol, self.record.grpc_status) {
             (Protocol::Grpc, Some(0)) => Outcome::Ok,
             (Protocol::Grpc, _) => Outcome::GrpcError,
-            _ if status.is_server_error() => Outcome::ServerError,
+            // A status beyond 599 is read as a server error (RFC 9110, 15).
+            _ if status.as_u16() >= 500 => Outcome::ServerError,
             _ if status.is_client_error() => Outcome::ClientError,
             _ => Outcome::Ok,
         }

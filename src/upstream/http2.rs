@@ -16,7 +16,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use h2::client::{Builder, ResponseFuture, SendRequest};
 use h2::{Ping, PingPong, Reason, SendStream};
-use http::{HeaderValue, Method, Request, Response, header};
+use http::{Request, Response};
 use http_body::Body;
 use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep, timeout};
@@ -187,12 +187,8 @@ impl Http2 {
         if let Some(error) = self.error() {
             return Err(SendError { error, unsent: Some(Box::new(request)) });
         }
-        let (mut head, body) = request.into_parts();
+        let (head, body) = request.into_parts();
         let is_empty = body.is_end_stream();
-        if is_empty && matches!(head.method, Method::POST | Method::PUT | Method::PATCH) {
-            // Methods that usually have a body declare an empty one (RFC 9110, 8.6).
-            head.headers.entry(header::CONTENT_LENGTH).or_insert(HeaderValue::from_static("0"));
-        }
         let mut sender = self.sender.borrow().clone();
         let sent = sender.send_request(Request::from_parts(head, ()), is_empty);
         let (response, stream) = sent.map_err(|error| UpstreamError::http2(error, &self.ping_timed_out))?;

@@ -3,6 +3,7 @@
 //! - `connection_pool`: reuse, limits and expiry of upstream connections
 //! - `dns`: endpoints by name, with a real name server
 //! - `h2spec`: the HTTP/2 conformance suite
+//! - `heads`: spaces before colons, many fields, odd statuses
 //! - `headers`: end-to-end, hop-by-hop and own header fields
 //! - `http1`: HTTP/1.0 clients, pipelining, `Expect`, connection close
 //! - `http1_corpus`: malformed, ambiguous, and odd but legal HTTP/1 messages
@@ -18,6 +19,7 @@ mod connection_pool;
 mod dns;
 mod h2spec;
 mod headers;
+mod heads;
 mod http1;
 mod http1_corpus;
 mod http2;

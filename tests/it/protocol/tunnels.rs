@@ -90,6 +90,32 @@ async fn connect_works_over_http2() {
 }
 
 #[tokio::test]
+async fn a_connect_may_say_that_it_has_no_body_but_not_that_it_has_one() {
+    let upstream = echo().await;
+    let mesh = proxy(&upstream, "request: 1s, idle: 5s").await;
+    for (number, length) in ["content-length: 0", "content-length: 0\r\ncontent-length: 0"].iter().enumerate() {
+        let mut wire = Wire::open(mesh.addr("out")).await;
+        wire.send(format!("CONNECT bank.test:443 HTTP/1.1\r\nhost: bank.test:443\r\n{length}\r\n\r\n")).await;
+        assert!(wire.head().await.starts_with("HTTP/1.1 200 "), "{length}");
+        wire.send("hello").await;
+        wire.until("hello").await;
+        wire.stream.shutdown().await.unwrap();
+        assert_eq!(wire.rest().await, "");
+        mesh.ended("ok", number + 1).await;
+    }
+    assert_eq!(mesh.metric("hopguard_requests_total", &["protocol=\"tunnel\"", "outcome=\"ok\""]), 2.0);
+    for (number, body) in ["content-length: 5", "transfer-encoding: chunked"].iter().enumerate() {
+        let asked = format!("CONNECT bank.test:443 HTTP/1.1\r\nhost: bank.test:443\r\n{body}\r\n\r\n");
+        let mut wire = Wire::open(mesh.addr("out")).await;
+        wire.send(asked).await;
+        assert!(wire.head().await.starts_with("HTTP/1.1 400 "), "{body}");
+        mesh.ended("bad_request", number + 1).await;
+    }
+    assert_eq!(upstream.connections(), 2);
+    mesh.stop().await;
+}
+
+#[tokio::test]
 async fn a_listener_for_one_destination_makes_no_tunnels() {
     let upstream = echo().await;
     for speaks in [Speaks::Http1, Speaks::Http2] {

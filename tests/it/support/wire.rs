@@ -48,6 +48,11 @@ impl Wire {
         self.until("\r\n\r\n").await
     }
 
+    /// Waits for the first byte of a further message; false if the other side closes instead.
+    pub(crate) async fn has_more(&mut self) -> bool {
+        !self.seen.is_empty() || self.stream.read_buf(&mut self.seen).await.is_ok_and(|count| count > 0)
+    }
+
     /// Reads until the other side closes; returns what has come.
     pub(crate) async fn rest(&mut self) -> String {
         loop {
