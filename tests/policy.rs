@@ -495,7 +495,7 @@ fn check_says_ok_or_everything_that_is_wrong() {
     );
     let (code, out, err) = run(&["valid/rules.yaml"], Form::Text);
     assert_eq!((code, out.lines().count()), (0, 1));
-    let warning = "fault `forgotten` of payment ended at 2026-01-01T00:00:00Z (tests/policies/valid/rules.yaml:49)";
+    let warning = "fault `forgotten` of payment ended at 2026-01-01T00:00:00Z (tests/policies/valid/rules.yaml:50)";
     assert_eq!(err, format!("warning: {warning}: remove it\n"));
     let (_, out, _) = run(&["valid/rules.yaml"], Form::Json);
     assert!(out.contains(&format!(r#""warnings":["{warning}: remove it"]"#)), "{out}");

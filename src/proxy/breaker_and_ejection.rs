@@ -20,9 +20,7 @@ use crate::proxy::permits::{HeldPermit, Permits};
 use crate::proxy::proxy_status;
 use crate::proxy::request_context::RequestContext;
 use crate::proxy::timeout_state::ExternalDeadline;
-use crate::rules::circuit_breaker::{
-    Admission, Breaker, BreakerState, CallResult, StateChange, is_failed_code, is_failed_status,
-};
+use crate::rules::circuit_breaker::{Admission, Breaker, BreakerState, CallResult, StateChange, is_failed_status};
 use crate::rules::ejection::EjectionEvent;
 use crate::rules::mode::RuleName;
 use crate::telemetry::Telemetry;
@@ -143,7 +141,7 @@ pub(super) fn report_complete(context: &mut RequestContext, attempt: &mut Attemp
     if has_no_status {
         weigh_failure_after_head(attempt, now);
     }
-    if !has_no_status && !code.is_some_and(is_failed_code) {
+    if !has_no_status && !code.is_some_and(|code| is_failed_code(context, code)) {
         if let Some(upstream) = attempt.upstream() {
             upstream.pool.cluster.health.budget.earn();
         }
@@ -252,7 +250,12 @@ pub(super) fn is_rate_limited(status: Result<u32, u16>, headers: &HeaderMap) -> 
 
 /// Whether what a response says is a failure of the hop that gave it.
 fn is_failure(context: &RequestContext, status: Result<u32, u16>) -> bool {
-    status.map_or_else(is_failed_status, is_failed_code) && !had_no_time(context, status)
+    status.map_or_else(is_failed_status, |code| is_failed_code(context, code)) && !had_no_time(context, status)
+}
+
+/// Whether a gRPC code counts as a failure of the upstream, by `circuitBreaker.grpcFailures` of the destination.
+fn is_failed_code(context: &RequestContext, code: u32) -> bool {
+    context.route().retry.grpc_failures.contains(code)
 }
 
 /// Whether a local reply is the upstream's fault.

@@ -110,7 +110,8 @@ impl ResponseBody {
             flow.record_bytes(&flow.response, chunk, now);
         }
         if let Some(fields) = frame.trailers_mut() {
-            trailers::sanitize(fields, &response.named_by_connection);
+            let sanitize = if context.is_grpc() { trailers::sanitize_grpc } else { trailers::sanitize };
+            sanitize(fields, &response.named_by_connection);
             if let Some((code, message)) = grpc::read_status(fields) {
                 context.record_mut().set_grpc_status(code, message);
                 breaker_and_ejection::trailers_received(context, attempt, code);

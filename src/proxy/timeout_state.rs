@@ -70,8 +70,10 @@ impl TimeoutState {
             let reply = LocalReply::ruled(LocalReplyKind::DeadlineExceeded, deadline.rule(), "the deadline is over");
             return TimeoutVerdict::Expired(reply);
         }
-        let is_stream =
-            (self.is_stream && waiting == WaitingFor::Body) || (now >= request_at && self.has_shown_a_stream(flow));
+        // A gRPC server may send the head of a stream together with its first message.
+        let is_declared = self.is_stream && (waiting == WaitingFor::Body || self.is_grpc);
+        let has_shown = now >= request_at && self.has_shown_a_stream(flow);
+        let is_stream = is_declared || has_shown;
         let mut next = self.began + limits.max_duration.value;
         if let Some(deadline) = grpc_deadline {
             next = next.min(deadline.at);
@@ -85,9 +87,16 @@ impl TimeoutState {
             let detail = "the stream lasted too long";
             return expired(LocalReplyKind::MaxDuration, "timeouts.maxDuration", &limits.max_duration, detail);
         }
-        match waiting {
-            WaitingFor::Head { attempt_began } if !is_stream => {
-                let Some(per_try) = &limits.per_try else { return TimeoutVerdict::Wait(next) };
+        if is_stream || waiting == WaitingFor::Body {
+            let idle_at = flow.last_activity() + limits.idle.value;
+            if now >= idle_at {
+                let detail = "no byte in either direction";
+                return expired(LocalReplyKind::IdleTimeout, "timeouts.idle", &limits.idle, detail);
+            }
+            next = next.min(idle_at);
+        }
+        match (waiting, &limits.per_try) {
+            (WaitingFor::Head { attempt_began }, Some(per_try)) if !has_shown => {
                 let try_at = attempt_began + per_try.value;
                 if now >= try_at && !flow.awaits_body() {
                     let detail = "no response within one attempt";
@@ -95,14 +104,7 @@ impl TimeoutState {
                 }
                 TimeoutVerdict::Wait(if now >= try_at { next } else { next.min(try_at) })
             }
-            WaitingFor::Head { .. } | WaitingFor::Body => {
-                let idle_at = flow.last_activity() + limits.idle.value;
-                if now >= idle_at {
-                    let detail = "no byte in either direction";
-                    return expired(LocalReplyKind::IdleTimeout, "timeouts.idle", &limits.idle, detail);
-                }
-                TimeoutVerdict::Wait(next.min(idle_at))
-            }
+            _ => TimeoutVerdict::Wait(next),
         }
     }
 
@@ -154,20 +156,25 @@ impl TimeoutState {
     }
 
     fn request_expired(&self, waiting: WaitingFor, limits: &Timeouts, flow: &Flow) -> LocalReply {
+        let deadline = self.deadline.filter(|deadline| deadline.at <= self.began + limits.request.value);
         let (kind, detail) = if flow.awaits_body() {
             (LocalReplyKind::CallerTimeout, "the caller's body did not come in time")
+        } else if self.is_grpc && !self.is_stream && deadline.is_none() && flow.response.messages() == 0 {
+            let detail = "no response message in time; if this is a stream whose first message may come later, its \
+                          route needs `stream: true`";
+            (LocalReplyKind::RequestTimeout, detail)
         } else if waiting == WaitingFor::Body {
             (LocalReplyKind::RequestTimeout, "the response did not end in time")
         } else {
             (LocalReplyKind::RequestTimeout, "no response in time")
         };
-        match self.deadline {
-            Some(deadline) if deadline.at <= self.began + limits.request.value => {
+        match deadline {
+            Some(deadline) => {
                 let is_request = kind == LocalReplyKind::RequestTimeout;
                 let kind = if is_request { LocalReplyKind::DeadlineExceeded } else { kind };
                 LocalReply::ruled(kind, deadline.rule(), detail)
             }
-            _ => LocalReply::timed(kind, "timeouts.request", &limits.request, detail),
+            None => LocalReply::timed(kind, "timeouts.request", &limits.request, detail),
         }
     }
 
@@ -293,6 +300,26 @@ mod tests {
         assert_eq!(kind(late), Some(LocalReplyKind::PerTryTimeout));
         let answered = unary.check(WaitingFor::Body, now + secs(1), &limits, &flow);
         assert_eq!(answered, TimeoutVerdict::Wait(now + secs(2)));
+    }
+
+    #[test]
+    fn a_declared_grpc_stream_may_begin_after_request() {
+        let now = Instant::now();
+        let flow = Flow::new(now);
+        flow.request.end();
+        let mut limits = limits();
+        let call = TimeoutState { is_grpc: true, ..state(now) };
+        let stream = TimeoutState { is_stream: true, ..call };
+        let TimeoutVerdict::Expired(reply) = call.check(head(now), now + secs(2), &limits, &flow) else {
+            panic!("it goes on");
+        };
+        assert_eq!(reply.kind, LocalReplyKind::RequestTimeout);
+        assert!(reply.detail.contains("`stream: true`"), "{}", reply.detail);
+        assert_eq!(stream.check(head(now), now + secs(2), &limits, &flow), TimeoutVerdict::Wait(now + secs(60)));
+        assert_eq!(kind(stream.check(head(now), now + secs(60), &limits, &flow)), Some(LocalReplyKind::IdleTimeout));
+        limits.per_try = Some(Sourced::built_in(secs(5)));
+        assert_eq!(stream.check(head(now), now + secs(2), &limits, &flow), TimeoutVerdict::Wait(now + secs(5)));
+        assert_eq!(kind(stream.check(head(now), now + secs(5), &limits, &flow)), Some(LocalReplyKind::PerTryTimeout));
     }
 
     #[test]

@@ -123,6 +123,12 @@ def server_stream_long(peer):
     return attempt(run)
 
 
+def server_stream_late(peer):
+    """The first message comes later than a unary call may take; grpcio sends its head with it."""
+    request = json.dumps({"count": 2, "first": 900}).encode()
+    return attempt(lambda: {"messages": [m.decode() for m in peer.download(request, timeout=PATIENCE)]})
+
+
 def server_stream_failing(peer):
     """Messages, and then an error with a message of its own."""
     call = peer.download(json.dumps({"count": 3, "fail": "verloren: ß"}).encode(), timeout=PATIENCE)

@@ -106,9 +106,10 @@ def upload(requests, context):
 
 
 def download(request, context):
-    """So many messages, with so many milliseconds between them, and a status in the end."""
+    """So many messages, with so many milliseconds before the first and between them, and a status in the end."""
     SEEN.call("Download", context)
     wanted = json.loads(request)
+    time.sleep(wanted.get("first", 0) / 1000)
     for number in range(wanted["count"]):
         if number and wanted.get("every"):
             time.sleep(wanted["every"] / 1000)

@@ -19,7 +19,8 @@ pub(super) fn check(spec: &DestinationSpec, base: &Layer, folder: &Path, at: &Cu
         None => base.connections.clone(),
     };
     let protocol = spec.protocol.unwrap_or_default();
-    let rules = spec.check_rules(&base.rules, at);
+    let mut rules = spec.check_rules(&base.rules, at);
+    rules.route.retry.grpc_failures = rules.destination.circuit_breaker.grpc_failures.value;
     let routes = spec.routes.as_deref().unwrap_or_default();
     Destination {
         name: required_name(spec.name.as_ref(), at),

@@ -10,6 +10,7 @@
 //! While closed, admission is one atomic load and a success a few relaxed ones. A refusal takes no lock either; probes
 //! and changes of state do. The breaker reads no clock and draws no random number: callers pass both.
 
+mod grpc_failures;
 mod spec;
 mod state;
 mod window;
@@ -20,6 +21,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+pub use self::grpc_failures::GrpcFailures;
 pub(in crate::rules) use self::spec::check_open_times;
 pub use self::spec::{CircuitBreaker, CircuitBreakerSpec};
 pub use self::state::{BreakerState, ChangeCause, StateChange};
@@ -115,12 +117,6 @@ pub struct Probe {
 /// Whether an HTTP status counts as a failure of the upstream: 5xx except 501 and 505, which are about the request.
 pub const fn is_failed_status(status: u16) -> bool {
     status >= 500 && status != 501 && status != 505
-}
-
-/// Whether a gRPC code counts as a failure of the upstream: UNKNOWN, DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, INTERNAL,
-/// UNAVAILABLE, DATA_LOSS, and codes above 16, which are not defined.
-pub const fn is_failed_code(code: u32) -> bool {
-    matches!(code, 2 | 4 | 8 | 13 | 14 | 15 | 17..)
 }
 
 /// Circuit breaker of one destination, dynamic host or endpoint.

@@ -8,10 +8,11 @@ use std::time::Duration;
 use schemars::JsonSchema;
 use serde::Deserialize;
 
-use super::{RateThreshold, Thresholds};
+use super::{GrpcFailures, RateThreshold, Thresholds};
 use crate::problems::{Cursor, Origin, Sourced};
 use crate::rules::count::Count;
 use crate::rules::duration::{self, DurationSpec};
+use crate::rules::faults::GrpcCode;
 use crate::rules::ratio::Ratio;
 use crate::rules::rule::{Row, RowContext, Rule};
 use crate::rules::toggle::{Toggle, ToggleKeys};
@@ -34,11 +35,22 @@ pub struct CircuitBreakerSpec {
     pub open_for_max: Option<DurationSpec>,
     /// Concurrent probes while half-open. Default 3.
     pub probes: Option<Count<1>>,
+    /// gRPC codes that count as failures, here, for ejection and for load balancing. Default unknown, deadline_exceeded,
+    /// internal, unavailable, data_loss.
+    pub grpc_failures: Option<Vec<GrpcCode>>,
 }
 
 impl ToggleKeys for CircuitBreakerSpec {
-    const KEYS: &'static [&'static str] =
-        &["consecutiveFailures", "failureRate", "window", "minRequests", "openFor", "openForMax", "probes"];
+    const KEYS: &'static [&'static str] = &[
+        "consecutiveFailures",
+        "failureRate",
+        "window",
+        "minRequests",
+        "openFor",
+        "openForMax",
+        "probes",
+        "grpcFailures",
+    ];
 }
 
 /// Checked values of a destination's circuit breaker.
@@ -60,14 +72,16 @@ pub struct CircuitBreaker {
     pub open_for_max: Sourced<Duration>,
     /// Concurrent probes while half-open; at least 1.
     pub probes: Sourced<u32>,
+    /// gRPC codes that count as failures, also while the circuit breaker is off: ejection and load balancing use them too.
+    pub grpc_failures: Sourced<GrpcFailures>,
 }
 
 impl Hash for CircuitBreaker {
     fn hash<H: Hasher>(&self, state: &mut H) {
-        let Self { on, consecutive_failures, failure_rate, window, min_requests, open_for, open_for_max, probes } =
-            self;
+        let Self { on, consecutive_failures, failure_rate, window, min_requests, open_for, open_for_max, .. } = self;
+        let Self { probes, grpc_failures, .. } = self;
         (on, consecutive_failures, failure_rate.value.to_bits(), window).hash(state);
-        (min_requests, open_for, open_for_max, probes).hash(state);
+        (min_requests, open_for, open_for_max, probes, grpc_failures).hash(state);
     }
 }
 
@@ -83,6 +97,7 @@ impl CircuitBreaker {
             open_for: Sourced::built_in(Duration::from_millis(250)),
             open_for_max: Sourced::built_in(Duration::from_secs(1)),
             probes: Sourced::built_in(3),
+            grpc_failures: Sourced::built_in(GrpcFailures::built_in()),
         }
     }
 
@@ -130,6 +145,10 @@ impl Rule for CircuitBreaker {
             open_for,
             open_for_max,
             probes: count("probes", spec.probes, &below.probes),
+            grpc_failures: spec
+                .grpc_failures
+                .as_ref()
+                .map_or_else(|| below.grpc_failures.clone(), |list| GrpcFailures::check(list, &at.key("grpcFailures"))),
         }
     }
 
@@ -145,6 +164,7 @@ impl Rule for CircuitBreaker {
             Row::time("openFor", &breaker.open_for),
             Row::time("openForMax", &breaker.open_for_max),
             Row::shown("probes", &breaker.probes),
+            Row::shown("grpcFailures", &breaker.grpc_failures),
         ]
     }
 }

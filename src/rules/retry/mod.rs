@@ -18,7 +18,6 @@ use tokio::time::Instant;
 pub use self::budget::{RetryBudget, RetryBudgetLimits, RetryBudgetSpec};
 pub use self::conditions::{RetryCondition, RetryConditions};
 pub use self::spec::{Backoff, BackoffSpec, Retry, RetrySpec};
-use super::circuit_breaker::is_failed_code;
 
 /// Result of an attempt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -189,7 +188,7 @@ impl Retry {
     pub fn is_failure(&self, seen: AttemptFailure) -> bool {
         let is_bad = match seen {
             AttemptFailure::Status(status) => status >= 500,
-            AttemptFailure::Grpc(code) => is_failed_code(code),
+            AttemptFailure::Grpc(code) => self.grpc_failures.contains(code),
             AttemptFailure::Reset | AttemptFailure::Timeout | AttemptFailure::Unsent | AttemptFailure::Refused => true,
         };
         is_bad || self.is_on(seen)

@@ -7,6 +7,7 @@ use serde::Deserialize;
 
 use super::conditions::{RetryCondition, RetryConditions};
 use crate::problems::{Cursor, InvalidValue, Origin, Sourced};
+use crate::rules::circuit_breaker::GrpcFailures;
 use crate::rules::count::Count;
 use crate::rules::duration::{self, DurationSpec};
 use crate::rules::retry::budget::{RetryBudgetLimits, RetryBudgetSpec};
@@ -68,6 +69,8 @@ pub struct Retry {
     pub budget: RetryBudgetLimits,
     /// Bytes of a request's body that are kept.
     pub replay_limit: Sourced<u32>,
+    /// gRPC codes that are failures: `circuitBreaker.grpcFailures` of the destination.
+    pub grpc_failures: GrpcFailures,
 }
 
 /// Wait before a retry.
@@ -93,6 +96,7 @@ impl Retry {
             },
             budget: RetryBudgetLimits::built_in(),
             replay_limit: Sourced::built_in(64 << 10),
+            grpc_failures: GrpcFailures::built_in(),
         }
     }
 }
@@ -161,6 +165,7 @@ impl RetrySpec {
             replay_limit: self
                 .replay_limit
                 .map_or_else(|| base.replay_limit.clone(), |size| at.key("replayLimit").set(size.0)),
+            grpc_failures: base.grpc_failures,
         }
     }
 }

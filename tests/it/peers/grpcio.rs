@@ -108,6 +108,18 @@ async fn streams_outlive_the_timeout_of_a_unary_call() {
 }
 
 #[tokio::test]
+async fn the_first_message_of_a_stream_may_come_late_where_the_route_says_so() {
+    let Some(till) = Till::open().await else {
+        return;
+    };
+    for listener in ["peer", "auto"] {
+        let report = till.run(listener, &["server_stream_late"]).await;
+        assert_eq!(report["server_stream_late"], json!({ "messages": ["0", "1"] }), "{report}");
+    }
+    till.mesh.stop().await;
+}
+
+#[tokio::test]
 async fn every_status_passes_with_its_message() {
     let Some(till) = Till::open().await else {
         return;

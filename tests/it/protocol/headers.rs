@@ -137,6 +137,40 @@ async fn trailers_that_connection_names_end_here_too() {
 }
 
 #[tokio::test]
+async fn metadata_in_the_trailers_of_a_grpc_response_passes_whatever_its_name() {
+    const TRAILERS: [(&str, &str); 7] = [
+        ("grpc-status", "0"),
+        ("x-sum", "5"),
+        ("authorization", "Basic eA=="),
+        ("cache-control", "no-store"),
+        ("set-cookie", "a=b"),
+        ("www-authenticate", "Basic"),
+        ("content-encoding", "gzip"),
+    ];
+    let upstream = Upstream::http2(|request: Request<_>| async move {
+        let kind = request.headers()["content-type"].clone();
+        Response::builder().header("content-type", kind).body(with_trailers(&b"\0\0\0\0\0"[..], &TRAILERS)).unwrap()
+    })
+    .await;
+    let mesh = Mesh::start(&policy(upstream.addr, "    protocol: http2")).await;
+    for (kind, left) in [
+        ("application/grpc", "authorization cache-control grpc-status set-cookie www-authenticate x-sum"),
+        ("text/plain", "grpc-status x-sum"),
+    ] {
+        let asked = Request::post("/shop.v1.Payment/Charge").header("content-type", kind).header("te", "trailers");
+        let answer =
+            Caller::open(Speaks::Http2, mesh.addr("in")).await.ask(asked.body(full("\0\0\0\0\0")).unwrap()).await;
+        let trailers = answer.trailers.unwrap_or_default();
+        let mut names: Vec<_> = trailers.keys().map(|name| name.as_str()).collect();
+        names.sort_unstable();
+        assert_eq!(names.join(" "), left, "{kind}");
+    }
+    mesh.ended("ok", 2).await;
+    assert_eq!(mesh.metric("hopguard_requests_total", &["outcome=\"ok\""]), 2.0);
+    mesh.stop().await;
+}
+
+#[tokio::test]
 async fn request_trailers_that_must_not_be_trailers_are_dropped() {
     let seen = Arc::new(Mutex::new(None));
     let heard = Arc::clone(&seen);

@@ -182,7 +182,7 @@ async fn a_code_that_says_nothing_about_the_callee_opens_nothing_for_grpc_either
         (5, false),
         (6, false),
         (7, false),
-        (8, true),
+        (8, false),
         (9, false),
         (10, false),
         (11, false),
@@ -207,6 +207,43 @@ async fn a_code_that_says_nothing_about_the_callee_opens_nothing_for_grpc_either
             is_closed(&mesh, &format!("{status}"));
         }
         mesh.stop().await;
+    }
+}
+
+#[tokio::test]
+async fn the_policy_says_which_grpc_codes_are_failures() {
+    let code = Arc::new(AtomicU16::new(0));
+    let now = Arc::clone(&code);
+    let upstream = Upstream::http2(move |_| {
+        let now = now.load(SeqCst);
+        let answer = Response::builder().header("content-type", "application/grpc").header("grpc-status", now);
+        async move { answer.body(empty()).unwrap() }
+    })
+    .await;
+    let codes = "grpcFailures: [resource_exhausted, aborted]";
+    let breaker = format!("    circuitBreaker: {{ openFor: 20s, openForMax: 20s, {codes} }}");
+    // The list holds for ejection too, also where the breaker is off.
+    let ejection = "    circuitBreaker: off\n    ejection: { consecutiveFailures: 5, ejectFor: 20s }".to_owned();
+    for (status, is_failure) in [(8, true), (10, true), (14, false), (2, false), (77, true)] {
+        code.store(status, SeqCst);
+        for rule in [&breaker, &ejection] {
+            let text = policy(upstream.addr, &format!("    protocol: http2\n    retry: off\n{rule}"));
+            let defaults = format!("defaults: {{ circuitBreaker: {{ {codes} }} }}\ndestinations:");
+            let mesh = Mesh::start(&text.replace("destinations:", &defaults)).await;
+            for _ in 0..5 {
+                assert_eq!(grpc(mesh.addr("in"), "/shop.v1.Payment/Charge").await.grpc_status(), status.to_string());
+            }
+            if rule == &ejection {
+                // The last endpoint is never ejected.
+                let kept = mesh.metric("hopguard_ejections_total", &["app", "result=\"kept\""]);
+                assert_eq!(kept, f64::from(u8::from(is_failure)), "{status}\n{}", mesh.metrics().await);
+            } else if is_failure {
+                tells_grpc(&mesh, &grpc(mesh.addr("in"), "/shop.v1.Payment/Charge").await).await;
+            } else {
+                is_closed(&mesh, &format!("{status}"));
+            }
+            mesh.stop().await;
+        }
     }
 }
 

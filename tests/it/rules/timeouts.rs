@@ -6,7 +6,9 @@ use hyper::{Request, Response};
 use socket2::{Domain, Socket, Type};
 use tokio::time::{Instant, sleep, timeout};
 
-use crate::support::http::{Answer, Caller, Http1, Speaks, empty, feed, full, get, grpc, grpc_request, request};
+use crate::support::http::{
+    Answer, Caller, Http1, Speaks, empty, feed, full, get, grpc, grpc_request, request, with_trailers,
+};
 use crate::support::upstream::{Upstream, policy};
 use crate::support::{Mesh, SOON, eventually};
 
@@ -256,6 +258,33 @@ async fn a_grpc_call_whose_messages_go_on_is_a_stream() {
     let line = mesh.only("ok").await;
     assert_eq!(line["grpc_status"], "OK", "{line}");
     assert!(line["duration_ms"].as_f64() >= Some(800.0), "{line}");
+    mesh.stop().await;
+}
+
+#[tokio::test]
+async fn the_first_message_of_a_declared_grpc_stream_may_come_after_request() {
+    // Head and first message come together, as from grpcio.
+    let upstream = Upstream::http2(|_| async {
+        sleep(Duration::from_millis(600)).await;
+        let body = with_trailers(&b"\0\0\0\0\x01x"[..], &[("grpc-status", "0")]);
+        Response::builder().header("content-type", "application/grpc").body(body).unwrap()
+    })
+    .await;
+    let more = "    timeouts: { request: 300ms }
+    routes:
+      - { name: watch, match: { grpc: shop.v1.Payment/Watch }, stream: true }";
+    let mesh = Mesh::start(&policy(upstream.addr, more)).await;
+    let answer = grpc(mesh.addr("in"), "/shop.v1.Payment/Watch").await;
+    assert_eq!((answer.grpc_status(), answer.body.len()), ("0", 6), "{answer:?}");
+    assert_eq!(mesh.only("ok").await["grpc_status"], "OK");
+    mesh.stop().await;
+    let mesh = Mesh::start(&policy(upstream.addr, more)).await;
+    let answer = grpc(mesh.addr("in"), "/shop.v1.Payment/Other").await;
+    assert_eq!(answer.grpc_status(), "4", "{answer:?}");
+    let message = answer.header("grpc-message");
+    assert!(message.contains("`stream: true`") && message.contains("timeouts.request"), "{answer:?}");
+    let line = mesh.only("request_timeout").await;
+    assert_eq!(line["grpc_status"], "DEADLINE_EXCEEDED", "{line}");
     mesh.stop().await;
 }
 

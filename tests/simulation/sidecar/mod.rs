@@ -16,7 +16,7 @@ use fastrand::Rng;
 use hopguard::policy::model::Direction;
 use hopguard::proxy::local_reply::{LocalReply, LocalReplyKind};
 use hopguard::rules::circuit_breaker::{
-    Admission, Breaker, BreakerPermit, BreakerState, CallResult, Probe, Thresholds, is_failed_code, is_failed_status,
+    Admission, Breaker, BreakerPermit, BreakerState, CallResult, GrpcFailures, Probe, Thresholds, is_failed_status,
 };
 use hopguard::rules::deadline::{self, Deadline, DeadlineSource};
 use hopguard::rules::ejection::{EjectionEvent, EjectionGroup, EjectionMember};

@@ -144,7 +144,7 @@ impl Live<'_> {
         if is_failed_status(answer.status) {
             return;
         }
-        if !answer.code.is_some_and(is_failed_code) {
+        if !answer.code.is_some_and(|code| GrpcFailures::built_in().contains(code)) {
             self.side.budget.earn();
             self.side.got.good.set(self.side.got.good.get() + 1);
             self.judge(CallResult::Success);

@@ -39,7 +39,8 @@ impl Live<'_> {
         }
         let is_elsewhere = self.world.mutant != Mutant::BlameIgnored
             && (mark.as_ref().is_some_and(|mark| mark.at.is_some()) || self.blamed().is_some());
-        let is_failed = answer.code.map_or_else(|| is_failed_status(answer.status), is_failed_code);
+        let is_failed =
+            answer.code.map_or_else(|| is_failed_status(answer.status), |code| GrpcFailures::built_in().contains(code));
         let counts = is_failed && !is_elsewhere && !self.is_late_in_a_hurry(answer);
         let pushback = answer.pushback.filter(|_| failure != AttemptFailure::Unsent);
         FailedAttempt { failure: Some(failure), counts, is_elsewhere, unseen: is_unsent, mark, pushback }
