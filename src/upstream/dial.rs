@@ -19,6 +19,7 @@ use crate::upstream::connect::{ConnectError, Connected};
 use crate::upstream::endpoint::Endpoint;
 use crate::upstream::http1::Http1;
 use crate::upstream::http2::Http2;
+use crate::upstream::lifetime::{Lifetime, LifetimeBounds};
 use crate::upstream::pool::{Lease, Pool, ProtocolPreference, Transport};
 
 /// Policy values for new connections.
@@ -30,6 +31,8 @@ pub struct ConnectOptions {
     pub idle_timeout: Duration,
     /// `connections.maxIdle`: most idle connections per endpoint and worker.
     pub max_idle: usize,
+    /// `connections.maxAge` and `connections.maxRequests`.
+    pub lifetime: LifetimeBounds,
 }
 
 impl Pool {
@@ -72,6 +75,7 @@ impl Pool {
         &self,
         endpoint: &Rc<Endpoint>,
         preference: ProtocolPreference,
+        bounds: LifetimeBounds,
     ) -> Result<Transport, ConnectError> {
         let tls = self.cluster.tls(preference == ProtocolPreference::Http1);
         let is_encrypted = tls.is_some();
@@ -84,11 +88,11 @@ impl Pool {
         if preference == ProtocolPreference::Either {
             endpoint.chose_http1.set(!http2);
         }
-        let now = Instant::now();
+        let lifetime = Lifetime::new(bounds, Instant::now(), fastrand::f32());
         if http2 {
-            Http2::new(io, now).await.map(Transport::Http2)
+            Http2::new(io, lifetime).await.map(Transport::Http2)
         } else {
-            Http1::new(io, now).await.map(Transport::Http1).map_err(|error| ConnectError::Handshake(error.into()))
+            Http1::new(io, lifetime).await.map(Transport::Http1).map_err(|error| ConnectError::Handshake(error.into()))
         }
     }
 
@@ -130,7 +134,7 @@ impl Dial {
     /// Opens the connection and sends it to the caller; if the caller has left, checks the connection in.
     async fn run(self, pending: Option<PendingConnection>, sender: LeaseSender) {
         let Self { pool, endpoint, preference, options } = self;
-        let dialled = timeout(options.connect_timeout, pool.handshake(&endpoint, preference)).await;
+        let dialled = timeout(options.connect_timeout, pool.handshake(&endpoint, preference, options.lifetime)).await;
         let transport = match dialled.unwrap_or(Err(ConnectError::Timeout)) {
             Ok(transport) => transport,
             Err(error) => {
@@ -152,7 +156,7 @@ impl Dial {
         drop(pending);
         if let Err(Ok(unclaimed)) = sender.send(Ok(lease)) {
             let mut cx = Context::from_waker(Waker::noop());
-            unclaimed.check_in(&mut cx, options.idle_timeout, options.max_idle, None, Instant::now());
+            unclaimed.check_in_unused(&mut cx, options.idle_timeout, options.max_idle, Instant::now());
             pool.sweep_signal.request();
         }
     }
@@ -248,6 +252,7 @@ mod tests {
             connect_timeout: Duration::from_millis(connect),
             idle_timeout: Duration::from_secs(60),
             max_idle: 8,
+            lifetime: LifetimeBounds { max_age: Duration::from_secs(300), max_requests: None },
         }
     }
 
