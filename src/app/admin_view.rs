@@ -175,6 +175,8 @@ fn destination(one: &Destination, now: Timestamp) -> Value {
             "idle": time(&one.connections.idle),
             "maxIdle": set(&one.connections.max_idle, |count| (*count).into()),
             "maxHeaderCount": set(&one.connections.max_header_count, |count| (*count).into()),
+            "maxAge": time(&one.connections.max_age),
+            "maxRequests": one.connections.max_requests.as_ref().map(|most| set(most, |count| (*count).into())),
         },
         "routes": routes.collect::<Vec<_>>(),
     });

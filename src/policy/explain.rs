@@ -12,6 +12,7 @@ use super::router::{HostTable, RouteTable};
 use crate::rules::layers;
 use crate::rules::mode::{Modes, RuleName};
 use crate::rules::rule::{Row, RowContext};
+use crate::upstream::spec::Connections;
 
 /// Explanation of one call. Displays as a table.
 #[derive(Debug)]
@@ -214,9 +215,7 @@ impl Explanation<'_> {
         let seen = RowContext { now: *now, is_inbound };
         let mut rows = not_enforced(modes);
         rows.extend(layers::rows(destination, route, &seen));
-        rows.push(Row::time("connections.idle", &destination.connections.idle));
-        rows.push(Row::shown("connections.maxIdle", &destination.connections.max_idle));
-        rows.push(Row::shown("connections.maxHeaderCount", &destination.connections.max_header_count));
+        rows.extend(connection_rows(&destination.connections));
         for l in listeners {
             rows.push(Row::time(format!("{}: timeouts.headers", l.name), &l.headers_timeout));
             rows.push(Row::time(format!("{}: timeouts.idle", l.name), &l.idle));
@@ -225,6 +224,19 @@ impl Explanation<'_> {
         }
         rows
     }
+}
+
+fn connection_rows(connections: &Connections) -> [Row; 5] {
+    [
+        Row::time("connections.idle", &connections.idle),
+        Row::shown("connections.maxIdle", &connections.max_idle),
+        Row::shown("connections.maxHeaderCount", &connections.max_header_count),
+        Row::time("connections.maxAge", &connections.max_age),
+        match &connections.max_requests {
+            Some(most) => Row::shown("connections.maxRequests", most),
+            None => Row::none("connections.maxRequests", "none: the upstream's own is learned"),
+        },
+    ]
 }
 
 /// The modes that are not `enforce`.

@@ -38,6 +38,7 @@ pub(super) struct Attempt {
     is_reused: bool,
     is_unsent: bool,
     connection_ended: bool,
+    is_same_event: bool,
 }
 
 impl Attempt {
@@ -56,6 +57,7 @@ impl Attempt {
             is_reused: false,
             is_unsent: false,
             connection_ended: false,
+            is_same_event: false,
         }
     }
 
@@ -64,7 +66,7 @@ impl Attempt {
         (self.number, self.upstream) = (number, Some(upstream));
         self.permits = Permits::default();
         (self.is_reused, self.is_unsent, self.connection_ended) = (false, false, false);
-        (self.fault, self.picked) = (None, None);
+        (self.fault, self.picked, self.is_same_event) = (None, None, false);
     }
 
     /// Sets the permit that the circuit breaker has given.
@@ -195,6 +197,17 @@ impl Attempt {
     /// That was so because its connection came to its end.
     pub(super) fn has_connection_ended(&self) -> bool {
         self.connection_ended
+    }
+
+    /// The end of the attempt is part of an event that another attempt has reported: the connection was opened before another
+    /// one of its age ended.
+    pub(super) fn is_same_event(&self) -> bool {
+        self.is_same_event
+    }
+
+    /// Sets [`Self::is_same_event`].
+    pub(super) fn set_same_event(&mut self, is_same_event: bool) {
+        self.is_same_event = is_same_event;
     }
 
     /// Begins to look for a connection: nothing has been sent.

@@ -26,6 +26,7 @@ use crate::rules::mode::RuleName;
 use crate::telemetry::Telemetry;
 use crate::upstream::cluster::Cluster;
 use crate::upstream::endpoint::Endpoint;
+use crate::upstream::pool::Lease;
 use crate::upstream::response::UpstreamBody;
 
 /// Asks the circuit breaker of the destination for a permit.
@@ -208,6 +209,10 @@ pub(super) fn report_broken_response(
     kind: LocalReplyKind,
     now: Instant,
 ) {
+    if attempt.lease().is_some_and(Lease::is_stale) {
+        // Other connections of this age have ended: one event, which counts once.
+        return;
+    }
     let is_reported = context.record().status().is_some_and(|status| is_failed_status(status.as_u16()));
     if is_reported
         || !is_upstreams_fault(context, kind)

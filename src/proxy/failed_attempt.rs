@@ -3,12 +3,12 @@
 use std::time::{Duration, SystemTime};
 
 use http::header::HeaderMap;
-use http::{Response, header};
+use http::{Response, StatusCode, header};
 use jiff::Timestamp;
 
 use crate::policy::model::Direction;
 use crate::proxy::attempt::Attempt;
-use crate::proxy::headers::HeaderScan;
+use crate::proxy::headers::{self, HeaderScan};
 use crate::proxy::local_reply::{LocalReply, LocalReplyKind};
 use crate::proxy::replay::RetryState;
 use crate::proxy::request_context::RequestContext;
@@ -42,7 +42,7 @@ impl FailedAttempt {
         retry: &RetryState,
         result: &AttemptResult,
     ) -> Self {
-        let counts = breaker_and_ejection::counts_against_upstream(context, result);
+        let counts = !attempt.is_same_event() && breaker_and_ejection::counts_against_upstream(context, result);
         match result {
             Ok(response) => Self::of_response(context, attempt, retry, response, counts),
             Err(reply) => Self {
@@ -76,9 +76,20 @@ impl FailedAttempt {
         // A pushback speaks for its own endpoint; where another one can have the call, the call need not wait.
         let obeys = scan.pushback && failure != AttemptFailure::Unsent;
         let pushback = obeys.then(|| pushback(headers, code.is_ok())).flatten();
+        if is_late_timeout(attempt, response) {
+            failure = AttemptFailure::Reset;
+        }
         let is_rate_limited = breaker_and_ejection::is_rate_limited(code, headers);
         Self { failure: Some(failure), counts, is_rate_limited, is_unseen, status, pushback }
     }
+}
+
+/// Whether a response is no answer to the request: a server that ends an idle connection may send 408 first, which meets the
+/// request on its way (RFC 9110, 15.5.9). For a further attempt that is the close of a reused connection.
+pub(super) fn is_late_timeout(attempt: &Attempt, response: &Response<UpstreamBody>) -> bool {
+    response.status() == StatusCode::REQUEST_TIMEOUT
+        && attempt.is_reused()
+        && headers::lists(response.headers(), &header::CONNECTION, "close")
 }
 
 /// What the upstream said about a further attempt (RFC 9110, 10.2.3; gRFC A6). A value that cannot be read forbids the

@@ -47,6 +47,7 @@ mod select;
 mod send;
 mod send_local_reply;
 pub mod serve;
+mod stale_wait;
 mod target;
 mod timeout_state;
 mod timeouts;

@@ -17,7 +17,7 @@ use tokio::time::Instant;
 use crate::policy::model::Direction;
 use crate::proxy::attempt::Attempt;
 use crate::proxy::exchange::ActiveExchange;
-use crate::proxy::failed_attempt::{AttemptResult, FailedAttempt};
+use crate::proxy::failed_attempt::{self, AttemptResult, FailedAttempt};
 use crate::proxy::headers::{self, HeaderScan};
 use crate::proxy::local_reply::LocalReply;
 use crate::proxy::replay::RetryState;
@@ -64,7 +64,7 @@ pub(super) async fn run(exchange: &mut ActiveExchange, switches_protocol: bool) 
             }
             Err(reply) => Err(reply),
         };
-        let next = match settle(context, result) {
+        let next = match settle(context, attempt, result) {
             ControlFlow::Break(stands) => return stands,
             ControlFlow::Continue(failed) => Box::pin(after_failure(context, attempt, retry, failed)).await,
         };
@@ -86,9 +86,15 @@ fn admit(context: &mut RequestContext, attempt: &mut Attempt) -> Result<(), Loca
 
 /// Breaks with a response that needs no decision. Takes and gives the result by value: a borrowed one would be kept in the
 /// future of every request.
-fn settle(context: &RequestContext, result: AttemptResult) -> ControlFlow<AttemptResult, AttemptResult> {
+fn settle(
+    context: &RequestContext,
+    attempt: &Attempt,
+    result: AttemptResult,
+) -> ControlFlow<AttemptResult, AttemptResult> {
     match result {
-        Ok(response) if stands_at_once(context, &response) => ControlFlow::Break(Ok(response)),
+        Ok(response) if stands_at_once(context, &response) && !failed_attempt::is_late_timeout(attempt, &response) => {
+            ControlFlow::Break(Ok(response))
+        }
         result => ControlFlow::Continue(result),
     }
 }
@@ -206,6 +212,7 @@ fn summary(
         failure,
         is_inbound: context.direction() == Direction::Inbound,
         is_reused: attempt.is_reused(),
+        is_same_event: attempt.is_same_event(),
         is_circuit_open: refuses && upstream.pool.cluster.health.breaker.is_shut(now),
         is_safe: context.is_idempotent() || report.is_unseen,
         is_abandoned: correlation::is_abandoned(context),

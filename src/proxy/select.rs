@@ -25,6 +25,7 @@ use crate::telemetry::ConnectionUse;
 use crate::upstream::connect::ConnectError;
 use crate::upstream::dial::ConnectOptions;
 use crate::upstream::endpoint::Endpoint;
+use crate::upstream::lifetime::{EndReason, LifetimeBounds};
 use crate::upstream::pool::{Lease, Pool, ProtocolPreference};
 use crate::upstream::spec::Connections;
 
@@ -67,16 +68,21 @@ pub(super) async fn checkout(
     let waker = context.waker();
     let mut lease =
         with_context(|cx| waker.without_wakes(cx, |cx| pool.checkout(&endpoint, preference, now, cx))).await;
-    if !context.is_idempotent() && lease.as_ref().is_some_and(|lease| wants_fresh(context, pool, lease, now)) {
-        lease = None;
+    if !context.is_idempotent()
+        && let Some(idle) = lease.take_if(|idle| wants_fresh(context, pool, idle, now))
+    {
+        let pool = Rc::clone(pool);
+        // Boxed, like everything that few requests meet.
+        lease = Box::pin(replace_idle(context, attempt, &pool, idle, preference)).await;
     }
     attempt.keep_picked(lease.is_none().then_some(endpoint));
     lease
 }
 
-/// Whether a request that must not be sent twice goes over a new connection instead. An idle connection may be closed by the
-/// app at this very moment, when the app is going down, and then it is unknown whether the app saw the request. Only before
-/// the app, on the same machine, where a new connection costs next to nothing; and only so often.
+/// Whether a request that must not be sent twice goes over a new connection instead. An app that goes down closes an idle
+/// connection at this very moment, or drops what comes over it, and then it is unknown whether the app saw the request; a new
+/// connection is refused. Only before the app, on the same machine, where a new connection costs next to nothing; and only so
+/// often.
 fn wants_fresh(context: &RequestContext, pool: &Pool, lease: &Lease, now: Instant) -> bool {
     let endpoint = &lease.endpoint;
     context.direction() == Direction::Inbound
@@ -84,7 +90,39 @@ fn wants_fresh(context: &RequestContext, pool: &Pool, lease: &Lease, now: Instan
         && lease.is_http1()
         && pool.cluster.identity.tls.is_none()
         && endpoint.address.socket.ip().is_loopback()
-        && endpoint.admits_fresh_connection(now)
+        && endpoint.fresh.admits(now)
+}
+
+/// How long a new connection in place of an idle one may take. On the same machine it is open at once, or refused at once, or
+/// the app's queue of new connections is full.
+const FRESH_PATIENCE: Duration = Duration::from_millis(20);
+
+/// A new connection in place of an idle one; the idle one if the new one is not open in time, because the app accepts slowly.
+/// `None` if the app refuses it.
+async fn replace_idle(
+    context: &mut RequestContext,
+    attempt: &Attempt,
+    pool: &Rc<Pool>,
+    idle: Lease,
+    preference: ProtocolPreference,
+) -> Option<Lease> {
+    let options = options(context, attempt);
+    let endpoint = Rc::clone(&idle.endpoint);
+    let began = Instant::now();
+    let opened = timeouts::within(context, began + FRESH_PATIENCE, pool.connect(&endpoint, preference, options)).await;
+    let now = Instant::now();
+    context.record_mut().add_connect_time(now.saturating_duration_since(began));
+    match opened {
+        Some(Ok(mut new)) => {
+            new.replaces_idle = true;
+            Some(new)
+        }
+        Some(Err(error)) if error.is_refused() => None,
+        Some(Err(_)) | None => {
+            endpoint.fresh.was_slow(now);
+            Some(idle)
+        }
+    }
 }
 
 /// The best endpoint that this call has not asked yet, with a permit of that endpoint.
@@ -161,6 +199,10 @@ fn options(context: &RequestContext, attempt: &Attempt) -> ConnectOptions {
         idle_timeout: keep.idle.value,
         max_idle: keep.max_idle.value as usize,
         max_header_count: keep.max_header_count.value,
+        lifetime: LifetimeBounds {
+            max_age: keep.max_age.value,
+            max_requests: keep.max_requests.as_ref().map(|most| most.value),
+        },
     }
 }
 
@@ -198,7 +240,7 @@ async fn open_at_endpoint<T>(
         let (failed, is_unreachable) = match opened {
             Ok(Ok(opened)) => return Ok(opened),
             Ok(Err(error)) => (
-                connect_failed(context, &error, address),
+                failed_to_connect(context, &endpoint, &error, now),
                 matches!(error, ConnectError::Network(_) | ConnectError::Timeout),
             ),
             // A short deadline says nothing about the endpoint.
@@ -220,6 +262,15 @@ async fn open_at_endpoint<T>(
         }
     }
     Err(reply.unwrap_or_else(no_endpoint))
+}
+
+/// The local reply of an endpoint that could not be reached. An app that refuses a connection is going down: it may drop what
+/// comes over its open connections.
+fn failed_to_connect(context: &RequestContext, endpoint: &Endpoint, error: &ConnectError, now: Instant) -> LocalReply {
+    if error.is_refused() && context.direction() == Direction::Inbound {
+        endpoint.mark_stale(now);
+    }
+    connect_failed(context, error, endpoint.address.socket)
 }
 
 /// Whether the upstream has an endpoint that the call has not asked.
@@ -299,7 +350,8 @@ fn connect_error(error: &ConnectError) -> LocalReply {
     LocalReply::plain(kind, error.to_string())
 }
 
-/// Gives a connection back to its pool. `keep_alive` is how many seconds the upstream says that it keeps the connection.
+/// Gives a connection back to its pool; before the app, a drain leaves none behind, because the app would wait for it when it
+/// stops. `keep_alive` is how many seconds the upstream says that it keeps the connection.
 pub(super) fn give_back(
     context: &RequestContext,
     attempt: &Attempt,
@@ -308,6 +360,10 @@ pub(super) fn give_back(
     keep_alive: Option<u32>,
     now: Instant,
 ) {
+    if context.direction() == Direction::Inbound && context.worker().is_leaving() {
+        lease.end_early(EndReason::Draining);
+        return;
+    }
     let options = options(context, attempt);
     let announced = keep_alive.map(|seconds| Duration::from_secs(seconds.into()));
     lease.check_in(cx, options.idle_timeout, options.max_idle, announced, now);

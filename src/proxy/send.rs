@@ -19,6 +19,7 @@ use crate::proxy::attempt::Attempt;
 use crate::proxy::local_reply::{LocalReply, LocalReplyKind};
 use crate::proxy::replay::RetryState;
 use crate::proxy::request_context::RequestContext;
+use crate::proxy::stale_wait::{self, StaleWait};
 use crate::proxy::timeout_state::WaitingFor;
 use crate::proxy::{admission, breaker_and_ejection, correlation, fault_injection, select, timeouts, upstream_request};
 use crate::telemetry::ConnectionUse;
@@ -52,10 +53,20 @@ pub(super) async fn send(
         }
     }
     let preference = preference(context, attempt, switches_protocol);
-    for _ in 0..MAX_UNSENT {
+    for left in (0..MAX_UNSENT).rev() {
         let mut begun = Instant::now();
-        let lease = match select::checkout(context, attempt, retry, preference, begun).await {
-            Some(lease) => lease,
+        // The last one is new: a pool whose upstream has just ended may have more connections than attempts are left.
+        let pooled = match left {
+            0 => None,
+            _ => select::checkout(context, attempt, retry, preference, begun).await,
+        };
+        let lease = match pooled {
+            Some(lease) => {
+                if !lease.reused {
+                    begun = Instant::now();
+                }
+                lease
+            }
             None => {
                 let lease = Box::pin(select::connect(context, attempt, retry, preference)).await?;
                 begun = Instant::now();
@@ -162,7 +173,8 @@ async fn send_over(
     let limits = context.timeouts();
     let whole = limits.per_try.as_ref().map_or(limits.request.value, |per_try| per_try.value.min(limits.request.value));
     let held_until = began + CONTINUE_AFTER.min(whole / 2);
-    let mut wait = HeadWait { context, waiting: attempt.waiting(), continued, held_until };
+    let stale = StaleWait::begin(context, attempt, retry, &lease);
+    let mut wait = HeadWait { context, waiting: attempt.waiting(), continued, held_until, stale };
     wait.arm(began)?;
     let response = match lease.transport() {
         Some(Transport::Http1(connection)) => {
@@ -212,9 +224,14 @@ async fn send_over(
             return Ok(None);
         }
         Ok(Err(SendError { error, unsent: None })) => Err(broke_off(context, attempt, &lease, &error, began, now)),
-        Err(reply) => Err(reply),
+        Err(reply) => {
+            attempt.set_same_event(lease.is_stale());
+            Err(reply)
+        }
     };
-    weigh(context, &endpoint, &result, took);
+    if !attempt.is_same_event() {
+        weigh(context, &endpoint, &result, took);
+    }
     result.map(Some)
 }
 
@@ -232,8 +249,8 @@ fn broke_off(
         true => head_too_large(&select::connections(context, attempt).max_header_count),
         false => broken(context, lease.reused, error),
     };
-    if error.is_connection_closed() && breaker_and_ejection::is_upstreams_fault(context, reply.kind) {
-        lease.record_idle_close(began, now);
+    if error.is_silent_end() && breaker_and_ejection::is_upstreams_fault(context, reply.kind) {
+        attempt.set_same_event(!lease.record_end(began, now));
     }
     reply
 }
@@ -268,6 +285,8 @@ struct HeadWait<'a> {
     /// Set while the caller's body is held back: becomes true when the upstream says `100 Continue`.
     continued: Option<Arc<AtomicBool>>,
     held_until: Instant,
+    /// `Some` if the request may be sent again should its connection become stale.
+    stale: Option<StaleWait<'a>>,
 }
 
 type Sent = Result<Response<UpstreamBody>, SendError>;
@@ -287,6 +306,12 @@ impl HeadWait<'_> {
         if let Poll::Ready(sent) = sent {
             return Poll::Ready(Ok(sent));
         }
+        if self.stale.as_ref().is_some_and(StaleWait::is_news) {
+            // Armed here, because the wake-up came from another connection's end and not from the timer.
+            if let Err(reply) = self.arm(Instant::now()) {
+                return Poll::Ready(Err(reply));
+            }
+        }
         while timeouts::poll_armed(self.context, cx).is_ready() {
             if let Err(reply) = self.arm(Instant::now()) {
                 return Poll::Ready(Err(reply));
@@ -298,7 +323,12 @@ impl HeadWait<'_> {
     /// Checks the time limits at `now`, and arms the timer for the next one.
     fn arm(&mut self, now: Instant) -> Result<(), LocalReply> {
         let is_held = self.context.flow().is_held();
-        let earlier = (is_held && now < self.held_until).then_some(self.held_until);
+        let held_until = (is_held && now < self.held_until).then_some(self.held_until);
+        let given_up_at = self.stale.as_mut().and_then(StaleWait::given_up_at);
+        if given_up_at.is_some_and(|at| now >= at) && !self.context.flow().awaits_body() {
+            return Err(stale_wait::given_up());
+        }
+        let earlier = held_until.into_iter().chain(given_up_at).min();
         timeouts::arm(self.context, self.waiting, now, earlier)?;
         if now >= self.context.request_at() {
             correlation::lift_unary_deadline(self.context);

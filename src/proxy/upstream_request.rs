@@ -49,12 +49,20 @@ pub(super) fn http1(context: &RequestContext, attempt: &mut Attempt, retry: &Ret
         // Set here, because hyper leaves the body of a GET out if no field says how it is framed.
         request.headers_mut().insert(header::TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
     }
-    if context.takes_trailers() {
-        let switches = request.headers().contains_key(header::UPGRADE);
-        let named = if switches { "upgrade, te" } else { "te" };
-        request.headers_mut().insert(header::CONNECTION, HeaderValue::from_static(named));
-    }
+    let options = connection_options(context, request.headers());
+    request.headers_mut().insert(header::CONNECTION, options);
     request
+}
+
+/// What the request says of its connection. `keep-alive` means nothing to HTTP/1.1, but Tomcat and Apache announce how long
+/// they keep a connection only to a request that says it. A request for another protocol asks for no further request.
+fn connection_options(context: &RequestContext, headers: &HeaderMap) -> HeaderValue {
+    HeaderValue::from_static(match (headers.contains_key(header::UPGRADE), context.takes_trailers()) {
+        (false, false) => "keep-alive",
+        (false, true) => "keep-alive, te",
+        (true, false) => "upgrade",
+        (true, true) => "upgrade, te",
+    })
 }
 
 /// With control data in pseudo-header fields, and no Host field (RFC 9113, 8.3.1).

@@ -63,6 +63,13 @@ impl InlineWaker {
         Poll::Pending
     }
 
+    /// Wakes the task of the last poll, from outside of a poll.
+    pub fn wake(&self) {
+        if let Some(task) = &*self.0.borrow() {
+            task.state.task.wake_by_ref();
+        }
+    }
+
     /// Runs `work` and discards its wake-ups. Only for work whose connection is polled right after it.
     pub fn without_wakes<T>(&self, cx: &Context<'_>, work: impl FnOnce(&mut Context<'_>) -> T) -> T {
         let TaskWaker { state, waker } = &*self.for_task(cx);

@@ -41,6 +41,10 @@ const CONNECTS: Family = family("hopguard_pool_connects_total", "Upstream connec
 const CONNECT_FAILURES: Family =
     family("hopguard_pool_connect_failures_total", "Upstream connections that could not be opened");
 const CLOSES: Family = family("hopguard_pool_closes_total", "Upstream connections closed, by either side");
+const EARLY_CLOSES: Family = family(
+    "hopguard_pool_early_closes_total",
+    "Upstream connections that hopguard closed although they could have taken another request, by the reason",
+);
 
 pub(super) const RETRIES: Family = family("hopguard_retries_total", "Retries, by the reason for the retry");
 pub(super) const RETRIES_WITHHELD: Family =
@@ -118,6 +122,7 @@ pub const ALL: &[Family] = &[
     CONNECTS,
     CONNECT_FAILURES,
     CLOSES,
+    EARLY_CLOSES,
     RETRIES,
     RETRIES_WITHHELD,
     BREAKER_STATE,
@@ -165,6 +170,23 @@ pub struct DestinationMetrics {
     pub connect_failures: Counter,
     /// Upstream connections closed, by either side.
     pub closes: Counter,
+    /// Those that hopguard closed early.
+    pub early_closes: EarlyCloses,
+}
+
+/// Upstream connections that hopguard closed although they could have taken another request.
+#[derive(Clone, Debug)]
+pub struct EarlyCloses {
+    /// Another connection of the same age has ended.
+    pub stale: Counter,
+    /// `connections.maxAge`.
+    pub max_age: Counter,
+    /// `connections.maxRequests`.
+    pub max_requests: Counter,
+    /// The upstream closes connections after about so many requests.
+    pub learned: Counter,
+    /// Before the app, once the drain has begun.
+    pub draining: Counter,
 }
 
 impl DestinationMetrics {
@@ -180,6 +202,23 @@ impl DestinationMetrics {
             connects: counter(CONNECTS),
             connect_failures: counter(CONNECT_FAILURES),
             closes: counter(CLOSES),
+            early_closes: EarlyCloses::of_worker(instruments, destination, worker),
+        }
+    }
+}
+
+impl EarlyCloses {
+    fn of_worker(instruments: &Instruments, destination: &str, worker: u32) -> Self {
+        let counter = |reason: &str| {
+            let labels = vec![("destination", destination.to_owned()), ("reason", reason.to_owned())];
+            instruments.counter(EARLY_CLOSES, labels, Some(worker))
+        };
+        Self {
+            stale: counter("stale"),
+            max_age: counter("max_age"),
+            max_requests: counter("max_requests"),
+            learned: counter("learned_requests"),
+            draining: counter("draining"),
         }
     }
 }

@@ -47,7 +47,7 @@ use tokio::time::Instant;
 pub use access_log::{AccessLog, AccessLogMode, AccessLogSettings, LineFormat, MemoryLines, Sink};
 pub use events::RetryReason;
 pub use exchange::Exchange;
-pub use families::{DestinationMetrics, ListenerMetrics, ProcessMetrics};
+pub use families::{DestinationMetrics, EarlyCloses, ListenerMetrics, ProcessMetrics};
 pub use histogram::{Buckets, Histogram, LATENCY_BOUNDS, LatencyHistogram, OVERHEAD_BOUNDS, OverheadHistogram};
 pub use hop::{DirectionLabel, HopId, HopLabels, Hops, MAX_HOPS};
 pub use host_process::ProcessFigures;

@@ -53,6 +53,11 @@ impl EndpointLoad {
         self.in_flight.get()
     }
 
+    /// The latency of the endpoint as load balancing counts it; 1 ms before the first response.
+    pub fn latency(&self) -> Duration {
+        Duration::from_nanos(self.nanos.get().unwrap_or(INITIAL_NANOS) as u64)
+    }
+
     /// Counts a call that begins.
     pub fn begin(&self) {
         self.in_flight.set(self.in_flight.get() + 1);

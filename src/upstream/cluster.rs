@@ -19,6 +19,7 @@ use crate::rules::circuit_breaker::{Breaker, BreakerState, StateChange};
 use crate::rules::ejection::{EjectionGroup, EjectionMember};
 use crate::rules::retry::RetryBudget;
 use crate::telemetry::Telemetry;
+use crate::upstream::address_state::{AddressState, AddressStates};
 use crate::upstream::spec::{EndpointSpec, UpstreamProtocol, UpstreamTls};
 
 /// One address of an endpoint.
@@ -175,6 +176,7 @@ pub struct Cluster {
     /// `host:port` of a dynamic host; `None` for the cluster of a destination itself.
     pub dynamic_host: Option<String>,
     addresses: watch::Sender<Arc<Addresses>>,
+    states: AddressStates,
     /// Shared by a destination and all its dynamic hosts.
     tls: Arc<ArcSwapOption<TlsConfigs>>,
 }
@@ -214,7 +216,8 @@ impl Cluster {
     ) -> Self {
         static NEXT: AtomicU64 = AtomicU64::new(1);
         let id = NEXT.fetch_add(1, Relaxed);
-        Self { id, addresses: watch::Sender::new(Arc::new(fixed(&identity))), tls, identity, health, dynamic_host }
+        let addresses = watch::Sender::new(Arc::new(fixed(&identity)));
+        Self { id, addresses, states: AddressStates::default(), tls, identity, health, dynamic_host }
     }
 
     /// Reads the certificates again, for the dynamic hosts too; open connections keep theirs.
@@ -305,6 +308,11 @@ impl Cluster {
     /// The ejection member at an address; a replaced cluster adds no new member to the destination.
     pub fn member(&self, address: SocketAddr) -> Arc<EjectionMember> {
         self.health.group.member_if(address, || self.is_current())
+    }
+
+    /// What all workers share about an address.
+    pub fn address_state(&self, address: SocketAddr, now: Instant) -> Arc<AddressState> {
+        self.states.get(address, now)
     }
 
     fn retain_members(&self, addresses: &Addresses, now: Instant) -> Option<(Arc<EjectionMember>, StateChange)> {

@@ -40,6 +40,13 @@ pub enum ConnectError {
     Timeout,
 }
 
+impl ConnectError {
+    /// True if the address refuses connections.
+    pub fn is_refused(&self) -> bool {
+        matches!(self, Self::Network(error) if error.kind() == io::ErrorKind::ConnectionRefused)
+    }
+}
+
 /// An open stream, ready for the first byte of HTTP.
 pub struct Connected {
     /// The stream.

@@ -20,6 +20,7 @@ use crate::upstream::connect::{ConnectError, Connected};
 use crate::upstream::endpoint::Endpoint;
 use crate::upstream::http1::Http1;
 use crate::upstream::http2::Http2;
+use crate::upstream::lifetime::{Lifetime, LifetimeBounds};
 use crate::upstream::pool::{Lease, Pool, ProtocolPreference, Transport};
 
 /// Policy values for new connections.
@@ -33,6 +34,8 @@ pub struct ConnectOptions {
     pub max_idle: usize,
     /// `connections.maxHeaderCount`: most header fields of a response.
     pub max_header_count: u32,
+    /// `connections.maxAge` and `connections.maxRequests`.
+    pub lifetime: LifetimeBounds,
 }
 
 impl Pool {
@@ -88,11 +91,11 @@ impl Pool {
         if preference == ProtocolPreference::Either {
             endpoint.chose_http1.set(!http2);
         }
-        let now = Instant::now();
+        let lifetime = Lifetime::new(options.lifetime, Instant::now(), fastrand::f32());
         if http2 {
-            Http2::new(io, now).await.map(Transport::Http2)
+            Http2::new(io, lifetime).await.map(Transport::Http2)
         } else {
-            let opened = Http1::new(io, parsed_headers(options.max_header_count), now).await;
+            let opened = Http1::new(io, parsed_headers(options.max_header_count), lifetime).await;
             opened.map(Transport::Http1).map_err(|error| ConnectError::Handshake(error.into()))
         }
     }
@@ -157,7 +160,7 @@ impl Dial {
         drop(pending);
         if let Err(Ok(unclaimed)) = sender.send(Ok(lease)) {
             let mut cx = Context::from_waker(Waker::noop());
-            unclaimed.check_in(&mut cx, options.idle_timeout, options.max_idle, None, Instant::now());
+            unclaimed.check_in_unused(&mut cx, options.idle_timeout, options.max_idle, Instant::now());
             pool.sweep_signal.request();
         }
     }
@@ -254,6 +257,7 @@ mod tests {
             idle_timeout: Duration::from_secs(60),
             max_idle: 8,
             max_header_count: 256,
+            lifetime: LifetimeBounds { max_age: Duration::from_secs(300), max_requests: None },
         }
     }
 

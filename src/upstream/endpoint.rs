@@ -2,8 +2,10 @@
 //!
 //! `pool` checks connections out and in here, `dial` adds new ones. Idle connections are reused last in, first out, so that a
 //! few stay in use and the rest expire. An idle connection is kept for the smallest of three times: the policy's
-//! `connections.idle`, nine tenths of `Keep-Alive: timeout=`, and the idle limit learned from the upstream's closes: an
-//! upstream that closes idle connections after 5 s gets none that has been idle for more than 4 s.
+//! `connections.idle`, a little less than `Keep-Alive: timeout=`, and the idle limit learned from the upstream's closes: an
+//! upstream that closes idle connections after 5 s gets none that has been idle for more than 4 s. A connection is not
+//! used again once its lifetime is over, once it has carried the requests that the upstream allows on one, or once it is
+//! stale: another connection of the same age has ended in place of a response.
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -11,15 +13,20 @@ use std::sync::Arc;
 use std::task::Context;
 use std::time::Duration;
 
+use slab::Slab;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use crate::rules::ejection::EjectionMember;
+use crate::runtime::waker::InlineWaker;
 use crate::telemetry::DestinationMetrics;
+use crate::upstream::address_state::AddressState;
 use crate::upstream::balance::EndpointLoad;
 use crate::upstream::cluster::{Address, Cluster};
+use crate::upstream::fresh_connections::FreshConnections;
 use crate::upstream::http1::Http1;
 use crate::upstream::http2::{Http2, MAX_STREAMS};
+use crate::upstream::lifetime::EndReason;
 
 /// An HTTP/2 connection without a stream for this time is closed.
 const HTTP2_IDLE: Duration = Duration::from_secs(60);
@@ -27,11 +34,13 @@ const HTTP2_IDLE: Duration = Duration::from_secs(60);
 /// How long an endpoint is skipped after a connect failure.
 const UNREACHABLE_FOR: Duration = Duration::from_secs(1);
 
-/// Least time between two connections that are opened although another one is idle: the idle one is closed for it and
-/// occupies a port for a minute (TIME_WAIT).
-const FRESH_INTERVAL: Duration = Duration::from_millis(10);
+/// Responses that are counted for all workers together, because each such count costs an atomic operation.
+const COUNTED_TOGETHER: u32 = 8;
 
-/// A close after a shorter idle time sets no limit: it is a restart, or an upstream that keeps no connection alive.
+/// The least that is left of an announced idle time.
+const ANNOUNCED_MARGIN: Duration = Duration::from_millis(500);
+
+/// A close after a shorter idle time sets no idle limit: it is a restart, or the bound of a connection's requests.
 const MIN_LEARNED_IDLE: Duration = Duration::from_millis(100);
 
 /// How long a learned limit holds; not longer, because a restart closes idle connections too.
@@ -47,6 +56,8 @@ pub struct Endpoint {
     pub load: EndpointLoad,
     /// Its ejection state, shared by all workers.
     pub member: Arc<EjectionMember>,
+    /// What all workers know of its connections.
+    state: Arc<AddressState>,
     idle: RefCell<Vec<IdleConnection>>,
     shared: RefCell<Vec<Rc<Http2>>>,
     idle_limit: Cell<Option<IdleLimit>>,
@@ -62,8 +73,14 @@ pub struct Endpoint {
     unreachable_until: Cell<Option<Instant>>,
     /// True if the last TLS handshake agreed on HTTP/1.1: callers then wait for no shared connection.
     pub chose_http1: Cell<bool>,
-    /// From when on a connection may be opened although another one is idle.
-    next_fresh_at: Cell<Instant>,
+    /// Responses that [`AddressState::worker`] does not know yet.
+    uncounted: Cell<u32>,
+    /// Requests that wait on a reused connection and are woken when that connection becomes stale.
+    watching: RefCell<Slab<Rc<InlineWaker>>>,
+    /// The mark whose setting the watching requests have been told.
+    told_stale: Cell<Option<Instant>>,
+    /// Bounds the connections that are opened although another one is idle.
+    pub fresh: FreshConnections,
     /// True once the cluster does not have this address any more.
     is_retired: Cell<bool>,
     metrics: DestinationMetrics,
@@ -85,8 +102,10 @@ impl Endpoint {
     /// An endpoint without connections or calls.
     pub fn new(address: Address, cluster: &Arc<Cluster>, metrics: DestinationMetrics, now: Instant) -> Rc<Self> {
         let member = cluster.member(address.socket);
+        let state = cluster.address_state(address.socket, now);
         Rc::new(Self {
             address,
+            state,
             cluster: Arc::clone(cluster),
             member,
             load: EndpointLoad::new(now),
@@ -99,7 +118,10 @@ impl Endpoint {
             streams_per_connection: Cell::new(MAX_STREAMS),
             unreachable_until: Cell::new(None),
             chose_http1: Cell::new(false),
-            next_fresh_at: Cell::new(now),
+            uncounted: Cell::new(0),
+            watching: RefCell::default(),
+            told_stale: Cell::new(None),
+            fresh: FreshConnections::new(now),
             is_retired: Cell::new(false),
             metrics,
         })
@@ -110,13 +132,17 @@ impl Endpoint {
         loop {
             let mut candidate = self.idle.borrow_mut().pop()?;
             self.metrics.idle.decrement();
-            if !candidate.connection.is_fresh(cx) {
+            if self.is_stale(candidate.connection.lifetime.opened_at) {
+                self.end_early(EndReason::Stale);
+            } else if self.state.worker.is_near(self.uncounted.get(), now) {
+                self.end_early(EndReason::Learned);
+            } else if !candidate.connection.is_fresh(cx) {
                 self.close_stale(candidate, now);
             } else if now < candidate.expires_at && self.is_within_limit(&candidate, now) {
                 return Some(candidate.connection);
             } else {
                 // Closed by this side, so the close teaches nothing about the upstream's limit.
-                self.count_close();
+                self.close_expired(&candidate, now);
             }
         }
     }
@@ -127,9 +153,10 @@ impl Endpoint {
         limit.is_none_or(|limit| now.saturating_duration_since(candidate.connection.idle_since) <= limit.longest)
     }
 
-    /// Checks a connection in after its response ended: keeps it for `idle_timeout` at most, or closes it if `max_idle`
-    /// connections are idle already or the endpoint is retired. `announced` is the timeout of the response's `Keep-Alive`
-    /// field; nine tenths of it are used.
+    /// Checks a connection in after its response ended: keeps it for `idle_timeout` at most, or closes it if it must not be
+    /// used again, if `max_idle` connections are idle already, or if the endpoint is retired. `announced` is the timeout of
+    /// the response's `Keep-Alive` field; a tenth of it is left, and at least half a second, because some servers close at
+    /// the time that they announce, and one that rounds up closes earlier.
     pub fn check_in_idle(
         &self,
         mut connection: Box<Http1>,
@@ -140,10 +167,15 @@ impl Endpoint {
     ) {
         let mut keep = idle_timeout;
         if let Some(announced) = announced {
-            keep = keep.min(announced.mul_f32(0.9));
+            let margin = announced.mul_f32(0.1).max(ANNOUNCED_MARGIN);
+            keep = keep.min(announced.saturating_sub(margin));
         }
         if let Some(limit) = self.idle_limit.get().filter(|limit| now < limit.expires_at) {
             keep = keep.min(limit.longest);
+        }
+        if let Some(reason) = self.must_end(&connection, now) {
+            self.end_early(reason);
+            return;
         }
         let mut idle = self.idle.borrow_mut();
         if idle.len() >= max_idle || keep.is_zero() || self.is_retired.get() {
@@ -151,22 +183,122 @@ impl Endpoint {
             return;
         }
         connection.idle_since = now;
-        idle.push(IdleConnection { connection, expires_at: now + keep });
+        let expires_at = (now + keep).min(connection.lifetime.ends_at);
+        idle.push(IdleConnection { connection, expires_at });
         self.metrics.idle.increment();
     }
 
-    /// Whether a connection may be opened now although another one is idle. True at most once in 10 ms.
-    pub fn admits_fresh_connection(&self, now: Instant) -> bool {
-        let is_admitted = now >= self.next_fresh_at.get();
-        if is_admitted {
-            self.next_fresh_at.set(now + FRESH_INTERVAL);
+    /// Why a connection whose response has ended takes no further request, if it takes none.
+    fn must_end(&self, connection: &Http1, now: Instant) -> Option<EndReason> {
+        let lifetime = &connection.lifetime;
+        if self.is_stale(lifetime.opened_at) {
+            return Some(EndReason::Stale);
         }
-        is_admitted
+        if let Some(reason) = lifetime.is_over(now) {
+            return Some(reason);
+        }
+        let learned = self.state.requests.of_connection(lifetime.spread, now);
+        let is_learned = learned.is_some_and(|most| lifetime.requests() >= most)
+            || self.state.worker.is_near(self.uncounted.get(), now);
+        is_learned.then_some(EndReason::Learned)
+    }
+
+    /// Counts the response over an HTTP/1.1 connection.
+    pub fn count_response(&self) {
+        let uncounted = self.uncounted.get() + 1;
+        self.uncounted.set(uncounted);
+        if uncounted >= COUNTED_TOGETHER {
+            self.flush_count();
+        }
+    }
+
+    fn flush_count(&self) {
+        self.state.worker.count(self.uncounted.take());
+    }
+
+    /// Records that reused connections have ended in place of a response: all of their age are stale.
+    pub fn record_end(&self, now: Instant) {
+        self.flush_count();
+        self.state.worker.record_end(now);
+        self.mark_stale(now);
+    }
+
+    /// Whether a connection opened at `opened_at` is not used again, because another one of its age has ended.
+    pub fn is_stale(&self, opened_at: Instant) -> bool {
+        self.state.stale.is_stale(opened_at)
+    }
+
+    /// When connections became stale last; `None` if none ever did.
+    pub fn stale_since(&self) -> Option<Instant> {
+        self.state.stale.set_at()
+    }
+
+    /// Makes all connections stale that were opened before `now`, in all workers: this worker's idle ones are closed now,
+    /// those of the others at their next checkout or sweep.
+    pub fn mark_stale(&self, now: Instant) {
+        self.state.stale.set(now);
+        self.apply_stale_mark();
+        self.end_shared(now);
+    }
+
+    /// Closes idle connections that have become stale, and wakes the requests that wait on busy ones.
+    fn apply_stale_mark(&self) {
+        let since = self.stale_since();
+        if self.told_stale.replace(since) == since {
+            return;
+        }
+        self.close_stale_idle();
+        self.watching.borrow().iter().for_each(|(_, waker)| waker.wake());
+    }
+
+    /// Has `waker` woken when connections become stale, until the result is dropped.
+    pub fn watch_stale(self: &Rc<Self>, waker: &Rc<InlineWaker>) -> StaleWatch {
+        let key = self.watching.borrow_mut().insert(Rc::clone(waker));
+        StaleWatch { endpoint: Rc::clone(self), key }
+    }
+
+    fn close_stale_idle(&self) {
+        let is_stale = |idle: &mut IdleConnection| self.is_stale(idle.connection.lifetime.opened_at);
+        let closed = self.idle.borrow_mut().extract_if(.., is_stale).count();
+        self.metrics.idle.add(-count(closed));
+        (0..closed).for_each(|_| self.end_early(EndReason::Stale));
+    }
+
+    /// Closes HTTP/2 connections that take no new stream and have none left.
+    fn end_shared(&self, now: Instant) {
+        let mut shared = self.shared.borrow_mut();
+        shared.retain(|connection| {
+            let reason = self.shared_must_end(connection, now).filter(|_| connection.idle_for(now).is_some());
+            reason.inspect(|reason| self.end_early(*reason)).is_none()
+        });
+    }
+
+    fn shared_must_end(&self, connection: &Http2, now: Instant) -> Option<EndReason> {
+        if self.is_stale(connection.lifetime.opened_at) {
+            return Some(EndReason::Stale);
+        }
+        connection.lifetime.is_over(now)
+    }
+
+    /// Counts a connection that could have taken another request, and is closed.
+    pub fn end_early(&self, reason: EndReason) {
+        let early = &self.metrics.early_closes;
+        let counter = match reason {
+            EndReason::Stale => &early.stale,
+            EndReason::MaxAge => &early.max_age,
+            EndReason::MaxRequests => &early.max_requests,
+            EndReason::Learned => &early.learned,
+            EndReason::Draining => &early.draining,
+        };
+        counter.increment();
+        self.count_close();
     }
 
     /// An HTTP/2 connection with capacity for one more stream.
-    pub fn shared(&self) -> Option<Rc<Http2>> {
-        self.shared.borrow().iter().find(|connection| connection.has_capacity()).cloned()
+    pub fn shared(&self, now: Instant) -> Option<Rc<Http2>> {
+        let takes_one =
+            |connection: &&Rc<Http2>| connection.has_capacity() && self.shared_must_end(connection, now).is_none();
+        self.shared.borrow().iter().find(takes_one).cloned()
     }
 
     /// Adds a new HTTP/2 connection for all callers.
@@ -208,17 +340,24 @@ impl Endpoint {
     ///
     /// Returns true if a connection is left for the next sweep.
     pub fn sweep(&self, cx: &mut Context<'_>, now: Instant) -> bool {
+        self.apply_stale_mark();
         let stale: Vec<IdleConnection> = self
             .idle
             .borrow_mut()
             .extract_if(.., |idle| now >= idle.expires_at || !idle.connection.is_fresh(cx))
             .collect();
         self.metrics.idle.add(-count(stale.len()));
+        if self.idle.borrow().is_empty() && stale.iter().filter(|idle| now < idle.expires_at).count() > 1 {
+            // All at once: a worker process has ended.
+            self.flush_count();
+            self.state.worker.record_end(now);
+        }
         for connection in stale {
             self.close_stale(connection, now);
         }
+        self.end_shared(now);
         self.retain_shared(|shared| shared.is_open() && shared.idle_for(now).is_none_or(|idle| idle < HTTP2_IDLE));
-        !self.shared.borrow().is_empty() || !self.idle.borrow().is_empty()
+        !self.shared.borrow().is_empty() || !self.idle.borrow().is_empty() || !self.watching.borrow().is_empty()
     }
 
     /// Counts a stream of a shared connection that has ended; a retired endpoint closes connections without streams.
@@ -226,6 +365,8 @@ impl Endpoint {
         connection.end_stream(now);
         if self.is_retired.get() {
             self.retain_shared(|shared| shared.idle_for(now).is_none());
+        } else if self.shared_must_end(connection, now).is_some() {
+            self.end_shared(now);
         }
     }
 
@@ -251,22 +392,63 @@ impl Endpoint {
         self.metrics.closes.add(connections as u64);
     }
 
-    /// Closes a stale connection; one that the upstream closed before it expired sets the idle limit.
-    fn close_stale(&self, stale: IdleConnection, now: Instant) {
-        self.count_close();
-        if now >= stale.expires_at {
-            return;
+    fn close_expired(&self, expired: &IdleConnection, now: Instant) {
+        match expired.connection.lifetime.is_over(now) {
+            Some(reason) => self.end_early(reason),
+            None => self.count_close(),
         }
-        self.learn_idle_limit(now.saturating_duration_since(stale.connection.idle_since), now);
     }
 
-    /// Sets the idle limit after the upstream closed a connection that had been idle for `idle`: for the next 60 s no
-    /// connection is kept for more than 80 % of that.
-    pub fn learn_idle_limit(&self, idle: Duration, now: Instant) {
+    /// Closes a connection; one that the upstream closed before it expired sets the idle limit.
+    fn close_stale(&self, stale: IdleConnection, now: Instant) {
+        if now >= stale.expires_at {
+            return self.close_expired(&stale, now);
+        }
+        self.count_close();
+        let idle = now.saturating_duration_since(stale.connection.idle_since);
+        self.learn_from_close(idle, stale.connection.lifetime.requests(), now);
+    }
+
+    /// Learns from the close, without a word, of a connection that had been idle for `idle` after `requests` responses.
+    ///
+    /// After a long idle time the close sets the idle limit: for the next 60 s no connection is kept for more than 80 % of
+    /// that. After a short one it may be the bound of a connection's requests.
+    pub fn learn_from_close(&self, idle: Duration, requests: u32, now: Instant) {
         if idle >= MIN_LEARNED_IDLE {
             let limit = IdleLimit { longest: idle.mul_f32(0.8), expires_at: now + LEARNED_LIMIT_LIFE };
             self.idle_limit.set(Some(limit));
+        } else {
+            self.state.requests.record_close(requests, now);
         }
+    }
+
+    /// Learns from a response that announced the close of its connection.
+    pub fn learn_from_announced_close(&self, requests: u32, now: Instant) {
+        self.state.requests.record_announced_close(requests, now);
+    }
+}
+
+/// A request that waits on a reused connection of an endpoint; see [`Endpoint::watch_stale`].
+pub struct StaleWatch {
+    endpoint: Rc<Endpoint>,
+    key: usize,
+}
+
+impl StaleWatch {
+    /// Since when connections opened at `opened_at` are stale; `None` while they are not.
+    pub fn stale_since(&self, opened_at: Instant) -> Option<Instant> {
+        self.endpoint.stale_since().filter(|_| self.endpoint.is_stale(opened_at))
+    }
+
+    /// How long the endpoint usually takes for a response.
+    pub fn usual_latency(&self) -> Duration {
+        self.endpoint.load.latency()
+    }
+}
+
+impl Drop for StaleWatch {
+    fn drop(&mut self) {
+        self.endpoint.watching.borrow_mut().remove(self.key);
     }
 }
 
@@ -281,32 +463,4 @@ impl Drop for Endpoint {
 
 fn count(connections: usize) -> i64 {
     i64::try_from(connections).unwrap_or(i64::MAX)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::telemetry::{Sink, Telemetry};
-    use crate::upstream::cluster::{ClusterIdentity, Health};
-    use crate::upstream::spec::UpstreamProtocol;
-
-    #[tokio::test(start_paused = true)]
-    async fn a_fresh_connection_is_admitted_once_in_ten_milliseconds() {
-        let now = Instant::now();
-        let socket = "127.0.0.1:80".parse().unwrap();
-        let address = Address { socket, server_name: "app".into() };
-        let metrics = Telemetry::new(Sink::memory().0).shard(0).destination("app");
-        let identity = ClusterIdentity {
-            name: "app".into(),
-            endpoints: Vec::new(),
-            protocol: UpstreamProtocol::Auto,
-            tls: None,
-            host: "app".into(),
-        };
-        let cluster = Cluster::new(identity, Health::new(now), &Default::default()).unwrap();
-        let endpoint = Endpoint::new(address, &cluster, metrics, now);
-        let admitted =
-            (0..100).filter(|millis| endpoint.admits_fresh_connection(now + Duration::from_millis(*millis))).count();
-        assert_eq!(admitted, 10);
-    }
 }

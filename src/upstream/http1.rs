@@ -16,14 +16,15 @@ use tokio::time::Instant;
 
 use crate::net::body::RequestBody;
 use crate::net::io::Io;
+use crate::upstream::lifetime::Lifetime;
 
 /// One HTTP/1.1 connection.
 pub struct Http1 {
     sender: SendRequest<RequestBody>,
     connection: Connection<TokioIo<Io>, RequestBody>,
     is_closed: bool,
-    /// When the connection was opened.
-    pub opened_at: Instant,
+    /// How long it is used, and how often it was.
+    pub lifetime: Lifetime,
     /// When the last response ended; when the connection was opened, before the first.
     pub idle_since: Instant,
 }
@@ -33,14 +34,15 @@ impl Http1 {
     ///
     /// # Errors
     /// If hyper refuses the stream.
-    pub async fn new(io: Io, max_headers: usize, now: Instant) -> Result<Box<Self>, hyper::Error> {
+    pub async fn new(io: Io, max_headers: usize, lifetime: Lifetime) -> Result<Box<Self>, hyper::Error> {
         let (sender, connection) = Builder::new()
             // A space before the colon of a field is removed (RFC 9112, 5.1).
             .allow_spaces_after_header_name_in_responses(true)
             .max_headers(max_headers)
             .handshake(TokioIo::new(io))
             .await?;
-        Ok(Box::new(Self { sender, connection, is_closed: false, opened_at: now, idle_since: now }))
+        let idle_since = lifetime.opened_at;
+        Ok(Box::new(Self { sender, connection, is_closed: false, lifetime, idle_since }))
     }
 
     /// Queues a request on the connection; [`Http1::drive`] sends it. The future resolves with the response head, or with

@@ -27,6 +27,7 @@ use crate::net::http2 as bounds;
 use crate::net::io::{Activity, Io};
 use crate::runtime::tasks;
 use crate::upstream::connect::ConnectError;
+use crate::upstream::lifetime::Lifetime;
 use crate::upstream::response::{Http2Body, SendError, UpstreamBody, UpstreamError};
 
 /// Most concurrent streams on one connection, even if the peer allows more.
@@ -59,8 +60,8 @@ pub struct Http2 {
     sender: RefCell<SendRequest<Bytes>>,
     active_streams: Cell<usize>,
     ping_timed_out: Rc<Cell<bool>>,
-    /// When the connection was opened.
-    pub opened_at: Instant,
+    /// How long it takes new streams, and how many it has taken.
+    pub lifetime: Lifetime,
     /// When the last stream ended; when the connection was opened, before the first.
     idle_since: Cell<Instant>,
 }
@@ -73,7 +74,7 @@ impl Http2 {
     ///
     /// # Errors
     /// If the peer closes the connection first, or does not speak HTTP/2.
-    pub async fn new(io: Io, now: Instant) -> Result<Rc<Self>, ConnectError> {
+    pub async fn new(io: Io, lifetime: Lifetime) -> Result<Rc<Self>, ConnectError> {
         let activity = io.activity();
         let (sender, mut connection) = Builder::new()
             .initial_window_size(bounds::STREAM_WINDOW)
@@ -94,8 +95,8 @@ impl Http2 {
             sender: RefCell::new(sender),
             active_streams: Cell::new(0),
             ping_timed_out: Rc::default(),
-            opened_at: now,
-            idle_since: Cell::new(now),
+            idle_since: Cell::new(lifetime.opened_at),
+            lifetime,
         });
         while this.peer_limit() == 0 {
             match this.error() {
@@ -147,6 +148,7 @@ impl Http2 {
 
     /// Counts a stream that begins.
     pub fn begin_stream(&self) {
+        self.lifetime.count_request();
         self.active_streams.set(self.active_streams.get() + 1);
     }
 
@@ -318,6 +320,7 @@ impl Upload {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::upstream::lifetime::LifetimeBounds;
     use h2::server::{self, SendResponse};
     use tokio::io::DuplexStream;
     use tokio::task::LocalSet;
@@ -327,7 +330,8 @@ mod tests {
     async fn pair() -> (Rc<Http2>, Server) {
         let (ours, theirs) = tokio::io::duplex(64 * 1024);
         let server = tasks::spawn(async move { server::handshake(theirs).await.unwrap() });
-        let client = Http2::new(Io::boxed(ours), Instant::now());
+        let bounds = LifetimeBounds { max_age: Duration::from_secs(3600), max_requests: None };
+        let client = Http2::new(Io::boxed(ours), Lifetime::new(bounds, Instant::now(), 0.0));
         // The SETTINGS are written when the connection is polled.
         let driven = async {
             let mut server = server.await.unwrap();

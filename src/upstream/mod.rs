@@ -3,17 +3,24 @@
 //! A [`cluster::Cluster`] is the state of a destination that all workers share; `discovery` resolves its names. Each worker
 //! has its own [`pool::Pool`] per cluster: `balance` picks the endpoint of a request, `endpoint` holds its connections
 //! (`http1` exclusive, `http2` shared), `dial` opens new ones over `connect`. `response` is the body or the error that comes
-//! back. `upstreams` holds all pools of a worker and sweeps idle connections. `spec` is the policy's YAML for all of it.
+//! back. `lifetime`, `request_limit`, `worker_limit` and `stale_mark` say when a connection is not used again; the last three are shared by all
+//! workers (`address_state`). `upstreams` holds all pools of a worker and sweeps idle connections. `spec` is the policy's YAML for all of it.
 
+pub mod address_state;
 pub mod balance;
 pub mod cluster;
 pub mod connect;
 pub mod dial;
 pub mod discovery;
 pub mod endpoint;
+pub mod fresh_connections;
 pub mod http1;
 pub mod http2;
+pub mod lifetime;
 pub mod pool;
+pub mod request_limit;
 pub mod response;
 pub mod spec;
+pub mod stale_mark;
 pub mod upstreams;
+pub mod worker_limit;

@@ -22,6 +22,7 @@ use crate::upstream::connect::{ConnectError, Connector};
 use crate::upstream::endpoint::Endpoint;
 use crate::upstream::http1::Http1;
 use crate::upstream::http2::Http2;
+use crate::upstream::lifetime::EndReason;
 
 /// The protocol to send a request with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,6 +51,8 @@ pub struct Lease {
     transport: Option<Transport>,
     /// True if the connection was open before this request.
     pub reused: bool,
+    /// True if the connection is new and was opened in place of an idle one, for a request that must not be sent twice.
+    pub replaces_idle: bool,
     /// When the connection was opened.
     pub opened_at: Instant,
 }
@@ -58,13 +61,13 @@ impl Lease {
     pub(super) fn new(endpoint: Rc<Endpoint>, transport: Transport, reused: bool) -> Self {
         endpoint.load.begin();
         let opened_at = match &transport {
-            Transport::Http1(connection) => connection.opened_at,
+            Transport::Http1(connection) => connection.lifetime.opened_at,
             Transport::Http2(connection) => {
                 connection.begin_stream();
-                connection.opened_at
+                connection.lifetime.opened_at
             }
         };
-        Self { endpoint, transport: Some(transport), reused, opened_at }
+        Self { endpoint, transport: Some(transport), reused, replaces_idle: false, opened_at }
     }
 
     /// True for an HTTP/1.1 connection, which the holder of the lease has to drive.
@@ -77,14 +80,30 @@ impl Lease {
         self.transport.as_mut()
     }
 
-    /// Records that a reused HTTP/1.1 connection closed before its response: most likely the upstream was closing the idle
-    /// connection when the request was `sent`. Its idle time becomes the endpoint's idle limit.
-    pub fn record_idle_close(&self, sent: Instant, now: Instant) {
-        if self.reused
-            && let Some(Transport::Http1(connection)) = &self.transport
-        {
-            self.endpoint.learn_idle_limit(sent.saturating_duration_since(connection.idle_since), now);
+    /// Whether a connection of the same age has ended in place of a response.
+    pub fn is_stale(&self) -> bool {
+        self.endpoint.is_stale(self.opened_at)
+    }
+
+    /// Records that the upstream ended the connection before its response to a request `sent` then, without a word. Returns
+    /// false if another connection of the same age has ended before: both ends are one event.
+    ///
+    /// The first end of a reused connection, or of one in place of it, makes all connections of its age stale. Most likely the upstream was ending the
+    /// idle connection when the request was sent: its idle time, or the number of its requests, becomes a limit.
+    pub fn record_end(&self, sent: Instant, now: Instant) -> bool {
+        if self.is_stale() {
+            return false;
         }
+        if self.reused || self.replaces_idle {
+            if self.reused
+                && let Some(Transport::Http1(connection)) = &self.transport
+            {
+                let idle = sent.saturating_duration_since(connection.idle_since);
+                self.endpoint.learn_from_close(idle, connection.lifetime.requests(), now);
+            }
+            self.endpoint.record_end(now);
+        }
+        true
     }
 
     /// Checks an HTTP/1.1 connection in for the next request if it can take one, and closes it otherwise.
@@ -100,12 +119,37 @@ impl Lease {
         now: Instant,
     ) {
         // Any other connection ends as if the lease were dropped.
-        let is_reusable = match &mut self.transport {
-            Some(Transport::Http1(connection)) => connection.is_reusable(cx),
-            _ => false,
-        };
-        if is_reusable && let Some(Transport::Http1(connection)) = self.transport.take() {
+        let Some(Transport::Http1(connection)) = &mut self.transport else { return };
+        connection.lifetime.count_request();
+        self.endpoint.count_response();
+        if !connection.is_reusable(cx) {
+            self.endpoint.learn_from_announced_close(connection.lifetime.requests(), now);
+        } else if let Some(Transport::Http1(connection)) = self.transport.take() {
             self.endpoint.check_in_idle(connection, idle_timeout, max_idle, announced, now);
+        }
+    }
+
+    /// Checks in a new HTTP/1.1 connection whose caller has left.
+    pub(super) fn check_in_unused(
+        mut self,
+        cx: &mut Context<'_>,
+        idle_timeout: Duration,
+        max_idle: usize,
+        now: Instant,
+    ) {
+        let Some(Transport::Http1(connection)) = &mut self.transport else { return };
+        if connection.is_reusable(cx)
+            && let Some(Transport::Http1(connection)) = self.transport.take()
+        {
+            self.endpoint.check_in_idle(connection, idle_timeout, max_idle, None, now);
+        }
+    }
+
+    /// Ends an HTTP/1.1 connection after its response; `reason` is why it is not used again. An HTTP/2 connection stays.
+    pub fn end_early(mut self, reason: EndReason) {
+        if self.is_http1() {
+            self.transport = None;
+            self.endpoint.end_early(reason);
         }
     }
 
@@ -299,7 +343,7 @@ impl Pool {
         cx: &mut Context<'_>,
     ) -> Option<Lease> {
         if preference != ProtocolPreference::Http1
-            && let Some(connection) = endpoint.shared()
+            && let Some(connection) = endpoint.shared(now)
         {
             return Some(Lease::new(Rc::clone(endpoint), Transport::Http2(connection), true));
         }

@@ -147,6 +147,14 @@ impl UpstreamError {
         }
     }
 
+    /// True if the connection ended without a word, and with it every request on it: no GOAWAY, and no reset of a stream.
+    pub fn is_silent_end(&self) -> bool {
+        match self {
+            Self::Http1(_) | Self::Http2(_) => self.is_connection_closed() && !self.is_go_away(),
+            Self::PingTimeout => true,
+        }
+    }
+
     /// True if the peer ended the connection with GOAWAY, and not this stream alone.
     pub fn is_go_away(&self) -> bool {
         matches!(self, Self::Http2(error) if error.is_go_away())

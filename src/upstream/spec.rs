@@ -103,7 +103,7 @@ impl UpstreamTlsSpec {
     default,
     deny_unknown_fields,
     rename_all = "camelCase",
-    expecting = "a mapping with idle, maxIdle and maxHeaderCount"
+    expecting = "a mapping with idle, maxIdle, maxHeaderCount, maxAge and maxRequests"
 )]
 pub struct ConnectionsSpec {
     /// How long an idle connection is kept. Default 3s.
@@ -112,6 +112,12 @@ pub struct ConnectionsSpec {
     pub max_idle: Option<Count<0>>,
     /// Most header fields of a response: 1 to 1024. Default 256.
     pub max_header_count: Option<Count<1, 1_024>>,
+    /// How long a connection takes new requests, over HTTP/1.1 and HTTP/2. Each connection draws its own part, between 80 %
+    /// and 100 %. Default 5m.
+    pub max_age: Option<DurationSpec>,
+    /// Most requests of a connection, over HTTP/1.1 and HTTP/2. Each connection draws its own part, between 80 % and 100 %.
+    /// Default: none.
+    pub max_requests: Option<Count<1>>,
 }
 
 /// Pooled upstream connections.
@@ -123,15 +129,21 @@ pub struct Connections {
     pub max_idle: Sourced<u32>,
     /// Most header fields of a response.
     pub max_header_count: Sourced<u32>,
+    /// How long a connection takes new requests.
+    pub max_age: Sourced<Duration>,
+    /// Most requests of a connection; `None` for the upstream's own bound, which is learned.
+    pub max_requests: Option<Sourced<u32>>,
 }
 
 impl Connections {
-    /// The built-in values: 3 s, 128, 256.
+    /// The built-in values: 3 s, 128, 256, 5 min, no bound of requests.
     pub const fn built_in() -> Self {
         Self {
             idle: Sourced::built_in(Duration::from_secs(3)),
             max_idle: Sourced::built_in(128),
             max_header_count: Sourced::built_in(256),
+            max_age: Sourced::built_in(Duration::from_secs(300)),
+            max_requests: None,
         }
     }
 }
@@ -144,6 +156,11 @@ impl ConnectionsSpec {
             idle: self.idle.map_or_else(|| base.idle.clone(), |idle| at.key("idle").set(idle.0)),
             max_idle: self.max_idle.map_or_else(|| base.max_idle.clone(), |n| at.key("maxIdle").set(n.0)),
             max_header_count: count(self.max_header_count).unwrap_or_else(|| base.max_header_count.clone()),
+            max_age: self.max_age.map_or_else(|| base.max_age.clone(), |age| at.key("maxAge").set(age.0)),
+            max_requests: self
+                .max_requests
+                .map(|n| at.key("maxRequests").set(n.0))
+                .or_else(|| base.max_requests.clone()),
         }
     }
 }

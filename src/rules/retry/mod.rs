@@ -57,6 +57,8 @@ pub struct AttemptSummary {
     pub is_inbound: bool,
     /// The attempt used a connection that had carried a request before.
     pub is_reused: bool,
+    /// Another connection of the same age had ended before, so that the failure says nothing new about the upstream.
+    pub is_same_event: bool,
     /// The destination's circuit breaker would refuse a retry.
     pub is_circuit_open: bool,
     /// The method is idempotent or the request has an idempotency key.
@@ -125,10 +127,12 @@ pub fn is_idempotent(method: &str) -> bool {
 
 impl Retry {
     /// Decides and charges the budget for a retry. A retry of a request that the upstream could not have seen is free:
-    /// it is the first that an upstream gets.
+    /// it is the first that an upstream gets. So is the first retry after an event that another call has paid for, because
+    /// a server that ends all its connections at once causes no more of them than it had connections.
     pub fn next(&self, seen: &AttemptSummary, budget: &RetryBudget, now: Instant) -> RetryDecision {
         let decision = self.decide(seen);
-        let costs = matches!(decision, RetryDecision::Retry { .. }) && seen.failure != AttemptFailure::Unsent;
+        let is_free = seen.failure == AttemptFailure::Unsent || (seen.is_same_event && seen.tries == 1);
+        let costs = matches!(decision, RetryDecision::Retry { .. }) && !is_free;
         if costs && !budget.try_spend(&self.budget, now) {
             return RetryDecision::Stop(NoRetryReason::RetryBudget);
         }

@@ -26,6 +26,7 @@ fn seen(failure: AttemptFailure) -> AttemptSummary {
         failure,
         is_inbound: false,
         is_reused: false,
+        is_same_event: false,
         is_circuit_open: false,
         is_safe: true,
         is_abandoned: false,

@@ -234,3 +234,27 @@ async fn sighup_ends_nothing() {
     assert_eq!(call.await.unwrap(), Some(200));
     assert_eq!(program.metric("hopguard_policy_reloads_total", &[]).await, 1.0, "nothing had changed");
 }
+
+#[tokio::test]
+async fn no_connection_to_the_app_is_left_behind() {
+    let site = Site::open().await;
+    let written = std::fs::read_to_string(&site.file).unwrap();
+    std::fs::write(&site.file, format!("{written}    connections: {{ idle: 60s }}\n")).unwrap();
+    let mut program = Program::run(&site.file, &["--drain-delay", "60s", "--grace", "15s"]).await;
+    let to = program.addr("in").await.unwrap();
+    assert_eq!(get(to, "/").await.body, "done");
+    let slow = tokio::spawn(async move { get(to, "/slow").await });
+    eventually(|| (site.upstream.requests() == 2).then_some(())).await;
+    program.signal("TERM").await;
+    program.said("draining").await;
+    // An app that ends its busy connections with the next response ends them all.
+    for _ in 0..3 {
+        assert_eq!(get(to, "/").await.body, "done");
+    }
+    eventually(|| (site.upstream.open() == 1).then_some(())).await;
+    site.gate.release(1);
+    assert_eq!(slow.await.unwrap().body, "done");
+    eventually(|| (site.upstream.open() == 0).then_some(())).await;
+    program.signal("TERM").await;
+    program.ended(Duration::from_secs(10)).await;
+}

@@ -1,5 +1,7 @@
 //! HTTP/1, HTTP/2, TLS, DNS and tunnels on the wire, with the connections that carry them.
 //!
+//! - `connection_ends`: upstreams that stop, bound a connection, or close without being asked
+//! - `connection_lifetime`: maximum age and requests of upstream connections
 //! - `connection_pool`: reuse, limits and expiry of upstream connections
 //! - `dns`: endpoints by name, with a real name server
 //! - `h2spec`: the HTTP/2 conformance suite
@@ -15,6 +17,8 @@
 //! - `translation`: each downstream protocol with each upstream protocol
 //! - `tunnels`: CONNECT and WebSocket upgrades
 
+mod connection_ends;
+mod connection_lifetime;
 mod connection_pool;
 mod dns;
 mod h2spec;
