@@ -6,8 +6,6 @@ use std::net::{SocketAddr, TcpStream};
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::Duration;
 
-use tokio::time::Instant;
-
 const HOPS: [&str; 3] = ["caller -> order", "order -> payment", "payment -> bank"];
 
 /// A running demo; killed on drop if it has not ended.
@@ -115,13 +113,12 @@ fn the_breaker_opens_and_order_goes_on(failing: &str) {
 fn ctrl_c_ends_the_demo_at_once_with_exit_code_0() {
     let mut demo = Demo::start("30s");
     demo.read_to("All services are healthy");
-    let asked = Instant::now();
     let sent = Command::new("kill").args(["-INT", &demo.child.id().to_string()]).status().unwrap();
     assert!(sent.success());
     let rest = demo.rest();
     assert_eq!(demo.child.wait().unwrap().code(), Some(0), "{rest}");
-    assert!(asked.elapsed() < Duration::from_secs(2), "it took {:?}", asked.elapsed());
-    assert!(rest.contains("Stopped."), "{rest}");
+    // Before its phases are over.
+    assert!(rest.contains("Stopped.") && !rest.contains("In this phase"), "{rest}");
 }
 
 #[test]

@@ -79,26 +79,28 @@ impl Site {
     }
 }
 
-/// A busy machine may be late once, not three times.
-fn within_a_second(took: &[Duration]) {
-    assert!(took.iter().any(|one| *one < Duration::from_secs(1)), "{took:?}");
+/// Changes one after the other, each of which was waited for, were told of by the system: the check of the files each five
+/// seconds would have found only one in an interval.
+fn without_the_check(took: &[Duration]) {
+    let intervals = u32::try_from(took.len()).unwrap() - 1;
+    assert!(took.iter().sum::<Duration>() < Duration::from_secs(5) * intervals, "{took:?}");
 }
 
 #[tokio::test]
-async fn a_changed_file_is_in_force_within_a_second() {
+async fn a_changed_file_is_in_force_without_waiting_for_the_check_of_the_files() {
     let site = Site::open().await;
     let mut took = Vec::new();
     for value in ["600ms", "700ms", "800ms"] {
         std::fs::write(&site.file, site.text(value)).unwrap();
         took.push(until(&site.program, |policy| in_force(policy) == value).await);
     }
-    within_a_second(&took);
+    without_the_check(&took);
     let mut took = Vec::new();
     for value in ["610ms", "710ms", "810ms"] {
         replace(&site.file, &site.text(value));
         took.push(until(&site.program, |policy| in_force(policy) == value).await);
     }
-    within_a_second(&took);
+    without_the_check(&took);
     assert_eq!(site.program.metric("hopguard_policy_reloads_total", &["result=\"ok\""]).await, 7.0);
     let hash = site.program.document("/policy").await["hash"].as_str().unwrap().to_owned();
     assert_eq!(site.program.metric("hopguard_policy_info", &[&hash]).await, 1.0);
@@ -120,7 +122,7 @@ async fn a_folder_is_one_policy() {
     took.push(until(&program, |policy| policy["destinations"].as_array().unwrap().len() == 1).await);
     replace(&folder.path().join("10-base.yaml"), &policy(upstream.addr, "600ms"));
     took.push(until(&program, |policy| in_force(policy) == "600ms").await);
-    within_a_second(&took);
+    without_the_check(&took);
     assert_eq!(program.metric("hopguard_policy_reloads_total", &["result=\"failed\""]).await, 0.0);
 }
 
@@ -151,7 +153,7 @@ async fn a_mounted_config_map_is_followed() {
             swap(mount.path(), version, &policy(upstream.addr, value));
             took.push(until(&program, |policy| in_force(policy) == value).await);
         }
-        within_a_second(&took);
+        without_the_check(&took);
         assert_eq!(
             program.metric("hopguard_policy_reloads_total", &["result=\"failed\""]).await,
             0.0,

@@ -277,10 +277,8 @@ async fn a_grpc_message_that_the_upstream_does_not_read_makes_no_stream() {
     let mut message = vec![0, 0, 0x40, 0, 0];
     message.resize(5 + 0x40_0000, b'x');
     let mut caller = Caller::open(Speaks::Http2, mesh.addr("in")).await;
-    let begun = Instant::now();
     let answer = caller.ask(grpc_request("/shop.v1.Payment/Charge", full(message))).await;
     assert_eq!(answer.grpc_status(), "4", "{answer:?}");
-    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
     mesh.only("request_timeout").await;
     mesh.stop().await;
 }
@@ -289,11 +287,9 @@ async fn a_grpc_message_that_the_upstream_does_not_read_makes_no_stream() {
 async fn a_fault_that_delays_a_grpc_call_meets_its_timeout() {
     let upstream = Upstream::http2(|_| async { Response::new(empty()) }).await;
     let more =
-        "    timeouts: { request: 300ms }\n    faults: [ { name: slow, delay: 5s, until: 2090-01-01T00:00:00Z } ]";
+        "    timeouts: { request: 300ms }\n    faults: [ { name: slow, delay: 1m, until: 2090-01-01T00:00:00Z } ]";
     let mesh = mesh(&upstream, true, more).await;
-    let begun = Instant::now();
     assert_eq!(grpc(mesh.addr("in"), "/shop.v1.Payment/Charge").await.grpc_status(), "4");
-    assert!(begun.elapsed() < Duration::from_secs(4), "{:?}", begun.elapsed());
     mesh.only("request_timeout").await;
     mesh.stop().await;
 }
@@ -387,7 +383,7 @@ async fn slow_readers_hold_up_nobody_else_on_the_same_upstream_connection() {
         slow.push((caller.send(asked).await.unwrap(), caller));
     }
     for _ in 0..20 {
-        let answer = timeout(Duration::from_secs(2), get(mesh.addr("in"), "/small")).await.expect("held up");
+        let answer = timeout(SOON, get(mesh.addr("in"), "/small")).await.expect("held up");
         assert_eq!(answer.body, "small");
     }
     assert_eq!(upstream.connections(), 1);

@@ -9,7 +9,7 @@ use crate::support::certificates::Authority;
 use crate::support::http::{Caller, Speaks, empty, feed, full};
 use crate::support::upstream::Upstream;
 use crate::support::wire::Wire;
-use crate::support::{Mesh, eventually};
+use crate::support::{Mesh, SOON, eventually};
 
 fn policy(upstream: std::net::SocketAddr, more: &str) -> String {
     format!(
@@ -31,9 +31,10 @@ destinations:
     )
 }
 
-fn between(begun: Instant, least: u64) {
+/// So much time has gone by. What comes too late is seen by whoever waits for it.
+fn no_sooner(begun: Instant, least: u64) {
     let (elapsed, least) = (begun.elapsed(), Duration::from_millis(least));
-    assert!(elapsed >= least && elapsed < least + Duration::from_secs(4), "{elapsed:?} instead of {least:?}");
+    assert!(elapsed >= least, "{elapsed:?} instead of {least:?}");
 }
 
 #[tokio::test]
@@ -44,7 +45,7 @@ async fn a_head_that_comes_too_slowly_is_a_408() {
     let mut wire = Wire::open(mesh.addr("in")).await;
     wire.send("GET / HTTP/1.1\r\nhost: shop.te").await;
     let answer = wire.rest().await;
-    between(begun, 300);
+    no_sooner(begun, 300);
     assert!(answer.starts_with("HTTP/1.1 408 "), "{answer}");
     assert!(answer.contains("caller_timeout") && answer.contains("timeouts.headers"), "{answer}");
     let line = mesh.only("caller_timeout").await;
@@ -68,9 +69,9 @@ async fn bytes_that_trickle_do_not_prolong_the_time_for_a_head() {
     while mesh.count("caller_timeout") == 0.0 {
         wire.send("x-more: 1\r\n").await;
         tokio::time::sleep(Duration::from_millis(50)).await;
-        assert!(begun.elapsed() < Duration::from_secs(5), "it may trickle for ever");
+        assert!(begun.elapsed() < SOON, "it may trickle for ever");
     }
-    between(begun, 300);
+    no_sooner(begun, 300);
     mesh.stop().await;
 }
 
@@ -84,7 +85,7 @@ async fn a_connection_without_a_request_is_closed() {
     used.until("hello").await;
     let begun = Instant::now();
     assert_eq!(used.rest().await, "", "an idle connection is closed without a word");
-    between(begun, 550);
+    no_sooner(begun, 550);
     assert_eq!(silent.rest().await, "");
     eventually(|| (mesh.metric("hopguard_listener_open_connections", &["in"]) == 0.0).then_some(())).await;
     assert_eq!(mesh.log().len(), 1, "nobody asked for anything: {:?}", mesh.log());
@@ -166,7 +167,7 @@ async fn a_request_body_that_does_not_come_is_the_callers_fault() {
             asked.headers_mut().insert("x-envoy-expected-rq-timeout-ms", millis.parse().unwrap());
         }
         let answer = caller.ask(asked).await;
-        between(begun, 500);
+        no_sooner(begun, 500);
         assert_eq!(answer.status, 408, "{answer:?}");
         let line = mesh.refused(&answer, "caller_timeout", rule, "500ms").await;
         assert_eq!((&line["status"], &line["refusal"]["closed_by"]), (&408.into(), &"hopguard".into()), "{line}");
@@ -183,7 +184,7 @@ async fn a_caller_that_stops_reading_is_cut() {
         let begun = Instant::now();
         wire.send("GET / HTTP/1.1\r\nhost: shop.test\r\n\r\n").await;
         let line = mesh.only("caller_timeout").await;
-        between(begun, 500);
+        no_sooner(begun, 500);
         assert_eq!(line["refusal"]["rule"], rule, "{line}");
         eventually(|| (mesh.metric("hopguard_in_flight_requests", &["app"]) == 0.0).then_some(())).await;
         mesh.stop().await;

@@ -1,5 +1,5 @@
 //! An upstream that is killed under load and restarted: errors occur only while it is down, each is explained, and the breaker
-//! closes within a second. An upstream that restarts with streams only closes it too.
+//! closes, after which no call fails. An upstream that restarts with streams only closes it too.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering::SeqCst};
@@ -13,7 +13,7 @@ use crate::support::http::{Speaks, full};
 use crate::support::load::Load;
 use crate::support::upstream::{Upstream, own_address, policy};
 use crate::support::wire::Wire;
-use crate::support::{Mesh, eventually};
+use crate::support::{Mesh, SOON, eventually};
 
 async fn killed_and_restarted(http2: bool, speaks: Speaks) {
     let start = |addr| Upstream::on(addr, |_| async { Response::new(full("hello")) }, http2);
@@ -26,21 +26,17 @@ async fn killed_and_restarted(http2: bool, speaks: Speaks) {
     let killed = Instant::now();
     drop(upstream);
     sleep(Duration::from_millis(1200)).await;
-    let restarting = Instant::now();
     let good = load.good();
     let upstream = start(addr).await;
-    let restarted = Instant::now();
-    eventually(|| (load.good() > good).then_some(())).await;
-    assert!(restarted.elapsed() < Duration::from_secs(1), "recovered after {:?}", restarted.elapsed());
-    sleep(Duration::from_millis(1500)).await;
+    eventually(|| (load.good() > good && state(&mesh) == 0.0).then_some(())).await;
+    // Open again, if at all, only by a failure from now on.
+    let (closed, good) = (Instant::now(), load.good());
+    eventually(|| (load.good() > good + 200).then_some(())).await;
     let report = load.end().await;
     assert!(!report.failures.is_empty(), "nobody noticed that it was gone");
     for failure in &report.failures {
         assert!(failure.at >= killed, "before it was killed: {failure:?}");
-        assert!(
-            failure.begun <= restarting + Duration::from_secs(1),
-            "more than a second after it was back: {failure:?}"
-        );
+        assert!(failure.begun <= closed, "after the breaker was closed: {failure:?}");
         // What cannot be reached five times in a row is not asked again at once.
         let is_explained = failure.what.starts_with("502 ") || failure.what.contains("circuit_open");
         assert!(is_explained && failure.what.contains("\"refusal\""), "{failure:?}");
@@ -113,7 +109,7 @@ async fn a_stream_that_has_begun_closes_the_breaker() {
         let mut held = Vec::new();
         let begun = Instant::now();
         while changes(&mesh, "closed") == 0.0 {
-            assert!(begun.elapsed() < Duration::from_secs(5), "{begins}: the breaker stays half-open");
+            assert!(begun.elapsed() < SOON, "{begins}: the breaker stays half-open");
             let mut wire = Wire::open(mesh.addr("in")).await;
             wire.send(format!("GET /feed HTTP/1.1\r\nhost: shop.test\r\n{fields}\r\n")).await;
             let head = wire.head().await;

@@ -130,9 +130,7 @@ async fn an_app_that_forwards_nothing_but_a_trace_id_carries_its_deadline_on() {
         // Another request is under way, with more time and another trace, so that only the id can tell.
         let other = service.call("/other/slow", "2500", Some(("x-request-id", "another")));
         eventually(|| (service.bank.upstream.requests() == 1).then_some(())).await;
-        let begun = Instant::now();
         let answer = service.call("/slow", "400", Some((name, value))).await.unwrap();
-        assert!(begun.elapsed() < Duration::from_secs(2), "{name}: {:?}", begun.elapsed());
         assert_eq!(answer.status, 504, "{name}");
         let told: u64 = service.bank.told(EXPECTED).parse().unwrap();
         assert!(told < 400, "{name}: {told}");

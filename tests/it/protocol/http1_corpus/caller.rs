@@ -14,7 +14,7 @@ use super::strict::{self, Asked, Message, Tail};
 use super::upstream::{END, SYNC};
 
 /// The longest that any case may take; more is a hang.
-const PATIENCE: Duration = Duration::from_secs(3);
+const PATIENCE: Duration = Duration::from_secs(10);
 /// Bytes that mean nothing in HTTP, sent through a tunnel and wanted back.
 const THROUGH: &[u8] = b"\0\x81through\r\n\r\nGET";
 

@@ -15,9 +15,9 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 use tokio::task::JoinSet;
-use tokio::time::{Duration, timeout};
+use tokio::time::timeout;
 
-use crate::support::Mesh;
+use crate::support::{Mesh, SOON};
 use case::Case;
 use judge::{Outcome, judge, short};
 use upstream::Upstream;
@@ -95,7 +95,7 @@ async fn play(group: &[Case]) -> Vec<(Case, Outcome, Vec<String>)> {
         playing.spawn(async move {
             let talk = caller::talk(door, &case, &host).await;
             let next_call = caller::sync(reverse, &host).await;
-            let _unsettled = timeout(Duration::from_millis(1500), upstream.settled()).await;
+            let _unsettled = timeout(SOON, upstream.settled()).await;
             let outcome = Outcome { talk, seen: upstream.seen(), next_call };
             let problems = judge(&case, &outcome);
             (index, case, outcome, problems)
