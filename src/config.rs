@@ -4,6 +4,8 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::upstream::resolver::ResolverEnvironment;
+
 /// Default admin address.
 pub const ADMIN: &str = "127.0.0.1:15000";
 
@@ -41,4 +43,10 @@ pub fn default_workers() -> usize {
 /// True if `NO_COLOR` is set and not empty (no-color.org).
 pub fn no_colour() -> bool {
     std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty())
+}
+
+/// `LOCALDOMAIN` and `RES_OPTIONS`, which change the resolver's settings (resolv.conf(5)).
+pub fn resolver_environment() -> ResolverEnvironment {
+    let read = |name: &str| std::env::var_os(name).map(|value| value.to_string_lossy().into_owned());
+    ResolverEnvironment { local_domain: read("LOCALDOMAIN"), options: read("RES_OPTIONS") }
 }

@@ -13,6 +13,7 @@ use tokio::time::Instant;
 
 use crate::admin::PolicyError;
 use crate::app::{Shared, StartError};
+use crate::config;
 use crate::net::certificates::SystemRoots;
 use crate::policy::load::{self, LoadError};
 use crate::policy::model::{LogFormat, LogMode, Model};
@@ -22,7 +23,8 @@ use crate::proxy::breaker_and_ejection;
 use crate::runtime::drain::DrainPhase;
 use crate::runtime::{tasks, thread};
 use crate::telemetry::{AccessLogMode, AccessLogSettings, LineFormat, Telemetry};
-use crate::upstream::discovery::{self, NoResolver, Requests, SystemResolver};
+use crate::upstream::discovery::{self, NoResolver, Requests};
+use crate::upstream::resolver::SystemResolver;
 
 /// Starts the thread; it ends in the drain phase [`DrainPhase::Closing`].
 pub(super) fn start(shared: &Arc<Shared>, requests: Requests) -> io::Result<JoinHandle<io::Result<()>>> {
@@ -31,16 +33,8 @@ pub(super) fn start(shared: &Arc<Shared>, requests: Requests) -> io::Result<Join
         "control",
         || (),
         move || async move {
-            match SystemResolver::new() {
-                Ok((resolver, problem)) => {
-                    if let Some(problem) = problem {
-                        tracing::warn!(
-                            problem,
-                            "the system's resolver settings cannot be used; names are resolved by the hosts file and by 127.0.0.1"
-                        );
-                    }
-                    drop(tasks::spawn(discovery::run(resolver, requests)));
-                }
+            match SystemResolver::new(config::resolver_environment()) {
+                Ok(resolver) => drop(tasks::spawn(discovery::run(resolver, requests))),
                 Err(error) => {
                     tracing::error!(error, "cannot start a resolver; no name can be resolved");
                     drop(tasks::spawn(discovery::run(NoResolver(error), requests)));

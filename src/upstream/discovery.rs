@@ -3,25 +3,21 @@
 //! Runs on the control thread for the whole process, so that workers share one resolver and one result. Invariants: each name
 //! of a cluster is resolved by itself, so a silent name server delays no other name; TTLs are kept between 1 s and 60 s;
 //! a name that does not exist is resolved again after 250 ms, because at start-up names often appear a moment later; when a
-//! resolution fails, the last known addresses stay.
+//! resolution fails, the last known addresses stay. A change of the system's resolver settings resolves every name again.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use futures_util::future::join_all;
-use hickory_resolver::TokioResolver;
-use hickory_resolver::config::{NameServerConfig, ResolverConfig};
-use hickory_resolver::net::runtime::TokioRuntimeProvider;
-use hickory_resolver::net::{DnsError, NetError};
-use hickory_resolver::proto::op::ResponseCode;
-use tokio::sync::Notify;
-use tokio::time::{Instant, sleep};
+use tokio::sync::{Notify, watch};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 
 use crate::runtime::tasks;
 use crate::upstream::cluster::{Address, Cluster};
+use crate::upstream::resolver::{AddressFamily, FamilyAnswer, PendingFamily, Resolve, Resolved, SettingsLook};
 use crate::upstream::spec::EndpointSpec;
 
 /// DNS answers are cached for at least this time, even if their TTL is shorter.
@@ -34,62 +30,13 @@ const RETRY_INITIAL: Duration = Duration::from_millis(250);
 /// Longest wait before a retry of a failed resolution.
 const RETRY_MAX: Duration = Duration::from_secs(5);
 
+/// Interval of looks whether the system's resolver settings have changed.
+const SETTINGS_LOOK: Duration = Duration::from_secs(1);
+/// The same while they are being written.
+const SETTINGS_SETTLE: Duration = Duration::from_millis(100);
+
 /// Dynamic hosts of all destinations from which on unused ones are removed.
 const MAX_DYNAMIC_HOSTS: usize = 4096;
-
-/// A successful resolution.
-pub struct Resolved {
-    /// The addresses; may be empty.
-    pub addresses: Vec<IpAddr>,
-    /// Time to live of the answer, before the limits of [`MIN_TTL`] and [`MAX_TTL`].
-    pub ttl: Duration,
-}
-
-/// Resolves names; tests use implementations of their own.
-pub trait Resolve {
-    /// The IPv4 and IPv6 addresses of `name`.
-    ///
-    /// # Errors
-    /// Why there is no answer, as text for log lines and local replies.
-    fn resolve(&self, name: &str) -> impl Future<Output = Result<Resolved, String>>;
-}
-
-/// Reads `/etc/hosts`, then asks the name servers of `/etc/resolv.conf`.
-pub struct SystemResolver(TokioResolver);
-
-impl SystemResolver {
-    /// Reads the system's settings. If they cannot be used, the second value says why, and the resolver uses `/etc/hosts`
-    /// and the name server at 127.0.0.1, the default of resolv.conf(5) without a `nameserver`. A query has 3 attempts of 2 s.
-    ///
-    /// # Errors
-    /// If no resolver can be built.
-    pub fn new() -> Result<(Self, Option<String>), String> {
-        let (mut builder, problem) = match TokioResolver::builder_tokio() {
-            Ok(builder) => (builder, None),
-            Err(error) => {
-                let localhost = NameServerConfig::udp_and_tcp(Ipv4Addr::LOCALHOST.into());
-                let config = ResolverConfig::from_parts(None, Vec::new(), vec![localhost]);
-                let provider = TokioRuntimeProvider::default();
-                (TokioResolver::builder_with_config(config, provider), Some(error.to_string()))
-            }
-        };
-        let options = builder.options_mut();
-        options.timeout = Duration::from_secs(2);
-        // Attempts after the first.
-        options.attempts = 2;
-        // This module keeps answers for their TTL; a second cache would only return old ones.
-        options.cache_size = 0;
-        builder.build().map(|resolver| (Self(resolver), problem)).map_err(|error| error.to_string())
-    }
-}
-
-impl Resolve for SystemResolver {
-    async fn resolve(&self, name: &str) -> Result<Resolved, String> {
-        let answer = self.0.lookup_ip(name).await.map_err(|error| describe(&error))?;
-        let ttl = answer.valid_until().saturating_duration_since(Instant::now().into_std());
-        Ok(Resolved { addresses: answer.iter().collect(), ttl })
-    }
-}
 
 /// Used if no resolver can be built: every resolution fails with this text.
 pub struct NoResolver(pub String);
@@ -97,18 +44,6 @@ pub struct NoResolver(pub String);
 impl Resolve for NoResolver {
     async fn resolve(&self, _name: &str) -> Result<Resolved, String> {
         Err(self.0.clone())
-    }
-}
-
-/// The resolver's error as text. hickory's own text for an answer without an address is made for debugging.
-fn describe(error: &NetError) -> String {
-    match error {
-        NetError::Dns(DnsError::NoRecordsFound(none)) => match none.response_code {
-            ResponseCode::NXDomain => "there is no such name (NXDOMAIN)".to_owned(),
-            ResponseCode::NoError => "the name has no address".to_owned(),
-            code => format!("the name server answered: {code}"),
-        },
-        error => error.to_string(),
     }
 }
 
@@ -203,22 +138,47 @@ impl Discovery {
 /// Resolves the clusters of all requests. Never returns.
 pub async fn run<R: Resolve + 'static>(resolver: R, requests: Requests) {
     let resolver = std::rc::Rc::new(resolver);
+    let changes = watch::Sender::new(());
+    let mut look = interval(SETTINGS_LOOK);
+    // While there are no names, ticks are missed.
+    look.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
-        for cluster in requests.take().await {
-            let resolver = std::rc::Rc::clone(&resolver);
-            tasks::spawn(async move { resolve_cluster(&*resolver, cluster).await });
+        tokio::select! {
+            clusters = requests.take() => for cluster in clusters {
+                let (resolver, changes) = (std::rc::Rc::clone(&resolver), SettingsChanges(changes.subscribe()));
+                tasks::spawn(async move { resolve_cluster(&*resolver, cluster, changes).await });
+            },
+            // Without names no file is looked at.
+            _ = look.tick(), if changes.receiver_count() > 0 => match resolver.look_at_settings() {
+                SettingsLook::Same => {}
+                SettingsLook::Settling => look.reset_after(SETTINGS_SETTLE),
+                SettingsLook::Changed => changes.send_replace(()),
+            },
+        }
+    }
+}
+
+/// Changes of the system's resolver settings after the creation of this handle.
+#[derive(Clone)]
+struct SettingsChanges(watch::Receiver<()>);
+
+impl SettingsChanges {
+    /// Waits for a change since the last one that was seen.
+    async fn next(&mut self) {
+        if self.0.changed().await.is_err() {
+            std::future::pending().await
         }
     }
 }
 
 /// Resolves all names of a cluster again and again, each by its own TTL, until the cluster is dropped.
-async fn resolve_cluster(resolver: &impl Resolve, cluster: Weak<Cluster>) {
+async fn resolve_cluster(resolver: &impl Resolve, cluster: Weak<Cluster>, changes: SettingsChanges) {
     let Some(alive) = cluster.upgrade() else { return };
     let names: Vec<_> = alive.names().map(|(name, port)| NameState::new(name, port)).collect();
     drop(alive);
     let names = RefCell::new(names);
     let count = names.borrow().len();
-    join_all((0..count).map(|position| resolve_name(resolver, &cluster, &names, position))).await;
+    join_all((0..count).map(|position| resolve_name(resolver, &cluster, &names, position, changes.clone()))).await;
 }
 
 /// The same for the name at `position`.
@@ -227,21 +187,75 @@ async fn resolve_name(
     cluster: &Weak<Cluster>,
     names: &RefCell<Vec<NameState>>,
     position: usize,
+    mut changes: SettingsChanges,
 ) {
     let name = names.borrow()[position].name.clone();
     let mut retry = RETRY_INITIAL;
+    let mut late = None;
     while cluster.strong_count() > 0 {
-        let answer = resolver.resolve(&name).await;
+        let mut answer = tokio::select! {
+            answer = resolver.resolve(&name) => answer,
+            // The name servers of the old settings may be out of reach.
+            () = changes.next() => continue,
+        };
         let Some(alive) = cluster.upgrade() else { return };
         let wait = match &answer {
-            Ok(answer) => answer.ttl.clamp(MIN_TTL, MAX_TTL),
+            Ok(answer) => keep_between_limits(answer.ttl),
             Err(_) => retry,
         };
         retry = if answer.is_ok() { RETRY_INITIAL } else { (retry * 2).min(RETRY_MAX) };
+        late = answer.as_mut().ok().and_then(|answer| LateFamily::of(answer, late));
         publish(&alive, &mut names.borrow_mut(), position, answer);
         drop(alive);
-        sleep(wait).await;
+        tokio::select! {
+            () = wait_for_ttl(Instant::now() + wait, &mut late, cluster, names, position) => {}
+            () = changes.next() => (retry, late) = (RETRY_INITIAL, None),
+        }
     }
+}
+
+fn keep_between_limits(ttl: Duration) -> Duration {
+    ttl.clamp(MIN_TTL, MAX_TTL)
+}
+
+/// A family whose query is still waiting for an answer.
+struct LateFamily {
+    family: AddressFamily,
+    answer: PendingFamily,
+}
+
+impl LateFamily {
+    /// The late family of an answer. An earlier query for the same family goes on instead of the one of this answer: with a
+    /// short TTL, no later one would last long enough to reach the second name server.
+    fn of(answer: &mut Resolved, earlier: Option<Self>) -> Option<Self> {
+        let (family, answer) = (answer.unanswered?, answer.pending.take()?);
+        earlier.filter(|earlier| earlier.family == family).or(Some(Self { family, answer }))
+    }
+}
+
+/// Waits until the TTL is over at `due`; adds the addresses of a late family when they come.
+async fn wait_for_ttl(
+    due: Instant,
+    late: &mut Option<LateFamily>,
+    cluster: &Weak<Cluster>,
+    names: &RefCell<Vec<NameState>>,
+    position: usize,
+) {
+    let Some(LateFamily { family, answer }) = late else { return sleep_until(due).await };
+    let family = *family;
+    let found = tokio::select! {
+        found = answer => found,
+        () = sleep_until(due) => return,
+    };
+    *late = None;
+    let mut due = due;
+    if let (Some(found), Some(alive)) = (found, cluster.upgrade()) {
+        due = due.min(Instant::now() + keep_between_limits(found.ttl));
+        let mut names = names.borrow_mut();
+        names[position].replace(family, found);
+        publish_all(&alive, &names);
+    }
+    sleep_until(due).await;
 }
 
 /// One name of a cluster, and the result of its last resolution.
@@ -260,6 +274,20 @@ impl NameState {
     fn new(name: &str, port: u16) -> Self {
         Self { name: name.to_owned(), port, addresses: Vec::new(), problem: None, has_result: false }
     }
+
+    /// Takes the addresses of a resolution; those of a family without an answer stay.
+    fn resolved(&mut self, answer: Resolved) {
+        self.addresses.retain(|known| Some(AddressFamily::of(known)) == answer.unanswered);
+        self.addresses.extend(answer.addresses);
+        self.addresses.sort_by_key(IpAddr::is_ipv4);
+    }
+
+    /// Takes the addresses of one family.
+    fn replace(&mut self, family: AddressFamily, answer: FamilyAnswer) {
+        self.addresses.retain(|known| AddressFamily::of(known) != family);
+        self.addresses.extend(answer.addresses);
+        self.addresses.sort_by_key(IpAddr::is_ipv4);
+    }
 }
 
 /// Publishes the addresses of all names after a resolution of the name at `position`. Logs when a name begins to fail, and
@@ -269,7 +297,7 @@ fn publish(cluster: &Cluster, names: &mut [NameState], position: usize, answer: 
     let before = resolved.problem.take();
     resolved.has_result = true;
     match answer {
-        Ok(answer) => resolved.addresses = answer.addresses,
+        Ok(answer) => resolved.resolved(answer),
         Err(error) => resolved.problem = Some(format!("{}: {error}", resolved.name)),
     }
     let destination = &*cluster.identity.name;
@@ -283,10 +311,15 @@ fn publish(cluster: &Cluster, names: &mut [NameState], position: usize, answer: 
              the name in `endpoints` and /etc/resolv.conf"
         );
     }
-    let problems: Vec<_> = names.iter().filter_map(|name| name.problem.as_deref()).collect();
-    if before.is_some() && problems.is_empty() {
+    if before.is_some() && names.iter().all(|name| name.problem.is_none()) {
         tracing::info!(destination, "all names are resolved again");
     }
+    publish_all(cluster, names);
+}
+
+/// Publishes the addresses and problems of all names.
+fn publish_all(cluster: &Cluster, names: &[NameState]) {
+    let problems: Vec<_> = names.iter().filter_map(|name| name.problem.as_deref()).collect();
     let problem = (!problems.is_empty()).then(|| problems.join("; "));
     cluster.publish(addresses(cluster, names), problem, names.iter().all(|name| name.has_result));
 }
@@ -314,7 +347,9 @@ mod tests {
     use crate::upstream::pool::Pool;
     use crate::upstream::spec::UpstreamProtocol;
     use std::cell::Cell;
+    use std::net::Ipv4Addr;
     use std::rc::Rc;
+    use tokio::time::sleep;
 
     type Script = Vec<Result<(&'static str, u64), &'static str>>;
 
@@ -333,7 +368,7 @@ mod tests {
             let answer = if answers.len() > 1 { answers.remove(0) } else { answers[0] };
             answer
                 .map_err(str::to_owned)
-                .map(|(ip, ttl)| Resolved { addresses: vec![ip.parse().unwrap()], ttl: Duration::from_secs(ttl) })
+                .map(|(ip, ttl)| Resolved::new(vec![ip.parse().unwrap()], Duration::from_secs(ttl)))
         }
     }
 
@@ -348,13 +383,18 @@ mod tests {
         Cluster::new(identity, Health::new(Instant::now()), &Default::default()).unwrap()
     }
 
+    /// Settings that never change.
+    fn unchanged() -> SettingsChanges {
+        SettingsChanges(watch::Sender::new(()).subscribe())
+    }
+
     /// Runs discovery with a script for some virtual seconds: the times of the queries, and the addresses at the end.
     async fn play(answers: Script, seconds: u64) -> (Vec<Duration>, Arc<Addresses>) {
         let resolver =
             Scripted { answers: Rc::new(RefCell::new(answers)), queries: Rc::default(), begun: Instant::now() };
         let cluster = cluster(&["shop.test"]);
         let queries = Rc::clone(&resolver.queries);
-        let work = resolve_cluster(&resolver, Arc::downgrade(&cluster));
+        let work = resolve_cluster(&resolver, Arc::downgrade(&cluster), unchanged());
         assert!(tokio::time::timeout(Duration::from_secs(seconds), work).await.is_err());
         let queries = queries.borrow().clone();
         (queries, cluster.addresses())
@@ -386,7 +426,7 @@ mod tests {
             sleep(Duration::from_secs(3)).await;
             match name.starts_with("silent") {
                 true => Err("timed out".to_owned()),
-                false => Ok(Resolved { addresses: vec![Ipv4Addr::LOCALHOST.into()], ttl: MAX_TTL }),
+                false => Ok(Resolved::new(vec![Ipv4Addr::LOCALHOST.into()], MAX_TTL)),
             }
         }
     }
@@ -394,7 +434,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn several_names_are_resolved_at_the_same_time() {
         let cluster = cluster(&["silent.test", "silent-too.test", "shop.test"]);
-        let work = resolve_cluster(&SlowResolver, Arc::downgrade(&cluster));
+        let work = resolve_cluster(&SlowResolver, Arc::downgrade(&cluster), unchanged());
         assert!(tokio::time::timeout(Duration::from_millis(3_100), work).await.is_err());
         let addresses = cluster.addresses();
         assert_eq!(addresses.list.len(), 1);
@@ -412,7 +452,7 @@ mod tests {
                 return Err("timed out".to_owned());
             }
             self.0.set(self.0.get() + 1);
-            Ok(Resolved { addresses: vec![Ipv4Addr::new(10, 0, 0, self.0.get()).into()], ttl: Duration::from_secs(3) })
+            Ok(Resolved::new(vec![Ipv4Addr::new(10, 0, 0, self.0.get()).into()], Duration::from_secs(3)))
         }
     }
 
@@ -420,7 +460,7 @@ mod tests {
     async fn a_silent_name_server_delays_no_other_name() {
         let cluster = cluster(&["silent.test", "shop.test"]);
         let resolver = UnevenResolver::default();
-        let mut work = std::pin::pin!(resolve_cluster(&resolver, Arc::downgrade(&cluster)));
+        let mut work = std::pin::pin!(resolve_cluster(&resolver, Arc::downgrade(&cluster), unchanged()));
         let begun = Instant::now() + Duration::from_millis(500);
         for (turn, is_complete) in [(0, false), (1, false), (2, false), (3, false), (4, true), (5, true)] {
             assert!(tokio::time::timeout_at(begun + Duration::from_secs(3 * turn), &mut work).await.is_err());
@@ -440,7 +480,7 @@ mod tests {
                 return Err("there is no such name".to_owned());
             }
             sleep(Duration::from_secs(2)).await;
-            Ok(Resolved { addresses: vec![Ipv4Addr::LOCALHOST.into()], ttl: MAX_TTL })
+            Ok(Resolved::new(vec![Ipv4Addr::LOCALHOST.into()], MAX_TTL))
         }
     }
 
@@ -451,7 +491,7 @@ mod tests {
         let pool = Pool::new(Arc::clone(&cluster), Rc::new(Network), Rc::default(), shard.destination("shop"));
         let begun = Instant::now();
         tokio::select! {
-            () = resolve_cluster(&LateResolver, Arc::downgrade(&cluster)) => panic!("the cluster still exists"),
+            () = resolve_cluster(&LateResolver, Arc::downgrade(&cluster), unchanged()) => panic!("the cluster still exists"),
             known = pool.wait_resolved() => assert!(known.is_ok(), "the call did not wait for the second name"),
         }
         assert_eq!(begun.elapsed(), Duration::from_secs(2));
@@ -494,7 +534,143 @@ mod tests {
             queries: Rc::default(),
             begun: Instant::now(),
         };
-        resolve_cluster(&resolver, weak).await;
+        resolve_cluster(&resolver, weak, unchanged()).await;
         assert!(resolver.queries.borrow().is_empty());
+    }
+
+    /// What the scripted resolver finds: IPv4 addresses, IPv6 addresses, TTL in seconds; a late IPv6 address with the
+    /// milliseconds until it comes.
+    #[derive(Clone, Default)]
+    struct TwoFamilies {
+        v4: Vec<IpAddr>,
+        v6: Vec<IpAddr>,
+        ttl: u64,
+        late: Option<(u64, Option<IpAddr>)>,
+    }
+
+    /// Answers with the current families; counts the queries.
+    #[derive(Default)]
+    struct Families {
+        now: RefCell<TwoFamilies>,
+        queries: Cell<usize>,
+        /// Results of the next looks at the settings.
+        script: RefCell<Vec<SettingsLook>>,
+        looks: RefCell<Vec<Duration>>,
+        begun: Cell<Option<Instant>>,
+    }
+
+    impl Resolve for Rc<Families> {
+        async fn resolve(&self, _name: &str) -> Result<Resolved, String> {
+            self.queries.set(self.queries.get() + 1);
+            let now = self.now.borrow().clone();
+            let ttl = Duration::from_secs(now.ttl);
+            let resolved = Resolved::new([now.v6, now.v4].concat(), ttl);
+            let Some((after, late)) = now.late else { return Ok(resolved) };
+            let answer = late.map(|ip| FamilyAnswer { addresses: vec![ip], ttl });
+            let pending: PendingFamily = Box::pin(async move {
+                sleep(Duration::from_millis(after)).await;
+                answer
+            });
+            Ok(Resolved { unanswered: Some(AddressFamily::V6), pending: Some(pending), ..resolved })
+        }
+
+        fn look_at_settings(&self) -> SettingsLook {
+            self.looks.borrow_mut().push(self.begun.get().map_or(Duration::ZERO, |begun| begun.elapsed()));
+            self.script.borrow_mut().pop().unwrap_or(SettingsLook::Same)
+        }
+    }
+
+    fn ip(text: &str) -> IpAddr {
+        text.parse().unwrap()
+    }
+
+    fn addresses_now(cluster: &Cluster) -> String {
+        let list: Vec<_> = cluster.addresses().list.iter().map(|one| one.socket.ip().to_string()).collect();
+        list.join(" ")
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_late_family_is_added_and_stays_known_while_its_queries_have_no_answer() {
+        let families = Rc::new(Families::default());
+        let late = Some((700, Some(ip("fd00::1"))));
+        families.now.replace(TwoFamilies { v4: vec![ip("10.0.0.1")], ttl: 2, late, ..TwoFamilies::default() });
+        let cluster = cluster(&["shop.test"]);
+        let mut work = std::pin::pin!(resolve_cluster(&families, Arc::downgrade(&cluster), unchanged()));
+        let begun = Instant::now();
+        for (millis, wanted, queries) in [
+            (650, "10.0.0.1", 1),
+            (750, "fd00::1 10.0.0.1", 1),
+            // The next answers have another IPv4 address, and none for IPv6.
+            (2_050, "fd00::1 10.0.0.2", 2),
+            (4_050, "fd00::1 10.0.0.2", 3),
+            // Then there is an answer that the name has no IPv6 address.
+            (6_050, "10.0.0.2", 4),
+        ] {
+            let until = begun + Duration::from_millis(millis);
+            assert!(tokio::time::timeout_at(until, &mut work).await.is_err());
+            assert_eq!((addresses_now(&cluster).as_str(), families.queries.get()), (wanted, queries), "{millis}");
+            let late = (millis < 4_000).then_some((60_000, None));
+            families.now.replace(TwoFamilies { v4: vec![ip("10.0.0.2")], ttl: 2, late, ..TwoFamilies::default() });
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_late_query_outlives_the_time_to_live_of_the_other_family() {
+        let families = Rc::new(Families::default());
+        let late = Some((5_500, Some(ip("fd00::1"))));
+        families.now.replace(TwoFamilies { v4: vec![ip("10.0.0.1")], ttl: 2, late, ..TwoFamilies::default() });
+        let cluster = cluster(&["shop.test"]);
+        let mut work = std::pin::pin!(resolve_cluster(&families, Arc::downgrade(&cluster), unchanged()));
+        for (seconds, wanted) in [(5, "10.0.0.1"), (1, "fd00::1 10.0.0.1")] {
+            assert!(tokio::time::timeout(Duration::from_secs(seconds), &mut work).await.is_err());
+            assert_eq!(addresses_now(&cluster), wanted);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn changed_settings_resolve_every_name_at_once_and_are_looked_at_only_while_there_are_names() {
+        let families = Rc::new(Families::default());
+        families.now.replace(TwoFamilies { v4: vec![ip("10.0.0.1")], ttl: 60, ..TwoFamilies::default() });
+        let (discovery, requests) = Discovery::new();
+        let all = tokio::task::LocalSet::new();
+        let mut work = std::pin::pin!(all.run_until(run(Rc::clone(&families), requests)));
+        assert!(tokio::time::timeout(Duration::from_millis(10_500), &mut work).await.is_err());
+        assert!(families.looks.borrow().is_empty());
+        let clusters = [cluster(&["shop.test"]), cluster(&["bank.test", "mail.test"])];
+        families.begun.set(Some(Instant::now()));
+        clusters.iter().for_each(|cluster| discovery.keep_resolved(cluster));
+        assert!(tokio::time::timeout(Duration::from_millis(3_500), &mut work).await.is_err());
+        assert_eq!((families.queries.get(), addresses_now(&clusters[0]).as_str()), (3, "10.0.0.1"));
+        let looks = families.looks.borrow().len();
+        assert!((3..=5).contains(&looks), "{:?}", families.looks.borrow());
+        families.now.replace(TwoFamilies { v4: vec![ip("10.0.0.2")], ttl: 60, ..TwoFamilies::default() });
+        *families.script.borrow_mut() = vec![SettingsLook::Changed, SettingsLook::Settling];
+        assert!(tokio::time::timeout(Duration::from_millis(1_110), &mut work).await.is_err());
+        assert_eq!((families.queries.get(), addresses_now(&clusters[0]).as_str()), (6, "10.0.0.2"));
+        let gaps: Vec<_> = families.looks.borrow().windows(2).map(|pair| (pair[1] - pair[0]).as_millis()).collect();
+        assert!(gaps.contains(&100) && gaps.iter().all(|gap| [100, 1_000].contains(gap)), "{gaps:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn changed_settings_end_a_resolution_by_the_old_ones() {
+        /// The first resolution never ends.
+        struct Unreachable(Cell<bool>);
+        impl Resolve for Unreachable {
+            async fn resolve(&self, _name: &str) -> Result<Resolved, String> {
+                if !self.0.replace(true) {
+                    std::future::pending::<()>().await;
+                }
+                Ok(Resolved::new(vec![ip("10.0.0.1")], MAX_TTL))
+            }
+        }
+        let cluster = cluster(&["shop.test"]);
+        let (sender, resolver) = (watch::Sender::new(()), Unreachable(Cell::default()));
+        let changes = SettingsChanges(sender.subscribe());
+        let mut work = std::pin::pin!(resolve_cluster(&resolver, Arc::downgrade(&cluster), changes));
+        assert!(tokio::time::timeout(Duration::from_secs(100), &mut work).await.is_err());
+        assert_eq!(addresses_now(&cluster), "");
+        sender.send_replace(());
+        assert!(tokio::time::timeout(Duration::from_millis(1), &mut work).await.is_err());
+        assert_eq!(addresses_now(&cluster), "10.0.0.1");
     }
 }

@@ -8,9 +8,11 @@ use hyper::{Request, Response};
 use tokio::net::UdpSocket;
 use tokio::time::{Instant, sleep, timeout};
 
+use crate::support::etc::Etc;
 use crate::support::http::{Answer, ask, empty, full};
 use crate::support::nameserver::{Nameserver, own_address};
 use crate::support::program::Program;
+use crate::support::scripted_nameserver::{Reply, ScriptedNameserver};
 use crate::support::upstream::{Gate, Upstream};
 use crate::support::{SOON, eventually};
 
@@ -252,19 +254,17 @@ async fn the_old_address_stays_while_the_name_server_refuses_and_that_is_said() 
 async fn a_first_look_up_may_take_longer_than_a_connection() {
     let upstream = upstream(SocketAddr::new(own_address(), 0), "here", &Gate::closed(), false).await;
     let port = upstream.addr.port();
-    let records = [(NAME, upstream.addr.ip())];
-    let Some(mut server) = Nameserver::start(&records, &[]).await else { return };
-    server.kill().await;
-    let silent = UdpSocket::bind((server.at, 53)).await.unwrap();
+    let Ok(server) = ScriptedNameserver::start(true, |_, _| Reply::Hold).await else { return };
+    let Some(etc) = Etc::new(&format!("nameserver {}\n", server.at)) else { return };
     let policy = policy(&format!("dns:{NAME}.:{port}"), "").replace("connect: 5s", "connect: 50ms");
-    let program = server.run(&policy).await;
+    let program = etc.run(&policy, &[]).await;
     let to = program.addr("in").await.unwrap();
     let begun = Instant::now();
     let waiting = tokio::spawn(async move { call(to, port, "/").await });
-    timeout(SOON, silent.recv(&mut [0; 512])).await.expect("nobody asks").unwrap();
-    // The question is asked again when it had no answer for a while.
-    drop(silent);
-    server.revive(&records).await;
+    eventually(|| (server.held() > 0).then_some(())).await;
+    // Far longer than `connect`.
+    sleep(Duration::from_millis(200)).await;
+    server.release(&Reply::address(upstream.addr.ip())).await;
     let answer = waiting.await.unwrap();
     assert_eq!((answer.status.as_u16(), &answer.body[..]), (200, &b"here"[..]), "{answer:?}");
     assert!(begun.elapsed() > Duration::from_millis(50), "it took {:?}", begun.elapsed());

@@ -12,6 +12,7 @@
 //! - `http2`: backlogs and late frames on one HTTP/2 connection
 //! - `http2_wakeup_coalescing`: fewer wakeups under many HTTP/2 streams
 //! - `message_completeness`: complete and incomplete messages, and the side at fault
+//! - `resolver_settings`: `/etc/resolv.conf` and `/etc/hosts`, their changes, and the comparison with glibc
 //! - `slow_clients`: slow request heads and bodies, unread responses, idle connections
 //! - `tls`: trust, ALPN, server names, certificate rotation
 //! - `translation`: each downstream protocol with each upstream protocol
@@ -29,6 +30,7 @@ mod http1_corpus;
 mod http2;
 mod http2_wakeup_coalescing;
 mod message_completeness;
+mod resolver_settings;
 mod slow_clients;
 mod tls;
 mod translation;

@@ -3,10 +3,12 @@
 
 pub(crate) mod bank;
 pub(crate) mod certificates;
+pub(crate) mod etc;
 pub(crate) mod http;
 pub(crate) mod load;
 pub(crate) mod nameserver;
 pub(crate) mod program;
+pub(crate) mod scripted_nameserver;
 pub(crate) mod upstream;
 pub(crate) mod wire;
 

@@ -1,7 +1,7 @@
 //! A name server, dnsmasq, and the program where that server is the one that the system's settings name.
 //!
-//! The settings, `/etc/resolv.conf`, have no field for a port and hold for the whole machine. So the server has port 53 of
-//! a loopback address that no other test uses, and the program a mount namespace with settings of its own: both need root.
+//! The settings, `/etc/resolv.conf`, have no field for a port. So the server has port 53 of a loopback address that no
+//! other test uses.
 
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
@@ -9,14 +9,11 @@ use std::process::Stdio;
 use std::sync::atomic::{AtomicU8, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 
-use tempfile::TempDir;
 use tokio::process::{Child, Command};
 
-use super::program::{Program, gather, hopguard};
-use super::{eventually, missing, peer};
-
-/// Binds other settings over the system's for whatever runs after it.
-const WITH_SETTINGS: &str = r#"mount --bind "$1" /etc/resolv.conf && shift && exec "$@""#;
+use super::etc::Etc;
+use super::program::{Program, gather};
+use super::{eventually, peer};
 
 /// An address of this machine that is nobody else's.
 pub(crate) fn own_address() -> IpAddr {
@@ -30,7 +27,8 @@ pub(crate) struct Nameserver {
     pub(crate) at: IpAddr,
     dnsmasq: PathBuf,
     options: Vec<String>,
-    folder: TempDir,
+    /// The settings of the program, which name this server.
+    pub(crate) etc: Etc,
     child: Option<Child>,
     log: Arc<Mutex<Vec<String>>>,
 }
@@ -40,15 +38,10 @@ impl Nameserver {
     /// need not.
     pub(crate) async fn start(records: &[(&str, IpAddr)], options: &[&str]) -> Option<Self> {
         let dnsmasq = peer("dnsmasq")?;
-        let namespace = std::process::Command::new("unshare").args(["--mount", "true"]).stderr(Stdio::null()).status();
-        if !namespace.is_ok_and(|status| status.success()) {
-            return missing("the right to mount", "a name server of its own needs root");
-        }
-        let (at, folder) = (own_address(), tempfile::tempdir().unwrap());
-        let settings = format!("nameserver {at}\nsearch shop.test\n");
-        std::fs::write(folder.path().join("resolv.conf"), settings).unwrap();
+        let at = own_address();
+        let etc = Etc::new(&format!("nameserver {at}\nsearch shop.test\noptions timeout:2\n"))?;
         let options = options.iter().map(|option| (*option).to_owned()).collect();
-        let mut server = Self { at, dnsmasq, options, folder, child: None, log: Arc::default() };
+        let mut server = Self { at, dnsmasq, options, etc, child: None, log: Arc::default() };
         server.revive(records).await;
         Some(server)
     }
@@ -60,7 +53,7 @@ impl Nameserver {
         command.args(["--keep-in-foreground", "--conf-file=/dev/null", "--no-resolv", "--no-hosts", "--pid-file="]);
         command.args(["--user=root", "--log-queries", "--log-facility=-", "--local=/shop.test/", "--local-ttl=1"]);
         command.args([format!("--listen-address={}", self.at), "--bind-interfaces".to_owned()]);
-        command.arg(format!("--addn-hosts={}", self.hosts().display())).args(&self.options);
+        command.arg(format!("--addn-hosts={}", self.records().display())).args(&self.options);
         let mut child = command.stderr(Stdio::piped()).kill_on_drop(true).spawn().unwrap();
         self.log = gather(child.stderr.take().unwrap());
         self.child = Some(child);
@@ -83,7 +76,7 @@ impl Nameserver {
 
     /// Takes all that they say out of the settings of programs that are started from now on.
     pub(crate) fn empty_settings(&self) {
-        std::fs::write(self.folder.path().join("resolv.conf"), "").unwrap();
+        std::fs::write(self.etc.resolv_conf(), "").unwrap();
     }
 
     /// How often it was asked for the IPv4 addresses of a name.
@@ -93,29 +86,16 @@ impl Nameserver {
 
     /// Runs the program with a policy, where this is the name server.
     pub(crate) async fn run(&self, policy: &str) -> Program {
-        let file = self.folder.path().join("policy.yaml");
-        std::fs::write(&file, policy).unwrap();
-        let inner = hopguard(&["run", "--admin", "127.0.0.1:0", "--log-format", "json", "--workers", "1", "--policy"]);
-        let mut command = Command::new("unshare");
-        command.args(["--mount", "sh", "-c", WITH_SETTINGS, "sh"]).arg(self.folder.path().join("resolv.conf"));
-        command.arg(inner.as_std().get_program()).args(inner.as_std().get_args()).arg(file);
-        for (name, value) in inner.as_std().get_envs() {
-            match value {
-                Some(value) => command.env(name, value),
-                None => command.env_remove(name),
-            };
-        }
-        command.stdin(Stdio::null()).kill_on_drop(true);
-        Program::start(command).await
+        self.etc.run(policy, &[]).await
     }
 
-    fn hosts(&self) -> PathBuf {
-        self.folder.path().join("hosts")
+    fn records(&self) -> PathBuf {
+        self.etc.beside().join("records")
     }
 
     fn write(&self, records: &[(&str, IpAddr)]) {
         let lines: String = records.iter().map(|(name, address)| format!("{address} {name}\n")).collect();
-        std::fs::write(self.hosts(), lines).unwrap();
+        std::fs::write(self.records(), lines).unwrap();
     }
 
     fn lines(&self, with: &str) -> usize {
