@@ -1,6 +1,7 @@
 //! HTTP/1, HTTP/2, TLS, DNS and tunnels on the wire, with the connections that carry them.
 //!
 //! - `connection_pool`: reuse, limits and expiry of upstream connections
+//! - `cut`: messages and tunnels that one side breaks off
 //! - `dns`: endpoints by name, with a real name server
 //! - `h2spec`: the HTTP/2 conformance suite
 //! - `headers`: end-to-end, hop-by-hop and own header fields
@@ -15,6 +16,7 @@
 //! - `tunnels`: CONNECT and WebSocket upgrades
 
 mod connection_pool;
+mod cut;
 mod dns;
 mod h2spec;
 mod headers;
