@@ -8,18 +8,19 @@ use std::cell::RefCell;
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::task::{Context, Poll};
 
 use bytes::{Buf, Bytes};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
+use tokio_rustls::TlsStream;
 
 use crate::net::socket;
 
-/// A stream that is not a TCP socket.
-pub trait Stream: AsyncRead + AsyncWrite + Unpin + Send {}
-impl<T: AsyncRead + AsyncWrite + Unpin + Send> Stream for T {}
+/// A stream that is neither a TCP socket nor TLS over one.
+pub trait Stream: AsyncRead + AsyncWrite + Unpin {}
+impl<T: AsyncRead + AsyncWrite + Unpin> Stream for T {}
 
 /// Vectored writes up to this many bytes are copied together and written as one.
 const MAX_JOINED: usize = 4096;
@@ -32,14 +33,17 @@ thread_local! {
 enum Kind {
     /// The common case, without dynamic dispatch.
     Tcp(TcpStream),
+    Tls(Box<TlsStream<TcpStream>>),
     Boxed(Box<dyn Stream>),
 }
 
-/// Counters of the successful reads and writes of a stream, shared with the connection's timeouts.
+/// Counters of the successful reads and writes of a stream, shared with the connection's timeouts, and how the stream ends
+/// when it is dropped.
 #[derive(Default)]
 pub struct Activity {
     reads: AtomicU64,
     writes: AtomicU64,
+    resets: AtomicBool,
 }
 
 impl Activity {
@@ -51,6 +55,13 @@ impl Activity {
     /// Reads and writes that moved at least one byte, since the stream was made.
     pub fn total(&self) -> u64 {
         self.reads.load(Relaxed) + self.writes.load(Relaxed)
+    }
+
+    /// Sets whether dropping the stream resets its TCP connection, so that the peer cannot mistake a truncated message for
+    /// a complete one. At first it does not: the connection ends with FIN. The reset discards sent bytes that the peer has
+    /// not acknowledged.
+    pub fn set_reset_on_drop(&self, resets: bool) {
+        self.resets.store(resets, Relaxed);
     }
 }
 
@@ -67,7 +78,12 @@ impl Io {
         Self::new(Kind::Tcp(stream))
     }
 
-    /// Wraps any other stream: TLS, or memory in a test.
+    /// Wraps TLS over a TCP socket, of a client or of a server.
+    pub fn tls(stream: impl Into<TlsStream<TcpStream>>) -> Self {
+        Self::new(Kind::Tls(Box::new(stream.into())))
+    }
+
+    /// Wraps any other stream: a stream of HTTP/2, or memory in a test.
     pub fn boxed(stream: impl Stream + 'static) -> Self {
         Self::new(Kind::Boxed(Box::new(stream)))
     }
@@ -83,17 +99,27 @@ impl Io {
         self
     }
 
-    /// Drops the stream so that the peer cannot mistake a truncated message for a complete one: a TCP socket is reset, TLS
-    /// ends without `close_notify`.
+    /// Drops the stream and resets its TCP connection, see [`Activity::set_reset_on_drop`]; TLS ends without
+    /// `close_notify`.
     pub fn abort(self) {
-        if let Kind::Tcp(stream) = &self.kind {
-            socket::reset_on_drop(stream);
-        }
+        self.activity.set_reset_on_drop(true);
     }
 
     /// The counters of this stream; valid after the stream is dropped.
     pub fn activity(&self) -> Arc<Activity> {
         Arc::clone(&self.activity)
+    }
+}
+
+impl Drop for Io {
+    fn drop(&mut self) {
+        if self.activity.resets.load(Relaxed) {
+            match &self.kind {
+                Kind::Tcp(stream) => socket::reset_on_drop(stream),
+                Kind::Tls(stream) => socket::reset_on_drop(stream.get_ref().0),
+                Kind::Boxed(_) => {}
+            }
+        }
     }
 }
 
@@ -109,6 +135,7 @@ impl AsyncRead for Io {
         let before = buf.filled().len();
         let polled = match &mut this.kind {
             Kind::Tcp(stream) => Pin::new(stream).poll_read(cx, buf),
+            Kind::Tls(stream) => Pin::new(stream).poll_read(cx, buf),
             Kind::Boxed(stream) => Pin::new(stream).poll_read(cx, buf),
         };
         if buf.filled().len() > before {
@@ -123,6 +150,7 @@ impl AsyncWrite for Io {
         let this = &mut *self;
         let polled = match &mut this.kind {
             Kind::Tcp(stream) => Pin::new(stream).poll_write(cx, buf),
+            Kind::Tls(stream) => Pin::new(stream).poll_write(cx, buf),
             Kind::Boxed(stream) => Pin::new(stream).poll_write(cx, buf),
         };
         this.count_write(polled)
@@ -136,6 +164,7 @@ impl AsyncWrite for Io {
         let this = &mut *self;
         let polled = match &mut this.kind {
             Kind::Tcp(stream) => write_joined(Pin::new(stream), cx, bufs),
+            Kind::Tls(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
             Kind::Boxed(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
         };
         this.count_write(polled)
@@ -144,6 +173,7 @@ impl AsyncWrite for Io {
     fn is_write_vectored(&self) -> bool {
         match &self.kind {
             Kind::Tcp(stream) => stream.is_write_vectored(),
+            Kind::Tls(stream) => stream.is_write_vectored(),
             Kind::Boxed(stream) => stream.is_write_vectored(),
         }
     }
@@ -151,6 +181,7 @@ impl AsyncWrite for Io {
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match &mut self.kind {
             Kind::Tcp(stream) => Pin::new(stream).poll_flush(cx),
+            Kind::Tls(stream) => Pin::new(stream).poll_flush(cx),
             Kind::Boxed(stream) => Pin::new(stream).poll_flush(cx),
         }
     }
@@ -158,6 +189,7 @@ impl AsyncWrite for Io {
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match &mut self.kind {
             Kind::Tcp(stream) => Pin::new(stream).poll_shutdown(cx),
+            Kind::Tls(stream) => Pin::new(stream).poll_shutdown(cx),
             Kind::Boxed(stream) => Pin::new(stream).poll_shutdown(cx),
         }
     }

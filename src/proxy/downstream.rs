@@ -8,6 +8,7 @@ use std::rc::Rc;
 use tokio::time::Instant;
 
 use crate::net::flow::Flow;
+use crate::net::http2_tunnel::TunnelSender;
 use crate::net::io::Io;
 use crate::policy::model::Listener;
 use crate::policy::snapshot::Snapshot;
@@ -81,6 +82,7 @@ pub struct DownstreamConnection {
     newest: RefCell<Option<Rc<Flow>>>,
     is_unframed: Cell<bool>,
     handoff: RefCell<Option<StreamHandler>>,
+    awaited_sender: RefCell<Option<TunnelSender>>,
 }
 
 impl DownstreamConnection {
@@ -96,6 +98,7 @@ impl DownstreamConnection {
             newest: RefCell::new(None),
             is_unframed: Cell::new(false),
             handoff: RefCell::new(None),
+            awaited_sender: RefCell::new(None),
         })
     }
 
@@ -163,6 +166,16 @@ impl DownstreamConnection {
     /// Sets what takes over the stream of this connection once its HTTP part is over.
     pub fn hand_off(&self, joining: StreamHandler) {
         *self.handoff.borrow_mut() = Some(joining);
+    }
+
+    /// Sets what gets the sender of the tunnel that hyper is about to open on a stream.
+    pub(super) fn await_sender(&self, sender: TunnelSender) {
+        *self.awaited_sender.borrow_mut() = Some(sender);
+    }
+
+    /// Takes that, once.
+    pub(super) fn take_awaited_sender(&self) -> Option<TunnelSender> {
+        self.awaited_sender.borrow_mut().take()
     }
 
     /// Takes what was set.

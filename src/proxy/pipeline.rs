@@ -140,10 +140,11 @@ fn keep_outgoing(
     let rule = &context.route().retry;
     let flow = Rc::clone(context.flow());
     if !rule.enabled.value || switches_protocol || context.modes().retry.value.is_off() {
-        attempt.set_request(Request::from_parts(head, RequestBody::streaming(body, flow, named)));
+        let body = RequestBody::streaming(body, head.version, flow, named);
+        attempt.set_request(Request::from_parts(head, body));
         return;
     }
-    let (body, replay) = RequestBody::replayable(body, flow, named, rule.replay_limit.value as usize);
+    let (body, replay) = RequestBody::replayable(body, head.version, flow, named, rule.replay_limit.value as usize);
     retry.keep(head.clone(), replay);
     attempt.set_request(Request::from_parts(head, body));
 }

@@ -7,9 +7,9 @@ use http::header::HeaderName;
 use http::request::Parts;
 use http::{HeaderValue, Method, Response, StatusCode, Version, header};
 use hyper::upgrade::OnUpgrade;
-use hyper_util::rt::TokioIo;
 use tokio::time::Instant;
 
+use crate::net::http2_tunnel::{Http2Tunnel, TunnelSender};
 use crate::net::io::Io;
 use crate::problems::Sourced;
 use crate::proxy::attempt::Attempt;
@@ -111,17 +111,22 @@ fn begin_tunnel(
     let downstream = Rc::clone(context.downstream());
     let handoff = Handoff { upstream, exchange };
     match later {
-        Some(later) => join_later(later, handoff),
+        Some(later) => {
+            let sender = TunnelSender::default();
+            downstream.await_sender(sender.clone());
+            join_later(later, sender, handoff);
+        }
         None => downstream.hand_off(Box::new(move |stream| Box::pin(handoff.join(stream)))),
     }
     response
 }
 
 /// Over HTTP/2 the caller's side of a tunnel is one stream, which hyper hands out after the response.
-fn join_later(later: OnUpgrade, handoff: Handoff) {
+fn join_later(later: OnUpgrade, sender: TunnelSender, handoff: Handoff) {
     tasks::spawn(async move {
         if let Ok(stream) = later.await {
-            handoff.join(Io::boxed(TokioIo::new(stream))).await;
+            let stream = Io::boxed(Http2Tunnel::new(stream, sender.clone()));
+            sender.run_with(handoff.join(stream)).await;
         }
     });
 }

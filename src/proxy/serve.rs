@@ -7,6 +7,7 @@
 use std::future::poll_fn;
 use std::pin::{Pin, pin};
 use std::rc::Rc;
+use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
@@ -21,7 +22,7 @@ use tokio::time::{Instant, timeout};
 use crate::net::flow::Flow;
 use crate::net::http1::parsed_headers;
 use crate::net::http2 as bounds;
-use crate::net::io::Io;
+use crate::net::io::{Activity, Io};
 use crate::proxy::connection_timeouts::{ConnectionEnd, ConnectionTimeouts};
 use crate::proxy::downstream::DownstreamConnection;
 use crate::proxy::local_reply::{LocalReply, LocalReplyContext, LocalReplyKind};
@@ -49,13 +50,16 @@ const LINGER_BYTES: usize = 256 * 1024;
 /// Serves one HTTP/1 connection.
 pub async fn http1(worker: Rc<WorkerContext>, downstream: Rc<DownstreamConnection>, io: Io) {
     let member = worker.connections.track();
-    let mut watch = ConnectionTimeouts::new(&worker, &downstream, io.activity());
+    let activity = io.activity();
+    let mut watch = ConnectionTimeouts::new(&worker, &downstream, Arc::clone(&activity));
     // Boxed, because hyper gives up the stream without closing it only then.
     let service = service_fn(|request| Box::pin(begin(&worker, &downstream, request)));
     let mut connection = http1::Builder::new()
         .max_buf_size(watch.max_header_size + MORE_THAN_ALLOWED)
         .max_headers(parsed_headers(watch.max_header_count))
         .serve_connection(TokioIo::new(io), service);
+    // Declared after the connection, so dropped before.
+    let _cut = CutWhenDropped { downstream: &downstream, activity };
     let mut closing = false;
     let end = poll_fn(|cx| {
         loop {
@@ -98,6 +102,21 @@ pub async fn http1(worker: Rc<WorkerContext>, downstream: Rc<DownstreamConnectio
         }
         ConnectionEnd::Silent => close(stream).await,
         ConnectionEnd::Cut => {}
+    }
+}
+
+/// A connection that is dropped while it is served, at the end of the grace time: its reset tells a caller without another
+/// mark of the end that the response is not complete.
+struct CutWhenDropped<'a> {
+    downstream: &'a DownstreamConnection,
+    activity: Arc<Activity>,
+}
+
+impl Drop for CutWhenDropped<'_> {
+    fn drop(&mut self) {
+        if self.downstream.is_unframed() {
+            self.activity.set_reset_on_drop(true);
+        }
     }
 }
 
@@ -166,6 +185,12 @@ where
     fn execute(&self, stream: F) {
         // hyper calls the service, which keeps the flow, just before it hands the stream to the executor.
         let flow = self.downstream.take_newest();
+        if flow.is_none()
+            && let Some(sender) = self.downstream.take_awaited_sender()
+        {
+            // No stream of a request, but the sender of a tunnel, which hyper hands over right after the response.
+            return sender.set(async { drop(stream.await) });
+        }
         let timers = self.worker.timers.clone();
         tasks::spawn(async move {
             let _under_way = ActiveStream::begin();

@@ -1,7 +1,7 @@
 //! An exchange that has become a tunnel: bytes both ways, and one record at the end.
 
 use crate::net::io::Io;
-use crate::net::tunnel::{self, TunnelEnd};
+use crate::net::tunnel::{self, TunnelEnd, TunnelSide};
 use crate::proxy::exchange::ActiveExchange;
 use crate::proxy::local_reply::{LocalReply, LocalReplyKind};
 
@@ -14,7 +14,7 @@ pub(super) struct Handoff {
 }
 
 impl Handoff {
-    /// Joins the two streams until both have ended, or a time limit of the route ends them.
+    /// Joins the two streams until both have ended, a side breaks off, or a time limit of the route ends them.
     pub(super) async fn join(self, downstream: Io) {
         let Self { upstream, mut exchange } = self;
         let context = &mut exchange.context;
@@ -24,7 +24,13 @@ impl Handoff {
         context.flow().request.add(report.sent);
         context.flow().response.add(report.received);
         let reply = match report.end {
-            TunnelEnd::Finished | TunnelEnd::Broken => None,
+            TunnelEnd::Finished => None,
+            // Without an end of the record, the caller has gone.
+            TunnelEnd::Broken(TunnelSide::Caller) => return,
+            TunnelEnd::Broken(TunnelSide::Upstream) => {
+                context.record_mut().upstream_cut();
+                None
+            }
             TunnelEnd::Idle => {
                 let detail = "no byte in either direction";
                 Some(LocalReply::timed(LocalReplyKind::IdleTimeout, "timeouts.idle", &limits.idle, detail))

@@ -56,9 +56,10 @@ named! {
         ServerError = "server_error",
         /// A gRPC status other than OK from the upstream, or no gRPC status.
         GrpcError = "grpc_error",
-        /// The caller disconnected before the exchange was complete.
+        /// The caller disconnected before the exchange was complete, or reset its side of a tunnel.
         CallerGone = "caller_gone",
-        /// The upstream's body broke off after its head had been sent to the caller.
+        /// The upstream's body broke off after its head had been sent to the caller, or the upstream reset its side of a
+        /// tunnel.
         UpstreamCut = "upstream_cut",
         /// The whole request took longer than `timeouts.request`.
         RequestTimeout = "request_timeout",

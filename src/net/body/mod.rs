@@ -11,6 +11,7 @@ use std::rc::Rc;
 use std::task::{Context, Poll};
 
 use bytes::Bytes;
+use http::Version;
 use http::header::HeaderName;
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
@@ -27,6 +28,9 @@ pub enum CallerBodyError {
     /// The caller disconnected, or the body is malformed.
     #[error("the request body failed before its end: {0}")]
     Broken(#[source] hyper::Error),
+    /// The caller ended the body without its end: a reset that hyper reports like a complete body (RFC 9113, 8.1).
+    #[error("the caller broke the request body off")]
+    Cut,
     /// The exchange was over before the body ended.
     #[error("the exchange is over")]
     Over,
@@ -57,23 +61,30 @@ type Polled = Poll<Option<Result<Frame<Bytes>, CallerBodyError>>>;
 impl RequestBody {
     /// The body of a request that is sent once; nothing of it is kept.
     ///
-    /// `named` are the field names that the request's `Connection` field lists; they do not pass as trailers either.
-    pub fn streaming(incoming: Incoming, flow: Rc<Flow>, named: Vec<HeaderName>) -> Self {
+    /// `version` is that of the caller. `named` are the field names that the request's `Connection` field lists; they do not
+    /// pass as trailers either.
+    pub fn streaming(incoming: Incoming, version: Version, flow: Rc<Flow>, named: Vec<HeaderName>) -> Self {
         if incoming.is_end_stream() {
             return Self::empty(flow);
         }
-        Self { source: Source::CallerBody(CallerBody { incoming, named, ended: false }), flow }
+        Self { source: Source::CallerBody(CallerBody::new(incoming, version, named)), flow }
     }
 
     /// The body of a request that may be sent again: the body of the first attempt, and the [`Replay`] that makes those of
     /// later attempts.
     ///
     /// While the [`Replay`] exists, up to `limit` bytes of the body and its trailers are kept.
-    pub fn replayable(incoming: Incoming, flow: Rc<Flow>, named: Vec<HeaderName>, limit: usize) -> (Self, Replay) {
+    pub fn replayable(
+        incoming: Incoming,
+        version: Version,
+        flow: Rc<Flow>,
+        named: Vec<HeaderName>,
+        limit: usize,
+    ) -> (Self, Replay) {
         if incoming.is_end_stream() {
             return (Self::empty(flow), Replay::empty());
         }
-        let (first, replay) = Replay::new(CallerBody { incoming, named, ended: false }, limit);
+        let (first, replay) = Replay::new(CallerBody::new(incoming, version, named), limit);
         (Self { source: Source::Attempt(first), flow }, replay)
     }
 
@@ -143,10 +154,15 @@ struct CallerBody {
     incoming: Incoming,
     /// Field names of the request's `Connection` field: hop-by-hop, so they do not pass as trailers.
     named: Vec<HeaderName>,
+    has_streams: bool,
     ended: bool,
 }
 
 impl CallerBody {
+    fn new(incoming: Incoming, version: Version, named: Vec<HeaderName>) -> Self {
+        Self { incoming, named, has_streams: version == Version::HTTP_2, ended: false }
+    }
+
     fn poll_frame(&mut self, flow: &Flow, cx: &mut Context<'_>) -> Polled {
         let Poll::Ready(frame) = Pin::new(&mut self.incoming).poll_frame(cx) else {
             flow.set_awaits_body(true);
@@ -155,6 +171,10 @@ impl CallerBody {
         };
         flow.set_awaits_body(false);
         Poll::Ready(match frame {
+            None if self.is_cut() => {
+                flow.request.fail(true);
+                Some(Err(CallerBodyError::Cut))
+            }
             None => {
                 self.end(flow);
                 None
@@ -180,6 +200,13 @@ impl CallerBody {
                 Some(Err(CallerBodyError::Broken(error)))
             }
         })
+    }
+
+    /// True if hyper reports the end of a body that has none. Over HTTP/2 hyper takes a reset with NO_ERROR for the end,
+    /// but only END_STREAM ends a request (RFC 9113, 8.1); over HTTP/1.1 a body of known length ends with its last byte.
+    fn is_cut(&self) -> bool {
+        let has_mark = self.has_streams || self.incoming.size_hint().exact().is_some();
+        has_mark && !self.incoming.is_end_stream()
     }
 
     fn end(&mut self, flow: &Flow) {

@@ -73,7 +73,8 @@ async fn a_second_attempt_sends_the_kept_bytes_and_then_the_rest() {
     LocalSet::new()
         .run_until(async {
             let ((mut caller, incoming), flow) = (request("Content-Length: 5007").await, flow());
-            let (mut first, replay) = RequestBody::replayable(incoming, Rc::clone(&flow), Vec::new(), 8192);
+            let (mut first, replay) =
+                RequestBody::replayable(incoming, Version::HTTP_11, Rc::clone(&flow), Vec::new(), 8192);
             assert_eq!(first.size_hint().exact(), Some(5007));
             caller.write_all(b"one").await.unwrap();
             assert_eq!(data(&mut first, 3).await, b"one");
@@ -104,7 +105,8 @@ async fn trailers_are_sanitized_once_and_sent_by_each_attempt() {
         .run_until(async {
             let ((mut caller, incoming), flow) = (request(CHUNKED).await, flow());
             let named = vec![HeaderName::from_static("x-hop")];
-            let (mut first, replay) = RequestBody::replayable(incoming, Rc::clone(&flow), named, 8192);
+            let (mut first, replay) =
+                RequestBody::replayable(incoming, Version::HTTP_11, Rc::clone(&flow), named, 8192);
             write_chunk(&mut caller, b"abc").await;
             caller.write_all(b"0\r\nx-sum: 1\r\nx-hop: 2\r\n\r\n").await.unwrap();
             let wanted = HeaderMap::from_iter([(HeaderName::from_static("x-sum"), "1".parse().unwrap())]);
@@ -124,7 +126,8 @@ async fn beyond_the_limit_the_body_streams_on_and_cannot_be_sent_again() {
         .run_until(async {
             for (limit, is_replayable) in [(2000, true), (1999, false), (0, false)] {
                 let ((mut caller, incoming), flow) = (request("Content-Length: 2000").await, flow());
-                let (mut first, replay) = RequestBody::replayable(incoming, Rc::clone(&flow), Vec::new(), limit);
+                let (mut first, replay) =
+                    RequestBody::replayable(incoming, Version::HTTP_11, Rc::clone(&flow), Vec::new(), limit);
                 assert!(replay.is_replayable(), "nothing was read");
                 caller.write_all(&[b'x'; 1000]).await.unwrap();
                 assert_eq!(data(&mut first, 1000).await.len(), 1000);
@@ -144,7 +147,8 @@ async fn a_second_attempt_may_exceed_the_limit() {
     LocalSet::new()
         .run_until(async {
             let ((mut caller, incoming), flow) = (request("Content-Length: 20").await, flow());
-            let (mut first, replay) = RequestBody::replayable(incoming, Rc::clone(&flow), Vec::new(), 10);
+            let (mut first, replay) =
+                RequestBody::replayable(incoming, Version::HTTP_11, Rc::clone(&flow), Vec::new(), 10);
             caller.write_all(&[b'a'; 10]).await.unwrap();
             data(&mut first, 10).await;
             let mut second = replay.next_body(&flow).unwrap();
@@ -160,7 +164,8 @@ async fn a_superseded_attempt_gets_no_more_bytes() {
     LocalSet::new()
         .run_until(async {
             let ((mut caller, incoming), flow) = (request("Content-Length: 6").await, flow());
-            let (mut first, replay) = RequestBody::replayable(incoming, Rc::clone(&flow), Vec::new(), 100);
+            let (mut first, replay) =
+                RequestBody::replayable(incoming, Version::HTTP_11, Rc::clone(&flow), Vec::new(), 100);
             caller.write_all(b"abc").await.unwrap();
             data(&mut first, 3).await;
             let waits = tokio::task::spawn_local(async move { first.frame().await });
@@ -182,7 +187,8 @@ async fn once_the_replay_is_dropped_nothing_is_kept() {
     LocalSet::new()
         .run_until(async {
             let ((mut caller, incoming), flow) = (request("Content-Length: 6").await, flow());
-            let (mut first, replay) = RequestBody::replayable(incoming, Rc::clone(&flow), Vec::new(), 100);
+            let (mut first, replay) =
+                RequestBody::replayable(incoming, Version::HTTP_11, Rc::clone(&flow), Vec::new(), 100);
             caller.write_all(b"abc").await.unwrap();
             data(&mut first, 3).await;
             drop(replay);
@@ -199,7 +205,8 @@ async fn a_failed_body_is_never_mistaken_for_a_complete_one() {
     LocalSet::new()
         .run_until(async {
             let ((mut caller, incoming), flow) = (request("Content-Length: 6").await, flow());
-            let (mut first, replay) = RequestBody::replayable(incoming, Rc::clone(&flow), Vec::new(), 100);
+            let (mut first, replay) =
+                RequestBody::replayable(incoming, Version::HTTP_11, Rc::clone(&flow), Vec::new(), 100);
             caller.write_all(b"abc").await.unwrap();
             data(&mut first, 3).await;
             drop(caller);
@@ -215,7 +222,8 @@ async fn a_held_body_is_held_for_each_attempt_and_none_outlives_the_exchange() {
     LocalSet::new()
         .run_until(async {
             let ((mut caller, incoming), flow) = (request("Content-Length: 6").await, flow());
-            let (mut first, replay) = RequestBody::replayable(incoming, Rc::clone(&flow), Vec::new(), 100);
+            let (mut first, replay) =
+                RequestBody::replayable(incoming, Version::HTTP_11, Rc::clone(&flow), Vec::new(), 100);
             flow.hold();
             caller.write_all(b"abc").await.unwrap();
             assert!(is_pending(&mut first).await);
@@ -237,7 +245,7 @@ async fn a_request_without_a_body_can_always_be_sent_again() {
     LocalSet::new()
         .run_until(async {
             let ((_caller, incoming), flow) = (request("Content-Length: 0").await, flow());
-            let (first, replay) = RequestBody::replayable(incoming, Rc::clone(&flow), Vec::new(), 0);
+            let (first, replay) = RequestBody::replayable(incoming, Version::HTTP_11, Rc::clone(&flow), Vec::new(), 0);
             assert!(first.is_end_stream() && matches!(first.source, Source::Empty));
             assert!(replay.is_replayable() && flow.request.ended());
             assert!(replay.next_body(&flow).is_some_and(|body| body.is_end_stream()));
@@ -250,7 +258,8 @@ async fn a_body_in_tiny_chunks_is_kept_in_few_chunks() {
     LocalSet::new()
         .run_until(async {
             let ((mut caller, incoming), flow) = (request(CHUNKED).await, flow());
-            let (mut first, replay) = RequestBody::replayable(incoming, Rc::clone(&flow), Vec::new(), 8192);
+            let (mut first, replay) =
+                RequestBody::replayable(incoming, Version::HTTP_11, Rc::clone(&flow), Vec::new(), 8192);
             for _ in 0..1000 {
                 write_chunk(&mut caller, b"x").await;
             }
@@ -277,7 +286,8 @@ async fn grpc_messages_are_counted_once() {
         .run_until(async {
             let ((mut caller, incoming), flow) = (request(CHUNKED).await, flow());
             flow.count_messages();
-            let (mut first, replay) = RequestBody::replayable(incoming, Rc::clone(&flow), Vec::new(), 8192);
+            let (mut first, replay) =
+                RequestBody::replayable(incoming, Version::HTTP_11, Rc::clone(&flow), Vec::new(), 8192);
             write_chunk(&mut caller, &[0, 0, 0, 0, 2, 7]).await;
             data(&mut first, 6).await;
             write_chunk(&mut caller, &[7]).await;
@@ -295,7 +305,7 @@ async fn a_body_that_is_sent_once_is_streamed() {
     LocalSet::new()
         .run_until(async {
             let ((mut caller, incoming), flow) = (request("Content-Length: 6").await, flow());
-            let mut body = RequestBody::streaming(incoming, Rc::clone(&flow), Vec::new());
+            let mut body = RequestBody::streaming(incoming, Version::HTTP_11, Rc::clone(&flow), Vec::new());
             assert_eq!((body.size_hint().exact(), body.is_end_stream()), (Some(6), false));
             caller.write_all(b"abcdef").await.unwrap();
             assert_eq!(rest(&mut body).await.0, b"abcdef");

@@ -49,9 +49,11 @@ pub struct RuleRef {
 /// Why a body breaks off.
 #[derive(Debug, thiserror::Error)]
 pub enum BodyError {
-    /// The upstream broke off.
+    /// The upstream broke off. No source: hyper would pass on the error code of the upstream's stream, and NO_ERROR or
+    /// REFUSED_STREAM would tell the caller that the response is complete, or that the request was not processed
+    /// (RFC 9113, 7 and 8.7). Without an h2 error among the sources hyper resets with INTERNAL_ERROR.
     #[error("the upstream broke off: {0}")]
-    Upstream(#[source] UpstreamError),
+    Upstream(UpstreamError),
     /// A fault of the policy, in the upstream's place.
     #[error("the fault {0} of the policy broke the response off")]
     Fault(Box<str>),

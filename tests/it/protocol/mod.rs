@@ -3,6 +3,7 @@
 //! - `connection_ends`: upstreams that stop, bound a connection, or close without being asked
 //! - `connection_lifetime`: maximum age and requests of upstream connections
 //! - `connection_pool`: reuse, limits and expiry of upstream connections
+//! - `cut`: messages and tunnels that one side breaks off
 //! - `dns`: endpoints by name, with a real name server
 //! - `h2spec`: the HTTP/2 conformance suite
 //! - `heads`: spaces before colons, many fields, odd statuses
@@ -21,6 +22,7 @@
 mod connection_ends;
 mod connection_lifetime;
 mod connection_pool;
+mod cut;
 mod dns;
 mod h2spec;
 mod headers;

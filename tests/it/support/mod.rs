@@ -4,9 +4,11 @@
 pub(crate) mod bank;
 pub(crate) mod certificates;
 pub(crate) mod etc;
+pub(crate) mod frames;
 pub(crate) mod http;
 pub(crate) mod load;
 pub(crate) mod nameserver;
+pub(crate) mod peer;
 pub(crate) mod program;
 pub(crate) mod scripted_nameserver;
 pub(crate) mod upstream;
@@ -162,6 +164,13 @@ impl Mesh {
     /// Takes it down.
     pub(crate) async fn stop(self) {
         assert!(self.app.stop(Duration::from_secs(5)).await, "something was still in flight");
+    }
+}
+
+impl Mesh {
+    /// Takes it down at the end of a short grace time, with what is still in flight.
+    pub(crate) async fn cut_off(self) {
+        assert!(!self.app.stop(Duration::from_millis(1)).await, "nothing was in flight");
     }
 }
 
