@@ -57,6 +57,6 @@ impl Certificates {
             Some(b"http/1.1") => Some(DetectedProtocol::Http1),
             _ => None,
         };
-        Ok((Io::boxed(stream), protocol))
+        Ok((Io::tls(stream), protocol))
     }
 }

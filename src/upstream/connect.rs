@@ -83,7 +83,7 @@ async fn handshake(
         .map_err(|error| ConnectError::Tls(io::Error::new(io::ErrorKind::InvalidInput, error)))?;
     let stream = TlsConnector::from(config).connect(name, stream).await.map_err(ConnectError::Tls)?;
     let http2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
-    Ok(Connected { io: Io::boxed(stream), http2 })
+    Ok(Connected { io: Io::tls(stream), http2 })
 }
 
 /// The [`Connect`] that all pools of a worker share.

@@ -20,7 +20,7 @@ use crate::upstream::balance;
 use crate::upstream::cluster::{Addresses, Cluster};
 use crate::upstream::connect::{ConnectError, Connector};
 use crate::upstream::endpoint::Endpoint;
-use crate::upstream::http1::Http1;
+use crate::upstream::http1::{AfterResponse, Http1};
 use crate::upstream::http2::Http2;
 
 /// The protocol to send a request with.
@@ -87,7 +87,8 @@ impl Lease {
         }
     }
 
-    /// Checks an HTTP/1.1 connection in for the next request if it can take one, and closes it otherwise.
+    /// Checks an HTTP/1.1 connection in for the next request if it can take one, and closes it otherwise. Returns the lease
+    /// if its request is still being sent: the upstream has responded early, and may read on.
     ///
     /// `idle_timeout` and `max_idle` are the policy's `connections.idle` and `connections.maxIdle`; `announced` is the
     /// timeout of the response's `Keep-Alive` field.
@@ -98,14 +99,18 @@ impl Lease {
         max_idle: usize,
         announced: Option<Duration>,
         now: Instant,
-    ) {
+    ) -> Option<Self> {
         // Any other connection ends as if the lease were dropped.
-        let is_reusable = match &mut self.transport {
-            Some(Transport::Http1(connection)) => connection.is_reusable(cx),
-            _ => false,
-        };
-        if is_reusable && let Some(Transport::Http1(connection)) = self.transport.take() {
-            self.endpoint.check_in_idle(connection, idle_timeout, max_idle, announced, now);
+        let Some(Transport::Http1(connection)) = &mut self.transport else { return None };
+        match connection.after_response(cx) {
+            AfterResponse::Reusable => {
+                if let Some(Transport::Http1(connection)) = self.transport.take() {
+                    self.endpoint.check_in_idle(connection, idle_timeout, max_idle, announced, now);
+                }
+                None
+            }
+            AfterResponse::StillSending => Some(self),
+            AfterResponse::Closed => None,
         }
     }
 
