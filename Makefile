@@ -7,15 +7,18 @@ BINARIES ?= target/release/hopguard
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test bench instructions advisories build release peers fmt lint unit docs licences words clean
+.PHONY: help demo test early-answers bench instructions advisories build release peers fmt lint unit docs licences words clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: ## three services on loopback, each with its hopguard: one becomes slow, one fails
 	$(CARGO) run --release --locked -- demo
 
 test: peers fmt lint unit docs licences words ## all checks that a change must pass; installs the programs that the tests need
+
+early-answers: peers ## 40 uploads of each client to each server that responds early, directly and through hopguard
+	EARLY_ANSWERS=40 $(CARGO) test --locked --test it -- --nocapture --exact peers::early_answers::real_clients_get_an_early_response_every_time
 
 bench: release ## CPU, latency and memory, compared with nginx, HAProxy and Envoy; options in BENCH, for example BENCH="--only h1 --rounds 3"
 	$(PYTHON) benches/compare.py $(BENCH)

@@ -5,7 +5,7 @@
 //! cut off. Invariant: each byte and each message is counted once, however many attempts send it.
 
 use std::cell::{Cell, RefCell};
-use std::task::{Context, Waker};
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -140,6 +140,10 @@ pub struct Flow {
     awaits_body: Cell<bool>,
     over: Cell<bool>,
     held: Cell<bool>,
+    is_stream: Cell<bool>,
+    upload_over: Cell<bool>,
+    /// The task that waits for the end of the upload.
+    upload_waker: RefCell<Option<Waker>>,
     /// The task that reads the request body.
     body_waker: RefCell<Option<Waker>>,
     on_second_message: RefCell<Option<Box<dyn FnOnce()>>>,
@@ -158,6 +162,9 @@ impl Flow {
             awaits_body: Cell::new(false),
             over: Cell::new(false),
             held: Cell::new(false),
+            is_stream: Cell::new(false),
+            upload_over: Cell::new(false),
+            upload_waker: RefCell::new(None),
             body_waker: RefCell::new(None),
             on_second_message: RefCell::new(None),
         }
@@ -230,6 +237,38 @@ impl Flow {
     /// True once the exchange is over.
     pub fn is_over(&self) -> bool {
         self.over.get()
+    }
+
+    /// Records that the exchange is a stream: a caller that closes its sending side has left.
+    pub fn set_stream(&self) {
+        self.is_stream.set(true);
+    }
+
+    /// True if the exchange is a stream.
+    pub fn is_stream(&self) -> bool {
+        self.is_stream.get()
+    }
+
+    /// Records that an attempt reads the request body, from its first byte.
+    pub fn begin_upload(&self) {
+        self.upload_over.set(false);
+    }
+
+    /// Records that no attempt reads the request body any more.
+    pub fn end_upload(&self) {
+        self.upload_over.set(true);
+        if let Some(waker) = self.upload_waker.borrow_mut().take() {
+            waker.wake();
+        }
+    }
+
+    /// Ready once no attempt reads the request body any more: its end has passed, or the upstream does not want the rest.
+    pub fn poll_upload_over(&self, cx: &Context<'_>) -> Poll<()> {
+        if self.upload_over.get() {
+            return Poll::Ready(());
+        }
+        *self.upload_waker.borrow_mut() = Some(cx.waker().clone());
+        Poll::Pending
     }
 
     /// Wakes the task that reads the request body.

@@ -4,9 +4,13 @@
 
 use std::io;
 use std::net::{SocketAddr, TcpListener};
+use std::os::fd::AsFd;
+use std::pin::Pin;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
+use tokio::io::Interest;
 use tokio::net::{TcpSocket, TcpStream};
 
 /// Connections that wait to be accepted, per listener and worker; the kernel caps it at `net.core.somaxconn`.
@@ -82,6 +86,25 @@ pub fn tune(stream: &TcpStream) -> io::Result<()> {
 pub fn reset_on_drop(stream: &TcpStream) {
     // Fails only if the connection is closed already.
     let _closed = SockRef::from(stream).set_linger(Some(Duration::ZERO));
+}
+
+/// Waits for the reset of a connection whose peer has half-closed it. Reading shows nothing then: behind a FIN the kernel
+/// returns the end again and again.
+pub struct ResetWatch(Pin<Box<dyn Future<Output = ()> + Send>>);
+
+impl ResetWatch {
+    /// Watches `stream` through a file descriptor of its own. `None` if the process has none left.
+    pub fn new(stream: &TcpStream) -> Option<Self> {
+        let own = stream.as_fd().try_clone_to_owned().ok()?;
+        let own = TcpStream::from_std(std::net::TcpStream::from(own)).ok()?;
+        // An error of the wait itself means that the runtime ends.
+        Some(Self(Box::pin(async move { drop(own.ready(Interest::ERROR).await) })))
+    }
+
+    /// Ready once, when the peer has reset the connection.
+    pub fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        self.0.as_mut().poll(cx)
+    }
 }
 
 #[cfg(test)]

@@ -33,6 +33,8 @@ pub(super) enum ConnectionEnd {
     Silent,
     /// The caller did not take its response.
     Cut,
+    /// The caller reset the connection, or closed its sending side during a stream.
+    Left,
 }
 
 enum State {

@@ -148,6 +148,13 @@ impl DownstreamConnection {
         self.newest.borrow().clone()
     }
 
+    /// True if hyper may have read the whole request of the exchange that began last: its body has ended, or no byte of it
+    /// has been taken from hyper. In between hyper reads from the connection itself.
+    pub fn may_be_read(&self) -> bool {
+        let newest = self.newest.borrow();
+        newest.as_ref().is_none_or(|flow| flow.request.ended() || flow.request.bytes() == 0)
+    }
+
     /// Takes that flow.
     pub fn take_newest(&self) -> Option<Rc<Flow>> {
         self.newest.borrow_mut().take()

@@ -44,4 +44,6 @@ pub(super) struct ResponseFacts {
     pub(super) named_by_connection: Vec<HeaderName>,
     /// How long the upstream keeps the idle connection, in seconds (`Keep-Alive: timeout=`).
     pub(super) keep_alive: Option<u32>,
+    /// The upstream closes its connection behind the response, and reads the rest of the request no more.
+    pub(super) refuses_rest: bool,
 }

@@ -2,7 +2,7 @@
 //!
 //! | step | module |
 //! |---|---|
-//! | a downstream connection is served | `serve`, `downstream`, `connection_timeouts` |
+//! | a downstream connection is served | `serve`, `downstream`, `connection_timeouts`, `caller_watch` |
 //! | a request is planned and carried out | `pipeline`, on an `exchange` with its `request_context` |
 //! | it may pass, and has a target | `request_checks`, `target`, `headers` |
 //! | it has a route | `routing` |
@@ -13,15 +13,17 @@
 //! | an attempt has an endpoint and a connection | `select` |
 //! | an attempt meets an injected fault, or is sent | `fault_injection`, `send`, `upstream_request` |
 //! | a timeout is armed, and ends it | `timeouts`, `timeout_state` |
-//! | the response goes back | `response`, `response_body`, `grpc` |
+//! | the response goes back, and a request body may go on | `response`, `response_body`, `grpc`, `late_upload` |
 //! | hopguard replies itself (503, 504, ...), and tells the hops above | `send_local_reply`, `local_reply`, `proxy_status` |
 //! | the connection becomes a tunnel | `upgrade`, `tunnel` |
+//! | the connection is closed | `lingering_close` |
 //!
 //! `worker_context` is what all requests of one worker share.
 
 mod admission;
 mod attempt;
 pub mod breaker_and_ejection;
+mod caller_watch;
 mod connection_timeouts;
 mod correlation;
 mod correlation_state;
@@ -32,6 +34,8 @@ mod failed_attempt;
 mod fault_injection;
 pub mod grpc;
 pub mod headers;
+mod late_upload;
+mod lingering_close;
 pub mod local_reply;
 mod permits;
 mod pipeline;

@@ -106,7 +106,9 @@ impl RequestContext {
         self.route = Some(route);
         let hops = &self.worker.shard.telemetry().hops;
         self.record.set_hop(self.view.policy.hop(hops, route, direction));
-        self.times.is_stream = self.route().stream;
+        if self.route().stream {
+            self.set_stream();
+        }
     }
 
     /// Notes what the caller said about `Expect` and `TE`.
@@ -223,6 +225,7 @@ impl RequestContext {
     /// Notes that the response is a stream.
     pub(super) fn set_stream(&mut self) {
         self.times.is_stream = true;
+        self.flow.set_stream();
     }
 
     /// Adopts a deadline that the policy did not set.

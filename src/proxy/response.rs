@@ -43,7 +43,8 @@ pub(super) fn hand_over(
     version: Version,
     is_connect: bool,
 ) -> Response<ResponseBody> {
-    let mut close = closes_connection(&exchange.context, version, is_connect);
+    let mut close = closes_connection(&exchange.context, version, is_connect)
+        || (version <= Version::HTTP_11 && exchange.response.refuses_rest);
     let mut response = match reply {
         Ok(PipelineReply::Upstream(response)) => from_exchange(exchange, response, version),
         Ok(PipelineReply::Own(response)) => {
@@ -153,6 +154,10 @@ pub(super) fn from_upstream(
     check_framing(&response, &scan)?;
     check_count(&response, &select::connections(context, attempt).max_header_count)?;
     let (version, status) = (response.version(), response.status());
+    if !context.flow().request.ended() {
+        facts.refuses_rest =
+            version < Version::HTTP_11 || headers::lists(response.headers(), &header::CONNECTION, "close");
+    }
     // Each hop says its own version, never the one it received (RFC 9112, 2.3).
     *response.version_mut() = Version::HTTP_11;
     let headers = response.headers_mut();

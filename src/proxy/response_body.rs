@@ -18,7 +18,7 @@ use crate::proxy::fault_injection::FaultyBody;
 use crate::proxy::grpc::{self, GrpcStatus};
 use crate::proxy::local_reply::{BodyError, LocalReply, LocalReplyKind};
 use crate::proxy::timeout_state::{TimeoutVerdict, WaitingFor};
-use crate::proxy::{admission, breaker_and_ejection, correlation, proxy_status, select, timeouts};
+use crate::proxy::{admission, breaker_and_ejection, correlation, late_upload, proxy_status, select, timeouts};
 use crate::upstream::pool::{Lease, Transport};
 use crate::upstream::response::UpstreamBody;
 
@@ -265,9 +265,13 @@ fn finish(mut exchange: Box<ActiveExchange>, cx: &mut Context<'_>) {
     context.record_mut().complete_at(now);
     breaker_and_ejection::report_complete(context, attempt);
     let Some(lease) = attempt.take_lease() else { return };
-    // A caller that is still sending what the upstream will not read leaves the connection without a clean end.
-    if context.flow().request.ended() {
-        select::give_back(context, attempt, lease, cx, response.keep_alive, now);
+    let is_sending = if lease.is_http1() {
+        select::give_back(context, attempt, lease, cx, response.keep_alive, now)
+    } else {
+        Some(lease).filter(|_| !context.flow().request.ended())
+    };
+    if let Some(lease) = is_sending {
+        late_upload::go_on(exchange, lease);
     }
 }
 
@@ -369,6 +373,10 @@ impl ResponseBody {
                     let is_last = frame.is_trailers() || (self.rest.is_none() && self.source.is_end());
                     return Poll::Ready(Some(Ok(self.pass_on(frame, is_last, cx))));
                 }
+                Poll::Ready(Some(Err(_))) if self.is_whole() => {
+                    self.end(cx);
+                    return Poll::Ready(None);
+                }
                 Poll::Ready(Some(Err(cut))) => return self.upstream_broke_off(cut),
                 Poll::Ready(None) => {
                     self.end(cx);
@@ -379,6 +387,13 @@ impl ResponseBody {
             }
         }
         Poll::Pending
+    }
+
+    /// True if the body has its full length, although its end has not been seen: the upstream may end the connection right
+    /// behind an early response.
+    fn is_whole(&self) -> bool {
+        let passed = self.exchange.as_ref().map(|exchange| exchange.context.flow().response.bytes());
+        self.length.is_some_and(|length| passed >= Some(length))
     }
 
     /// As much of a chunk as the caller gets at a time.

@@ -351,7 +351,8 @@ fn connect_error(error: &ConnectError) -> LocalReply {
 }
 
 /// Gives a connection back to its pool; before the app, a drain leaves none behind, because the app would wait for it when it
-/// stops. `keep_alive` is how many seconds the upstream says that it keeps the connection.
+/// stops. `keep_alive` is how many seconds the upstream says that it keeps the connection. Returns the lease if its request is
+/// still being sent.
 pub(super) fn give_back(
     context: &RequestContext,
     attempt: &Attempt,
@@ -359,13 +360,14 @@ pub(super) fn give_back(
     cx: &mut Context<'_>,
     keep_alive: Option<u32>,
     now: Instant,
-) {
+) -> Option<Lease> {
     if context.direction() == Direction::Inbound && context.worker().is_leaving() {
         lease.end_early(EndReason::Draining);
-        return;
+        return None;
     }
     let options = options(context, attempt);
     let announced = keep_alive.map(|seconds| Duration::from_secs(seconds.into()));
-    lease.check_in(cx, options.idle_timeout, options.max_idle, announced, now);
+    let kept = lease.check_in(cx, options.idle_timeout, options.max_idle, announced, now);
     context.worker().upstreams.request_sweep();
+    kept
 }

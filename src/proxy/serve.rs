@@ -1,8 +1,8 @@
 //! One downstream connection, served by hyper until it ends.
 //!
 //! hyper speaks HTTP; this file adds what hyper lacks: a time limit for slow heads and for silent connections that costs
-//! nothing per request, an end for callers that stop reading, the drain, the hand-over to a tunnel, and a close that does
-//! not destroy the last response.
+//! nothing per request, an end for callers that stop reading or reset the connection, the drain, the hand-over to a tunnel,
+//! and a close that does not destroy the last response.
 
 use std::future::poll_fn;
 use std::pin::{Pin, pin};
@@ -16,15 +16,18 @@ use hyper::body::Incoming;
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::AsyncWriteExt;
 use tokio::time::{Instant, timeout};
 
 use crate::net::flow::Flow;
 use crate::net::http1::parsed_headers;
 use crate::net::http2 as bounds;
 use crate::net::io::{Activity, Io};
+use crate::net::shared::SharedIo;
+use crate::proxy::caller_watch::{CallerEvent, CallerWatch};
 use crate::proxy::connection_timeouts::{ConnectionEnd, ConnectionTimeouts};
 use crate::proxy::downstream::DownstreamConnection;
+use crate::proxy::lingering_close::close;
 use crate::proxy::local_reply::{LocalReply, LocalReplyContext, LocalReplyKind};
 use crate::proxy::pipeline::{self, ServiceResult};
 use crate::proxy::request_context::unparsed_request;
@@ -42,10 +45,8 @@ const MORE_THAN_ALLOWED: usize = 16 * 1024;
 const PING_EVERY: Duration = Duration::from_secs(30);
 const PING_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// How long, and for how many bytes, a closed connection is still read, so that the caller gets the last response and not
-/// a reset (RFC 9112, 9.6).
-const LINGER: Duration = Duration::from_secs(1);
-const LINGER_BYTES: usize = 256 * 1024;
+/// How long a caller whose head was too slow may take for the local reply.
+const LAST_REPLY: Duration = Duration::from_secs(1);
 
 /// Serves one HTTP/1 connection.
 pub async fn http1(worker: Rc<WorkerContext>, downstream: Rc<DownstreamConnection>, io: Io) {
@@ -54,9 +55,13 @@ pub async fn http1(worker: Rc<WorkerContext>, downstream: Rc<DownstreamConnectio
     let mut watch = ConnectionTimeouts::new(&worker, &downstream, Arc::clone(&activity));
     // Boxed, because hyper gives up the stream without closing it only then.
     let service = service_fn(|request| Box::pin(begin(&worker, &downstream, request)));
+    let (caller, io) = SharedIo::pair(io.downstream());
+    let mut caller = CallerWatch::new(caller, &downstream, &worker.timers);
     let mut connection = http1::Builder::new()
         .max_buf_size(watch.max_header_size + MORE_THAN_ALLOWED)
         .max_headers(parsed_headers(watch.max_header_count))
+        // A caller that has sent its request may close its sending side, and wait for the response (RFC 9112, 9.6).
+        .half_close(true)
         .serve_connection(TokioIo::new(io), service);
     // Declared after the connection, so dropped before.
     let _cut = CutWhenDropped { downstream: &downstream, activity };
@@ -66,6 +71,11 @@ pub async fn http1(worker: Rc<WorkerContext>, downstream: Rc<DownstreamConnectio
             if let Poll::Ready(done) = connection.poll_without_shutdown(cx) {
                 return Poll::Ready(ConnectionEnd::Over(done));
             }
+            match caller.poll(cx) {
+                Poll::Ready(CallerEvent::Left) => return Poll::Ready(ConnectionEnd::Left),
+                Poll::Ready(CallerEvent::Readable) => continue,
+                Poll::Pending => {}
+            }
             if closing || member.phase(cx) < DrainPhase::Closing {
                 return watch.poll(cx, &downstream);
             }
@@ -74,15 +84,18 @@ pub async fn http1(worker: Rc<WorkerContext>, downstream: Rc<DownstreamConnectio
         }
     })
     .await;
-    let parts = connection.into_parts();
-    let stream = parts.io.into_inner();
+    let hyper::server::conn::http1::Parts { io, read_buf, .. } = connection.into_parts();
+    drop(io);
+    let Some(stream) = caller.into_stream().into_inner() else { return };
     // However it ended: a tunnel's handler holds the exchange, and the exchange holds the downstream connection.
     let handoff = downstream.take_handoff();
     match end {
         // An orderly close would say that the response is complete.
-        ConnectionEnd::Over(Err(_)) | ConnectionEnd::Cut if downstream.is_unframed() => stream.abort(),
+        ConnectionEnd::Over(Err(_)) | ConnectionEnd::Cut | ConnectionEnd::Left if downstream.is_unframed() => {
+            stream.abort()
+        }
         ConnectionEnd::Over(Ok(())) => match handoff {
-            Some(join) => join(stream.with_prefix(parts.read_buf)).await,
+            Some(join) => join(stream.bare().with_prefix(read_buf)).await,
             None => close(stream).await,
         },
         ConnectionEnd::Over(Err(error)) => {
@@ -101,7 +114,7 @@ pub async fn http1(worker: Rc<WorkerContext>, downstream: Rc<DownstreamConnectio
             too_slow(stream, &reply).await;
         }
         ConnectionEnd::Silent => close(stream).await,
-        ConnectionEnd::Cut => {}
+        ConnectionEnd::Cut | ConnectionEnd::Left => {}
     }
 }
 
@@ -127,7 +140,8 @@ pub async fn http2(worker: Rc<WorkerContext>, downstream: Rc<DownstreamConnectio
     let streams = Streams { worker: Rc::clone(&worker), downstream: Rc::clone(&downstream) };
     // Boxed, because hyper moves it with the stream from the connection to the stream's own task.
     let service = service_fn(|request| Box::pin(begin(&worker, &downstream, request)));
-    let mut connection = pin!(
+    let (caller, io) = SharedIo::pair(io.downstream());
+    let mut connection = Box::pin(
         http2::Builder::new(streams)
             .timer(TokioTimer::new())
             .initial_stream_window_size(bounds::STREAM_WINDOW)
@@ -137,16 +151,16 @@ pub async fn http2(worker: Rc<WorkerContext>, downstream: Rc<DownstreamConnectio
             .max_header_list_size(u32::try_from(watch.max_header_size + MORE_THAN_ALLOWED).unwrap_or(u32::MAX))
             .keep_alive_interval(PING_EVERY)
             .keep_alive_timeout(PING_TIMEOUT)
-            .serve_connection(TokioIo::new(io), service)
+            .serve_connection(TokioIo::new(io), service),
     );
     let mut closing = false;
-    poll_fn(|cx| {
+    let is_over = poll_fn(|cx| {
         loop {
             if connection.as_mut().poll(cx).is_ready() {
-                return Poll::Ready(());
+                return Poll::Ready(true);
             }
             if closing {
-                return watch.poll_stalled(cx, &downstream);
+                return watch.poll_stalled(cx, &downstream).map(|()| false);
             }
             // A response over HTTP/2 cannot announce the end of its connection, so a closing listener sends GOAWAY at once.
             closing = member.phase(cx) >= DrainPhase::Closing
@@ -159,6 +173,11 @@ pub async fn http2(worker: Rc<WorkerContext>, downstream: Rc<DownstreamConnectio
         }
     })
     .await;
+    drop(connection);
+    // What the caller still sends, such as the rest of a body that is not read any more, must not reset the last response.
+    if is_over && let Some(stream) = caller.into_inner() {
+        close(stream).await;
+    }
 }
 
 fn begin(
@@ -242,25 +261,7 @@ async fn too_slow(mut stream: Io, reply: &LocalReply) {
     }
     text.extend_from_slice(format!("content-length: {}\r\n\r\n", response.body().len()).as_bytes());
     text.extend_from_slice(response.body());
-    if timeout(LINGER, stream.write_all(&text)).await.is_ok_and(|wrote| wrote.is_ok()) {
+    if timeout(LAST_REPLY, stream.write_all(&text)).await.is_ok_and(|wrote| wrote.is_ok()) {
         close(stream).await;
     }
-}
-
-/// Closes the sending side, then reads on for a moment before the stream is dropped.
-async fn close(mut stream: Io) {
-    let linger = async {
-        stream.shutdown().await?;
-        let mut buffer = [0; 1024];
-        let mut read = 0;
-        while read < LINGER_BYTES {
-            match stream.read(&mut buffer).await? {
-                0 => break,
-                count => read += count,
-            }
-        }
-        std::io::Result::Ok(())
-    };
-    // An error changes nothing: the connection is over.
-    let _over = timeout(LINGER, linger).await;
 }

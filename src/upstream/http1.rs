@@ -2,8 +2,10 @@
 //!
 //! Leased to one request at a time. Invariant: the connection has no task of its own, the holder of the lease drives it. So
 //! request, response and both bodies run in the caller's task, which saves two wake-ups per request, and dropping a call
-//! closes its connection.
+//! resets its connection: an upstream that only saw FIN could take it for a caller that waits for the response (RFC 9112,
+//! 9.6), and would work on.
 
+use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use bytes::Bytes;
@@ -15,11 +17,27 @@ use hyper_util::rt::TokioIo;
 use tokio::time::Instant;
 
 use crate::net::body::RequestBody;
-use crate::net::io::Io;
+use crate::net::io::{Activity, Io};
 use crate::upstream::lifetime::Lifetime;
+
+/// Resets the connection if it is dropped while a request or its response is incomplete.
+struct ExchangeGuard {
+    activity: Arc<Activity>,
+    is_in_progress: bool,
+}
+
+impl Drop for ExchangeGuard {
+    fn drop(&mut self) {
+        if self.is_in_progress {
+            self.activity.set_reset_on_drop(true);
+        }
+    }
+}
 
 /// One HTTP/1.1 connection.
 pub struct Http1 {
+    /// Dropped before the connection.
+    exchange: ExchangeGuard,
     sender: SendRequest<RequestBody>,
     connection: Connection<TokioIo<Io>, RequestBody>,
     is_closed: bool,
@@ -29,20 +47,32 @@ pub struct Http1 {
     pub idle_since: Instant,
 }
 
+/// What a connection can do when a response on it is complete.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AfterResponse {
+    /// Take the next request.
+    Reusable,
+    /// The request is still being sent: the upstream has responded early.
+    StillSending,
+    /// Nothing.
+    Closed,
+}
+
 impl Http1 {
     /// Begins HTTP/1.1 on an open stream. Sends no byte. A response with more than `max_headers` fields is an error.
     ///
     /// # Errors
     /// If hyper refuses the stream.
     pub async fn new(io: Io, max_headers: usize, lifetime: Lifetime) -> Result<Box<Self>, hyper::Error> {
+        let exchange = ExchangeGuard { activity: io.activity(), is_in_progress: false };
         let (sender, connection) = Builder::new()
             // A space before the colon of a field is removed (RFC 9112, 5.1).
             .allow_spaces_after_header_name_in_responses(true)
             .max_headers(max_headers)
-            .handshake(TokioIo::new(io))
+            .handshake(TokioIo::new(io.upstream()))
             .await?;
         let idle_since = lifetime.opened_at;
-        Ok(Box::new(Self { sender, connection, is_closed: false, lifetime, idle_since }))
+        Ok(Box::new(Self { exchange, sender, connection, is_closed: false, lifetime, idle_since }))
     }
 
     /// Queues a request on the connection; [`Http1::drive`] sends it. The future resolves with the response head, or with
@@ -51,6 +81,7 @@ impl Http1 {
         &mut self,
         request: Request<RequestBody>,
     ) -> impl Future<Output = Result<Response<Incoming>, TrySendError<Request<RequestBody>>>> + use<> {
+        self.exchange.is_in_progress = true;
         self.sender.try_send_request(request)
     }
 
@@ -67,17 +98,25 @@ impl Http1 {
 
     /// True if an idle connection can take a request: the peer has neither closed it nor sent unexpected bytes.
     pub fn is_fresh(&mut self, cx: &mut Context<'_>) -> bool {
-        self.drive(cx).is_pending() && self.sender.is_ready()
+        self.drive(cx).is_pending() && self.sender.is_ready() && !self.exchange.activity.write_failed()
     }
 
-    /// The same right after a response, at less cost: hyper has just read from the stream.
-    pub fn is_reusable(&mut self, cx: &mut Context<'_>) -> bool {
-        self.sender.is_ready() || self.is_fresh(cx)
+    /// What follows a complete response. Costs less than [`Http1::is_fresh`]: hyper has just read from the stream.
+    pub fn after_response(&mut self, cx: &mut Context<'_>) -> AfterResponse {
+        let is_ready = self.sender.is_ready() && !self.exchange.activity.write_failed();
+        let after = match is_ready || self.is_fresh(cx) {
+            true => AfterResponse::Reusable,
+            false if self.is_closed || self.exchange.activity.write_failed() => AfterResponse::Closed,
+            false => AfterResponse::StillSending,
+        };
+        self.exchange.is_in_progress &= after == AfterResponse::StillSending;
+        after
     }
 
     /// The stream, and the bytes read beyond the response head, after an upgrade.
-    pub fn into_stream(self) -> (Io, Bytes) {
+    pub fn into_stream(mut self) -> (Io, Bytes) {
+        self.exchange.is_in_progress = false;
         let parts = self.connection.into_parts();
-        (parts.io.into_inner(), parts.read_buf)
+        (parts.io.into_inner().bare(), parts.read_buf)
     }
 }

@@ -85,7 +85,7 @@ impl Http2 {
             .max_header_list_size(MAX_HEADER_LIST)
             .max_send_buffer_size(SEND_BUFFER)
             .enable_push(false)
-            .handshake(io)
+            .handshake(io.upstream())
             .await
             .map_err(|error| ConnectError::Handshake(UpstreamError::Http2(error)))?;
         let pings = connection.ping_pong();

@@ -20,7 +20,7 @@ use crate::upstream::balance;
 use crate::upstream::cluster::{Addresses, Cluster};
 use crate::upstream::connect::{ConnectError, Connector};
 use crate::upstream::endpoint::Endpoint;
-use crate::upstream::http1::Http1;
+use crate::upstream::http1::{AfterResponse, Http1};
 use crate::upstream::http2::Http2;
 use crate::upstream::lifetime::EndReason;
 
@@ -106,7 +106,8 @@ impl Lease {
         true
     }
 
-    /// Checks an HTTP/1.1 connection in for the next request if it can take one, and closes it otherwise.
+    /// Checks an HTTP/1.1 connection in for the next request if it can take one, and closes it otherwise. Returns the lease
+    /// if its request is still being sent: the upstream has responded early, and may read on.
     ///
     /// `idle_timeout` and `max_idle` are the policy's `connections.idle` and `connections.maxIdle`; `announced` is the
     /// timeout of the response's `Keep-Alive` field.
@@ -117,16 +118,21 @@ impl Lease {
         max_idle: usize,
         announced: Option<Duration>,
         now: Instant,
-    ) {
+    ) -> Option<Self> {
         // Any other connection ends as if the lease were dropped.
-        let Some(Transport::Http1(connection)) = &mut self.transport else { return };
+        let Some(Transport::Http1(connection)) = &mut self.transport else { return None };
+        let after = connection.after_response(cx);
+        if after == AfterResponse::StillSending {
+            return Some(self);
+        }
         connection.lifetime.count_request();
         self.endpoint.count_response();
-        if !connection.is_reusable(cx) {
+        if after == AfterResponse::Closed {
             self.endpoint.learn_from_announced_close(connection.lifetime.requests(), now);
         } else if let Some(Transport::Http1(connection)) = self.transport.take() {
             self.endpoint.check_in_idle(connection, idle_timeout, max_idle, announced, now);
         }
+        None
     }
 
     /// Checks in a new HTTP/1.1 connection whose caller has left.
@@ -138,7 +144,7 @@ impl Lease {
         now: Instant,
     ) {
         let Some(Transport::Http1(connection)) = &mut self.transport else { return };
-        if connection.is_reusable(cx)
+        if connection.after_response(cx) == AfterResponse::Reusable
             && let Some(Transport::Http1(connection)) = self.transport.take()
         {
             self.endpoint.check_in_idle(connection, idle_timeout, max_idle, None, now);

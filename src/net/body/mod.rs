@@ -100,6 +100,15 @@ impl RequestBody {
     }
 }
 
+impl Drop for RequestBody {
+    fn drop(&mut self) {
+        // A later attempt reads on.
+        if !matches!(&self.source, Source::Attempt(body) if body.is_superseded()) {
+            self.flow.end_upload();
+        }
+    }
+}
+
 impl Body for RequestBody {
     type Data = Bytes;
     type Error = CallerBodyError;

@@ -91,6 +91,7 @@ impl Replay {
         drop(inner);
         // The new attempt has not polled yet; an earlier one that waits is woken to see that it is superseded.
         flow.set_awaits_body(false);
+        flow.begin_upload();
         flow.wake();
         Some(RequestBody { source: Source::Attempt(next), flow: Rc::clone(flow) })
     }

@@ -246,7 +246,9 @@ async fn a_caller_that_leaves_during_its_body_has_left_also_where_the_answer_has
             assert!(pieces.send("first").await);
             let mut answer = caller.send(Request::post("/").body(body).unwrap()).await.unwrap();
             assert_eq!(answer.body_mut().frame().await.unwrap().unwrap().into_data().unwrap(), "hello");
-            drop((answer, pieces, caller));
+            // Without an end of the body: behind it, a caller that closes its sending side could wait for the response.
+            let _unended = (speaks == Speaks::Http1).then_some(pieces);
+            drop((answer, caller));
             let line = mesh.only("caller_gone").await;
             assert!(line["refusal"].is_null(), "{http2} {speaks:?}: {line}");
             assert_eq!(mesh.metric("hopguard_circuit_breaker_changes_total", &[]), 0.0, "{http2} {speaks:?}");

@@ -5,8 +5,10 @@
 //! - `connection_pool`: reuse, limits and expiry of upstream connections
 //! - `cut`: messages and tunnels that one side breaks off
 //! - `dns`: endpoints by name, with a real name server
+//! - `early_answers`: responses that are complete before their request
 //! - `h2spec`: the HTTP/2 conformance suite
 //! - `heads`: spaces before colons, many fields, odd statuses
+//! - `half_close`: half-closed connections, callers that leave, `close_notify`
 //! - `headers`: end-to-end, hop-by-hop and own header fields
 //! - `http1`: HTTP/1.0 clients, pipelining, `Expect`, connection close
 //! - `http1_corpus`: malformed, ambiguous, and odd but legal HTTP/1 messages
@@ -24,7 +26,9 @@ mod connection_lifetime;
 mod connection_pool;
 mod cut;
 mod dns;
+mod early_answers;
 mod h2spec;
+mod half_close;
 mod headers;
 mod heads;
 mod http1;

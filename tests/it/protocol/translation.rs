@@ -208,7 +208,7 @@ async fn an_answer_may_come_before_the_request_has_ended() {
 }
 
 #[tokio::test]
-async fn what_the_caller_still_sends_after_the_answer_has_ended_is_cut_off() {
+async fn what_the_upstream_does_not_read_after_its_answer_has_ended_is_cut_off() {
     let (reset, mut resets) = tokio::sync::mpsc::channel(1);
     let upstream = Upstream::bytes(move |stream| {
         let reset = reset.clone();

@@ -161,6 +161,11 @@ impl Mesh {
         self.app.replace(model).unwrap();
     }
 
+    /// Takes it down, after so long at most; true if nothing was in flight any more.
+    pub(crate) async fn stop_within(self, grace: Duration) -> bool {
+        self.app.stop(grace).await
+    }
+
     /// Takes it down.
     pub(crate) async fn stop(self) {
         assert!(self.app.stop(Duration::from_secs(5)).await, "something was still in flight");
