@@ -26,7 +26,7 @@ use crate::upstream::cluster::{Address, Cluster};
 use crate::upstream::fresh_connections::FreshConnections;
 use crate::upstream::http1::Http1;
 use crate::upstream::http2::{Http2, MAX_STREAMS};
-use crate::upstream::lifetime::EndReason;
+use crate::upstream::lifetime::{EndReason, Lifetime};
 
 /// An HTTP/2 connection without a stream for this time is closed.
 const HTTP2_IDLE: Duration = Duration::from_secs(60);
@@ -406,25 +406,25 @@ impl Endpoint {
         }
         self.count_close();
         let idle = now.saturating_duration_since(stale.connection.idle_since);
-        self.learn_from_close(idle, stale.connection.lifetime.requests(), now);
+        self.learn_from_close(idle, &stale.connection.lifetime, now);
     }
 
-    /// Learns from the close, without a word, of a connection that had been idle for `idle` after `requests` responses.
+    /// Learns from the close, without a word, of a connection that had been idle for `idle`.
     ///
     /// After a long idle time the close sets the idle limit: for the next 60 s no connection is kept for more than 80 % of
     /// that. After a short one it may be the bound of a connection's requests.
-    pub fn learn_from_close(&self, idle: Duration, requests: u32, now: Instant) {
+    pub fn learn_from_close(&self, idle: Duration, lifetime: &Lifetime, now: Instant) {
         if idle >= MIN_LEARNED_IDLE {
             let limit = IdleLimit { longest: idle.mul_f32(0.8), expires_at: now + LEARNED_LIMIT_LIFE };
             self.idle_limit.set(Some(limit));
         } else {
-            self.state.requests.record_close(requests, now);
+            self.state.requests.record_close(lifetime.requests(), lifetime.opened_at, now);
         }
     }
 
     /// Learns from a response that announced the close of its connection.
-    pub fn learn_from_announced_close(&self, requests: u32, now: Instant) {
-        self.state.requests.record_announced_close(requests, now);
+    pub fn learn_from_announced_close(&self, lifetime: &Lifetime, now: Instant) {
+        self.state.requests.record_announced_close(lifetime.requests(), lifetime.opened_at, now);
     }
 }
 

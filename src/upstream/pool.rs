@@ -99,7 +99,7 @@ impl Lease {
                 && let Some(Transport::Http1(connection)) = &self.transport
             {
                 let idle = sent.saturating_duration_since(connection.idle_since);
-                self.endpoint.learn_from_close(idle, connection.lifetime.requests(), now);
+                self.endpoint.learn_from_close(idle, &connection.lifetime, now);
             }
             self.endpoint.record_end(now);
         }
@@ -128,7 +128,7 @@ impl Lease {
         connection.lifetime.count_request();
         self.endpoint.count_response();
         if after == AfterResponse::Closed {
-            self.endpoint.learn_from_announced_close(connection.lifetime.requests(), now);
+            self.endpoint.learn_from_announced_close(&connection.lifetime, now);
         } else if let Some(Transport::Http1(connection)) = self.transport.take() {
             self.endpoint.check_in_idle(connection, idle_timeout, max_idle, announced, now);
         }

@@ -1,9 +1,10 @@
 //! After how many requests an upstream ends a connection, learned from its closes.
 //!
 //! Servers bound the requests of a connection: some announce the last response with `Connection: close`, others close after
-//! it without a word, and then the next request is lost. Two closes in a row after the same number of responses set the
-//! limit, for all workers; each connection then serves a number of its own between 80 % and 100 % of it, so that connections
-//! opened together do not end together.
+//! it without a word, and then the next request is lost. Two closes in a row after the same number of responses, the second
+//! one of a connection that was opened after the first, set the limit for all workers: connections that end together end
+//! for another reason. A close after another number ends the limit. Each connection serves a number of its own between 80 %
+//! and 100 % of the limit, so that connections opened together do not end together.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
@@ -19,6 +20,9 @@ const SHORT_LIFE: Duration = Duration::from_secs(60);
 /// From how many requests on a limit counts as one that a restart does not imitate.
 const MANY: u32 = 20;
 
+/// Bits of the time in a packed pair; enough for 34 years.
+const TIME_BITS: u32 = 40;
+
 /// The limit of one address.
 #[derive(Debug)]
 pub struct RequestLimit {
@@ -29,13 +33,13 @@ pub struct RequestLimit {
     limit: AtomicU64,
 }
 
-/// A number of requests and a time in seconds since `born`; a number of 0 means none.
-fn pack(requests: u32, seconds: u64) -> u64 {
-    u64::from(requests) << 32 | seconds.min(u32::MAX.into())
+/// A number of requests, at most 2^24 - 1, and a time in milliseconds since `born`; a number of 0 means none.
+fn pack(requests: u32, millis: u64) -> u64 {
+    u64::from(requests.min((1 << (64 - TIME_BITS)) - 1)) << TIME_BITS | millis.min((1 << TIME_BITS) - 1)
 }
 
 fn unpack(packed: u64) -> (u32, u64) {
-    ((packed >> 32) as u32, packed & u64::from(u32::MAX))
+    ((packed >> TIME_BITS) as u32, packed & ((1 << TIME_BITS) - 1))
 }
 
 impl RequestLimit {
@@ -44,21 +48,33 @@ impl RequestLimit {
         Self { born: now, last_close: AtomicU64::new(0), limit: AtomicU64::new(0) }
     }
 
-    /// Records that the upstream closed a connection, without a word, right after its response number `requests`.
-    pub fn record_close(&self, requests: u32, now: Instant) {
-        let at = self.seconds(now);
-        let (before, before_at) = unpack(self.last_close.swap(pack(requests, at), Relaxed));
+    /// Records that the upstream closed a connection opened at `opened_at`, without a word, right after its response number
+    /// `requests`.
+    pub fn record_close(&self, requests: u32, opened_at: Instant, now: Instant) {
+        if requests == 0 {
+            return;
+        }
+        if unpack(self.limit.load(Relaxed)).0 != requests {
+            self.limit.store(0, Relaxed);
+        }
+        let at = self.millis(now);
+        let (before, before_at) = unpack(self.last_close.load(Relaxed));
+        if before == requests && self.millis(opened_at) < before_at {
+            return;
+        }
+        self.last_close.store(pack(requests, at), Relaxed);
         let life = if requests < MANY { SHORT_LIFE } else { LIFE };
-        if requests > 0 && before == requests && at <= before_at + life.as_secs() {
-            self.limit.store(pack(requests, at + life.as_secs()), Relaxed);
+        let life = u64::try_from(life.as_millis()).unwrap_or(u64::MAX);
+        if before == requests && at <= before_at + life {
+            self.limit.store(pack(requests, at + life), Relaxed);
         }
     }
 
     /// Records that response number `requests` announced the close. An upstream may have other reasons to announce one, such
     /// as a failure: only a close after many requests counts.
-    pub fn record_announced_close(&self, requests: u32, now: Instant) {
+    pub fn record_announced_close(&self, requests: u32, opened_at: Instant, now: Instant) {
         if requests >= MANY {
-            self.record_close(requests, now);
+            self.record_close(requests, opened_at, now);
         }
     }
 
@@ -69,11 +85,11 @@ impl RequestLimit {
             return None;
         }
         let (requests, until) = unpack(packed);
-        (self.seconds(now) < until).then(|| part(requests, spread))
+        (self.millis(now) < until).then(|| part(requests, spread))
     }
 
-    fn seconds(&self, at: Instant) -> u64 {
-        at.saturating_duration_since(self.born).as_secs()
+    fn millis(&self, at: Instant) -> u64 {
+        u64::try_from(at.saturating_duration_since(self.born).as_millis()).unwrap_or(u64::MAX)
     }
 }
 
@@ -92,34 +108,39 @@ mod tests {
     }
 
     #[test]
-    fn two_closes_after_the_same_number_set_the_limit_and_it_is_forgotten() {
+    fn two_closes_one_after_the_other_set_the_limit_and_it_is_forgotten() {
         let limit = RequestLimit::new(Instant::now());
         let learned = |seconds| limit.of_connection(0.0, at(&limit, seconds));
+        let close = |requests, opened, closed| limit.record_close(requests, at(&limit, opened), at(&limit, closed));
         for requests in [7, 50, 8, 50] {
-            limit.record_close(requests, at(&limit, 1));
+            close(requests, 0, 1);
         }
-        assert_eq!(learned(1), None, "no two in a row");
-        limit.record_close(50, at(&limit, 2));
-        assert_eq!((learned(2), learned(600), learned(603)), (Some(50), Some(50), None));
-        limit.record_close(3, at(&limit, 700));
-        limit.record_close(3, at(&limit, 701));
-        assert_eq!((learned(702), learned(762)), (Some(3), None));
-        limit.record_close(0, at(&limit, 800));
-        limit.record_close(0, at(&limit, 800));
-        assert_eq!(learned(801), None, "a connection that never answered teaches nothing");
+        close(50, 0, 2);
+        assert_eq!(learned(2), None, "all were open at the first close");
+        close(50, 2, 3);
+        assert_eq!((learned(3), learned(602), learned(604)), (Some(50), Some(50), None));
+        close(3, 700, 701);
+        close(3, 701, 702);
+        assert_eq!((learned(703), learned(763)), (Some(3), None));
+        close(3, 764, 765);
+        close(2, 765, 766);
+        assert_eq!(learned(766), None, "another number");
+        close(0, 800, 801);
+        close(0, 802, 803);
+        assert_eq!(learned(803), None, "a connection that never answered teaches nothing");
     }
 
     #[test]
     fn few_requests_before_an_announced_close_teach_nothing() {
         let limit = RequestLimit::new(Instant::now());
-        for _ in 0..3 {
-            limit.record_announced_close(2, at(&limit, 1));
+        for second in 0..3 {
+            limit.record_announced_close(2, at(&limit, second), at(&limit, second));
         }
-        assert_eq!(limit.of_connection(0.0, at(&limit, 1)), None);
-        for _ in 0..2 {
-            limit.record_announced_close(100, at(&limit, 1));
+        assert_eq!(limit.of_connection(0.0, at(&limit, 3)), None);
+        for second in 3..5 {
+            limit.record_announced_close(100, at(&limit, second), at(&limit, second));
         }
-        assert_eq!(limit.of_connection(0.0, at(&limit, 1)), Some(100));
+        assert_eq!(limit.of_connection(0.0, at(&limit, 5)), Some(100));
     }
 
     #[test]

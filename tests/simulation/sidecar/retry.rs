@@ -56,6 +56,7 @@ impl Live<'_> {
             failure,
             is_inbound: self.side.direction == Direction::Inbound,
             is_reused: self.reused,
+            is_same_event: false,
             // An open breaker bounds retries too, and would hide that the budget does not.
             is_circuit_open: self.side.breaker.is_shut(now) && self.world.mutant != Mutant::BudgetIgnored,
             is_safe: self.request.is_safe || report.unseen || self.world.mutant == Mutant::SafetyIgnored,
