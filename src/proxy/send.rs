@@ -62,7 +62,7 @@ pub(super) async fn send(
         };
         attempt.connected(begun, lease.reused);
         let connection = match lease.reused {
-            true => ConnectionUse::Reused { age: begun.saturating_duration_since(lease.opened_at) },
+            true => ConnectionUse::Reused { age: lease.age(begun) },
             false => ConnectionUse::New,
         };
         context.record_mut().set_connection(lease.endpoint.address.socket, connection);
@@ -162,6 +162,7 @@ async fn send_over(
     let held_until = began + CONTINUE_AFTER.min(whole / 2);
     let mut wait = HeadWait { context, waiting: attempt.waiting(), continued, held_until };
     wait.arm(began)?;
+    lease.record_sent(began);
     let response = match lease.transport() {
         Some(Transport::Http1(connection)) => {
             let waker = Rc::clone(wait.context.waker());
@@ -202,6 +203,7 @@ async fn send_over(
     context.set_ended_at(now);
     let result = match response {
         Ok(Ok(response)) => {
+            lease.record_answer();
             attempt.set_lease(lease);
             Ok(response)
         }
@@ -210,7 +212,12 @@ async fn send_over(
             return Ok(None);
         }
         Ok(Err(SendError { error, unsent: None })) => Err(broke_off(context, attempt, &lease, &error, began, now)),
-        Err(reply) => Err(reply),
+        Err(reply) => {
+            if reply.kind.is_upstream_silence() {
+                lease.record_timeout();
+            }
+            Err(reply)
+        }
     };
     weigh(context, &endpoint, &result, took);
     result.map(Some)

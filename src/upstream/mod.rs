@@ -2,7 +2,7 @@
 //!
 //! A [`cluster::Cluster`] is the state of a destination that all workers share; `discovery` resolves its names. Each worker
 //! has its own [`pool::Pool`] per cluster: `balance` picks the endpoint of a request, `endpoint` holds its connections
-//! (`http1` exclusive, `http2` shared), `dial` opens new ones over `connect`. `response` is the body or the error that comes
+//! (`http1` exclusive, `http2` shared and watched by `http2_liveness`), `dial` opens new ones over `connect`. `response` is the body or the error that comes
 //! back. `upstreams` holds all pools of a worker and sweeps idle connections. `spec` is the policy's YAML for all of it.
 
 pub mod balance;
@@ -13,6 +13,7 @@ pub mod discovery;
 pub mod endpoint;
 pub mod http1;
 pub mod http2;
+mod http2_liveness;
 pub mod pool;
 pub mod response;
 pub mod spec;
