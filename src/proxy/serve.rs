@@ -21,6 +21,7 @@ use tokio::time::{Instant, timeout};
 use crate::net::flow::Flow;
 use crate::net::http2 as bounds;
 use crate::net::io::Io;
+use crate::net::window_updates::JoinedWindowUpdates;
 use crate::proxy::connection_timeouts::{ConnectionEnd, ConnectionTimeouts};
 use crate::proxy::downstream::DownstreamConnection;
 use crate::proxy::local_reply::{LocalReply, LocalReplyContext, LocalReplyKind};
@@ -117,7 +118,7 @@ pub async fn http2(worker: Rc<WorkerContext>, downstream: Rc<DownstreamConnectio
             .max_header_list_size(u32::try_from(watch.max_header_size + MORE_THAN_ALLOWED).unwrap_or(u32::MAX))
             .keep_alive_interval(PING_EVERY)
             .keep_alive_timeout(PING_TIMEOUT)
-            .serve_connection(TokioIo::new(io), service)
+            .serve_connection(TokioIo::new(JoinedWindowUpdates::of_client(io)), service)
     );
     let mut closing = false;
     poll_fn(|cx| {

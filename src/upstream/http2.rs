@@ -23,6 +23,7 @@ use crate::net::body::RequestBody;
 use crate::net::flow::Flow;
 use crate::net::http2 as bounds;
 use crate::net::io::Io;
+use crate::net::window_updates::JoinedWindowUpdates;
 use crate::runtime::tasks;
 use crate::upstream::connect::ConnectError;
 use crate::upstream::http2_liveness::{self, Liveness};
@@ -71,7 +72,7 @@ impl Http2 {
             .max_header_list_size(MAX_HEADER_LIST)
             .max_send_buffer_size(SEND_BUFFER)
             .enable_push(false)
-            .handshake(io)
+            .handshake(JoinedWindowUpdates::of_server(io))
             .await
             .map_err(|error| ConnectError::Handshake(UpstreamError::Http2(error)))?;
         let pings = connection.ping_pong();

@@ -11,6 +11,7 @@
 //! - `message_completeness`: complete and incomplete messages, and the side at fault
 //! - `mute_connections`: upstream connections that fall silent while TCP still acknowledges
 //! - `slow_clients`: slow request heads and bodies, unread responses, idle connections
+//! - `small_windows`: HTTP/2 peers that return credit per frame, or have a small window
 //! - `tls`: trust, ALPN, server names, certificate rotation
 //! - `translation`: each downstream protocol with each upstream protocol
 //! - `tunnels`: CONNECT and WebSocket upgrades
@@ -26,6 +27,7 @@ mod http2_wakeup_coalescing;
 mod message_completeness;
 mod mute_connections;
 mod slow_clients;
+mod small_windows;
 mod tls;
 mod translation;
 mod tunnels;
