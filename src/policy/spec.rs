@@ -15,6 +15,7 @@ use serde::de::{self, Deserializer, Visitor};
 use super::model::{Direction, LogFormat, LogMode};
 use crate::problems::InvalidValue;
 use crate::rules::catalogue;
+use crate::rules::count::Count;
 use crate::rules::duration::DurationSpec;
 use crate::rules::mode::ModesSpec;
 use crate::rules::ratio::Ratio;
@@ -130,6 +131,8 @@ pub struct ListenerSpec {
     pub timeouts: Option<ListenerTimeoutsSpec>,
     /// Upper bound of a request's header section, in bytes or KiB/MiB: 1KiB to 256KiB. Default 64KiB.
     pub max_header_size: Option<Size<1_024, 262_144>>,
+    /// Concurrent HTTP/2 streams per downstream connection: 1 to 1024. Default 256.
+    pub max_streams: Option<Count<1, 1_024>>,
     /// Certificate and key; without them connections are plain text.
     pub tls: Option<ListenerTlsSpec>,
 }

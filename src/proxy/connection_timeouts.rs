@@ -54,6 +54,8 @@ pub(super) struct ConnectionTimeouts {
     activity: Arc<Activity>,
     /// The listener's limit when the connection began, in bytes.
     pub(super) max_header_size: usize,
+    /// The listener's `maxStreams` when the connection began.
+    pub(super) max_streams: u32,
     headers: Sourced<Duration>,
     idle: Duration,
     state: State,
@@ -75,6 +77,7 @@ impl ConnectionTimeouts {
             activity,
             idle: values.idle.value,
             max_header_size: values.max_header_size.value as usize,
+            max_streams: values.max_streams.value,
             state: State::Head { since: now },
             finished: 0,
             timer: worker.timers.at(rings),

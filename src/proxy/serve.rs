@@ -105,6 +105,7 @@ pub async fn http1(worker: Rc<WorkerContext>, downstream: Rc<DownstreamConnectio
 pub async fn http2(worker: Rc<WorkerContext>, downstream: Rc<DownstreamConnection>, io: Io) {
     let (member, guest) = (worker.connections.track(), downstream.listener.connections.track());
     let mut watch = ConnectionTimeouts::new(&worker, &downstream, io.activity());
+    downstream.set_max_streams(watch.max_streams);
     let streams = Streams { worker: Rc::clone(&worker), downstream: Rc::clone(&downstream) };
     // Boxed, because hyper moves it with the stream from the connection to the stream's own task.
     let service = service_fn(|request| Box::pin(begin(&worker, &downstream, request)));
@@ -112,8 +113,8 @@ pub async fn http2(worker: Rc<WorkerContext>, downstream: Rc<DownstreamConnectio
         http2::Builder::new(streams)
             .timer(TokioTimer::new())
             .initial_stream_window_size(bounds::STREAM_WINDOW)
-            .initial_connection_window_size(bounds::CONNECTION_WINDOW)
-            .max_concurrent_streams(bounds::MAX_STREAMS)
+            .initial_connection_window_size(bounds::connection_window(watch.max_streams))
+            .max_concurrent_streams(watch.max_streams)
             .max_local_error_reset_streams(bounds::MAX_LATE_FRAMES)
             .max_header_list_size(u32::try_from(watch.max_header_size + MORE_THAN_ALLOWED).unwrap_or(u32::MAX))
             .keep_alive_interval(PING_EVERY)
