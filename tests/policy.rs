@@ -242,6 +242,7 @@ fn a_full_policy_has_every_value_and_its_line() {
     let listener = &model.listeners[0];
     assert_eq!((listener.target, listener.direction), (ListenerTarget::To(0), Direction::Outbound));
     assert_eq!((listener.max_header_size.value, listener.max_header_count.value), (32 << 10, 256));
+    assert_eq!(listener.max_streams.value, 1024);
     assert_eq!(model.destinations[0].connections.max_header_count.value, 300);
     assert!(listener.tls.as_ref().unwrap().key.ends_with("tests/policies/valid/tls.key"));
     let destination = &model.destinations[0];
@@ -250,9 +251,9 @@ fn a_full_policy_has_every_value_and_its_line() {
     let pay = &destination.routes[0].timeouts;
     assert_eq!(
         (pay.request.value, pay.request.origin.to_string().as_str()),
-        (Duration::from_millis(800), "tests/policies/valid/full.yaml:29")
+        (Duration::from_millis(800), "tests/policies/valid/full.yaml:30")
     );
-    assert_eq!(pay.connect.origin.to_string(), "tests/policies/valid/full.yaml:14");
+    assert_eq!(pay.connect.origin.to_string(), "tests/policies/valid/full.yaml:15");
     assert_eq!(destination.routes[1].timeouts.request.value, Duration::from_secs(2));
     assert_eq!(destination.limits.queue.value, 0);
     assert_eq!(destination.routes[4].origin, Origin::BuiltIn);

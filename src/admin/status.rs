@@ -38,6 +38,10 @@ pub struct ListenerView {
     pub to: Option<String>,
     /// True if callers use TLS.
     pub tls: bool,
+    /// Most concurrent HTTP/2 streams per downstream connection.
+    pub max_streams: u32,
+    /// Downstream connections that have so many streams now: further calls wait in the caller.
+    pub connections_at_max_streams: i64,
 }
 
 /// Why the last policy load failed.

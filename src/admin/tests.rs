@@ -50,6 +50,8 @@ impl ProcessView for Fake {
                 direction: "inbound",
                 to: Some("payment".to_owned()),
                 tls: false,
+                max_streams: 256,
+                connections_at_max_streams: 2,
             }],
         }
     }

@@ -93,6 +93,8 @@ impl ProcessView for AdminView {
                     },
                     to: towards(&policy, listener),
                     tls: listener.tls.is_some(),
+                    max_streams: listener.max_streams.value,
+                    connections_at_max_streams: shared.telemetry.connections_at_max_streams(&listener.name),
                 })
                 .collect(),
         }
@@ -143,6 +145,7 @@ fn listener(policy: &Snapshot, one: &Listener) -> Value {
         "timeouts": { "headers": time(&one.headers_timeout), "idle": time(&one.idle) },
         "maxHeaderSize": set(&one.max_header_size, |bytes| (*bytes).into()),
         "maxHeaderCount": set(&one.max_header_count, |count| (*count).into()),
+        "maxStreams": set(&one.max_streams, |count| (*count).into()),
     })
 }
 

@@ -134,8 +134,8 @@ fn accept_from(
 ) -> Accepting {
     let via = Via::new(&listener_id(number, &values));
     let metrics = worker.shard.listener(&values.name);
-    let listener = Rc::new(ActiveListener::new(values, via));
-    let acceptor = Acceptor { worker: Rc::clone(worker), metrics, listener: Rc::clone(&listener), certificates };
+    let listener = Rc::new(ActiveListener::new(values, via, metrics));
+    let acceptor = Acceptor { worker: Rc::clone(worker), listener: Rc::clone(&listener), certificates };
     let (stop, stopped) = oneshot::channel();
     Accepting { listener, stop, ended: tasks::spawn(acceptor.run(socket, stopped)) }
 }

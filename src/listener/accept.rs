@@ -21,7 +21,6 @@ use crate::proxy::downstream::{ActiveListener, DownstreamConnection};
 use crate::proxy::serve;
 use crate::proxy::worker_context::WorkerContext;
 use crate::runtime::tasks;
-use crate::telemetry::ListenerMetrics;
 
 /// Pause after an accept that failed for lack of a resource (file descriptors, memory), so that the worker does not spin.
 const PAUSE: Duration = Duration::from_millis(20);
@@ -34,8 +33,6 @@ pub struct Acceptor {
     pub listener: Rc<ActiveListener>,
     /// The listener's certificates; `None` for a listener without TLS.
     pub certificates: Option<Arc<Certificates>>,
-    /// Counters of accepted and open connections.
-    pub metrics: ListenerMetrics,
 }
 
 impl Acceptor {
@@ -67,10 +64,10 @@ impl Acceptor {
     }
 
     fn spawn_connection(self: &Rc<Self>, stream: TcpStream, peer: SocketAddr) {
-        self.metrics.accepted.increment();
+        self.listener.metrics.accepted.increment();
         let this = Rc::clone(self);
         tasks::spawn(async move {
-            let _open = this.metrics.open.hold();
+            let _open = this.listener.metrics.open.hold();
             if let Err(error) = this.serve_connection(stream, peer).await {
                 tracing::debug!(listener = this.listener.values.name, %peer, %error, "a connection ended before its first request");
             }

@@ -221,6 +221,7 @@ impl Explanation<'_> {
             rows.push(Row::time(format!("{}: timeouts.idle", l.name), &l.idle));
             rows.push(Row::shown(format!("{}: maxHeaderSize", l.name), &l.max_header_size));
             rows.push(Row::shown(format!("{}: maxHeaderCount", l.name), &l.max_header_count));
+            rows.push(Row::shown(format!("{}: maxStreams", l.name), &l.max_streams));
         }
         rows
     }

@@ -125,6 +125,8 @@ pub struct Listener {
     pub max_header_size: Sourced<u32>,
     /// Most header fields of a request.
     pub max_header_count: Sourced<u32>,
+    /// Concurrent HTTP/2 streams per downstream connection.
+    pub max_streams: Sourced<u32>,
     /// `None` for plain text.
     pub tls: Option<ListenerTls>,
     /// Line of its entry.
@@ -288,7 +290,7 @@ impl Model {
         (self.access_log.mode, self.access_log.format, self.access_log.ratio.to_bits()).hash(&mut state);
         for l in &self.listeners {
             (&l.name, l.bind, l.target, l.direction, &l.tls).hash(&mut state);
-            (&l.headers_timeout, &l.idle, &l.max_header_size, &l.max_header_count).hash(&mut state);
+            (&l.headers_timeout, &l.idle, &l.max_header_size, &l.max_header_count, &l.max_streams).hash(&mut state);
         }
         for d in &self.destinations {
             (&d.name, &d.hosts, &d.endpoints, d.protocol, &d.tls, &d.connections, &d.rules).hash(&mut state);

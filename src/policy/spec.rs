@@ -133,6 +133,8 @@ pub struct ListenerSpec {
     pub max_header_size: Option<Size<1_024, 262_144>>,
     /// Most header fields of a request: 1 to 1024. Default 256.
     pub max_header_count: Option<Count<1, 1_024>>,
+    /// Concurrent HTTP/2 streams per downstream connection: 1 to 1024. Default 256.
+    pub max_streams: Option<Count<1, 1_024>>,
     /// Certificate and key; without them connections are plain text.
     pub tls: Option<ListenerTlsSpec>,
 }

@@ -58,6 +58,8 @@ pub(super) struct ConnectionTimeouts {
     pub(super) max_header_size: usize,
     /// The same, in header fields.
     pub(super) max_header_count: u32,
+    /// The listener's `maxStreams` when the connection began.
+    pub(super) max_streams: u32,
     headers: Sourced<Duration>,
     idle: Duration,
     state: State,
@@ -80,6 +82,7 @@ impl ConnectionTimeouts {
             idle: values.idle.value,
             max_header_size: values.max_header_size.value as usize,
             max_header_count: values.max_header_count.value,
+            max_streams: values.max_streams.value,
             state: State::Head { since: now },
             finished: 0,
             timer: worker.timers.at(rings),

@@ -16,6 +16,7 @@ use crate::proxy::headers::Via;
 use crate::proxy::local_reply::{LocalReply, LocalReplyKind};
 use crate::runtime::drain::{ConnectionTracker, DrainPhase};
 use crate::runtime::waker::InlineWaker;
+use crate::telemetry::ListenerMetrics;
 
 /// A listener as one worker has it open.
 pub struct ActiveListener {
@@ -25,12 +26,16 @@ pub struct ActiveListener {
     pub via: Via,
     /// Its connections, which are told to go elsewhere when it closes.
     pub connections: ConnectionTracker,
+    /// Its counters and gauges on this worker.
+    pub metrics: ListenerMetrics,
+    /// True once the log has said that a connection reached `maxStreams`.
+    has_warned: Cell<bool>,
 }
 
 impl ActiveListener {
     /// A listener that has just been opened.
-    pub fn new(values: Listener, via: Via) -> Self {
-        Self { values, via, connections: ConnectionTracker::default() }
+    pub fn new(values: Listener, via: Via, metrics: ListenerMetrics) -> Self {
+        Self { values, via, connections: ConnectionTracker::default(), metrics, has_warned: Cell::new(false) }
     }
 
     /// The listener's values in `policy`. Where that policy has another listener on the same address, a request on an old
@@ -78,6 +83,8 @@ pub struct DownstreamConnection {
     begun: Cell<u64>,
     over: Cell<u64>,
     over_at: Cell<Option<Instant>>,
+    /// Most exchanges side by side; 0 for HTTP/1.
+    max_streams: Cell<u64>,
     waker: Option<Rc<InlineWaker>>,
     newest: RefCell<Option<Rc<Flow>>>,
     is_unframed: Cell<bool>,
@@ -94,6 +101,7 @@ impl DownstreamConnection {
             begun: Cell::new(0),
             over: Cell::new(0),
             over_at: Cell::new(None),
+            max_streams: Cell::new(0),
             waker: one_task.then(Rc::default),
             newest: RefCell::new(None),
             is_unframed: Cell::new(false),
@@ -115,10 +123,38 @@ impl DownstreamConnection {
     /// Notes an exchange that begins.
     pub fn begin(&self) {
         self.begun.set(self.begun.get() + 1);
+        if self.begun.get() - self.over.get() == self.max_streams.get() {
+            self.reach_max_streams();
+        }
+    }
+
+    /// Sets the number of streams that the caller may have side by side.
+    pub fn set_max_streams(&self, count: u32) {
+        self.max_streams.set(count.into());
+    }
+
+    /// The caller may not begin another stream now: its HTTP/2 library holds further calls back and does not report it.
+    #[cold]
+    fn reach_max_streams(&self) {
+        let ActiveListener { values, metrics, has_warned, .. } = &*self.listener;
+        metrics.max_streams_reached.increment();
+        metrics.at_max_streams.increment();
+        if !has_warned.replace(true) {
+            tracing::warn!(
+                listener = values.name,
+                peer = %self.peer,
+                streams = self.max_streams.get(),
+                "a caller's connection has as many streams as `maxStreams` allows; its further calls wait in the caller: \
+                 raise `maxStreams` of the listener, or let the caller open more connections (logged once per worker)"
+            );
+        }
     }
 
     /// Notes an exchange that is over.
     pub fn finish(&self, at: Instant) {
+        if self.begun.get() - self.over.get() == self.max_streams.get() {
+            self.listener.metrics.at_max_streams.decrement();
+        }
         self.over.set(self.over.get() + 1);
         self.over_at.set(Some(at));
     }

@@ -103,6 +103,9 @@ impl ResponseBody {
     fn pass_on(&mut self, mut frame: Frame<Bytes>, is_last: bool, cx: &mut Context<'_>) -> Frame<Bytes> {
         let Some(exchange) = &mut self.exchange else { return frame };
         let ActiveExchange { context, attempt, response, .. } = &mut **exchange;
+        if let Some(lease) = attempt.lease_mut() {
+            lease.record_answer();
+        }
         if let Some(chunk) = frame.data_ref() {
             // When the last chunk came matters to no limit.
             let now = if is_last { context.ended_at() } else { Instant::now() };
@@ -208,6 +211,9 @@ impl ResponseBody {
     fn expire(&mut self, reply: &LocalReply) -> PolledFrame {
         if let Some(exchange) = &mut self.exchange {
             let now = Instant::now();
+            if let Some(lease) = exchange.attempt.lease().filter(|_| reply.kind.is_upstream_silence()) {
+                lease.record_timeout();
+            }
             report_early_end(exchange, reply.kind, now);
             correlation::ended_locally(&exchange.context, reply.kind, now);
         }

@@ -362,8 +362,7 @@ pub(super) fn give_back(
     now: Instant,
 ) -> Option<Lease> {
     if context.direction() == Direction::Inbound && context.worker().is_leaving() {
-        lease.end_early(EndReason::Draining);
-        return None;
+        return lease.end_early(cx, EndReason::Draining);
     }
     let options = options(context, attempt);
     let announced = keep_alive.map(|seconds| Duration::from_secs(seconds.into()));

@@ -75,7 +75,7 @@ pub(super) async fn send(
         };
         attempt.connected(begun, lease.reused);
         let connection = match lease.reused {
-            true => ConnectionUse::Reused { age: begun.saturating_duration_since(lease.opened_at) },
+            true => ConnectionUse::Reused { age: lease.age(begun) },
             false => ConnectionUse::New,
         };
         context.record_mut().set_connection(lease.endpoint.address.socket, connection);
@@ -176,6 +176,7 @@ async fn send_over(
     let stale = StaleWait::begin(context, attempt, retry, &lease);
     let mut wait = HeadWait { context, waiting: attempt.waiting(), continued, held_until, stale };
     wait.arm(began)?;
+    lease.record_sent(began);
     let response = match lease.transport() {
         Some(Transport::Http1(connection)) => {
             let waker = Rc::clone(wait.context.waker());
@@ -216,6 +217,7 @@ async fn send_over(
     context.set_ended_at(now);
     let result = match response {
         Ok(Ok(response)) => {
+            lease.record_answer();
             attempt.set_lease(lease);
             Ok(response)
         }
@@ -226,6 +228,9 @@ async fn send_over(
         Ok(Err(SendError { error, unsent: None })) => Err(broke_off(context, attempt, &lease, &error, began, now)),
         Err(reply) => {
             attempt.set_same_event(lease.is_stale());
+            if reply.kind.is_upstream_silence() {
+                lease.record_timeout();
+            }
             Err(reply)
         }
     };

@@ -24,6 +24,7 @@ use crate::net::http1::parsed_headers;
 use crate::net::http2 as bounds;
 use crate::net::io::{Activity, Io};
 use crate::net::shared::SharedIo;
+use crate::net::window_updates::JoinedWindowUpdates;
 use crate::proxy::caller_watch::{CallerEvent, CallerWatch};
 use crate::proxy::connection_timeouts::{ConnectionEnd, ConnectionTimeouts};
 use crate::proxy::downstream::DownstreamConnection;
@@ -137,6 +138,7 @@ impl Drop for CutWhenDropped<'_> {
 pub async fn http2(worker: Rc<WorkerContext>, downstream: Rc<DownstreamConnection>, io: Io) {
     let (member, guest) = (worker.connections.track(), downstream.listener.connections.track());
     let mut watch = ConnectionTimeouts::new(&worker, &downstream, io.activity());
+    downstream.set_max_streams(watch.max_streams);
     let streams = Streams { worker: Rc::clone(&worker), downstream: Rc::clone(&downstream) };
     // Boxed, because hyper moves it with the stream from the connection to the stream's own task.
     let service = service_fn(|request| Box::pin(begin(&worker, &downstream, request)));
@@ -145,13 +147,13 @@ pub async fn http2(worker: Rc<WorkerContext>, downstream: Rc<DownstreamConnectio
         http2::Builder::new(streams)
             .timer(TokioTimer::new())
             .initial_stream_window_size(bounds::STREAM_WINDOW)
-            .initial_connection_window_size(bounds::CONNECTION_WINDOW)
-            .max_concurrent_streams(bounds::MAX_STREAMS)
+            .initial_connection_window_size(bounds::connection_window(watch.max_streams))
+            .max_concurrent_streams(watch.max_streams)
             .max_local_error_reset_streams(bounds::MAX_LATE_FRAMES)
             .max_header_list_size(u32::try_from(watch.max_header_size + MORE_THAN_ALLOWED).unwrap_or(u32::MAX))
             .keep_alive_interval(PING_EVERY)
             .keep_alive_timeout(PING_TIMEOUT)
-            .serve_connection(TokioIo::new(io), service),
+            .serve_connection(TokioIo::new(JoinedWindowUpdates::of_client(io)), service),
     );
     let mut closing = false;
     let is_over = poll_fn(|cx| {

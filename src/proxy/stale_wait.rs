@@ -52,9 +52,10 @@ impl<'a> StaleWait<'a> {
             && context.modes().retry.value.is_enforced()
             && rule.attempts.value > 0
             && rule.is_on(AttemptFailure::Reset);
+        let opened_at = lease.opened_at()?;
         may_move.then(|| Self {
             watch: lease.endpoint.watch_stale(context.waker()),
-            opened_at: lease.opened_at,
+            opened_at,
             sent_at: attempt.sent_at(),
             seen: None,
             retry,

@@ -69,6 +69,14 @@ pub(super) const CORRELATIONS: Family =
 
 const LISTENER_CONNECTIONS: Family = family("hopguard_listener_connections_total", "Downstream connections accepted");
 const LISTENER_OPEN: Family = family("hopguard_listener_open_connections", "Open downstream connections");
+const LISTENER_MAX_STREAMS: Family = family(
+    "hopguard_listener_max_streams_reached_total",
+    "Times that a downstream HTTP/2 connection reached maxStreams, so that further calls wait in the caller",
+);
+pub(super) const LISTENER_AT_MAX_STREAMS: Family = family(
+    "hopguard_listener_connections_at_max_streams",
+    "Downstream HTTP/2 connections that have maxStreams streams now",
+);
 
 const RELOADS: Family =
     family("hopguard_policy_reloads_total", "Policy loads, the one at the start included, by result");
@@ -134,6 +142,8 @@ pub const ALL: &[Family] = &[
     CORRELATIONS,
     LISTENER_CONNECTIONS,
     LISTENER_OPEN,
+    LISTENER_MAX_STREAMS,
+    LISTENER_AT_MAX_STREAMS,
     RELOADS,
     CERTIFICATES,
     WORKERS,
@@ -230,6 +240,10 @@ pub struct ListenerMetrics {
     pub accepted: Counter,
     /// Connections open now.
     pub open: Gauge,
+    /// Times that an HTTP/2 connection reached its limit of streams.
+    pub max_streams_reached: Counter,
+    /// HTTP/2 connections that are at their limit of streams now.
+    pub at_max_streams: Gauge,
 }
 
 impl ListenerMetrics {
@@ -238,6 +252,8 @@ impl ListenerMetrics {
         Self {
             accepted: instruments.counter(LISTENER_CONNECTIONS, labels(), Some(worker)),
             open: instruments.gauge(LISTENER_OPEN, labels(), Some(worker)),
+            max_streams_reached: instruments.counter(LISTENER_MAX_STREAMS, labels(), Some(worker)),
+            at_max_streams: instruments.gauge(LISTENER_AT_MAX_STREAMS, labels(), Some(worker)),
         }
     }
 }

@@ -171,6 +171,11 @@ impl Telemetry {
         summary::destinations(self)
     }
 
+    /// Downstream connections of a listener that have `maxStreams` HTTP/2 streams now.
+    pub fn connections_at_max_streams(&self, listener: &str) -> i64 {
+        summary::connections_at_max_streams(self, listener)
+    }
+
     /// The metrics page in the given format.
     pub fn page(&self, format: PageFormat) -> String {
         openmetrics::page(&collect::gather(self), format)

@@ -8,6 +8,7 @@ use super::Telemetry;
 use super::families;
 use super::histogram::Buckets;
 use super::hop::HopLabels;
+use super::instruments::Labels;
 use super::outcome::Outcome;
 
 /// One hop, summed over workers, protocols and outcomes, since the start of the process or since another summary.
@@ -104,6 +105,18 @@ pub struct DestinationFigures {
     pub breaker: i64,
     /// Ejected endpoints as of the last change.
     pub ejected: i64,
+}
+
+/// See [`Telemetry::connections_at_max_streams`].
+pub(super) fn connections_at_max_streams(telemetry: &Telemetry, listener: &str) -> i64 {
+    let readings = telemetry.instruments.read();
+    let gauge = readings.iter().filter(|reading| reading.family.name == families::LISTENER_AT_MAX_STREAMS.name);
+    let is_listener = |labels: &Labels| labels.iter().any(|(_, value)| value == listener);
+    gauge
+        .flat_map(|reading| &reading.values)
+        .filter(|(labels, _)| is_listener(labels))
+        .map(|(_, value)| *value as i64)
+        .sum()
 }
 
 /// See [`Telemetry::destinations`].

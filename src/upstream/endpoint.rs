@@ -15,9 +15,10 @@ use std::time::Duration;
 
 use slab::Slab;
 use tokio::sync::Notify;
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep};
 
 use crate::rules::ejection::EjectionMember;
+use crate::runtime::tasks;
 use crate::runtime::waker::InlineWaker;
 use crate::telemetry::DestinationMetrics;
 use crate::upstream::address_state::AddressState;
@@ -39,6 +40,9 @@ const COUNTED_TOGETHER: u32 = 8;
 
 /// The least that is left of an announced idle time.
 const ANNOUNCED_MARGIN: Duration = Duration::from_millis(500);
+
+/// How long a suspected HTTP/2 connection may take to answer before its siblings are suspected too.
+const SIBLINGS_AFTER: Duration = Duration::from_millis(250);
 
 /// A close after a shorter idle time sets no idle limit: it is a restart, or the bound of a connection's requests.
 const MIN_LEARNED_IDLE: Duration = Duration::from_millis(100);
@@ -83,6 +87,8 @@ pub struct Endpoint {
     pub fresh: FreshConnections,
     /// True once the cluster does not have this address any more.
     is_retired: Cell<bool>,
+    /// When the first request was sent of those after the last response over HTTP/1.1.
+    unanswered_since: Cell<Option<Instant>>,
     metrics: DestinationMetrics,
 }
 
@@ -123,6 +129,7 @@ impl Endpoint {
             told_stale: Cell::new(None),
             fresh: FreshConnections::new(now),
             is_retired: Cell::new(false),
+            unanswered_since: Cell::new(None),
             metrics,
         })
     }
@@ -356,7 +363,10 @@ impl Endpoint {
             self.close_stale(connection, now);
         }
         self.end_shared(now);
-        self.retain_shared(|shared| shared.is_open() && shared.idle_for(now).is_none_or(|idle| idle < HTTP2_IDLE));
+        self.retain_shared(|shared| {
+            let longest = if shared.liveness().is_retired() { Duration::ZERO } else { HTTP2_IDLE };
+            shared.is_open() && shared.idle_for(now).is_none_or(|idle| idle < longest)
+        });
         !self.shared.borrow().is_empty() || !self.idle.borrow().is_empty() || !self.watching.borrow().is_empty()
     }
 
@@ -378,6 +388,57 @@ impl Endpoint {
         self.metrics.idle.add(-count(idle.len()));
         self.count_closes(idle.len());
         self.retain_shared(|shared| shared.idle_for(now).is_none());
+    }
+
+    /// Records a request that is sent over HTTP/1.1.
+    pub fn record_sent(&self, now: Instant) {
+        if self.unanswered_since.get().is_none() {
+            self.unanswered_since.set(Some(now));
+        }
+    }
+
+    /// Records that a response has begun over HTTP/1.1.
+    pub fn record_answer(&self) {
+        self.unanswered_since.set(None);
+    }
+
+    /// When the first request was sent of those after the last response over HTTP/1.1.
+    pub fn unanswered_since(&self) -> Option<Instant> {
+        self.unanswered_since.get()
+    }
+
+    /// A call sent at `sent` got no byte in time: closes the idle HTTP/1.1 connections that have been idle since then, unless
+    /// the endpoint has answered another call meanwhile. What made one connection mute (a middlebox that lost its state, a
+    /// frozen process) did so to all that were open, and each of them would cost a call its whole timeout.
+    #[cold]
+    pub fn close_unheard(&self, sent: Instant) {
+        if self.unanswered_since.get().is_none_or(|since| since > sent) {
+            return;
+        }
+        let is_unheard = |idle: &mut IdleConnection| idle.connection.idle_since <= sent;
+        let closed = self.idle.borrow_mut().extract_if(.., is_unheard).count();
+        self.metrics.idle.add(-count(closed));
+        self.count_closes(closed);
+    }
+
+    /// A call sent at `sent` over `silent` got no byte in time: that connection gets no call until it has shown that it lives.
+    /// If it has not soon, neither does any other connection from which nothing has come since then.
+    #[cold]
+    pub fn suspect(self: &Rc<Self>, silent: &Rc<Http2>, sent: Instant) {
+        silent.liveness().suspect();
+        if self.shared.borrow().len() == 1 {
+            return;
+        }
+        let (endpoint, silent) = (Rc::downgrade(self), Rc::downgrade(silent));
+        tasks::spawn(async move {
+            sleep(SIBLINGS_AFTER).await;
+            let (Some(endpoint), Some(silent)) = (endpoint.upgrade(), silent.upgrade()) else { return };
+            if silent.liveness().is_suspected() {
+                let shared = endpoint.shared.borrow();
+                let unheard = shared.iter().filter(|other| other.is_unheard_since(sent));
+                unheard.for_each(|other| other.liveness().suspect());
+            }
+        });
     }
 
     fn retain_shared(&self, keep: impl Fn(&Http2) -> bool) {

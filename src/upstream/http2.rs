@@ -1,32 +1,32 @@
 //! One HTTP/2 connection to an upstream, shared by the requests of one worker.
 //!
 //! The connection runs in a task, which ends with the last reference to the connection or when the peer closes it; a second
-//! task pings a silent peer. A request needs no task: the caller's task waits for the response head and sends the request
-//! body meanwhile. Only a request body that continues after the response head gets a task, because a caller that does not
-//! read the response may still send. Dropping a call before its end resets its stream with CANCEL (RFC 9113, 5.4.2).
+//! task pings a silent peer (`http2_liveness`). A request needs no task: the caller's task waits for the response head and
+//! sends the request body meanwhile. Only a request body that continues after the response head gets a task, because a
+//! caller that does not read the response may still send. Dropping a call before its end resets its stream with CANCEL (RFC 9113, 5.4.2).
 
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
 use std::pin::Pin;
-use std::rc::{Rc, Weak};
-use std::sync::Arc;
+use std::rc::Rc;
 use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
 use h2::client::{Builder, ResponseFuture, SendRequest};
-use h2::{Ping, PingPong, Reason, SendStream};
+use h2::{Reason, SendStream};
 use http::{Request, Response};
 use http_body::Body;
-use tokio::task::AbortHandle;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, sleep};
 
 use crate::net::body::RequestBody;
 use crate::net::flow::Flow;
 use crate::net::http2 as bounds;
-use crate::net::io::{Activity, Io};
+use crate::net::io::Io;
+use crate::net::window_updates::JoinedWindowUpdates;
 use crate::runtime::tasks;
 use crate::upstream::connect::ConnectError;
+use crate::upstream::http2_liveness::{self, Liveness};
 use crate::upstream::lifetime::Lifetime;
 use crate::upstream::response::{Http2Body, SendError, UpstreamBody, UpstreamError};
 
@@ -42,24 +42,12 @@ const SEND_BUFFER: usize = 1024 * 1024;
 /// Interval of the checks for the peer's SETTINGS on a new connection; h2 has no event for them.
 const SETTINGS_CHECK_INTERVAL: Duration = Duration::from_millis(1);
 
-/// Interval of the checks for received bytes.
-const CHECK_INTERVAL: Duration = Duration::from_secs(5);
-
-/// Checks in a row without a received byte after which a connection with streams is pinged.
-const SILENT_CHECKS: u32 = 4;
-
-/// Checks between two pings at least, 330 s, even if bytes were received meanwhile: gRPC servers treat more than one ping in
-/// five minutes as an attack and close the connection with all its calls (gRFC A8). TCP detects a host that is gone meanwhile.
-const CHECKS_BETWEEN_PINGS: u32 = 66;
-
-/// How long the peer may take to acknowledge a ping; then the connection is closed.
-const PING_TIMEOUT: Duration = Duration::from_secs(10);
-
 /// One HTTP/2 connection.
 pub struct Http2 {
     sender: RefCell<SendRequest<Bytes>>,
     active_streams: Cell<usize>,
     ping_timed_out: Rc<Cell<bool>>,
+    liveness: Rc<Liveness>,
     /// How long it takes new streams, and how many it has taken.
     pub lifetime: Lifetime,
     /// When the last stream ended; when the connection was opened, before the first.
@@ -75,7 +63,7 @@ impl Http2 {
     /// # Errors
     /// If the peer closes the connection first, or does not speak HTTP/2.
     pub async fn new(io: Io, lifetime: Lifetime) -> Result<Rc<Self>, ConnectError> {
-        let activity = io.activity();
+        let liveness = Rc::new(Liveness::new(io.activity()));
         let (sender, mut connection) = Builder::new()
             .initial_window_size(bounds::STREAM_WINDOW)
             .initial_connection_window_size(bounds::CONNECTION_WINDOW)
@@ -85,7 +73,7 @@ impl Http2 {
             .max_header_list_size(MAX_HEADER_LIST)
             .max_send_buffer_size(SEND_BUFFER)
             .enable_push(false)
-            .handshake(io.upstream())
+            .handshake(JoinedWindowUpdates::of_server(io.upstream()))
             .await
             .map_err(|error| ConnectError::Handshake(UpstreamError::Http2(error)))?;
         let pings = connection.ping_pong();
@@ -95,6 +83,7 @@ impl Http2 {
             sender: RefCell::new(sender),
             active_streams: Cell::new(0),
             ping_timed_out: Rc::default(),
+            liveness,
             idle_since: Cell::new(lifetime.opened_at),
             lifetime,
         });
@@ -107,14 +96,37 @@ impl Http2 {
             sleep(SETTINGS_CHECK_INTERVAL).await;
         }
         if let Some(pings) = pings {
-            tasks::spawn(keep_alive(Rc::downgrade(&this), activity, pings, task.abort_handle()));
+            tasks::spawn(http2_liveness::keep_alive(Rc::downgrade(&this), pings, task.abort_handle()));
         }
         Ok(this)
     }
 
-    /// True if one more request can be sent now.
+    /// True if one more request can be sent now. A connection that is suspected of silence gets none.
     pub fn has_capacity(&self) -> bool {
-        self.is_open() && self.active_streams.get() < self.max_streams()
+        self.is_open() && self.active_streams.get() < self.max_streams() && self.liveness.is_trusted()
+    }
+
+    /// Whether the connection still lives.
+    pub(super) fn liveness(&self) -> &Rc<Liveness> {
+        &self.liveness
+    }
+
+    /// Streams in progress.
+    pub(super) fn active_streams(&self) -> usize {
+        self.active_streams.get()
+    }
+
+    /// True if no byte has come since `then`: a call sent by then still waits, or the connection has had no stream since.
+    pub(super) fn is_unheard_since(&self, then: Instant) -> bool {
+        match self.active_streams.get() {
+            0 => self.idle_since.get() <= then,
+            _ => self.liveness.quiet_since().is_some_and(|since| since <= then),
+        }
+    }
+
+    /// Records that the peer did not answer a PING; the connection is being closed.
+    pub(super) fn record_ping_timeout(&self) {
+        self.ping_timed_out.set(true);
     }
 
     /// Most concurrent requests: the peer's limit, at most [`MAX_STREAMS`].
@@ -199,60 +211,6 @@ impl Http2 {
     }
 }
 
-/// Decides when a silent connection is pinged.
-#[derive(Default)]
-struct PingSchedule {
-    /// Reads that returned bytes, at the last check.
-    reads: u64,
-    /// Checks in a row without a received byte.
-    silent_checks: u32,
-    /// Checks since the last acknowledged ping; `None` before the first.
-    since_ping: Option<u32>,
-}
-
-impl PingSchedule {
-    /// One check: `reads` is the total of reads that returned bytes, `streams` the number of calls in progress. True if a
-    /// ping is due.
-    fn is_due(&mut self, reads: u64, streams: usize) -> bool {
-        self.since_ping = self.since_ping.map(|checks| checks.saturating_add(1));
-        let is_silent = reads == self.reads && streams > 0;
-        self.reads = reads;
-        self.silent_checks = if is_silent { self.silent_checks + 1 } else { 0 };
-        self.silent_checks >= SILENT_CHECKS && self.since_ping.is_none_or(|checks| checks >= CHECKS_BETWEEN_PINGS)
-    }
-
-    /// Records an acknowledged ping; `reads` includes the acknowledgement.
-    fn record_pong(&mut self, reads: u64) {
-        *self = Self { reads, silent_checks: 0, since_ping: Some(0) };
-    }
-}
-
-/// Pings a peer that is silent although calls wait for it, and closes the connection if the ping is not acknowledged.
-async fn keep_alive(connection: Weak<Http2>, activity: Arc<Activity>, mut pings: PingPong, task: AbortHandle) {
-    let mut schedule = PingSchedule::default();
-    loop {
-        sleep(CHECK_INTERVAL).await;
-        // Continues after a GOAWAY: calls may still wait for their responses.
-        let Some(open) = connection.upgrade().filter(|_| !task.is_finished()) else { return };
-        let is_due = schedule.is_due(activity.reads(), open.active_streams.get());
-        drop(open);
-        if !is_due {
-            continue;
-        }
-        match timeout(PING_TIMEOUT, pings.ping(Ping::opaque())).await {
-            Ok(Ok(_pong)) => schedule.record_pong(activity.reads()),
-            Ok(Err(_closed)) => return,
-            Err(_late) => {
-                if let Some(connection) = connection.upgrade() {
-                    connection.ping_timed_out.set(true);
-                }
-                task.abort();
-                return;
-            }
-        }
-    }
-}
-
 /// Sends a request body into a stream.
 struct Upload {
     flow: Rc<Flow>,
@@ -324,6 +282,7 @@ mod tests {
     use h2::server::{self, SendResponse};
     use tokio::io::DuplexStream;
     use tokio::task::LocalSet;
+    use tokio::time::timeout;
 
     type Server = server::Connection<DuplexStream, Bytes>;
 
@@ -402,22 +361,6 @@ mod tests {
             assert!(failed(client.send(request())).await.unsent.is_some());
         });
         LocalSet::new().run_until(test).await;
-    }
-
-    #[test]
-    fn a_silent_peer_is_pinged_and_then_not_for_minutes_even_if_it_sends() {
-        let mut schedule = PingSchedule::default();
-        let checks = |schedule: &mut PingSchedule, reads| (1..).find(|_| schedule.is_due(reads, 1)).unwrap();
-        assert!(!schedule.is_due(7, 1), "bytes were received");
-        assert_eq!(checks(&mut schedule, 7), SILENT_CHECKS);
-        schedule.record_pong(8);
-        assert_eq!(checks(&mut schedule, 8), CHECKS_BETWEEN_PINGS);
-        assert!(CHECK_INTERVAL * CHECKS_BETWEEN_PINGS > Duration::from_secs(300));
-        schedule.record_pong(9);
-        assert!(!schedule.is_due(10, 1), "bytes were received");
-        assert_eq!(checks(&mut schedule, 10), CHECKS_BETWEEN_PINGS - 1);
-        assert!((0..1000).all(|_| !schedule.is_due(10, 0)), "no call waits");
-        assert_eq!(checks(&mut schedule, 10), SILENT_CHECKS);
     }
 
     #[tokio::test(start_paused = true)]

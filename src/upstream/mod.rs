@@ -1,10 +1,11 @@
 //! Level 3: endpoints of destinations, their addresses, and the connections to them.
 //!
 //! A [`cluster::Cluster`] is the state of a destination that all workers share; `discovery` keeps its names resolved, by
-//! `resolver`. Each worker has its own [`pool::Pool`] per cluster: `balance` picks the endpoint of a request, `endpoint` holds its connections
-//! (`http1` exclusive, `http2` shared), `dial` opens new ones over `connect`. `response` is the body or the error that comes
-//! back. `lifetime`, `request_limit`, `worker_limit` and `stale_mark` say when a connection is not used again; the last three are shared by all
-//! workers (`address_state`). `upstreams` holds all pools of a worker and sweeps idle connections. `spec` is the policy's YAML for all of it.
+//! `resolver`. Each worker has its own [`pool::Pool`] per cluster: `balance` picks the endpoint of a request, `endpoint` holds
+//! its connections (`http1` exclusive, `http2` shared and watched by `http2_liveness`), `dial` opens new ones over `connect`.
+//! `response` is the body or the error that comes back. `lifetime`, `request_limit`, `worker_limit` and `stale_mark` say when
+//! a connection is not used again; the last three are shared by all workers (`address_state`). `upstreams` holds all pools of
+//! a worker and sweeps idle connections. `spec` is the policy's YAML for all of it.
 
 pub mod address_state;
 pub mod balance;
@@ -16,6 +17,7 @@ pub mod endpoint;
 pub mod fresh_connections;
 pub mod http1;
 pub mod http2;
+mod http2_liveness;
 pub mod lifetime;
 pub mod pool;
 pub mod request_limit;

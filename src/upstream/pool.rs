@@ -53,21 +53,81 @@ pub struct Lease {
     pub reused: bool,
     /// True if the connection is new and was opened in place of an idle one, for a request that must not be sent twice.
     pub replaces_idle: bool,
-    /// When the connection was opened.
-    pub opened_at: Instant,
+    /// When the request was sent; `None` before, and once an HTTP/1.1 response has begun or the exchange is complete.
+    sent_at: Option<Instant>,
+    /// Reads on the HTTP/2 connection when the request was sent, or when the last part of its response came.
+    reads: u64,
 }
+
+/// How long a call has to have waited in silence for its cancellation by the caller to say as much as a timeout.
+const CANCELLED_AFTER: Duration = Duration::from_secs(1);
 
 impl Lease {
     pub(super) fn new(endpoint: Rc<Endpoint>, transport: Transport, reused: bool) -> Self {
         endpoint.load.begin();
-        let opened_at = match &transport {
-            Transport::Http1(connection) => connection.lifetime.opened_at,
-            Transport::Http2(connection) => {
-                connection.begin_stream();
-                connection.lifetime.opened_at
+        if let Transport::Http2(connection) = &transport {
+            connection.begin_stream();
+        }
+        Self { endpoint, transport: Some(transport), reused, replaces_idle: false, sent_at: None, reads: 0 }
+    }
+
+    /// When the connection was opened; `None` once it has been taken out.
+    pub fn opened_at(&self) -> Option<Instant> {
+        match &self.transport {
+            Some(Transport::Http1(connection)) => Some(connection.lifetime.opened_at),
+            Some(Transport::Http2(connection)) => Some(connection.lifetime.opened_at),
+            None => None,
+        }
+    }
+
+    /// How old the connection is at `now`; zero once it has been taken out.
+    pub fn age(&self, now: Instant) -> Duration {
+        self.opened_at().map_or(Duration::ZERO, |opened| now.saturating_duration_since(opened))
+    }
+
+    /// Records that the request is sent now.
+    pub fn record_sent(&mut self, now: Instant) {
+        self.sent_at = Some(now);
+        match &self.transport {
+            Some(Transport::Http2(connection)) => self.reads = connection.liveness().record_sent(now),
+            Some(Transport::Http1(_)) => self.endpoint.record_sent(now),
+            None => {}
+        }
+    }
+
+    /// Records that the response has begun, or that a part of it has come.
+    pub fn record_answer(&mut self) {
+        match &self.transport {
+            Some(Transport::Http2(connection)) => self.reads = connection.liveness().record_answer(),
+            Some(Transport::Http1(_)) if self.sent_at.take().is_some() => self.endpoint.record_answer(),
+            Some(Transport::Http1(_)) | None => {}
+        }
+    }
+
+    /// Records that a time limit ended the call while it waited for the upstream: a connection on which no byte was read
+    /// meanwhile gets no new call until it has shown that it lives.
+    pub fn record_timeout(&self) {
+        let Some(sent) = self.sent_at else { return };
+        match &self.transport {
+            Some(Transport::Http2(connection)) if connection.liveness().reads() == self.reads => {
+                self.endpoint.suspect(connection, sent);
             }
+            Some(Transport::Http1(_)) => self.endpoint.close_unheard(sent),
+            Some(Transport::Http2(_)) | None => {}
+        }
+    }
+
+    /// The same for a call that its caller has cancelled: it says something only after a long silence, of this call or of
+    /// several in a row.
+    fn record_cancel(&self, now: Instant) {
+        let quiet_since = match &self.transport {
+            Some(Transport::Http2(connection)) => connection.liveness().quiet_since(),
+            Some(Transport::Http1(_)) => self.endpoint.unanswered_since(),
+            None => None,
         };
-        Self { endpoint, transport: Some(transport), reused, replaces_idle: false, opened_at }
+        if quiet_since.is_some_and(|since| now.saturating_duration_since(since) >= CANCELLED_AFTER) {
+            self.record_timeout();
+        }
     }
 
     /// True for an HTTP/1.1 connection, which the holder of the lease has to drive.
@@ -82,7 +142,7 @@ impl Lease {
 
     /// Whether a connection of the same age has ended in place of a response.
     pub fn is_stale(&self) -> bool {
-        self.endpoint.is_stale(self.opened_at)
+        self.opened_at().is_some_and(|opened| self.endpoint.is_stale(opened))
     }
 
     /// Records that the upstream ended the connection before its response to a request `sent` then, without a word. Returns
@@ -119,6 +179,8 @@ impl Lease {
         announced: Option<Duration>,
         now: Instant,
     ) -> Option<Self> {
+        // Complete: not cancelled.
+        self.sent_at = None;
         // Any other connection ends as if the lease were dropped.
         let Some(Transport::Http1(connection)) = &mut self.transport else { return None };
         let after = connection.after_response(cx);
@@ -152,11 +214,16 @@ impl Lease {
     }
 
     /// Ends an HTTP/1.1 connection after its response; `reason` is why it is not used again. An HTTP/2 connection stays.
-    pub fn end_early(mut self, reason: EndReason) {
-        if self.is_http1() {
-            self.transport = None;
-            self.endpoint.end_early(reason);
+    /// Returns the lease if its request is still being sent.
+    pub fn end_early(mut self, cx: &mut Context<'_>, reason: EndReason) -> Option<Self> {
+        self.sent_at = None;
+        let Some(Transport::Http1(connection)) = &mut self.transport else { return None };
+        if connection.after_response(cx) == AfterResponse::StillSending {
+            return Some(self);
         }
+        self.transport = None;
+        self.endpoint.end_early(reason);
+        None
     }
 
     /// Takes the HTTP/1.1 connection out of the pool, to use its stream after an upgrade. `None` for HTTP/2.
@@ -177,6 +244,9 @@ impl Lease {
 impl Drop for Lease {
     fn drop(&mut self) {
         self.endpoint.load.finish();
+        if self.sent_at.is_some() {
+            self.record_cancel(Instant::now());
+        }
         match self.transport.take() {
             Some(Transport::Http1(_)) => self.endpoint.count_close(),
             Some(Transport::Http2(connection)) => self.endpoint.end_stream(&connection, Instant::now()),

@@ -101,8 +101,9 @@ pub enum UpstreamError {
     /// The error of h2, over HTTP/2.
     #[error("HTTP/2 error")]
     Http2(#[source] h2::Error),
-    /// The HTTP/2 connection was silent and the peer did not answer a PING within 10 s.
-    #[error("the HTTP/2 connection was silent and the upstream did not answer a PING within 10 s")]
+    /// The HTTP/2 connection was silent and the peer did not answer a PING: within 2 s if calls had timed out on it, else
+    /// within 10 s.
+    #[error("the HTTP/2 connection was silent and the upstream did not answer a PING in time")]
     PingTimeout,
 }
 

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::{Known, required_name};
+use crate::net::http2::MAX_STREAMS;
 use crate::policy::model::{Direction, Listener, ListenerTarget, ListenerTls};
 use crate::policy::spec::{ListenerSpec, ListenerTlsSpec};
 use crate::problems::{Cursor, Sourced, near_miss};
@@ -46,6 +47,7 @@ pub(super) fn check(
         max_header_count: spec
             .max_header_count
             .map_or(Sourced::built_in(MAX_HEADER_COUNT), |count| at.key("maxHeaderCount").set(count.0)),
+        max_streams: spec.max_streams.map_or(Sourced::built_in(MAX_STREAMS), |count| at.key("maxStreams").set(count.0)),
         tls: spec.tls.as_ref().map(|spec| tls(spec, folder, &at.key("tls"))),
         origin: at.origin(),
     }

@@ -171,6 +171,11 @@ impl LocalReplyKind {
         self.face().is_of_the_callee
     }
 
+    /// True if the upstream did not send what was waited for in time.
+    pub const fn is_upstream_silence(self) -> bool {
+        matches!(self, Self::PerTryTimeout | Self::RequestTimeout | Self::DeadlineExceeded | Self::IdleTimeout)
+    }
+
     /// True if the app cannot have seen the request.
     pub const fn is_before_the_app(self) -> bool {
         self.face().is_before_the_app

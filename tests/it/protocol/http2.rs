@@ -139,18 +139,18 @@ const CALLS: usize = 200;
 const LATE: usize = 40;
 
 const DATA: u8 = 0;
-const HEADERS: u8 = 1;
+pub(super) const HEADERS: u8 = 1;
 const RST_STREAM: u8 = 3;
-const SETTINGS: u8 = 4;
+pub(super) const SETTINGS: u8 = 4;
 const PING: u8 = 6;
-const WINDOW_UPDATE: u8 = 8;
-const ACK: u8 = 1;
-const END_STREAM: u8 = 1;
-const END_HEADERS: u8 = 4;
-const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+pub(super) const WINDOW_UPDATE: u8 = 8;
+pub(super) const ACK: u8 = 1;
+pub(super) const END_STREAM: u8 = 1;
+pub(super) const END_HEADERS: u8 = 4;
+pub(super) const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
 /// A frame as it is written (RFC 9113, 4.1).
-fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+pub(super) fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     let length = u32::try_from(payload.len()).unwrap().to_be_bytes();
     [&length[1..], &[kind, flags], &stream.to_be_bytes(), payload].concat()
 }
@@ -245,5 +245,31 @@ async fn what_comes_late_for_calls_that_were_given_up_leaves_the_connection_to_t
     }
     assert_eq!(upstream.connections(), 1);
     mesh.ended("ok", 4).await;
+    mesh.stop().await;
+}
+
+#[tokio::test]
+async fn a_connection_at_its_limit_of_streams_shows_in_metrics_and_on_the_status_page() {
+    let gate = Gate::closed();
+    let upstream = Upstream::gated("hello", &gate).await;
+    let rules = "    timeouts: { request: 30s }";
+    let mesh = Mesh::start(&policy(upstream.addr, rules).replace("to: app }", "to: app, maxStreams: 3 }")).await;
+    let mut caller = crate::support::http::http2(mesh.addr("in")).await;
+    // Its library has the SETTINGS of hopguard by then.
+    assert_eq!(caller.send_request(ask_for("/")).await.unwrap().status(), 200);
+    let calls: Vec<_> = (0..5).map(|_| tokio::spawn(caller.clone().send_request(ask_for("/slow")))).collect();
+    eventually(|| (upstream.requests() == 4).then_some(())).await;
+    let at_limit = || mesh.metric("hopguard_listener_connections_at_max_streams", &["listener=\"in\""]);
+    assert_eq!(at_limit(), 1.0);
+    let status: serde_json::Value = serde_json::from_slice(&get(mesh.admin(), "/status").await.body).unwrap();
+    let listener = &status["listeners"][0];
+    assert_eq!((&listener["maxStreams"], &listener["connectionsAtMaxStreams"]), (&3.into(), &1.into()), "{listener}");
+    gate.release(5);
+    for call in calls {
+        assert_eq!(call.await.unwrap().unwrap().into_body().collect().await.unwrap().to_bytes(), "hello");
+    }
+    mesh.ended("ok", 6).await;
+    assert_eq!(at_limit(), 0.0);
+    assert!(mesh.metric("hopguard_listener_max_streams_reached_total", &["listener=\"in\""]) >= 1.0);
     mesh.stop().await;
 }

@@ -15,8 +15,10 @@
 //! - `http2`: backlogs and late frames on one HTTP/2 connection
 //! - `http2_wakeup_coalescing`: fewer wakeups under many HTTP/2 streams
 //! - `message_completeness`: complete and incomplete messages, and the side at fault
+//! - `mute_connections`: upstream connections that fall silent while TCP still acknowledges
 //! - `resolver_settings`: `/etc/resolv.conf` and `/etc/hosts`, their changes, and the comparison with glibc
 //! - `slow_clients`: slow request heads and bodies, unread responses, idle connections
+//! - `small_windows`: HTTP/2 peers that return credit per frame, or have a small window
 //! - `tls`: trust, ALPN, server names, certificate rotation
 //! - `translation`: each downstream protocol with each upstream protocol
 //! - `tunnels`: CONNECT and WebSocket upgrades
@@ -36,8 +38,10 @@ mod http1_corpus;
 mod http2;
 mod http2_wakeup_coalescing;
 mod message_completeness;
+mod mute_connections;
 mod resolver_settings;
 mod slow_clients;
+mod small_windows;
 mod tls;
 mod translation;
 mod tunnels;
