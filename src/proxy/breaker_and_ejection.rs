@@ -143,7 +143,9 @@ pub(super) fn report_complete(context: &mut RequestContext, attempt: &mut Attemp
         weigh_failure_after_head(attempt, now);
     }
     if !has_no_status && !code.is_some_and(|code| is_failed_code(context, code)) {
-        if let Some(upstream) = attempt.upstream() {
+        // An upstream that sheds load earns no retries.
+        let is_shed = code == Some(GrpcStatus::ResourceExhausted.into());
+        if let Some(upstream) = attempt.upstream().filter(|_| !is_shed) {
             upstream.pool.cluster.health.budget.earn();
         }
         report(context, attempt, CallResult::Success, now);
@@ -235,7 +237,8 @@ pub(super) fn counts_against_upstream(
     match result {
         Ok(response) => {
             let status = status_of(context, response);
-            is_failure(context, status) && !is_rate_limited(status, response.headers())
+            let headers = response.headers();
+            (is_failure(context, status) && !is_rate_limited(status, headers)) || is_queue_full(status, headers)
         }
         Err(reply) => is_upstreams_fault(context, reply.kind),
     }
@@ -251,6 +254,13 @@ pub(super) fn status_of(context: &RequestContext, response: &Response<UpstreamBo
 pub(super) fn is_rate_limited(status: Result<u32, u16>, headers: &HeaderMap) -> bool {
     status == Ok(GrpcStatus::ResourceExhausted.into())
         && proxy_status::read(headers).is_some_and(|status| status.is_limited)
+}
+
+/// Whether the upstream's sidecar refused the call because of `limits`: a 503 where it is not gRPC, so a failure whatever
+/// the policy says about RESOURCE_EXHAUSTED.
+fn is_queue_full(status: Result<u32, u16>, headers: &HeaderMap) -> bool {
+    status == Ok(GrpcStatus::ResourceExhausted.into())
+        && proxy_status::read(headers).is_some_and(|status| status.is_unsent && !status.is_limited)
 }
 
 /// Whether what a response says is a failure of the hop that gave it.

@@ -120,6 +120,9 @@ pub enum NoRetryReason {
     CircuitOpen,
 }
 
+/// The gRPC code that tells of a limit.
+const RESOURCE_EXHAUSTED: u32 = 8;
+
 /// Whether a method is idempotent (RFC 9110, 9.2.2).
 pub fn is_idempotent(method: &str) -> bool {
     matches!(method, "GET" | "HEAD" | "OPTIONS" | "TRACE" | "PUT" | "DELETE")
@@ -192,7 +195,8 @@ impl Retry {
     pub fn is_failure(&self, seen: AttemptFailure) -> bool {
         let is_bad = match seen {
             AttemptFailure::Status(status) => status >= 500,
-            AttemptFailure::Grpc(code) => self.grpc_failures.contains(code),
+            // RESOURCE_EXHAUSTED is also what a sidecar with a full queue answers.
+            AttemptFailure::Grpc(code) => code == RESOURCE_EXHAUSTED || self.grpc_failures.contains(code),
             AttemptFailure::Reset | AttemptFailure::Timeout | AttemptFailure::Unsent | AttemptFailure::Refused => true,
         };
         is_bad || self.is_on(seen)
