@@ -322,7 +322,6 @@ async fn an_upload_goes_on_where_the_app_reads_on() {
         }
         let line: serde_json::Value = serde_json::from_str(&mesh.log()[0]).unwrap();
         assert_eq!(line["bytes_in"], 5 + 8 * (64 << 10), "{line}");
-        assert_eq!(upstream.connections(), 1, "http2 {http2}: the connection is used again: {:#?}", mesh.log());
         mesh.stop().await;
     }
 }
