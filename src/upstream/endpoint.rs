@@ -141,7 +141,7 @@ impl Endpoint {
             self.metrics.idle.decrement();
             if self.is_stale(candidate.connection.lifetime.opened_at) {
                 self.end_early(EndReason::Stale);
-            } else if self.state.worker.is_near(self.uncounted.get(), now) {
+            } else if self.is_near_worker_end(now) {
                 self.end_early(EndReason::Learned);
             } else if !candidate.connection.is_fresh(cx) {
                 self.close_stale(candidate, now);
@@ -205,8 +205,7 @@ impl Endpoint {
             return Some(reason);
         }
         let learned = self.state.requests.of_connection(lifetime.spread, now);
-        let is_learned = learned.is_some_and(|most| lifetime.requests() >= most)
-            || self.state.worker.is_near(self.uncounted.get(), now);
+        let is_learned = learned.is_some_and(|most| lifetime.requests() >= most) || self.is_near_worker_end(now);
         is_learned.then_some(EndReason::Learned)
     }
 
@@ -221,6 +220,11 @@ impl Endpoint {
 
     fn flush_count(&self) {
         self.state.worker.count(self.uncounted.take());
+    }
+
+    /// Whether the upstream is about to replace its worker process, so that no connection is used twice.
+    pub fn is_near_worker_end(&self, now: Instant) -> bool {
+        self.state.worker.is_near(self.uncounted.get(), now)
     }
 
     /// Records that reused connections have ended in place of a response: all of their age are stale.

@@ -148,13 +148,13 @@ impl Lease {
     /// Records that the upstream ended the connection before its response to a request `sent` then, without a word. Returns
     /// false if another connection of the same age has ended before: both ends are one event.
     ///
-    /// The first end of a reused connection, or of one in place of it, makes all connections of its age stale. Most likely the upstream was ending the
+    /// The first end of a reused connection, or of one opened in place of a connection that could have been reused, makes all connections of its age stale. Most likely the upstream was ending the
     /// idle connection when the request was sent: its idle time, or the number of its requests, becomes a limit.
     pub fn record_end(&self, sent: Instant, now: Instant) -> bool {
         if self.is_stale() {
             return false;
         }
-        if self.reused || self.replaces_idle {
+        if self.reused || self.replaces_idle || self.endpoint.is_near_worker_end(now) {
             if self.reused
                 && let Some(Transport::Http1(connection)) = &self.transport
             {

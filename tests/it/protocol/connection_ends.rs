@@ -340,7 +340,7 @@ async fn before_an_app_that_stops_like_tomcat_no_post_is_lost() {
     app.stop.send_replace(true);
     let failed = load.await.unwrap();
     timeout(SOON, app.task).await.expect("a connection is left open").unwrap();
-    let dropped = app.dropped.lock().unwrap();
+    let dropped = app.dropped.lock().unwrap().clone();
     let posts = dropped.iter().filter(|asked| asked.starts_with("POST")).count();
     assert_eq!(posts, 0, "{dropped:?}");
     let lost: Vec<_> =
