@@ -7,7 +7,7 @@ BINARIES ?= target/release/hopguard
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test early-answers bench instructions advisories build release peers fmt lint unit docs licences words clean
+.PHONY: help demo test early-answers bench instructions soak-peers advisories build release peers fmt lint unit docs licences words clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,6 +26,10 @@ bench: release ## CPU, latency and memory, compared with nginx, HAProxy and Envo
 # Builds only the binary of this checkout, and only where it is to be measured.
 instructions: $(if $(filter target/release/hopguard,$(BINARIES)),build) ## instructions per request; builds to compare in BINARIES="../base/target/release/hopguard target/release/hopguard", options in INSTRUCTIONS="--max-ratio 1.01"
 	$(PYTHON) benches/instructions.py $(INSTRUCTIONS) $(BINARIES)
+
+soak-peers: build ## real servers restarted under load, directly and through hopguard; installs them; options in SOAK, for example SOAK="--minutes 10 --only gunicorn,node"
+	scripts/peers-servers
+	target/peers/venv/bin/python3 benches/soak_peers.py $(SOAK)
 
 advisories: deny ## known vulnerabilities of dependencies; needs the network
 	$(CARGO) deny check advisories

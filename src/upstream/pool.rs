@@ -55,8 +55,13 @@ pub struct Lease {
     pub replaces_idle: bool,
     /// When the request was sent; `None` before, and once an HTTP/1.1 response has begun or the exchange is complete.
     sent_at: Option<Instant>,
-    /// Reads on the HTTP/2 connection when the request was sent, or when the last part of its response came.
-    reads: u64,
+    /// Reads on the HTTP/2 connection, in its low bits, when the request was sent, or when the last part of its response came.
+    reads: u32,
+}
+
+/// The part of a count of reads that a lease keeps: only whether the count has changed is asked.
+fn low_bits(reads: u64) -> u32 {
+    (reads & u64::from(u32::MAX)) as u32
 }
 
 /// How long a call has to have waited in silence for its cancellation by the caller to say as much as a timeout.
@@ -89,7 +94,7 @@ impl Lease {
     pub fn record_sent(&mut self, now: Instant) {
         self.sent_at = Some(now);
         match &self.transport {
-            Some(Transport::Http2(connection)) => self.reads = connection.liveness().record_sent(now),
+            Some(Transport::Http2(connection)) => self.reads = low_bits(connection.liveness().record_sent(now)),
             Some(Transport::Http1(_)) => self.endpoint.record_sent(now),
             None => {}
         }
@@ -98,7 +103,7 @@ impl Lease {
     /// Records that the response has begun, or that a part of it has come.
     pub fn record_answer(&mut self) {
         match &self.transport {
-            Some(Transport::Http2(connection)) => self.reads = connection.liveness().record_answer(),
+            Some(Transport::Http2(connection)) => self.reads = low_bits(connection.liveness().record_answer()),
             Some(Transport::Http1(_)) if self.sent_at.take().is_some() => self.endpoint.record_answer(),
             Some(Transport::Http1(_)) | None => {}
         }
@@ -109,7 +114,7 @@ impl Lease {
     pub fn record_timeout(&self) {
         let Some(sent) = self.sent_at else { return };
         match &self.transport {
-            Some(Transport::Http2(connection)) if connection.liveness().reads() == self.reads => {
+            Some(Transport::Http2(connection)) if low_bits(connection.liveness().reads()) == self.reads => {
                 self.endpoint.suspect(connection, sent);
             }
             Some(Transport::Http1(_)) => self.endpoint.close_unheard(sent),

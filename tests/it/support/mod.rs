@@ -214,7 +214,10 @@ pub(crate) fn peer(name: &str) -> Option<PathBuf> {
 pub(crate) fn python() -> Option<PathBuf> {
     let python = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/peers/venv/bin/python3");
     let works = python.is_file()
-        && Command::new(&python).args(["-c", "import grpc, websockets"]).status().is_ok_and(|status| status.success());
+        && Command::new(&python)
+            .args(["-c", "import grpc, gunicorn, hypercorn, uvicorn, websockets"])
+            .status()
+            .is_ok_and(|status| status.success());
     if works { Some(python) } else { missing("python3 with tests/peers/requirements.txt", INSTALLS) }
 }
 
