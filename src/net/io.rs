@@ -91,6 +91,17 @@ impl Io {
         }
     }
 
+    /// The TCP socket; the stream itself if it is another one, or if bytes that were read early are left.
+    ///
+    /// # Errors
+    /// The stream.
+    pub fn into_tcp(self) -> Result<TcpStream, Self> {
+        match self {
+            Self { kind: Kind::Tcp(stream), prefix, .. } if prefix.is_empty() => Ok(stream),
+            other => Err(other),
+        }
+    }
+
     /// The counters of this stream; valid after the stream is dropped.
     pub fn activity(&self) -> Arc<Activity> {
         Arc::clone(&self.activity)

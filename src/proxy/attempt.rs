@@ -38,6 +38,9 @@ pub(super) struct Attempt {
     is_reused: bool,
     is_unsent: bool,
     connection_ended: bool,
+    needs_fresh: bool,
+    spares_upstream: bool,
+    was_overtaken: bool,
 }
 
 impl Attempt {
@@ -56,6 +59,9 @@ impl Attempt {
             is_reused: false,
             is_unsent: false,
             connection_ended: false,
+            needs_fresh: false,
+            spares_upstream: false,
+            was_overtaken: false,
         }
     }
 
@@ -64,6 +70,7 @@ impl Attempt {
         (self.number, self.upstream) = (number, Some(upstream));
         self.permits = Permits::default();
         (self.is_reused, self.is_unsent, self.connection_ended) = (false, false, false);
+        (self.needs_fresh, self.spares_upstream, self.was_overtaken) = (false, false, false);
         (self.fault, self.picked) = (None, None);
     }
 
@@ -130,6 +137,36 @@ impl Attempt {
     /// Takes the picked endpoint.
     pub(super) fn take_picked(&mut self) -> Option<Rc<Endpoint>> {
         self.picked.take()
+    }
+
+    /// The request needs a connection that no request has used before.
+    pub(super) fn set_needs_fresh(&mut self) {
+        self.needs_fresh = true;
+    }
+
+    /// Whether the request needs a connection that no request has used before; false from now on.
+    pub(super) fn take_needs_fresh(&mut self) -> bool {
+        std::mem::take(&mut self.needs_fresh)
+    }
+
+    /// Records that the attempt's failure says nothing about its upstream, which accepted or answered others meanwhile.
+    pub(super) fn spare_upstream(&mut self) {
+        self.spares_upstream = true;
+    }
+
+    /// Whether the attempt's failure says nothing about its upstream.
+    pub(super) fn spares_upstream(&self) -> bool {
+        self.spares_upstream
+    }
+
+    /// Records whether the endpoint has answered other requests while the attempt ran into a time limit.
+    pub(super) fn set_overtaken(&mut self, was_overtaken: bool) {
+        self.was_overtaken = was_overtaken;
+    }
+
+    /// Whether the attempt ran into a time limit while its endpoint answered other requests.
+    pub(super) fn was_overtaken(&self) -> bool {
+        self.was_overtaken
     }
 
     /// The permits whose results are still to be reported.

@@ -18,7 +18,9 @@ use crate::proxy::local_reply::{LocalReply, LocalReplyKind};
 use crate::proxy::replay::RetryState;
 use crate::proxy::request_context::RequestContext;
 use crate::proxy::timeout_state::WaitingFor;
-use crate::proxy::{admission, breaker_and_ejection, correlation, fault_injection, select, timeouts, upstream_request};
+use crate::proxy::{
+    admission, breaker_and_ejection, connecting, correlation, fault_injection, select, timeouts, upstream_request,
+};
 use crate::telemetry::ConnectionUse;
 use crate::upstream::endpoint::Endpoint;
 use crate::upstream::pool::{Lease, ProtocolPreference, Transport};
@@ -55,7 +57,8 @@ pub(super) async fn send(
         let lease = match select::checkout(context, attempt, retry, preference, begun).await {
             Some(lease) => lease,
             None => {
-                let lease = Box::pin(select::connect(context, attempt, retry, preference)).await?;
+                let takes_reused = !attempt.take_needs_fresh();
+                let lease = Box::pin(connecting::open(context, attempt, retry, preference, takes_reused)).await?;
                 begun = Instant::now();
                 lease
             }
@@ -130,6 +133,9 @@ fn weigh(
         endpoint.load.record_failure(took, context.ended_at());
     } else if result.is_ok() {
         endpoint.load.record_response(took, context.ended_at());
+    }
+    if result.is_ok() {
+        endpoint.reachability.answered(context.ended_at());
     }
 }
 
@@ -210,7 +216,10 @@ async fn send_over(
             return Ok(None);
         }
         Ok(Err(SendError { error, unsent: None })) => Err(broke_off(context, attempt, &lease, &error, began, now)),
-        Err(reply) => Err(reply),
+        Err(reply) => {
+            attempt.set_overtaken(endpoint.reachability.has_answered_since(began));
+            Err(reply)
+        }
     };
     weigh(context, &endpoint, &result, took);
     result.map(Some)

@@ -19,6 +19,7 @@ use crate::rules::circuit_breaker::{Breaker, BreakerState, StateChange};
 use crate::rules::ejection::{EjectionGroup, EjectionMember};
 use crate::rules::retry::RetryBudget;
 use crate::telemetry::Telemetry;
+use crate::upstream::dial_limit::DialLimit;
 use crate::upstream::spec::{EndpointSpec, UpstreamProtocol, UpstreamTls};
 
 /// One address of an endpoint.
@@ -175,6 +176,8 @@ pub struct Cluster {
     /// `host:port` of a dynamic host; `None` for the cluster of a destination itself.
     pub dynamic_host: Option<String>,
     addresses: watch::Sender<Arc<Addresses>>,
+    /// The limits of the addresses to which a worker has an endpoint.
+    dial_limits: Mutex<Vec<(SocketAddr, Weak<DialLimit>)>>,
     /// Shared by a destination and all its dynamic hosts.
     tls: Arc<ArcSwapOption<TlsConfigs>>,
 }
@@ -214,7 +217,8 @@ impl Cluster {
     ) -> Self {
         static NEXT: AtomicU64 = AtomicU64::new(1);
         let id = NEXT.fetch_add(1, Relaxed);
-        Self { id, addresses: watch::Sender::new(Arc::new(fixed(&identity))), tls, identity, health, dynamic_host }
+        let addresses = watch::Sender::new(Arc::new(fixed(&identity)));
+        Self { id, addresses, dial_limits: Mutex::default(), tls, identity, health, dynamic_host }
     }
 
     /// Reads the certificates again, for the dynamic hosts too; open connections keep theirs.
@@ -305,6 +309,18 @@ impl Cluster {
     /// The ejection member at an address; a replaced cluster adds no new member to the destination.
     pub fn member(&self, address: SocketAddr) -> Arc<EjectionMember> {
         self.health.group.member_if(address, || self.is_current())
+    }
+
+    /// The limit of connections being opened to an address, shared by all workers. Takes a lock: once per worker and address.
+    pub fn dial_limit(&self, address: SocketAddr, now: Instant) -> Arc<DialLimit> {
+        let mut limits = self.dial_limits.lock().unwrap_or_else(PoisonError::into_inner);
+        limits.retain(|(_, limit)| limit.strong_count() > 0);
+        let known = limits.iter().find(|(other, _)| *other == address).and_then(|(_, limit)| limit.upgrade());
+        known.unwrap_or_else(|| {
+            let limit = Arc::new(DialLimit::new(now));
+            limits.push((address, Arc::downgrade(&limit)));
+            limit
+        })
     }
 
     fn retain_members(&self, addresses: &Addresses, now: Instant) -> Option<(Arc<EjectionMember>, StateChange)> {

@@ -1,9 +1,10 @@
 //! Opening a connection: TCP, then TLS if the cluster has `tls`.
 //!
-//! `dial` calls it, sets the time limit and adds HTTP. Tests replace the network by an implementation of [`Connect`] in
+//! `dial` calls both, sets the time limits and adds HTTP. Tests replace the network by an implementation of [`Connect`] in
 //! memory.
 
 use std::io;
+use std::net::SocketAddr;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -12,7 +13,7 @@ use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
 use tokio_rustls::TlsConnector;
 
-use crate::net::io::Io;
+use crate::net::io::{Io, Stream};
 use crate::net::socket;
 use crate::upstream::cluster::Address;
 use crate::upstream::response::UpstreamError;
@@ -35,9 +36,6 @@ pub enum ConnectError {
     /// The cluster has no address; the text says why.
     #[error("{0}")]
     NoAddress(String),
-    /// The connection was not open within `timeouts.connect`.
-    #[error("the connection was not open within `timeouts.connect`")]
-    Timeout,
 }
 
 /// An open stream, ready for the first byte of HTTP.
@@ -49,12 +47,12 @@ pub struct Connected {
 }
 
 /// The future of [`Connect::connect`].
-pub type ConnectFuture = Pin<Box<dyn Future<Output = Result<Connected, ConnectError>>>>;
+pub type ConnectFuture = Pin<Box<dyn Future<Output = Result<Io, ConnectError>>>>;
 
-/// Opens connections.
+/// Opens TCP connections.
 pub trait Connect {
-    /// Opens a stream; with `tls`, the peer needs a certificate for the address' server name. Has no time limit.
-    fn connect(&self, to: &Address, tls: Option<Arc<ClientConfig>>) -> ConnectFuture;
+    /// Opens a stream. Has no time limit.
+    fn connect(&self, to: SocketAddr) -> ConnectFuture;
 }
 
 /// Opens connections over TCP.
@@ -62,25 +60,30 @@ pub trait Connect {
 pub struct Network;
 
 impl Connect for Network {
-    fn connect(&self, to: &Address, tls: Option<Arc<ClientConfig>>) -> ConnectFuture {
-        let to = to.clone();
-        Box::pin(async move {
-            let stream = socket::connect(to.socket).await.map_err(ConnectError::Network)?;
-            match tls {
-                None => Ok(Connected { io: Io::tcp(stream), http2: false }),
-                Some(config) => handshake(stream, &to.server_name, config).await,
-            }
-        })
+    fn connect(&self, to: SocketAddr) -> ConnectFuture {
+        Box::pin(async move { socket::connect(to).await.map(Io::tcp).map_err(ConnectError::Network) })
     }
 }
 
-async fn handshake(
-    stream: tokio::net::TcpStream,
-    name: &str,
+/// The TLS handshake on a new stream; the peer needs a certificate for the address' server name. Has no time limit.
+///
+/// # Errors
+/// If the handshake fails.
+pub async fn secure(io: Io, to: &Address, config: Arc<ClientConfig>) -> Result<Connected, ConnectError> {
+    let name = ServerName::try_from(String::from(&*to.server_name))
+        .map_err(|error| ConnectError::Tls(io::Error::new(io::ErrorKind::InvalidInput, error)))?;
+    // TLS over the bare socket: its reads and writes are counted above TLS, and need no second count below.
+    match io.into_tcp() {
+        Ok(stream) => handshake(stream, name, config).await,
+        Err(io) => handshake(io, name, config).await,
+    }
+}
+
+async fn handshake<S: Stream + 'static>(
+    stream: S,
+    name: ServerName<'static>,
     config: Arc<ClientConfig>,
 ) -> Result<Connected, ConnectError> {
-    let name = ServerName::try_from(name.to_owned())
-        .map_err(|error| ConnectError::Tls(io::Error::new(io::ErrorKind::InvalidInput, error)))?;
     let stream = TlsConnector::from(config).connect(name, stream).await.map_err(ConnectError::Tls)?;
     let http2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
     Ok(Connected { io: Io::boxed(stream), http2 })

@@ -9,6 +9,7 @@
 //! - `http2`: backlogs and late frames on one HTTP/2 connection
 //! - `http2_wakeup_coalescing`: fewer wakeups under many HTTP/2 streams
 //! - `message_completeness`: complete and incomplete messages, and the side at fault
+//! - `slow_accept`: services that accept connections slowly, full listen backlogs, dead addresses
 //! - `slow_clients`: slow request heads and bodies, unread responses, idle connections
 //! - `tls`: trust, ALPN, server names, certificate rotation
 //! - `translation`: each downstream protocol with each upstream protocol
@@ -23,6 +24,7 @@ mod http1_corpus;
 mod http2;
 mod http2_wakeup_coalescing;
 mod message_completeness;
+mod slow_accept;
 mod slow_clients;
 mod tls;
 mod translation;
