@@ -249,6 +249,39 @@ async fn a_late_connection_is_not_held_against_a_service_that_answers_others_mea
 }
 
 #[tokio::test]
+async fn calls_that_run_out_of_time_together_while_others_are_answered_are_not_failures_in_a_row() {
+    let upstream = Upstream::http1(|request| async move {
+        if request.uri().path() == "/slow" {
+            std::future::pending::<()>().await;
+        }
+        Response::new(full("hello"))
+    })
+    .await;
+    let more = "    timeouts: { request: 600ms }\n    retry: off\n    circuitBreaker: { consecutiveFailures: 3 }";
+    let mesh = Mesh::start(&policy(upstream.addr, more)).await;
+    let to = mesh.addr("in");
+    let changes = || mesh.metric("hopguard_circuit_breaker_changes_total", &["app"]);
+    for is_answered in [true, false] {
+        let seen = upstream.requests();
+        let calls: Vec<_> =
+            (0..6).map(|_| tokio::spawn(async move { get(to, "/slow").await.status.as_u16() })).collect();
+        eventually(|| (upstream.requests() == seen + 6).then_some(())).await;
+        if is_answered {
+            assert_eq!(get(to, "/").await.status, 200);
+        }
+        for call in calls {
+            assert_eq!(call.await.unwrap(), 504);
+        }
+        if is_answered {
+            assert_eq!(changes(), 0.0);
+            assert_eq!(get(to, "/").await.status, 200);
+        }
+    }
+    eventually(|| (changes() == 1.0).then_some(())).await;
+    mesh.stop().await;
+}
+
+#[tokio::test]
 async fn streams_of_a_shared_connection_go_to_the_calls_that_wait() {
     let gate = Gate::closed();
     let lets = gate.clone();
