@@ -2,7 +2,7 @@
 //!
 //! One per address of a cluster, shared by all workers. A connection request (SYN) beyond the listen backlog of a service is
 //! dropped and sent again after a second, so a burst of them fails slowly. The limit follows what the address accepts: it
-//! begins at [`INITIAL`], grows with each accepted connection while calls wait for more, and is halved when a request is not
+//! begins at 16, grows with each accepted connection while calls wait for more, and is halved when a request is not
 //! answered, or is refused. So the first connections after an outage are few. Each worker may open one connection whatever
 //! the limit is, because no other worker wakes its calls.
 
@@ -35,8 +35,10 @@ pub struct DialLimit {
     /// Connections in the TCP phase, of all workers.
     connecting: AtomicU32,
     reduced_at: AtomicU64,
-    /// The last accepted connection that was opened completely, or response.
-    alive_at: AtomicU64,
+    /// The last accepted connection that was opened completely.
+    opened_at: AtomicU64,
+    /// The last response.
+    answered_at: AtomicU64,
 }
 
 impl DialLimit {
@@ -47,7 +49,8 @@ impl DialLimit {
             limit: AtomicU32::new(INITIAL),
             connecting: AtomicU32::new(0),
             reduced_at: AtomicU64::new(NEVER),
-            alive_at: AtomicU64::new(NEVER),
+            opened_at: AtomicU64::new(NEVER),
+            answered_at: AtomicU64::new(NEVER),
         }
     }
 
@@ -81,14 +84,24 @@ impl DialLimit {
         }
     }
 
-    /// Records that the address accepted a connection or sent a response.
-    pub fn record_sign_of_life(&self, now: Instant) {
-        self.alive_at.fetch_max(self.tick(now), Relaxed);
+    /// Records a connection that was opened completely.
+    pub fn record_opened(&self, at: Instant) {
+        self.opened_at.fetch_max(self.tick(at), Relaxed);
     }
 
-    /// Whether the address accepted a connection or sent a response after `time`.
-    pub fn is_alive_since(&self, time: Instant) -> bool {
-        self.alive_at.load(Relaxed) > self.tick(time)
+    /// Records a response.
+    pub fn record_answered(&self, at: Instant) {
+        self.answered_at.fetch_max(self.tick(at), Relaxed);
+    }
+
+    /// Whether a connection to the address was opened after `time`.
+    pub fn has_opened_since(&self, time: Instant) -> bool {
+        self.opened_at.load(Relaxed) > self.tick(time)
+    }
+
+    /// Whether the address sent a response after `time`.
+    pub fn has_answered_since(&self, time: Instant) -> bool {
+        self.answered_at.load(Relaxed) > self.tick(time)
     }
 
     /// Never 0, which is [`NEVER`].
@@ -143,8 +156,11 @@ mod tests {
         let now = Instant::now();
         let limit = DialLimit::new(now);
         let at = |millis: u64| now + Duration::from_millis(millis);
-        assert!(!limit.is_alive_since(now));
-        limit.record_sign_of_life(at(5));
-        assert!(limit.is_alive_since(at(4)) && !limit.is_alive_since(at(5)) && !limit.is_alive_since(at(6)));
+        assert!(!limit.has_opened_since(now) && !limit.has_answered_since(now));
+        limit.record_opened(at(5));
+        assert!(limit.has_opened_since(at(4)) && !limit.has_opened_since(at(5)) && !limit.has_answered_since(now));
+        limit.record_answered(at(9));
+        limit.record_answered(at(7));
+        assert!(limit.has_answered_since(at(8)) && !limit.has_answered_since(at(9)));
     }
 }

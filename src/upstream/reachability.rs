@@ -32,8 +32,8 @@ pub struct Reachability {
     accepted_at: Cell<Instant>,
     /// The last connection that was opened completely.
     opened_at: Cell<Instant>,
-    /// The last response.
-    answered_at: Cell<Instant>,
+    /// The last response; `None` before the first, so that other workers hear of none.
+    answered_at: Cell<Option<Instant>>,
 }
 
 /// A connection that failed or that was not accepted in time.
@@ -55,7 +55,7 @@ impl Reachability {
             stalled_at: Cell::new(None),
             accepted_at: Cell::new(now),
             opened_at: Cell::new(now),
-            answered_at: Cell::new(now),
+            answered_at: Cell::new(None),
         }
     }
 
@@ -72,27 +72,30 @@ impl Reachability {
 
     /// Records a response. On the path of every request: one store.
     pub fn answered(&self, now: Instant) {
-        self.answered_at.set(now);
+        self.answered_at.set(Some(now));
     }
 
-    /// Tells the other workers of the last sign of life; called by the sweep, so that a response costs them nothing.
+    /// Tells the other workers of the last response; called by the sweep, so that a response costs them nothing.
     pub fn publish(&self) {
-        self.limit.record_sign_of_life(self.alive_at());
+        if let Some(answered_at) = self.answered_at.get() {
+            self.limit.record_answered(answered_at);
+        }
     }
 
     /// Whether the endpoint has accepted a connection or sent a response after `time`, on any worker; on others with the
     /// precision of their sweep.
     pub fn is_alive_since(&self, time: Instant) -> bool {
-        self.alive_at() > time || self.limit.is_alive_since(time)
+        self.alive_at() > time || self.limit.has_opened_since(time) || self.limit.has_answered_since(time)
     }
 
     fn alive_at(&self) -> Instant {
-        self.opened_at.get().max(self.answered_at.get())
+        let opened_at = self.opened_at.get();
+        self.answered_at.get().map_or(opened_at, |answered_at| answered_at.max(opened_at))
     }
 
-    /// Whether the endpoint has sent this worker a response after `time`.
+    /// Whether the endpoint has sent a response after `time`, to any worker; to others with the precision of their sweep.
     pub fn has_answered_since(&self, time: Instant) -> bool {
-        self.answered_at.get() > time
+        self.answered_at.get().is_some_and(|at| at > time) || self.limit.has_answered_since(time)
     }
 
     /// Whether this worker's last accepted connection, TCP alone, is later than `time`.
@@ -110,7 +113,7 @@ impl Reachability {
     pub fn opened(&self, now: Instant) {
         self.trouble.set(None);
         self.opened_at.set(now);
-        self.limit.record_sign_of_life(now);
+        self.limit.record_opened(now);
     }
 
     /// Records a connection that failed; the endpoint is skipped for 1 s while the pool has others.
