@@ -7,7 +7,7 @@ BINARIES ?= target/release/hopguard
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test early-answers bench instructions soak-peers advisories build release peers fmt lint unit docs licences words clean
+.PHONY: help demo test early-answers bench accept instructions soak-peers advisories build release peers fmt lint unit docs licences words clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,6 +22,9 @@ early-answers: peers ## 40 uploads of each client to each server that responds e
 
 bench: release ## CPU, latency and memory, compared with nginx, HAProxy and Envoy; options in BENCH, for example BENCH="--only h1 --rounds 3"
 	$(PYTHON) benches/compare.py $(BENCH)
+
+accept: build ## failures in front of services that accept connections slowly, beside direct calls, ten minutes; options in ACCEPT="--kinds tls --callers 64"
+	$(PYTHON) benches/slow_accept.py $(ACCEPT)
 
 # Builds only the binary of this checkout, and only where it is to be measured.
 instructions: $(if $(filter target/release/hopguard,$(BINARIES)),build) ## instructions per request; builds to compare in BINARIES="../base/target/release/hopguard target/release/hopguard", options in INSTRUCTIONS="--max-ratio 1.01"

@@ -314,6 +314,25 @@ fn the_hash_tells_content_from_layout() {
 }
 
 #[test]
+fn a_connect_that_no_layer_sets_follows_the_request_of_each_layer() {
+    let text = format!(
+        "{HEAD}listeners: [{{ name: in, bind: '127.0.0.1:80', to: a }}]
+defaults: {{ timeouts: {{ request: 1s }} }}
+destinations:
+  - name: a
+    endpoints: [10.0.0.1:80]
+    routes:
+      - {{ name: quick, match: {{ path: /quick }}, timeouts: {{ request: 300ms }} }}
+      - {{ name: slow, match: {{ path: /slow }}, timeouts: {{ request: 9s }} }}
+"
+    );
+    let model = load_str("p.yaml", &text).unwrap_or_else(|error| panic!("{}", error.render(false)));
+    let connects = model.destinations[0].routes.iter().map(|route| &route.timeouts.connect);
+    let connects: Vec<_> = connects.map(|connect| (connect.value.as_millis(), connect.origin.to_string())).collect();
+    assert_eq!(connects, [300, 2000, 1000].map(|millis| (millis, "built in".to_owned())));
+}
+
+#[test]
 fn false_means_off_wherever_off_may_stand() {
     let words = fs::read_to_string("tests/policies/valid/yaml-1-1-off.yaml").unwrap();
     let falses = load_str("p.yaml", &words).unwrap();

@@ -195,6 +195,24 @@ impl Io {
         self.activity.set_reset_on_drop(true);
     }
 
+    /// The TCP socket; the stream itself if it is another one, or if bytes that were read early are left.
+    ///
+    /// # Errors
+    /// The stream.
+    pub fn into_tcp(mut self) -> Result<TcpStream, Self> {
+        if !self.prefix.is_empty() {
+            return Err(self);
+        }
+        // A stream that is dropped cannot be taken apart; what is dropped then is an empty one.
+        match std::mem::replace(&mut self.kind, Kind::Boxed(Box::new(tokio::io::empty()))) {
+            Kind::Tcp(stream) => Ok(stream),
+            other => {
+                self.kind = other;
+                Err(self)
+            }
+        }
+    }
+
     /// The counters of this stream; valid after the stream is dropped.
     pub fn activity(&self) -> Arc<Activity> {
         Arc::clone(&self.activity)

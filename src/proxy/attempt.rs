@@ -39,6 +39,8 @@ pub(super) struct Attempt {
     is_unsent: bool,
     connection_ended: bool,
     is_same_event: bool,
+    spares_upstream: bool,
+    was_overtaken: bool,
 }
 
 impl Attempt {
@@ -58,6 +60,8 @@ impl Attempt {
             is_unsent: false,
             connection_ended: false,
             is_same_event: false,
+            spares_upstream: false,
+            was_overtaken: false,
         }
     }
 
@@ -67,6 +71,7 @@ impl Attempt {
         self.permits = Permits::default();
         (self.is_reused, self.is_unsent, self.connection_ended) = (false, false, false);
         (self.fault, self.picked, self.is_same_event) = (None, None, false);
+        (self.spares_upstream, self.was_overtaken) = (false, false);
     }
 
     /// Sets the permit that the circuit breaker has given.
@@ -132,6 +137,26 @@ impl Attempt {
     /// Takes the picked endpoint.
     pub(super) fn take_picked(&mut self) -> Option<Rc<Endpoint>> {
         self.picked.take()
+    }
+
+    /// Records that the attempt's failure says nothing about its upstream, which accepted or answered others meanwhile.
+    pub(super) fn spare_upstream(&mut self) {
+        self.spares_upstream = true;
+    }
+
+    /// Whether the attempt's failure says nothing about its upstream.
+    pub(super) fn spares_upstream(&self) -> bool {
+        self.spares_upstream
+    }
+
+    /// Records whether the endpoint has answered other requests while the attempt ran into a time limit.
+    pub(super) fn set_overtaken(&mut self, was_overtaken: bool) {
+        self.was_overtaken = was_overtaken;
+    }
+
+    /// Whether the attempt ran into a time limit while its endpoint answered other requests.
+    pub(super) fn was_overtaken(&self) -> bool {
+        self.was_overtaken
     }
 
     /// The permits whose results are still to be reported.

@@ -4,7 +4,6 @@
 //! or not at all: a caller that went away says nothing about the upstream, and a failure further down counts there. Each
 //! change of state is told once: a log line with its cause and counts, and a metric.
 
-use std::rc::Rc;
 use std::time::Duration;
 
 use http::{HeaderMap, Response};
@@ -106,14 +105,20 @@ fn report_with(context: &RequestContext, attempt: &Attempt, permits: Permits, re
     let Some(upstream) = attempt.upstream() else { return };
     let (destination, telemetry) = (context.destination(upstream.destination), context.telemetry());
     let was_in = matches!(permits.endpoint, HeldPermit::Permit(_));
+    // A call that waited too long, while others that began later were answered, is no failure in a row with others like it:
+    // the calls of a listen backlog that is served slowly run out of time all at once.
+    let was_overtaken = result == CallResult::Failure && attempt.was_overtaken();
     // The endpoint first: whether another one is well decides what the failure says about the destination.
-    if let Some(endpoint) = attempt.endpoint() {
+    if let Some(endpoint) = attempt.endpoint()
+        && !was_overtaken
+    {
         report_to_endpoint(destination, telemetry, endpoint, permits.endpoint, result, now);
     }
     let Some(thresholds) = &destination.breaker else { return };
     let cluster = &upstream.pool.cluster;
-    let is_one_well =
+    let has_well_endpoint =
         result == CallResult::Failure && destination.ejection.is_some() && cluster.health.group.has_well_member();
+    let is_one_well = was_overtaken || has_well_endpoint;
     let thresholds = if is_one_well { thresholds.by_share_alone() } else { *thresholds };
     let change = match permits.destination {
         HeldPermit::None => None,
@@ -198,7 +203,7 @@ fn is_spared(context: &mut RequestContext) -> bool {
 
 /// Reports a failure for a local reply that is the upstream's fault.
 pub(super) fn report_local_reply(context: &RequestContext, attempt: &mut Attempt, kind: LocalReplyKind, now: Instant) {
-    if is_upstreams_fault(context, kind) {
+    if is_upstreams_fault(context, kind) && !attempt.spares_upstream() {
         report(context, attempt, CallResult::Failure, now);
     }
 }
@@ -315,14 +320,14 @@ fn has_short_deadline(context: &RequestContext) -> bool {
     context.timeout_state().deadline.is_some_and(|deadline| deadline.whole < context.timeouts().request.value / part)
 }
 
-/// Reports a failure of the endpoint alone: it could not be reached, and another one may take the call.
+/// Reports a failure of the endpoint alone, with its permit: it could not be reached, and another one may take the call.
 pub(super) fn report_unreachable(
     context: &RequestContext,
-    attempt: &mut Attempt,
-    endpoint: &Rc<Endpoint>,
+    attempt: &Attempt,
+    endpoint: &Endpoint,
+    permit: HeldPermit,
     now: Instant,
 ) {
-    let permit = std::mem::take(&mut attempt.permits_mut().endpoint);
     let Some(upstream) = attempt.upstream() else { return };
     let destination = context.destination(upstream.destination);
     report_to_endpoint(destination, context.telemetry(), endpoint, permit, CallResult::Failure, now);

@@ -42,7 +42,9 @@ impl FailedAttempt {
         retry: &RetryState,
         result: &AttemptResult,
     ) -> Self {
-        let counts = !attempt.is_same_event() && breaker_and_ejection::counts_against_upstream(context, result);
+        let counts = !attempt.is_same_event()
+            && !attempt.spares_upstream()
+            && breaker_and_ejection::counts_against_upstream(context, result);
         match result {
             Ok(response) => Self::of_response(context, attempt, retry, response, counts),
             Err(reply) => Self {

@@ -10,7 +10,7 @@
 //! | it is admitted: rate limit, concurrency limit | `admission`, `permits` |
 //! | it is attempted, and retried | `retry`, `attempt`, `failed_attempt`, `replay` |
 //! | an attempt reports to circuit breaker and ejection | `breaker_and_ejection` |
-//! | an attempt has an endpoint and a connection | `select` |
+//! | an attempt has an endpoint and a connection | `select`, `connecting` |
 //! | an attempt meets an injected fault, or is sent | `fault_injection`, `send`, `upstream_request` |
 //! | a timeout is armed, and ends it | `timeouts`, `timeout_state` |
 //! | the response goes back, and a request body may go on | `response`, `response_body`, `grpc`, `late_upload` |
@@ -24,6 +24,7 @@ mod admission;
 mod attempt;
 pub mod breaker_and_ejection;
 mod caller_watch;
+mod connecting;
 mod connection_timeouts;
 mod correlation;
 mod correlation_state;

@@ -1,11 +1,10 @@
 //! Endpoint selection and connection checkout: which upstream an attempt goes to, which of its endpoints, over which
 //! connection.
 //!
-//! Nothing has been sent here, so an endpoint that cannot be reached costs `timeouts.connect` and not the call: up to three
-//! are asked. A name that has never been resolved is waited for as long as the call lasts.
+//! Where no connection is open, `connecting` waits for one. A name that has never been resolved is waited for as long as the
+//! call lasts.
 
 use std::future::poll_fn;
-use std::net::SocketAddr;
 use std::rc::Rc;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -20,7 +19,7 @@ use crate::proxy::permits::HeldPermit;
 use crate::proxy::replay::RetryState;
 use crate::proxy::request_context::RequestContext;
 use crate::proxy::target::RequestTarget;
-use crate::proxy::{breaker_and_ejection, timeouts};
+use crate::proxy::{breaker_and_ejection, connecting, timeouts};
 use crate::telemetry::ConnectionUse;
 use crate::upstream::connect::ConnectError;
 use crate::upstream::dial::ConnectOptions;
@@ -28,9 +27,7 @@ use crate::upstream::endpoint::Endpoint;
 use crate::upstream::lifetime::{EndReason, LifetimeBounds};
 use crate::upstream::pool::{Lease, Pool, ProtocolPreference};
 use crate::upstream::spec::Connections;
-
-/// Endpoints that are asked for one connection, each of them once.
-const MAX_CONNECT_ENDPOINTS: usize = 3;
+use crate::upstream::waiters::{ConnectionWait, WaitEvent};
 
 /// The upstream of the next attempt: the destination that the route belongs to, and this worker's pool for it. The pool of
 /// the attempt before is kept: a reload in between may have replaced it.
@@ -79,10 +76,22 @@ pub(super) async fn checkout(
     lease
 }
 
+/// A connection that is open already, to this endpoint.
+pub(super) async fn checkout_at(
+    context: &RequestContext,
+    pool: &Pool,
+    endpoint: &Rc<Endpoint>,
+    preference: ProtocolPreference,
+    now: Instant,
+) -> Option<Lease> {
+    let waker = context.waker();
+    with_context(|cx| waker.without_wakes(cx, |cx| pool.checkout(endpoint, preference, now, cx))).await
+}
+
 /// Whether a request that must not be sent twice goes over a new connection instead. An app that goes down closes an idle
 /// connection at this very moment, or drops what comes over it, and then it is unknown whether the app saw the request; a new
-/// connection is refused. Only before the app, on the same machine, where a new connection costs next to nothing; and only so
-/// often.
+/// connection is refused. Only before the app, on the same machine, where a new connection costs next to nothing; only so often, and
+/// only while the app leaves no connection waiting.
 fn wants_fresh(context: &RequestContext, pool: &Pool, lease: &Lease, now: Instant) -> bool {
     let endpoint = &lease.endpoint;
     context.direction() == Direction::Inbound
@@ -90,6 +99,7 @@ fn wants_fresh(context: &RequestContext, pool: &Pool, lease: &Lease, now: Instan
         && lease.is_http1()
         && pool.cluster.identity.tls.is_none()
         && endpoint.address.socket.ip().is_loopback()
+        && endpoint.reachability.decides_quickly(now)
         && endpoint.fresh.admits(now)
 }
 
@@ -109,16 +119,18 @@ async fn replace_idle(
     let options = options(context, attempt);
     let endpoint = Rc::clone(&idle.endpoint);
     let began = Instant::now();
-    let opened = timeouts::within(context, began + FRESH_PATIENCE, pool.connect(&endpoint, preference, options)).await;
+    let mut wait = ConnectionWait::new(pool, preference, options, false);
+    wait.wait_at(&endpoint, true);
+    let opened = timeouts::within(context, began + FRESH_PATIENCE, wait.next()).await;
     let now = Instant::now();
     context.record_mut().add_connect_time(now.saturating_duration_since(began));
     match opened {
-        Some(Ok(mut new)) => {
+        Some(WaitEvent::Connection(mut new)) => {
             new.replaces_idle = true;
             Some(new)
         }
-        Some(Err(error)) if error.is_refused() => None,
-        Some(Err(_)) | None => {
+        Some(WaitEvent::Failed(_, error)) if error.is_refused() => None,
+        Some(WaitEvent::Failed(..)) | None => {
             endpoint.fresh.was_slow(now);
             Some(idle)
         }
@@ -153,22 +165,6 @@ async fn with_context<T>(work: impl FnOnce(&mut Context<'_>) -> T) -> T {
     poll_fn(|cx| work.take().map_or(Poll::Pending, |work| Poll::Ready(work(cx)))).await
 }
 
-/// A new connection for requests.
-///
-/// # Errors
-/// Why no endpoint could be reached.
-pub(super) async fn connect(
-    context: &mut RequestContext,
-    attempt: &mut Attempt,
-    retry: &mut RetryState,
-    preference: ProtocolPreference,
-) -> Result<Lease, LocalReply> {
-    let options = options(context, attempt);
-    let pool = pool(attempt)?;
-    let open = async |endpoint: &Rc<Endpoint>| pool.connect(endpoint, preference, options).await;
-    open_at_endpoint(context, attempt, retry, open).await
-}
-
 /// A stream to an endpoint of the pool with nothing sent on it yet.
 ///
 /// # Errors
@@ -178,21 +174,23 @@ pub(super) async fn bare_stream(
     attempt: &mut Attempt,
     retry: &mut RetryState,
 ) -> Result<Io, LocalReply> {
-    let options = options(context, attempt);
-    let pool = pool(attempt)?;
-    let open = async |endpoint: &Rc<Endpoint>| pool.connect_stream(endpoint, options).await;
-    let stream = open_at_endpoint(context, attempt, retry, open).await?;
-    if let Some(endpoint) = attempt.endpoint() {
-        context.record_mut().set_connection(endpoint.address.socket, ConnectionUse::New);
-    }
-    Ok(stream)
+    let lease = connecting::open(context, attempt, retry, ProtocolPreference::Tunnel, true).await?;
+    let address = lease.endpoint.address.socket;
+    let (stream, early) = lease.into_http1().ok_or_else(no_endpoint)?.into_stream();
+    context.record_mut().set_connection(address, ConnectionUse::New);
+    Ok(stream.with_prefix(early))
 }
 
-fn pool(attempt: &Attempt) -> Result<Rc<Pool>, LocalReply> {
+/// This worker's pool for the upstream of the attempt.
+///
+/// # Errors
+/// If the attempt has no upstream.
+pub(super) fn pool(attempt: &Attempt) -> Result<Rc<Pool>, LocalReply> {
     attempt.upstream().map(|upstream| Rc::clone(&upstream.pool)).ok_or_else(no_endpoint)
 }
 
-fn options(context: &RequestContext, attempt: &Attempt) -> ConnectOptions {
+/// What the policy says about connections to the upstream of the attempt.
+pub(super) fn options(context: &RequestContext, attempt: &Attempt) -> ConnectOptions {
     let keep = connections(context, attempt);
     ConnectOptions {
         connect_timeout: context.timeouts().connect.value,
@@ -210,67 +208,6 @@ fn options(context: &RequestContext, attempt: &Attempt) -> ConnectOptions {
 pub(super) fn connections<'a>(context: &'a RequestContext, attempt: &Attempt) -> &'a Connections {
     let destination = attempt.upstream().map_or(context.route_id().owner(), |upstream| upstream.destination);
     &context.destination(destination).values.connections
-}
-
-/// Opens a connection at an endpoint; each endpoint that is asked has `timeouts.connect`.
-///
-/// # Errors
-/// Why the last of them could not be reached.
-async fn open_at_endpoint<T>(
-    context: &mut RequestContext,
-    attempt: &mut Attempt,
-    retry: &mut RetryState,
-    open: impl AsyncFn(&Rc<Endpoint>) -> Result<T, ConnectError>,
-) -> Result<T, LocalReply> {
-    let mut next = match attempt.take_picked() {
-        Some(endpoint) => Some(endpoint),
-        None => pick_resolved(context, attempt, retry).await?,
-    };
-    let mut reply = None;
-    // Nothing has been sent, so that any endpoint which can be reached may have the call.
-    for left in (0..MAX_CONNECT_ENDPOINTS).rev() {
-        let Some(endpoint) = next.take() else { break };
-        let address = endpoint.address.socket;
-        attempt.switch_endpoint(&endpoint);
-        context.record_mut().set_endpoint(address);
-        let began = Instant::now();
-        let opened = within_request(context, address, Box::pin(open(&endpoint))).await;
-        let now = Instant::now();
-        context.record_mut().add_connect_time(now.saturating_duration_since(began));
-        let (failed, is_unreachable) = match opened {
-            Ok(Ok(opened)) => return Ok(opened),
-            Ok(Err(error)) => (
-                failed_to_connect(context, &endpoint, &error, now),
-                matches!(error, ConnectError::Network(_) | ConnectError::Timeout),
-            ),
-            // A short deadline says nothing about the endpoint.
-            Err(late) if !breaker_and_ejection::is_upstreams_fault(context, late.kind) => return Err(late),
-            Err(late) => (late, false),
-        };
-        endpoint.load.record_failure(now.saturating_duration_since(began), now);
-        if !is_unreachable || now >= context.request_at() {
-            // The endpoint was reached, or there is no time left: the caller is told that, and not whether another endpoint
-            // is there.
-            return Err(failed);
-        }
-        reply = Some(failed);
-        // A permit is taken only of an endpoint that will be asked: the result is reported to the last one.
-        if left > 0 && has_other_endpoint(attempt, retry) {
-            breaker_and_ejection::report_unreachable(context, attempt, &endpoint, now);
-            retry.add_attempted(address);
-            next = pick(context, attempt, retry, now);
-        }
-    }
-    Err(reply.unwrap_or_else(no_endpoint))
-}
-
-/// The local reply of an endpoint that could not be reached. An app that refuses a connection is going down: it may drop what
-/// comes over its open connections.
-fn failed_to_connect(context: &RequestContext, endpoint: &Endpoint, error: &ConnectError, now: Instant) -> LocalReply {
-    if error.is_refused() && context.direction() == Direction::Inbound {
-        endpoint.mark_stale(now);
-    }
-    connect_failed(context, error, endpoint.address.socket)
 }
 
 /// Whether the upstream has an endpoint that the call has not asked.
@@ -310,34 +247,8 @@ pub(super) fn no_endpoint() -> LocalReply {
     LocalReply::plain(LocalReplyKind::ConnectFailed, "no endpoint could be tried")
 }
 
-/// The future's output, or the local reply of no connection to `address` within the time of the call.
-async fn within_request<F: Future>(
-    context: &mut RequestContext,
-    address: SocketAddr,
-    future: F,
-) -> Result<F::Output, LocalReply> {
-    let request_at = context.request_at();
-    let output = timeouts::within(context, request_at, future).await;
-    output.ok_or_else(|| {
-        context.timeout_state().expired_unsent(context.timeouts(), LocalReplyKind::ConnectTimeout, not_in_time(address))
-    })
-}
-
-fn connect_failed(context: &RequestContext, error: &ConnectError, address: SocketAddr) -> LocalReply {
-    if matches!(error, ConnectError::Timeout) {
-        let limit = &context.timeouts().connect;
-        return LocalReply::timed(LocalReplyKind::ConnectTimeout, "timeouts.connect", limit, not_in_time(address));
-    }
-    let mut reply = connect_error(error);
-    reply.detail = format!("cannot connect to {address}: {}", reply.detail).into();
-    reply
-}
-
-fn not_in_time(address: SocketAddr) -> String {
-    format!("no connection to {address} in time")
-}
-
-fn connect_error(error: &ConnectError) -> LocalReply {
+/// What a failed connection means.
+pub(super) fn connect_error(error: &ConnectError) -> LocalReply {
     let kind = match error {
         ConnectError::Network(_) => LocalReplyKind::ConnectFailed,
         ConnectError::Tls(_) => LocalReplyKind::TlsFailed,
@@ -345,7 +256,6 @@ fn connect_error(error: &ConnectError) -> LocalReply {
         ConnectError::Handshake(error) if !error.is_malformed() => LocalReplyKind::ConnectFailed,
         ConnectError::Handshake(_) | ConnectError::NotHttp2 => LocalReplyKind::UpstreamProtocol,
         ConnectError::NoAddress(_) => LocalReplyKind::DnsFailed,
-        ConnectError::Timeout => LocalReplyKind::ConnectTimeout,
     };
     LocalReply::plain(kind, error.to_string())
 }

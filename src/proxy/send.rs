@@ -21,7 +21,9 @@ use crate::proxy::replay::RetryState;
 use crate::proxy::request_context::RequestContext;
 use crate::proxy::stale_wait::{self, StaleWait};
 use crate::proxy::timeout_state::WaitingFor;
-use crate::proxy::{admission, breaker_and_ejection, correlation, fault_injection, select, timeouts, upstream_request};
+use crate::proxy::{
+    admission, breaker_and_ejection, connecting, correlation, fault_injection, select, timeouts, upstream_request,
+};
 use crate::telemetry::ConnectionUse;
 use crate::upstream::endpoint::Endpoint;
 use crate::upstream::pool::{Lease, ProtocolPreference, Transport};
@@ -68,7 +70,8 @@ pub(super) async fn send(
                 lease
             }
             None => {
-                let lease = Box::pin(select::connect(context, attempt, retry, preference)).await?;
+                let takes_reused = left > 0;
+                let lease = Box::pin(connecting::open(context, attempt, retry, preference, takes_reused)).await?;
                 begun = Instant::now();
                 lease
             }
@@ -143,6 +146,9 @@ fn weigh(
         endpoint.load.record_failure(took, context.ended_at());
     } else if result.is_ok() {
         endpoint.load.record_response(took, context.ended_at());
+    }
+    if result.is_ok() {
+        endpoint.reachability.answered(context.ended_at());
     }
 }
 
@@ -228,6 +234,7 @@ async fn send_over(
         Ok(Err(SendError { error, unsent: None })) => Err(broke_off(context, attempt, &lease, &error, began, now)),
         Err(reply) => {
             attempt.set_same_event(lease.is_stale());
+            attempt.set_overtaken(endpoint.reachability.has_answered_since(began));
             if reply.kind.is_upstream_silence() {
                 lease.record_timeout();
             }

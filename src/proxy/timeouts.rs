@@ -1,8 +1,8 @@
 //! Arms the timeouts of an exchange: one timer, set to the limit that is reached first.
 //!
-//! [`super::timeout_state`] decides which limit that is. `timeouts.connect` of one endpoint is armed where the connection is
-//! opened (`upstream/dial.rs`), the timeouts of a tunnel in `net/tunnel.rs`, those of the downstream connection in
-//! [`super::connection_timeouts`].
+//! [`super::timeout_state`] decides which limit that is. `timeouts.connect` bounds the wait for a connection in
+//! [`super::connecting`] and each new connection in `upstream/dial`. The timeouts of a tunnel are in `net/tunnel.rs`, those of
+//! the downstream connection in [`super::connection_timeouts`].
 
 use std::task::{Context, Poll};
 

@@ -16,7 +16,7 @@ use crate::problems::{Cursor, Origin, Sourced};
 #[derive(Debug, Clone, Default, PartialEq, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase", expecting = "a mapping of timeouts")]
 pub struct TimeoutsSpec {
-    /// Opening a connection to the upstream, including TLS. Default 250ms.
+    /// The wait for a connection to the upstream, including TLS. Default 2s.
     pub connect: Option<DurationSpec>,
     /// The whole call with all attempts and waits, to the end of the response. Default 2s.
     pub request: Option<DurationSpec>,
@@ -31,7 +31,7 @@ pub struct TimeoutsSpec {
 /// Checked timeouts of a route.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Timeouts {
-    /// Opening a connection to the upstream, including TLS; at most `request`.
+    /// The wait for a connection to the upstream, including TLS; at most `request`.
     pub connect: Sourced<Duration>,
     /// The whole call with all attempts and waits.
     pub request: Sourced<Duration>,
@@ -47,7 +47,7 @@ impl Timeouts {
     /// The built-in values.
     pub const fn built_in() -> Self {
         Self {
-            connect: Sourced::built_in(Duration::from_millis(250)),
+            connect: Sourced::built_in(Duration::from_secs(2)),
             request: Sourced::built_in(Duration::from_secs(2)),
             per_try: None,
             idle: Sourced::built_in(Duration::from_secs(60)),
@@ -75,9 +75,10 @@ impl Rule for Timeouts {
             idle: over("idle", spec.idle, &below.idle),
             max_duration: over("maxDuration", spec.max_duration, &below.max_duration),
         };
-        // A shorter `request` must not be an error because of a built-in `connect` that is not in the file.
-        if timeouts.connect.origin == Origin::BuiltIn && timeouts.connect.value > timeouts.request.value {
-            timeouts.connect = timeouts.request.clone();
+        // A shorter `request` must not be an error because of a built-in `connect` that is not in the file. The origin stays:
+        // the next layer may have another `request`.
+        if timeouts.connect.origin == Origin::BuiltIn {
+            timeouts.connect.value = Self::BUILT_IN.connect.value.min(timeouts.request.value);
         }
         let request_is_new = spec.request.is_some();
         if spec.connect.is_some() || request_is_new {

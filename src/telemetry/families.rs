@@ -37,6 +37,8 @@ pub(super) const QUEUED: Family =
 pub(super) const POOL_OPEN: Family =
     family("hopguard_pool_open_connections", "Open upstream connections, in use and idle");
 pub(super) const POOL_IDLE: Family = family("hopguard_pool_idle_connections", "Idle upstream connections in the pool");
+const POOL_PENDING: Family = family("hopguard_pool_pending_connections", "Upstream connections that are being opened");
+const POOL_WAITING: Family = family("hopguard_pool_waiting_requests", "Exchanges that wait for an upstream connection");
 const CONNECTS: Family = family("hopguard_pool_connects_total", "Upstream connections opened");
 const CONNECT_FAILURES: Family =
     family("hopguard_pool_connect_failures_total", "Upstream connections that could not be opened");
@@ -127,6 +129,8 @@ pub const ALL: &[Family] = &[
     QUEUED,
     POOL_OPEN,
     POOL_IDLE,
+    POOL_PENDING,
+    POOL_WAITING,
     CONNECTS,
     CONNECT_FAILURES,
     CLOSES,
@@ -174,6 +178,10 @@ pub struct DestinationMetrics {
     pub open: Gauge,
     /// Idle upstream connections.
     pub idle: Gauge,
+    /// Upstream connections that are being opened.
+    pub pending: Gauge,
+    /// Exchanges that wait for a connection.
+    pub waiting: Gauge,
     /// Upstream connections opened.
     pub connects: Counter,
     /// Upstream connections that failed to open.
@@ -209,6 +217,8 @@ impl DestinationMetrics {
             queued: gauge(QUEUED),
             open: gauge(POOL_OPEN),
             idle: gauge(POOL_IDLE),
+            pending: gauge(POOL_PENDING),
+            waiting: gauge(POOL_WAITING),
             connects: counter(CONNECTS),
             connect_failures: counter(CONNECT_FAILURES),
             closes: counter(CLOSES),

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use tokio::time::Instant;
 
+use crate::upstream::dial_limit::DialLimit;
 use crate::upstream::request_limit::RequestLimit;
 use crate::upstream::stale_mark::StaleMark;
 use crate::upstream::worker_limit::WorkerLimit;
@@ -13,6 +14,8 @@ use crate::upstream::worker_limit::WorkerLimit;
 #[derive(Debug)]
 pub struct AddressState {
     address: SocketAddr,
+    /// How many connections are being opened, and the last sign of life.
+    pub dials: Arc<DialLimit>,
     /// Which connections are not used again.
     pub stale: StaleMark,
     /// After how many requests the upstream ends a connection.
@@ -34,7 +37,8 @@ impl AddressStates {
         let known = states.iter().filter_map(Weak::upgrade).find(|state| state.address == address);
         known.unwrap_or_else(|| {
             let (stale, requests, worker) = (StaleMark::new(now), RequestLimit::new(now), WorkerLimit::new(now));
-            let state = Arc::new(AddressState { address, stale, requests, worker });
+            let dials = Arc::new(DialLimit::new(now));
+            let state = Arc::new(AddressState { address, dials, stale, requests, worker });
             states.push(Arc::downgrade(&state));
             state
         })

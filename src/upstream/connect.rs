@@ -1,15 +1,16 @@
 //! Opening a connection: TCP, then TLS if the cluster has `tls`.
 //!
-//! `dial` calls it, sets the time limit and adds HTTP. Tests replace the network by an implementation of [`Connect`] in
+//! `dial` calls both, sets the time limits and adds HTTP. Tests replace the network by an implementation of [`Connect`] in
 //! memory.
 
 use std::io;
+use std::net::SocketAddr;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
+use rustls::{ClientConfig, ClientConnection};
 use tokio_rustls::TlsConnector;
 
 use crate::net::io::Io;
@@ -35,9 +36,6 @@ pub enum ConnectError {
     /// The cluster has no address; the text says why.
     #[error("{0}")]
     NoAddress(String),
-    /// The connection was not open within `timeouts.connect`.
-    #[error("the connection was not open within `timeouts.connect`")]
-    Timeout,
 }
 
 impl ConnectError {
@@ -56,12 +54,12 @@ pub struct Connected {
 }
 
 /// The future of [`Connect::connect`].
-pub type ConnectFuture = Pin<Box<dyn Future<Output = Result<Connected, ConnectError>>>>;
+pub type ConnectFuture = Pin<Box<dyn Future<Output = Result<Io, ConnectError>>>>;
 
-/// Opens connections.
+/// Opens TCP connections.
 pub trait Connect {
-    /// Opens a stream; with `tls`, the peer needs a certificate for the address' server name. Has no time limit.
-    fn connect(&self, to: &Address, tls: Option<Arc<ClientConfig>>) -> ConnectFuture;
+    /// Opens a stream. Has no time limit.
+    fn connect(&self, to: SocketAddr) -> ConnectFuture;
 }
 
 /// Opens connections over TCP.
@@ -69,28 +67,36 @@ pub trait Connect {
 pub struct Network;
 
 impl Connect for Network {
-    fn connect(&self, to: &Address, tls: Option<Arc<ClientConfig>>) -> ConnectFuture {
-        let to = to.clone();
-        Box::pin(async move {
-            let stream = socket::connect(to.socket).await.map_err(ConnectError::Network)?;
-            match tls {
-                None => Ok(Connected { io: Io::tcp(stream), http2: false }),
-                Some(config) => handshake(stream, &to.server_name, config).await,
-            }
-        })
+    fn connect(&self, to: SocketAddr) -> ConnectFuture {
+        Box::pin(async move { socket::connect(to).await.map(Io::tcp).map_err(ConnectError::Network) })
     }
 }
 
-async fn handshake(
-    stream: tokio::net::TcpStream,
-    name: &str,
-    config: Arc<ClientConfig>,
-) -> Result<Connected, ConnectError> {
-    let name = ServerName::try_from(name.to_owned())
+/// The TLS handshake on a new stream; the peer needs a certificate for the address' server name. Has no time limit.
+///
+/// # Errors
+/// If the handshake fails.
+pub async fn secure(io: Io, to: &Address, config: Arc<ClientConfig>) -> Result<Connected, ConnectError> {
+    let name = ServerName::try_from(String::from(&*to.server_name))
         .map_err(|error| ConnectError::Tls(io::Error::new(io::ErrorKind::InvalidInput, error)))?;
-    let stream = TlsConnector::from(config).connect(name, stream).await.map_err(ConnectError::Tls)?;
-    let http2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
-    Ok(Connected { io: Io::tls(stream), http2 })
+    let tls = TlsConnector::from(config);
+    // TLS over the bare socket: its reads and writes are counted above TLS, and need no second count below.
+    match io.into_tcp() {
+        Ok(stream) => {
+            let stream = tls.connect(name, stream).await.map_err(ConnectError::Tls)?;
+            let http2 = agreed_on_http2(stream.get_ref().1);
+            Ok(Connected { io: Io::tls(stream), http2 })
+        }
+        Err(io) => {
+            let stream = tls.connect(name, io).await.map_err(ConnectError::Tls)?;
+            let http2 = agreed_on_http2(stream.get_ref().1);
+            Ok(Connected { io: Io::boxed(stream), http2 })
+        }
+    }
+}
+
+fn agreed_on_http2(connection: &ClientConnection) -> bool {
+    connection.alpn_protocol() == Some(b"h2")
 }
 
 /// The [`Connect`] that all pools of a worker share.

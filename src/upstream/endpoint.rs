@@ -1,6 +1,6 @@
 //! One endpoint of one worker's pool: its load, its idle HTTP/1.1 connections, its shared HTTP/2 connections.
 //!
-//! `pool` checks connections out and in here, `dial` adds new ones. Idle connections are reused last in, first out, so that a
+//! `pool` checks connections out and in here, `dial` adds new ones, `waiters` are the calls that wait for either. Idle connections are reused last in, first out, so that a
 //! few stay in use and the rest expire. An idle connection is kept for the smallest of three times: the policy's
 //! `connections.idle`, a little less than `Keep-Alive: timeout=`, and the idle limit learned from the upstream's closes: an
 //! upstream that closes idle connections after 5 s gets none that has been idle for more than 4 s. A connection is not
@@ -14,7 +14,6 @@ use std::task::Context;
 use std::time::Duration;
 
 use slab::Slab;
-use tokio::sync::Notify;
 use tokio::time::{Instant, sleep};
 
 use crate::rules::ejection::EjectionMember;
@@ -28,12 +27,11 @@ use crate::upstream::fresh_connections::FreshConnections;
 use crate::upstream::http1::Http1;
 use crate::upstream::http2::{Http2, MAX_STREAMS};
 use crate::upstream::lifetime::{EndReason, Lifetime};
+use crate::upstream::reachability::Reachability;
+use crate::upstream::waiters::Waiters;
 
 /// An HTTP/2 connection without a stream for this time is closed.
 const HTTP2_IDLE: Duration = Duration::from_secs(60);
-
-/// How long an endpoint is skipped after a connect failure.
-const UNREACHABLE_FOR: Duration = Duration::from_secs(1);
 
 /// Responses that are counted for all workers together, because each such count costs an atomic operation.
 const COUNTED_TOGETHER: u32 = 8;
@@ -65,16 +63,12 @@ pub struct Endpoint {
     idle: RefCell<Vec<IdleConnection>>,
     shared: RefCell<Vec<Rc<Http2>>>,
     idle_limit: Cell<Option<IdleLimit>>,
-    /// Connections being opened that several callers may share.
-    pub pending_connections: Cell<usize>,
-    /// Callers that wait for a pending connection of another caller.
-    pub waiters: Cell<usize>,
-    /// Notified when a pending connection is open, or has failed.
-    pub connection_ready: Notify,
+    /// Calls that wait for a connection.
+    pub waiters: Waiters,
+    /// Whether it accepts connections.
+    pub reachability: Reachability,
     /// Most streams of the newest HTTP/2 connection, at least 1.
     streams_per_connection: Cell<usize>,
-    /// Until when the endpoint is skipped after a connect failure.
-    unreachable_until: Cell<Option<Instant>>,
     /// True if the last TLS handshake agreed on HTTP/1.1: callers then wait for no shared connection.
     pub chose_http1: Cell<bool>,
     /// Responses that [`AddressState::worker`] does not know yet.
@@ -89,7 +83,7 @@ pub struct Endpoint {
     is_retired: Cell<bool>,
     /// When the first request was sent of those after the last response over HTTP/1.1.
     unanswered_since: Cell<Option<Instant>>,
-    metrics: DestinationMetrics,
+    pub(super) metrics: DestinationMetrics,
 }
 
 struct IdleConnection {
@@ -110,6 +104,7 @@ impl Endpoint {
         let member = cluster.member(address.socket);
         let state = cluster.address_state(address.socket, now);
         Rc::new(Self {
+            reachability: Reachability::new(Arc::clone(&state.dials), now),
             address,
             state,
             cluster: Arc::clone(cluster),
@@ -118,11 +113,8 @@ impl Endpoint {
             idle: RefCell::default(),
             shared: RefCell::default(),
             idle_limit: Cell::new(None),
-            pending_connections: Cell::new(0),
-            waiters: Cell::new(0),
-            connection_ready: Notify::new(),
+            waiters: Waiters::default(),
             streams_per_connection: Cell::new(MAX_STREAMS),
-            unreachable_until: Cell::new(None),
             chose_http1: Cell::new(false),
             uncounted: Cell::new(0),
             watching: RefCell::default(),
@@ -160,12 +152,12 @@ impl Endpoint {
         limit.is_none_or(|limit| now.saturating_duration_since(candidate.connection.idle_since) <= limit.longest)
     }
 
-    /// Checks a connection in after its response ended: keeps it for `idle_timeout` at most, or closes it if it must not be
-    /// used again, if `max_idle` connections are idle already, or if the endpoint is retired. `announced` is the timeout of
-    /// the response's `Keep-Alive` field; a tenth of it is left, and at least half a second, because some servers close at
-    /// the time that they announce, and one that rounds up closes earlier.
+    /// Checks a connection in after its response ended: gives it to a call that waits, keeps it for `idle_timeout` at most, or
+    /// closes it if it must not be used again, if `max_idle` connections are idle already, or if the endpoint is retired.
+    /// `announced` is the timeout of the response's `Keep-Alive` field; a tenth of it is left, and at least half a second,
+    /// because some servers close at the time that they announce, and one that rounds up closes earlier.
     pub fn check_in_idle(
-        &self,
+        self: &Rc<Self>,
         mut connection: Box<Http1>,
         idle_timeout: Duration,
         max_idle: usize,
@@ -184,12 +176,20 @@ impl Endpoint {
             self.end_early(reason);
             return;
         }
-        let mut idle = self.idle.borrow_mut();
-        if idle.len() >= max_idle || keep.is_zero() || self.is_retired.get() {
+        if max_idle == 0 || keep.is_zero() || self.is_retired.get() {
             self.count_close();
             return;
         }
         connection.idle_since = now;
+        if !self.waiters.is_empty() {
+            let Some(unclaimed) = self.hand_on(connection, true) else { return };
+            connection = unclaimed;
+        }
+        let mut idle = self.idle.borrow_mut();
+        if idle.len() >= max_idle {
+            self.count_close();
+            return;
+        }
         let expires_at = (now + keep).min(connection.lifetime.ends_at);
         idle.push(IdleConnection { connection, expires_at });
         self.metrics.idle.increment();
@@ -318,15 +318,14 @@ impl Endpoint {
         self.shared.borrow_mut().push(connection);
     }
 
-    /// True if the waiters need more streams than the pending connections will have. One stream of each pending connection
-    /// belongs to the caller that opens it.
-    pub fn needs_connection(&self) -> bool {
-        self.waiters.get() > self.pending_connections.get() * (self.streams_per_connection.get() - 1)
+    /// Calls that one shared connection is expected to serve at the same time, at least 1.
+    pub fn calls_per_connection(&self) -> usize {
+        self.streams_per_connection.get()
     }
 
     /// Counts an opened connection.
-    pub fn count_connect(&self) {
-        self.unreachable_until.set(None);
+    pub fn count_connect(&self, now: Instant) {
+        self.reachability.opened(now);
         self.metrics.open.increment();
         self.metrics.connects.increment();
     }
@@ -334,12 +333,13 @@ impl Endpoint {
     /// Counts a connect failure; the endpoint is skipped for 1 s while the pool has others.
     pub fn count_connect_failure(&self, now: Instant) {
         self.metrics.connect_failures.increment();
-        self.unreachable_until.set(Some(now + UNREACHABLE_FOR));
+        self.reachability.failed(now);
     }
 
-    /// True for 1 s after a connect failure.
-    pub fn is_unreachable(&self, now: Instant) -> bool {
-        self.unreachable_until.get().is_some_and(|until| now < until)
+    /// Counts a connection, begun at `since`, that was not open within `timeouts.connect`.
+    pub fn count_connect_timeout(&self, since: Instant, now: Instant) {
+        self.metrics.connect_failures.increment();
+        self.reachability.timed_out(since, now);
     }
 
     /// Counts a closed connection.
@@ -352,6 +352,7 @@ impl Endpoint {
     /// Returns true if a connection is left for the next sweep.
     pub fn sweep(&self, cx: &mut Context<'_>, now: Instant) -> bool {
         self.apply_stale_mark();
+        self.reachability.publish();
         let stale: Vec<IdleConnection> = self
             .idle
             .borrow_mut()
@@ -375,8 +376,11 @@ impl Endpoint {
     }
 
     /// Counts a stream of a shared connection that has ended; a retired endpoint closes connections without streams.
-    pub fn end_stream(&self, connection: &Http2, now: Instant) {
+    pub fn end_stream(self: &Rc<Self>, connection: &Http2, now: Instant) {
         connection.end_stream(now);
+        if !self.waiters.is_empty() {
+            self.hand_out_streams(false);
+        }
         if self.is_retired.get() {
             self.retain_shared(|shared| shared.idle_for(now).is_none());
         } else if self.shared_must_end(connection, now).is_some() {

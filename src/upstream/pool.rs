@@ -33,6 +33,8 @@ pub enum ProtocolPreference {
     Http2,
     /// The protocol that ALPN agrees on.
     Either,
+    /// A TCP stream without TLS or HTTP on it, for one call.
+    Tunnel,
 }
 
 /// The connection of a lease.
@@ -351,8 +353,8 @@ impl Pool {
 
     /// Picks the endpoint for a request; `None` while no address is known.
     ///
-    /// While there are others, skips endpoints that were `tried`, are ejected (if `ejects`), or failed to connect within the
-    /// last second, in this order of weight. An endpoint whose ejection is over is picked first: only a call shows whether
+    /// While there are others, skips endpoints that were `tried`, are ejected (if `ejects`), or do not accept connections, in
+    /// this order of weight. An endpoint whose ejection is over is picked first: only a call shows whether
     /// it works again.
     pub fn pick(&self, now: Instant, tried: &[SocketAddr], ejects: bool) -> Option<Rc<Endpoint>> {
         self.update_endpoints(now);
@@ -371,7 +373,7 @@ impl Pool {
         let penalty = |endpoint: &Endpoint| {
             let was_tried = tried.contains(&endpoint.address.socket);
             let is_out = ejects && endpoint.member.is_out(now);
-            u8::from(was_tried) << 2 | u8::from(is_out) << 1 | u8::from(endpoint.is_unreachable(now))
+            u8::from(was_tried) << 2 | u8::from(is_out) << 1 | u8::from(endpoint.reachability.is_unreachable(now))
         };
         if penalty(best) == 0 {
             return Some(Rc::clone(best));

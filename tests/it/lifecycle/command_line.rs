@@ -157,7 +157,7 @@ async fn explain_says_where_every_value_comes_from() {
         ("route", "pay ", "policy.yaml:12"),
         ("timeouts.request", "800ms", "policy.yaml:14"),
         ("timeouts.perTry", "300ms", "policy.yaml:14"),
-        ("timeouts.connect", "250ms", "built in"),
+        ("timeouts.connect", "800ms", "built in"),
         ("limits.inFlight", "7", "policy.yaml:10"),
         ("limits.queue ", "128", "built in"),
         ("connections.idle", "3s", "built in"),

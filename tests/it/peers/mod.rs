@@ -7,6 +7,7 @@
 //! - `graceful_stop`: servers that are stopped under load
 //! - `grpc_connection_age`: gRPC servers in Python, Go, Java, JavaScript: the age of connections, and the count of pings
 //! - `grpcio`: gRPC in Python, both sides
+//! - `http_server`: Python's `http.server` under more callers than its listen backlog
 //! - `process`: starts the peers and reads their reports
 //! - `real_server`: starts the servers of `tests/servers`
 //! - `replaced_workers`: servers that replace a worker process and keep their socket
@@ -19,6 +20,7 @@ mod early_answers;
 mod graceful_stop;
 mod grpc_connection_age;
 mod grpcio;
+mod http_server;
 mod process;
 mod real_server;
 mod replaced_workers;

@@ -17,6 +17,7 @@
 //! - `message_completeness`: complete and incomplete messages, and the side at fault
 //! - `mute_connections`: upstream connections that fall silent while TCP still acknowledges
 //! - `resolver_settings`: `/etc/resolv.conf` and `/etc/hosts`, their changes, and the comparison with glibc
+//! - `slow_accept`: services that accept connections slowly, full listen backlogs, dead addresses
 //! - `slow_clients`: slow request heads and bodies, unread responses, idle connections
 //! - `small_windows`: HTTP/2 peers that return credit per frame, or have a small window
 //! - `tls`: trust, ALPN, server names, certificate rotation
@@ -40,6 +41,7 @@ mod http2_wakeup_coalescing;
 mod message_completeness;
 mod mute_connections;
 mod resolver_settings;
+mod slow_accept;
 mod slow_clients;
 mod small_windows;
 mod tls;

@@ -3,6 +3,7 @@
 use std::net::{SocketAddr, TcpListener as Taken};
 use std::sync::atomic::{AtomicU16, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use hyper::body::Incoming;
 use hyper::service::service_fn;
@@ -25,6 +26,36 @@ pub(crate) fn nobody() -> SocketAddr {
         socket
     });
     kept.local_addr().unwrap().as_socket().unwrap()
+}
+
+/// An address where connections are asked for and never made.
+pub(crate) struct BlackHole {
+    socket: Socket,
+    _waiting: Vec<std::net::TcpStream>,
+}
+
+impl BlackHole {
+    pub(crate) fn open() -> Self {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+        socket.bind(&"127.0.0.1:0".parse::<SocketAddr>().unwrap().into()).unwrap();
+        socket.listen(0).unwrap();
+        let waiting = fill_backlog(socket.local_addr().unwrap().as_socket().unwrap());
+        Self { socket, _waiting: waiting }
+    }
+
+    pub(crate) fn addr(&self) -> SocketAddr {
+        self.socket.local_addr().unwrap().as_socket().unwrap()
+    }
+}
+
+/// Opens connections to a listener that does not accept them until it takes no more.
+pub(crate) fn fill_backlog(addr: SocketAddr) -> Vec<std::net::TcpStream> {
+    let mut waiting = Vec::new();
+    while let Ok(stream) = std::net::TcpStream::connect_timeout(&addr, Duration::from_millis(100)) {
+        waiting.push(stream);
+        assert!(waiting.len() < 64, "the backlog does not fill");
+    }
+    waiting
 }
 
 /// An address for a test where now somebody listens and now nobody does. Its port is below those that the system gives to
@@ -112,7 +143,27 @@ impl Upstream {
         H: Fn(TcpStream) -> F + Send + 'static,
         F: Future<Output = ()> + Send + 'static,
     {
-        let listener = TcpListener::bind(addr).await.unwrap();
+        Self::over(TcpListener::bind(addr).await.unwrap(), requests, Duration::ZERO, serve)
+    }
+
+    /// Hands every connection of a listener with this backlog to `serve`, and accepts one per `pause`.
+    pub(crate) fn slowly<H, F>(backlog: i32, pause: Duration, serve: H) -> Self
+    where
+        H: Fn(TcpStream) -> F + Send + 'static,
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+        socket.bind(&"127.0.0.1:0".parse::<SocketAddr>().unwrap().into()).unwrap();
+        socket.listen(backlog).unwrap();
+        socket.set_nonblocking(true).unwrap();
+        Self::over(TcpListener::from_std(socket.into()).unwrap(), Arc::default(), pause, serve)
+    }
+
+    fn over<H, F>(listener: TcpListener, requests: Arc<AtomicUsize>, pause: Duration, serve: H) -> Self
+    where
+        H: Fn(TcpStream) -> F + Send + 'static,
+        F: Future<Output = ()> + Send + 'static,
+    {
         let addr = listener.local_addr().unwrap();
         let connections = Arc::new(AtomicUsize::new(0));
         let closed = Arc::<AtomicUsize>::default();
@@ -126,6 +177,9 @@ impl Upstream {
                     serving.await;
                     ended.fetch_add(1, SeqCst);
                 });
+                if !pause.is_zero() {
+                    tokio::time::sleep(pause).await;
+                }
             }
         });
         Self { addr, requests, connections, closed, task }
