@@ -41,6 +41,7 @@ pub(super) struct Attempt {
     is_same_event: bool,
     spares_upstream: bool,
     was_overtaken: bool,
+    found_no_connection: bool,
 }
 
 impl Attempt {
@@ -62,6 +63,7 @@ impl Attempt {
             is_same_event: false,
             spares_upstream: false,
             was_overtaken: false,
+            found_no_connection: false,
         }
     }
 
@@ -71,7 +73,7 @@ impl Attempt {
         self.permits = Permits::default();
         (self.is_reused, self.is_unsent, self.connection_ended) = (false, false, false);
         (self.fault, self.picked, self.is_same_event) = (None, None, false);
-        (self.spares_upstream, self.was_overtaken) = (false, false);
+        (self.spares_upstream, self.was_overtaken, self.found_no_connection) = (false, false, false);
     }
 
     /// Sets the permit that the circuit breaker has given.
@@ -137,6 +139,16 @@ impl Attempt {
     /// Takes the picked endpoint.
     pub(super) fn take_picked(&mut self) -> Option<Rc<Endpoint>> {
         self.picked.take()
+    }
+
+    /// Records that no endpoint accepted a connection for the attempt.
+    pub(super) fn set_found_no_connection(&mut self) {
+        self.found_no_connection = true;
+    }
+
+    /// Whether no endpoint accepted a connection for the attempt.
+    pub(super) fn found_no_connection(&self) -> bool {
+        self.found_no_connection
     }
 
     /// Records that the attempt's failure says nothing about its upstream, which accepted or answered others meanwhile.

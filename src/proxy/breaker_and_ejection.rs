@@ -4,6 +4,7 @@
 //! or not at all: a caller that went away says nothing about the upstream, and a failure further down counts there. Each
 //! change of state is told once: a log line with its cause and counts, and a metric.
 
+use std::rc::Rc;
 use std::time::Duration;
 
 use http::{HeaderMap, Response};
@@ -22,6 +23,7 @@ use crate::proxy::timeout_state::ExternalDeadline;
 use crate::rules::circuit_breaker::{Admission, Breaker, BreakerState, CallResult, StateChange, is_failed_status};
 use crate::rules::ejection::EjectionEvent;
 use crate::rules::mode::RuleName;
+use crate::runtime::tasks;
 use crate::telemetry::Telemetry;
 use crate::upstream::cluster::Cluster;
 use crate::upstream::endpoint::Endpoint;
@@ -131,6 +133,27 @@ fn report_with(context: &RequestContext, attempt: &Attempt, permits: Permits, re
         // The endpoints that are in fail: only a probe of an ejected one can find out that it is well again.
         drop(cluster.health.group.end_first_ejection(now));
     }
+    if change.to == BreakerState::Open && attempt.found_no_connection() {
+        close_when_reachable(context, upstream, &change);
+    }
+}
+
+/// Closes a breaker that has opened because no connection was accepted, as soon as one is: most outages are restarts and
+/// shorter than the open time, and a refused connection is no load. After the open time the next call finds out.
+#[cold]
+fn close_when_reachable(context: &RequestContext, upstream: &Upstream, change: &StateChange) {
+    let (pool, worker) = (Rc::clone(&upstream.pool), Rc::clone(context.worker()));
+    let options = context.connect_options(upstream.destination);
+    let (Some(opened), Some(open_for)) = (pool.cluster.health.breaker.open_period(), change.open_for) else { return };
+    drop(tasks::spawn(async move {
+        let breaker = &pool.cluster.health.breaker;
+        let is_open = || breaker.open_period() == Some(opened);
+        if pool.accepts_within(options, open_for, is_open).await
+            && let Some(change) = breaker.end_open_period(opened, Instant::now())
+        {
+            breaker_changed(worker.shard.telemetry(), &pool.cluster, &change, Instant::now());
+        }
+    }));
 }
 
 /// Reports an exchange whose response is complete. A bad status was reported when it came; a good one may still be followed

@@ -63,7 +63,11 @@ pub(super) async fn open(
     connecting.ask(context, attempt, retry, &endpoint);
     let opened = connecting.run(context, attempt, retry).await;
     context.record_mut().add_connect_time(began.elapsed());
-    opened
+    opened.inspect_err(|reply| {
+        if matches!(reply.kind, LocalReplyKind::ConnectFailed | LocalReplyKind::ConnectTimeout) {
+            attempt.set_found_no_connection();
+        }
+    })
 }
 
 /// The wait of one attempt. The endpoint that was asked last is that of the attempt, with its permit.

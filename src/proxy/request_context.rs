@@ -26,6 +26,8 @@ use crate::runtime::drain::DrainPhase;
 use crate::runtime::timer::Timer;
 use crate::runtime::waker::InlineWaker;
 use crate::telemetry::{Exchange, Protocol, RequestLine, Telemetry};
+use crate::upstream::dial::ConnectOptions;
+use crate::upstream::lifetime::LifetimeBounds;
 
 const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 
@@ -164,6 +166,21 @@ impl RequestContext {
     /// The worker that the exchange runs on.
     pub(super) fn worker(&self) -> &Rc<WorkerContext> {
         &self.worker
+    }
+
+    /// What the policy says about new connections to a destination.
+    pub(super) fn connect_options(&self, destination: usize) -> ConnectOptions {
+        let keep = &self.destination(destination).values.connections;
+        ConnectOptions {
+            connect_timeout: self.timeouts().connect.value,
+            idle_timeout: keep.idle.value,
+            max_idle: keep.max_idle.value as usize,
+            max_header_count: keep.max_header_count.value,
+            lifetime: LifetimeBounds {
+                max_age: keep.max_age.value,
+                max_requests: keep.max_requests.as_ref().map(|most| most.value),
+            },
+        }
     }
 
     /// Counters and log of the process.

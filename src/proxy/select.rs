@@ -24,7 +24,7 @@ use crate::telemetry::ConnectionUse;
 use crate::upstream::connect::ConnectError;
 use crate::upstream::dial::ConnectOptions;
 use crate::upstream::endpoint::Endpoint;
-use crate::upstream::lifetime::{EndReason, LifetimeBounds};
+use crate::upstream::lifetime::EndReason;
 use crate::upstream::pool::{Lease, Pool, ProtocolPreference};
 use crate::upstream::spec::Connections;
 use crate::upstream::waiters::{ConnectionWait, WaitEvent};
@@ -191,23 +191,16 @@ pub(super) fn pool(attempt: &Attempt) -> Result<Rc<Pool>, LocalReply> {
 
 /// What the policy says about connections to the upstream of the attempt.
 pub(super) fn options(context: &RequestContext, attempt: &Attempt) -> ConnectOptions {
-    let keep = connections(context, attempt);
-    ConnectOptions {
-        connect_timeout: context.timeouts().connect.value,
-        idle_timeout: keep.idle.value,
-        max_idle: keep.max_idle.value as usize,
-        max_header_count: keep.max_header_count.value,
-        lifetime: LifetimeBounds {
-            max_age: keep.max_age.value,
-            max_requests: keep.max_requests.as_ref().map(|most| most.value),
-        },
-    }
+    context.connect_options(destination(context, attempt))
 }
 
 /// `connections` of the destination of an attempt.
 pub(super) fn connections<'a>(context: &'a RequestContext, attempt: &Attempt) -> &'a Connections {
-    let destination = attempt.upstream().map_or(context.route_id().owner(), |upstream| upstream.destination);
-    &context.destination(destination).values.connections
+    &context.destination(destination(context, attempt)).values.connections
+}
+
+fn destination(context: &RequestContext, attempt: &Attempt) -> usize {
+    attempt.upstream().map_or(context.route_id().owner(), |upstream| upstream.destination)
 }
 
 /// Whether the upstream has an endpoint that the call has not asked.

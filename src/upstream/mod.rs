@@ -4,7 +4,7 @@
 //! `resolver`. Each worker has its own [`pool::Pool`] per cluster: `balance` picks the endpoint of a request, `endpoint` holds
 //! its connections (`http1` exclusive, `http2` shared and watched by `http2_liveness`), `waiters` are the calls that wait for
 //! one, `dial` opens new ones over `connect`, as many at once as `dial_limit` admits. `reachability` tells whether an endpoint
-//! accepts them. `response` is the body or the error that comes back. `lifetime`, `request_limit`, `worker_limit` and
+//! accepts them, `recovery` when one does so again. `response` is the body or the error that comes back. `lifetime`, `request_limit`, `worker_limit` and
 //! `stale_mark` say when a connection is not used again; what all workers share of an address is its `address_state`.
 //! `upstreams` holds all pools of a worker and sweeps idle connections. `spec` is the policy's YAML for all of it.
 
@@ -23,6 +23,7 @@ mod http2_liveness;
 pub mod lifetime;
 pub mod pool;
 pub mod reachability;
+mod recovery;
 pub mod request_limit;
 pub mod resolver;
 pub mod response;

@@ -105,6 +105,10 @@ pub enum Admission {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BreakerPermit(u64);
 
+/// One open period of a breaker.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct OpenPeriod(u64);
+
 /// A slot among the probes; dropping it without a result frees the slot.
 #[derive(Debug)]
 pub struct Probe {
@@ -308,6 +312,20 @@ impl Breaker {
             (inner.until, inner.ended_early) = (tick, true);
             self.word.store(tick, Release);
         }
+    }
+
+    /// The open period now; `None` unless the breaker is open.
+    pub fn open_period(&self) -> Option<OpenPeriod> {
+        let inner = self.lock();
+        (inner.state == BreakerState::Open).then_some(OpenPeriod(inner.period))
+    }
+
+    /// Closes the breaker before its open time is over: the upstream, which had accepted no connection, accepts them again.
+    /// `None` if this open period is over already.
+    pub fn end_open_period(&self, opened: OpenPeriod, now: Instant) -> Option<StateChange> {
+        let mut inner = self.lock();
+        let is_current = inner.state == BreakerState::Open && inner.period == opened.0;
+        is_current.then(|| self.enter_closed(&mut inner, ChangeCause::Reachable, None, now))
     }
 
     /// Closes the breaker from any state; `None` if it was closed.

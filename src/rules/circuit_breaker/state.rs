@@ -35,6 +35,8 @@ pub enum ChangeCause {
     ProbeFailed,
     /// A probe succeeded.
     ProbeSucceeded,
+    /// The upstream, which had accepted no connection, accepts them again.
+    Reachable,
     /// The open time ended.
     OpenTimeOver,
     /// The open time of an ejected endpoint was ended early, because the endpoints that are in fail.
@@ -81,6 +83,7 @@ impl ChangeCause {
             Self::FailureRate => "failure_rate",
             Self::ProbeFailed => "probe_failed",
             Self::ProbeSucceeded => "probe_succeeded",
+            Self::Reachable => "reachable",
             Self::OpenTimeOver => "open_time_over",
             Self::NoOtherWell => "no_other_well",
             Self::NoOtherLeft => "no_other_left",

@@ -25,8 +25,6 @@ pub(crate) enum Software {
     Hypercorn,
     Node,
     Go,
-    Grpcio,
-    GrpcGo,
     Nginx,
 }
 
@@ -66,10 +64,8 @@ fn command(software: Software, addr: SocketAddr) -> Option<Command> {
         Software::Gunicorn => module("gunicorn", &["-b", &bind, "-k", "gthread", "--threads", "32", "wsgi_app:app"]),
         Software::Uvicorn => module("uvicorn", &["--port", &port, "--log-level", "warning", "asgi_app:app"]),
         Software::Hypercorn => module("hypercorn", &["-b", &bind, "asgi_app:app"]),
-        Software::Grpcio => module("grpc_app", &[]),
         Software::Node => run(peer("node")?, &[sources().join("node_app.js").to_str()?]),
         Software::Go => run(peer("peer-go")?, &[]),
-        Software::GrpcGo => run(peer("peer-go")?, &["grpc"]),
         Software::Nginx => run(peer("nginx")?, &[]),
     }
 }

@@ -9,7 +9,7 @@ use hyper::Response;
 use tokio::time::{Instant, sleep};
 
 use crate::rules::circuit_breaker::{changes, fail, state};
-use crate::support::http::{Speaks, full};
+use crate::support::http::{Speaks, full, get};
 use crate::support::load::Load;
 use crate::support::upstream::{Upstream, own_address, policy};
 use crate::support::wire::Wire;
@@ -72,6 +72,23 @@ async fn an_http1_upstream_may_die_and_come_back() {
 #[tokio::test]
 async fn an_http2_upstream_may_die_and_come_back() {
     killed_and_restarted(true, Speaks::Http2).await;
+}
+
+#[tokio::test]
+async fn a_breaker_that_refused_connections_have_opened_closes_without_a_call_once_the_upstream_listens() {
+    let addr = own_address();
+    let breaker = "    circuitBreaker: { openFor: 2s, openForMax: 2s }";
+    let mesh = Mesh::start(&policy(addr, breaker)).await;
+    while state(&mesh) != 2.0 {
+        assert_ne!(get(mesh.addr("in"), "/").await.status, 200);
+    }
+    let upstream = Upstream::on(addr, |_| async { Response::new(full("hello")) }, false).await;
+    eventually(|| (state(&mesh) == 0.0).then_some(())).await;
+    assert_eq!(upstream.requests(), 0, "nothing is sent to find that out");
+    assert_eq!((changes(&mesh, "closed"), changes(&mesh, "half_open")), (1.0, 0.0));
+    assert_eq!(get(mesh.addr("in"), "/").await.status, 200);
+    mesh.ended("ok", 1).await;
+    mesh.stop().await;
 }
 
 /// Fails five calls, then begins whatever stream is asked for, and holds it open.
