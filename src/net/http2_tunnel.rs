@@ -18,9 +18,12 @@ use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
+/// The task of hyper that sends what is written to the stream.
+type Sending = Pin<Box<dyn Future<Output = ()>>>;
+
 /// Sends what is written to the stream; `None` before hyper has handed it over, and when it is done.
 #[derive(Clone, Default)]
-pub struct TunnelSender(Rc<RefCell<Option<Pin<Box<dyn Future<Output = ()>>>>>>);
+pub struct TunnelSender(Rc<RefCell<Option<Sending>>>);
 
 impl TunnelSender {
     /// Takes the future over from hyper.

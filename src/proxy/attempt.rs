@@ -39,9 +39,20 @@ pub(super) struct Attempt {
     is_unsent: bool,
     connection_ended: bool,
     is_same_event: bool,
-    spares_upstream: bool,
-    was_overtaken: bool,
-    found_no_connection: bool,
+    evidence: Evidence,
+}
+
+/// What a failure of the attempt says about its upstream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Evidence {
+    /// What its kind says.
+    Ordinary,
+    /// No endpoint accepted a connection.
+    NoConnection,
+    /// Other requests were answered while this one ran into a time limit.
+    Overtaken,
+    /// Nothing: the upstream accepted or answered others meanwhile.
+    Spared,
 }
 
 impl Attempt {
@@ -61,9 +72,7 @@ impl Attempt {
             is_unsent: false,
             connection_ended: false,
             is_same_event: false,
-            spares_upstream: false,
-            was_overtaken: false,
-            found_no_connection: false,
+            evidence: Evidence::Ordinary,
         }
     }
 
@@ -73,7 +82,7 @@ impl Attempt {
         self.permits = Permits::default();
         (self.is_reused, self.is_unsent, self.connection_ended) = (false, false, false);
         (self.fault, self.picked, self.is_same_event) = (None, None, false);
-        (self.spares_upstream, self.was_overtaken, self.found_no_connection) = (false, false, false);
+        self.evidence = Evidence::Ordinary;
     }
 
     /// Sets the permit that the circuit breaker has given.
@@ -143,32 +152,34 @@ impl Attempt {
 
     /// Records that no endpoint accepted a connection for the attempt.
     pub(super) fn set_found_no_connection(&mut self) {
-        self.found_no_connection = true;
+        if self.evidence == Evidence::Ordinary {
+            self.evidence = Evidence::NoConnection;
+        }
     }
 
     /// Whether no endpoint accepted a connection for the attempt.
     pub(super) fn found_no_connection(&self) -> bool {
-        self.found_no_connection
+        self.evidence == Evidence::NoConnection
     }
 
     /// Records that the attempt's failure says nothing about its upstream, which accepted or answered others meanwhile.
     pub(super) fn spare_upstream(&mut self) {
-        self.spares_upstream = true;
+        self.evidence = Evidence::Spared;
     }
 
     /// Whether the attempt's failure says nothing about its upstream.
     pub(super) fn spares_upstream(&self) -> bool {
-        self.spares_upstream
+        self.evidence == Evidence::Spared
     }
 
-    /// Records whether the endpoint has answered other requests while the attempt ran into a time limit.
-    pub(super) fn set_overtaken(&mut self, was_overtaken: bool) {
-        self.was_overtaken = was_overtaken;
+    /// Records that the endpoint has answered other requests while the attempt ran into a time limit.
+    pub(super) fn set_overtaken(&mut self) {
+        self.evidence = Evidence::Overtaken;
     }
 
     /// Whether the attempt ran into a time limit while its endpoint answered other requests.
     pub(super) fn was_overtaken(&self) -> bool {
-        self.was_overtaken
+        self.evidence == Evidence::Overtaken
     }
 
     /// The permits whose results are still to be reported.

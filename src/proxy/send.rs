@@ -234,7 +234,9 @@ async fn send_over(
         Ok(Err(SendError { error, unsent: None })) => Err(broke_off(context, attempt, &lease, &error, began, now)),
         Err(reply) => {
             attempt.set_same_event(lease.is_stale());
-            attempt.set_overtaken(endpoint.reachability.has_answered_since(began));
+            if endpoint.reachability.has_answered_since(began) {
+                attempt.set_overtaken();
+            }
             if reply.kind.is_upstream_silence() {
                 lease.record_timeout();
             }

@@ -297,7 +297,7 @@ mod tests {
             let _nothing_yet = timeout(Duration::from_millis(10), server.accept()).await;
             server
         };
-        let (client, server) = tokio::join!(client, driven);
+        let (client, server) = tokio::join!(Box::pin(client), Box::pin(driven));
         let client = client.unwrap_or_else(|error| panic!("{error}"));
         client.begin_stream();
         (client, server)
