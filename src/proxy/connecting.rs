@@ -10,6 +10,7 @@ use std::rc::Rc;
 
 use tokio::time::Instant;
 
+use crate::net::io::Io;
 use crate::policy::model::Direction;
 use crate::proxy::attempt::Attempt;
 use crate::proxy::local_reply::{LocalReply, LocalReplyKind};
@@ -17,6 +18,7 @@ use crate::proxy::permits::HeldPermit;
 use crate::proxy::replay::RetryState;
 use crate::proxy::request_context::RequestContext;
 use crate::proxy::{breaker_and_ejection, select, timeouts};
+use crate::telemetry::ConnectionUse;
 use crate::upstream::connect::ConnectError;
 use crate::upstream::dial::ConnectOptions;
 use crate::upstream::endpoint::Endpoint;
@@ -68,6 +70,22 @@ pub(super) async fn open(
             attempt.set_found_no_connection();
         }
     })
+}
+
+/// A stream to an endpoint of the pool with nothing sent on it yet.
+///
+/// # Errors
+/// Why no endpoint could be reached.
+pub(super) async fn bare_stream(
+    context: &mut RequestContext,
+    attempt: &mut Attempt,
+    retry: &mut RetryState,
+) -> Result<Io, LocalReply> {
+    let lease = open(context, attempt, retry, ProtocolPreference::Tunnel, true).await?;
+    let address = lease.endpoint.address.socket;
+    let (stream, early) = lease.into_http1().ok_or_else(select::no_endpoint)?.into_stream();
+    context.record_mut().set_connection(address, ConnectionUse::New);
+    Ok(stream.with_prefix(early))
 }
 
 /// The wait of one attempt. The endpoint that was asked last is that of the attempt, with its permit.

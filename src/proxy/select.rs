@@ -11,7 +11,6 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::net::io::Io;
 use crate::policy::model::Direction;
 use crate::proxy::attempt::{Attempt, Upstream};
 use crate::proxy::local_reply::{LocalReply, LocalReplyKind};
@@ -19,8 +18,7 @@ use crate::proxy::permits::HeldPermit;
 use crate::proxy::replay::RetryState;
 use crate::proxy::request_context::RequestContext;
 use crate::proxy::target::RequestTarget;
-use crate::proxy::{breaker_and_ejection, connecting, timeouts};
-use crate::telemetry::ConnectionUse;
+use crate::proxy::{breaker_and_ejection, timeouts};
 use crate::upstream::connect::ConnectError;
 use crate::upstream::dial::ConnectOptions;
 use crate::upstream::endpoint::Endpoint;
@@ -163,22 +161,6 @@ pub(super) fn pick(
 async fn with_context<T>(work: impl FnOnce(&mut Context<'_>) -> T) -> T {
     let mut work = Some(work);
     poll_fn(|cx| work.take().map_or(Poll::Pending, |work| Poll::Ready(work(cx)))).await
-}
-
-/// A stream to an endpoint of the pool with nothing sent on it yet.
-///
-/// # Errors
-/// Why no endpoint could be reached.
-pub(super) async fn bare_stream(
-    context: &mut RequestContext,
-    attempt: &mut Attempt,
-    retry: &mut RetryState,
-) -> Result<Io, LocalReply> {
-    let lease = connecting::open(context, attempt, retry, ProtocolPreference::Tunnel, true).await?;
-    let address = lease.endpoint.address.socket;
-    let (stream, early) = lease.into_http1().ok_or_else(no_endpoint)?.into_stream();
-    context.record_mut().set_connection(address, ConnectionUse::New);
-    Ok(stream.with_prefix(early))
 }
 
 /// This worker's pool for the upstream of the attempt.

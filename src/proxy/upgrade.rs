@@ -17,7 +17,7 @@ use crate::proxy::headers::{self, HeaderScan};
 use crate::proxy::local_reply::{LocalReply, LocalReplyKind};
 use crate::proxy::response::PipelineReply;
 use crate::proxy::response_body::ResponseBody;
-use crate::proxy::{breaker_and_ejection, select, timeouts};
+use crate::proxy::{breaker_and_ejection, connecting, select, timeouts};
 use crate::rules::circuit_breaker::CallResult;
 use crate::telemetry::Protocol;
 use crate::upstream::pool::Lease;
@@ -108,7 +108,7 @@ pub(super) async fn connect(exchange: &mut ActiveExchange, mut head: Box<Parts>)
     context.record_mut().set_protocol(Protocol::Tunnel);
     context.record_mut().begin_attempt(1, 1);
     attempt.begin(1, select::upstream(context, attempt)?);
-    let upstream = select::bare_stream(context, attempt, retry).await;
+    let upstream = connecting::bare_stream(context, attempt, retry).await;
     // The result is reported at once: a tunnel may last, and how it ends says nothing about the endpoint.
     let now = Instant::now();
     match &upstream {

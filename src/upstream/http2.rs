@@ -26,7 +26,7 @@ use crate::net::io::Io;
 use crate::net::window_updates::JoinedWindowUpdates;
 use crate::runtime::tasks;
 use crate::upstream::connect::ConnectError;
-use crate::upstream::http2_liveness::{self, Liveness};
+use crate::upstream::http2_liveness::{self, Liveness, Watched};
 use crate::upstream::lifetime::Lifetime;
 use crate::upstream::response::{Http2Body, SendError, UpstreamBody, UpstreamError};
 
@@ -111,22 +111,12 @@ impl Http2 {
         &self.liveness
     }
 
-    /// Streams in progress.
-    pub(super) fn active_streams(&self) -> usize {
-        self.active_streams.get()
-    }
-
     /// True if no byte has come since `then`: a call sent by then still waits, or the connection has had no stream since.
     pub(super) fn is_unheard_since(&self, then: Instant) -> bool {
         match self.active_streams.get() {
             0 => self.idle_since.get() <= then,
             _ => self.liveness.quiet_since().is_some_and(|since| since <= then),
         }
-    }
-
-    /// Records that the peer did not answer a PING; the connection is being closed.
-    pub(super) fn record_ping_timeout(&self) {
-        self.ping_timed_out.set(true);
     }
 
     /// Most concurrent requests: the peer's limit, at most [`MAX_STREAMS`].
@@ -208,6 +198,20 @@ impl Http2 {
         let (response, stream) = sent.map_err(|error| UpstreamError::http2(error, &self.ping_timed_out))?;
         let upload = (!is_empty).then(|| Box::new(Upload { flow: Rc::clone(body.flow()), body, stream, next: None }));
         Ok((response, upload))
+    }
+}
+
+impl Watched for Http2 {
+    fn liveness(&self) -> &Rc<Liveness> {
+        &self.liveness
+    }
+
+    fn active_streams(&self) -> usize {
+        self.active_streams.get()
+    }
+
+    fn record_ping_timeout(&self) {
+        self.ping_timed_out.set(true);
     }
 }
 

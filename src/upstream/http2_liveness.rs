@@ -21,7 +21,6 @@ use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep_until, timeout_at};
 
 use crate::net::io::Activity;
-use crate::upstream::http2::Http2;
 
 /// Interval of the checks for received bytes.
 const CHECK_INTERVAL: Duration = Duration::from_secs(5);
@@ -189,8 +188,18 @@ enum PingVerdict {
     Closed,
 }
 
+/// A connection whose peer is watched.
+pub(super) trait Watched {
+    /// What is known of the peer.
+    fn liveness(&self) -> &Rc<Liveness>;
+    /// Calls in progress.
+    fn active_streams(&self) -> usize;
+    /// Records that the peer has not answered a ping.
+    fn record_ping_timeout(&self);
+}
+
 /// Pings a peer that is suspected, or silent although calls wait for it, and closes the connection if it does not answer.
-pub(super) async fn keep_alive(connection: Weak<Http2>, mut pings: PingPong, task: AbortHandle) {
+pub(super) async fn keep_alive<C: Watched>(connection: Weak<C>, mut pings: PingPong, task: AbortHandle) {
     let Some(liveness) = connection.upgrade().map(|connection| Rc::clone(connection.liveness())) else { return };
     let mut schedule = PingSchedule::new();
     let mut check_at = Instant::now() + CHECK_INTERVAL;
