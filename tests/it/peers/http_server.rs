@@ -26,7 +26,10 @@ async fn more_callers_than_the_backlog_of_http_server_admits_are_served() {
             .unwrap();
         eventually(|| std::net::TcpStream::connect(address).ok()).await;
         for callers in [16, 64] {
-            let mesh = Mesh::with(&policy(address, ""), |settings| settings.workers = 2).await;
+            // A connection that the kernel has accepted beyond the backlog is answered only when its request is sent again, over
+            // a second later, directly too.
+            let patient = policy(address, "    timeouts: { connect: 2s, request: 20s }");
+            let mesh = Mesh::with(&patient, |settings| settings.workers = 2).await;
             let to = mesh.addr("in");
             let calls: Vec<_> = (0..callers)
                 .map(|_| {
