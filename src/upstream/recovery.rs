@@ -11,16 +11,15 @@ use crate::upstream::dial::ConnectOptions;
 use crate::upstream::pool::{Pool, ProtocolPreference};
 use crate::upstream::waiters::{ConnectionWait, WaitEvent};
 
-/// Least time between two connections.
-const INTERVAL: Duration = Duration::from_millis(25);
-
-/// An eighth of the time is waited between two connections where that is longer, so that a destination which accepts
-/// connections and closes them is not connected to more often as its open times grow.
-const PARTS: u32 = 8;
+/// Bounds of the time between two connections. Within them it is a sixteenth of the time that is waited in all, so that a
+/// destination which accepts connections and closes them is connected to less often as its open times grow.
+const SHORTEST_INTERVAL: Duration = Duration::from_millis(10);
+const LONGEST_INTERVAL: Duration = Duration::from_millis(50);
+const PARTS: u32 = 16;
 
 impl Pool {
     /// Whether an endpoint accepts a TCP connection within `limit`, while `goes_on`. One connection at a time is opened, every
-    /// 25 ms or eighth of `limit`, and closed again with nothing sent.
+    /// 10 to 50 ms, and closed again with nothing sent.
     pub async fn accepts_within(
         self: &Rc<Self>,
         options: ConnectOptions,
@@ -28,7 +27,7 @@ impl Pool {
         goes_on: impl Fn() -> bool,
     ) -> bool {
         let until = Instant::now() + limit;
-        let interval = INTERVAL.max(limit / PARTS);
+        let interval = (limit / PARTS).clamp(SHORTEST_INTERVAL, LONGEST_INTERVAL);
         loop {
             sleep(interval).await;
             if Instant::now() >= until || !goes_on() {
