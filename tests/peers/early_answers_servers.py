@@ -4,9 +4,11 @@ Prints one line of JSON with the port of each server that is installed; ends at 
 argument is the path of the Go program (tests/peers/early_answers.go), if it is built.
 """
 
+import ctypes
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -46,6 +48,11 @@ def raw():
     return door.getsockname()[1]
 
 
+def end_with_parent():
+    """Has a child ended with this process, also when a test that is over kills it (prctl(2), PR_SET_PDEATHSIG)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
 def wait_for(port):
     for _ in range(1000):
         with socket.socket() as probe:
@@ -63,7 +70,7 @@ def main():
         port = free_port()
         command = [part.replace("PORT", str(port)) for part in command]
         children.append(subprocess.Popen(command, cwd=FOLDER, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                                         stderr=subprocess.DEVNULL))
+                                         stderr=subprocess.DEVNULL, preexec_fn=end_with_parent))
         wait_for(port)
         ports[name] = port
 
